@@ -1,0 +1,332 @@
+"""The files that phases hand to one another, and the run directories they lie in (section 5 of the design).
+
+Every file appears under its final name only when whole: written aside, fsynced, renamed. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from warp_ds.method.rotation import Rotation
+
+BASIS_FORMAT, MASKS_FORMAT, VERSION = "warp_ds.basis", "warp_ds.masks", 1
+
+
+class ArtifactError(ValueError):
+    """A basis, masks or run directory that is missing, broken or made for something else."""
+
+
+@dataclass(frozen=True)
+class TargetLayer:
+    """A linear layer y = W x that is rotated."""
+
+    name: str
+    """Module name in the model, such as model.layers.0.mlp.down_proj."""
+    layer: int
+    """Number of its block."""
+    type: str
+    """One of config.LAYER_TYPES."""
+    m: int
+    """Outputs: rows of W."""
+    n: int
+    """Inputs: columns of W."""
+
+    @property
+    def stem(self) -> str:
+        """layer_00_ffn_down"""
+        return f"layer_{self.layer:02d}_{self.type}"
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as indented JSON, whole or not at all."""
+    _write_aside(path, lambda aside: aside.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    _write_aside(path, lambda aside: save_file(contiguous, str(aside), metadata=dict(metadata or {})))
+
+
+def _write_aside(path: Path, write: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Raises ArtifactError where the file is missing or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+def fingerprint_files(paths: Iterable[Path], sample: int = 1 << 16) -> str:
+    """16 hex digits from each file's name, size and three samples of ``sample`` bytes: cheap at any size."""
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda p: p.name):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with open(path, "rb") as file:
+            for offset in sorted({0, max(0, size // 2 - sample // 2), max(0, size - sample)}):
+                file.seek(offset)
+                digest.update(file.read(sample))
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_model(directory: Path) -> str:
+    """Fingerprint of a model's weights and shapes: its files wherever they lie, whatever their directory is called."""
+    weights = [p for pattern in ("*.safetensors", "*.bin") for p in directory.glob(pattern)]
+    if not weights:
+        raise ArtifactError(f"{directory} holds no model weights (*.safetensors)")
+    config = read_json(directory / "config.json")
+    for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"):
+        config.pop(volatile, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest.update(fingerprint_files(weights).encode())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_rows(rows: Iterable[Any]) -> str:
+    """Fingerprint of a data set's rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- bases and masks
+
+
+@dataclass
+class BasisMetadata:
+    """basis/metadata.json"""
+
+    basis: str
+    model_fingerprint: str
+    data_fingerprint: str
+    token_scope: str
+    model_name: str
+    tokens: int
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """module name -> {layer, type, shape: [m, n], file}; layers that see the same input name the same file"""
+    bases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """file -> {n, rank, tokens, energy, orthogonality_error, residual, seconds, bytes, ...}"""
+    format: str = BASIS_FORMAT
+    version: int = VERSION
+
+
+@dataclass
+class MasksMetadata:
+    """masks/metadata.json"""
+
+    keep_ratio: float
+    scope: str
+    unit: str
+    score: str
+    basis: str
+    basis_dir: str | None
+    basis_fingerprint: str | None
+    model_fingerprint: str
+    data_fingerprint: str
+    model_name: str
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """module name -> {layer, type, shape: [m, n], file, frozen, wanted, threshold}"""
+    frozen: int = 0
+    entries: int = 0
+    notes: list[str] = field(default_factory=list)
+    format: str = MASKS_FORMAT
+    version: int = VERSION
+
+
+class BasisStore:
+    """Reads a basis directory. Every reader of the same directory gets the same rotation."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.metadata = BasisMetadata(**_read_metadata(self.directory, BASIS_FORMAT, "basis", "phase 1"))
+
+    def columns(self, name: str) -> tuple[Tensor, Tensor]:
+        """U [n, r] and S [r] (descending), fp32, of the layer called ``name``."""
+        entry = self.metadata.layers[name]
+        with _open(self.directory / entry["file"]) as file:
+            u, s = file.get_tensor("U"), file.get_tensor("S")
+        n = entry["shape"][1]
+        if u.shape[0] != n or u.shape[1] > n or s.shape != u.shape[1:]:
+            raise ArtifactError(f"{self.directory / entry['file']}: U {tuple(u.shape)} and S {tuple(s.shape)} do not "
+                                f"fit a layer of {n} inputs; run phase 1 again")
+        return u, s
+
+    def rotation(self, name: str, dtype: torch.dtype = torch.float32) -> Rotation:
+        """The complete basis of the layer called ``name``, on the CPU."""
+        columns, _ = self.columns(name)
+        return Rotation(columns, columns.shape[0], dtype)
+
+    def fingerprint(self) -> str:
+        return fingerprint_files([self.directory / file for file in self.metadata.bases])
+
+    def check(self, layers: Iterable[TargetLayer], model_fingerprint: str | None, model_name: str) -> None:
+        """ArtifactError naming both sides where the basis belongs to another model, layers or shapes."""
+        _check_model(self.directory, self.metadata, model_fingerprint, model_name, "basis", "phase 1")
+        _check_layers(self.directory, self.metadata.layers, layers, model_name, "basis", "phase 1")
+
+
+class MaskStore:
+    """Reads a masks directory, any rows of any layer at a time."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.metadata = MasksMetadata(**_read_metadata(self.directory, MASKS_FORMAT, "masks", "phase 2"))
+
+    def packed(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Packed bits uint8 [last - first, ceil(n / 8)] of rows first to last - 1 of the layer called ``name``."""
+        entry = self.metadata.layers[name]
+        m, n = entry["shape"]
+        with _open(self.directory / entry["file"]) as file:
+            rows = file.get_slice("frozen")
+            if list(rows.get_shape()) != [m, (n + 7) // 8]:
+                raise ArtifactError(f"{self.directory / entry['file']}: 'frozen' is {rows.get_shape()}, but a layer "
+                                    f"of {m} x {n} wants {[m, (n + 7) // 8]}; run phase 2 again")
+            return rows[first : m if last is None else last]
+
+    def fingerprint(self) -> str:
+        return fingerprint_files([self.directory / entry["file"] for entry in self.metadata.layers.values()])
+
+    def check(self, basis: BasisStore | None, model_fingerprint: str | None, model_name: str) -> None:
+        """ArtifactError naming both sides where the masks belong to another model or basis."""
+        _check_model(self.directory, self.metadata, model_fingerprint, model_name, "masks", "phase 2")
+        if basis is None:
+            if self.metadata.basis != "identity":
+                raise ArtifactError(f"the masks in {self.directory} were made with the basis in "
+                                    f"{self.metadata.basis_dir}, which was not given; use --basis_dir")
+            return
+        if self.metadata.basis_fingerprint != basis.fingerprint():
+            raise ArtifactError(
+                f"the masks in {self.directory} were made with the basis {self.metadata.basis_fingerprint} (in "
+                f"{self.metadata.basis_dir}), but {basis.directory} holds {basis.fingerprint()}: give the basis they "
+                "belong to with --basis_dir, or run phase 2 again"
+            )
+
+    @property
+    def layers(self) -> list[TargetLayer]:
+        return [TargetLayer(name, e["layer"], e["type"], *e["shape"]) for name, e in self.metadata.layers.items()]
+
+
+def layer_entry(layer: TargetLayer, file: str, **more: Any) -> dict[str, Any]:
+    """A layer's entry in either metadata file."""
+    return {"layer": layer.layer, "type": layer.type, "shape": [layer.m, layer.n], "file": file, **more}
+
+
+def metadata_dict(metadata: BasisMetadata | MasksMetadata) -> dict[str, Any]:
+    """What is written to metadata.json, format and version first."""
+    values = asdict(metadata)
+    return {"format": values.pop("format"), "version": values.pop("version"), **values}
+
+
+def _read_metadata(directory: Path, expected: str, kind: str, phase: str) -> dict[str, Any]:
+    path = directory / "metadata.json"
+    if not path.is_file():
+        raise ArtifactError(f"no {kind} in {directory} (no metadata.json there): run {phase} first, or give its "
+                            f"directory with --{'basis' if kind == 'basis' else 'masks'}_dir")
+    values = read_json(path)
+    if not isinstance(values, dict) or values.get("format") != expected or values.get("version") != VERSION:
+        found = (values.get("format"), values.get("version")) if isinstance(values, dict) else type(values).__name__
+        raise ArtifactError(f"{path} is {found}, not {(expected, VERSION)}: it was written by another program or version")
+    return values
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); run the phase that wrote it again") from error
+
+
+def _check_model(directory: Path, metadata: BasisMetadata | MasksMetadata, fingerprint: str | None, name: str,
+                 kind: str, phase: str) -> None:
+    if fingerprint is not None and metadata.model_fingerprint != fingerprint:
+        raise ArtifactError(
+            f"the {kind} in {directory} belong to the model {metadata.model_name} ({metadata.model_fingerprint}), "
+            f"not to {name} ({fingerprint}): give that model, or run {phase} on this one"
+        )
+
+
+def _check_layers(directory: Path, entries: Mapping[str, Mapping[str, Any]], layers: Iterable[TargetLayer],
+                  model_name: str, kind: str, phase: str) -> None:
+    for layer in layers:
+        entry = entries.get(layer.name)
+        if entry is None:
+            raise ArtifactError(f"the {kind} in {directory} has no layer {layer.name}: it was made for "
+                                f"{_summary(entries)}; run {phase} with the layers wanted now")
+        if list(entry["shape"]) != [layer.m, layer.n]:
+            raise ArtifactError(f"the {kind} in {directory} has {layer.name} as {entry['shape']}, but {model_name} has "
+                                f"{[layer.m, layer.n]}: it belongs to another model")
+
+
+def _summary(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    types = sorted({e["type"] for e in entries.values()})
+    blocks = sorted({e["layer"] for e in entries.values()})
+    return f"{', '.join(types)} of blocks {blocks[0]}-{blocks[-1]}" if entries else "no layers"
+
+
+# ---------------------------------------------------------------- run directories
+
+
+def newest(output_dir: str | Path, phase: str) -> Path | None:
+    """The newest finished run of ``phase`` ('phase1') under ``output_dir``."""
+    finished = [p for p in Path(output_dir).glob("*/finished.json") if _phase_of(p.parent) == phase]
+    return max(finished, key=lambda p: p.stat().st_mtime).parent if finished else None
+
+
+def _phase_of(run: Path) -> str | None:
+    try:
+        return json.loads((run / "config.json").read_text()).get("phase")
+    except (OSError, json.JSONDecodeError, AttributeError):
+        return None
+
+
+def find_artifact(given: str | None, kind: str, output_dir: str | Path) -> Path:
+    """Where the 'basis' or 'masks' lie: ``given``, or the newest finished run's.
+
+    Takes the artefact's directory, its run directory, and the original project's spelling
+    (phase1_…/checkpoints/basis). Raises ArtifactError with the cure where there is none.
+    """
+    phase = {"basis": "phase1", "masks": "phase2"}[kind]
+    if given is None:
+        run = newest(output_dir, phase)
+        if run is None:
+            raise ArtifactError(f"no finished {phase} under {output_dir}: run launch/{phase}.py first, or give "
+                                f"--{kind}_dir")
+        return run / kind
+    path = Path(given)
+    original = Path(re.sub(rf"/checkpoints/({kind})/?$", r"/\1", str(path)))
+    for candidate in (path, original, path / kind):
+        if (candidate / "metadata.json").is_file():
+            return candidate
+    raise ArtifactError(f"no {kind} in {given} (no metadata.json there): run launch/{phase}.py first, or check --{kind}_dir")

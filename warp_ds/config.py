@@ -1,0 +1,343 @@
+"""Every flag of every phase, with its default: one dataclass a phase, parsed by transformers' HfArgumentParser.
+
+Flags come from the command line or a YAML file (``--config``); the command line wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+LAYER_TYPES = ("ffn_down", "ffn_up", "ffn_gate", "attn_q", "attn_k", "attn_v", "attn_o")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class ConfigError(ValueError):
+    """A flag that cannot be used, with the cause and the cure."""
+
+
+def _flag(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class RunArguments:
+    """What every phase takes."""
+
+    model_name: str = _flag("meta-llama/Meta-Llama-3-8B-Instruct", "hub name or local directory of a causal LM")
+    dtype: str = _flag("bfloat16", "bfloat16, float16 or float32", choices=list(DTYPES))
+    device: str = _flag("auto", "cuda, cpu, or auto: cuda where there is one")
+    batch_size: int = _flag(4, "micro-batch per rank, in samples")
+    max_length: int = _flag(512, "longest prompt and response, in tokens")
+    deepspeed: str | None = _flag(None, "DeepSpeed ZeRO-3 JSON file; a plain one for the device where not given")
+    output_dir: str = _flag("checkpoints", "where run directories are made")
+    log_dir: str = _flag("logs", "where log files are written")
+    run_name: str | None = _flag(None, "name of the run directory; else phase and time, or Slurm job id")
+    resume: str = _flag("auto", "auto (newest unfinished run of the same settings), never, or a run directory")
+    seed: int = _flag(42, "seed of everything random")
+    debug: bool = _flag(False, "5 samples, one layer, verbose, checks on")
+    gradient_checkpointing: bool = _flag(False, "recompute activations in backward: less memory, more time")
+    timeout: int = _flag(1800, "seconds after which a rank that waits for another gives up")
+    local_rank: int = _flag(-1, "set by the deepspeed launcher; ignored")
+
+    def check(self) -> None:
+        """ConfigError for values that no run can use; reads nothing but the flags and the output directory."""
+        _at_least(self, "batch_size", 1)
+        _at_least(self, "max_length", 2)
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"--device is auto, cuda or cpu, not {self.device!r} (ranks pick their own GPU)")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda, but torch sees no GPU here; use --device cpu or check the driver")
+        for name in ("output_dir", "log_dir"):
+            _check_writable(name, getattr(self, name))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def resolved_device(self) -> str:
+        """'cuda' or 'cpu'."""
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+
+
+@dataclass
+class LayerArguments:
+    """Which layers are rotated."""
+
+    target_layers: str = _flag("all", "all, early, middle, late (thirds), last, one number, or a range such as 0-5")
+    layer_type: str = _flag("ffn_down", f"comma-separated list of {', '.join(LAYER_TYPES)}")
+
+
+@dataclass
+class ColumnArguments:
+    """How a data set's rows are read."""
+
+    prompt_column: str | None = _flag(None, "column of the prompts; guessed from common names where not given")
+    response_column: str | None = _flag(None, "column of the responses; guessed where not given")
+
+
+@dataclass
+class SafetyDataArguments(ColumnArguments):
+    safety_data: str = _flag("LibrAI/do-not-answer", "hub name or json, jsonl, csv, parquet file of safety samples")
+    safety_split: str = _flag("train", "split of a hub data set")
+    safety_samples: int = _flag(100, "how many of them, in order; 0 = all")
+    refusal_file: str | None = _flag(None, "refusals, one a line, for safety prompts without responses")
+
+
+@dataclass
+class UtilityDataArguments(ColumnArguments):
+    utility_data: str = _flag("openai/gsm8k", "hub name or json, jsonl, csv, parquet file of the task")
+    utility_split: str = _flag("train", "split of a hub data set")
+    utility_samples: int = _flag(1000, "how many of them, in order; 0 = all")
+
+
+@dataclass
+class TrainingFlags:
+    """The flags of phases 0 and 3 that are this project's own; every other TrainingArguments flag passes through."""
+
+    epochs: float = _flag(3.0, "passes over the training set")
+    learning_rate: float = _flag(5e-5, "peak learning rate of AdamW")
+    global_batch_size: int = _flag(8, "samples per optimizer step over all ranks, whatever their number")
+    save_minutes: float = _flag(15.0, "minutes between checkpoints; 0 = none but those of TrainingArguments")
+
+
+@dataclass
+class SafetyTuningArguments(TrainingFlags, SafetyDataArguments, RunArguments):
+    """Phase 0."""
+
+    def check(self) -> None:
+        super().check()
+        _check_training(self)
+        _at_least(self, "safety_samples", 0)
+
+
+@dataclass
+class BasisArguments(SafetyDataArguments, LayerArguments, RunArguments):
+    """Phase 1."""
+
+    token_scope: str = _flag("all", "tokens that count: all, response, prompt", choices=["all", "response", "prompt"])
+    basis: str = _flag(
+        "activation",
+        "activation, identity, weight (right singular vectors of W) or random",
+        choices=["activation", "identity", "weight", "random"],
+    )
+    energy: float = _flag(1.0, "keep the leading directions that hold this share of the eigenvalues' sum")
+    max_rank: int = _flag(0, "keep at most this many directions; 0 = no limit")
+    collect: str = _flag("auto", "auto, walk (layer by layer) or hooks (all layers at once)",
+                         choices=["auto", "walk", "hooks"])
+    svd_placement: str = _flag("auto", "where bases are decomposed: auto, balanced (over ranks) or rank0",
+                               choices=["auto", "balanced", "rank0"])
+
+    def check(self) -> None:
+        super().check()
+        _at_least(self, "safety_samples", 0)
+        _at_least(self, "max_rank", 0)
+        parse_layer_types(self.layer_type)
+        if not 0.0 < self.energy <= 1.0:
+            raise ConfigError(f"--energy is a share above 0 and at most 1, not {self.energy}")
+
+
+@dataclass
+class ImportanceArguments(SafetyDataArguments, LayerArguments, RunArguments):
+    """Phase 2."""
+
+    safety_samples: int = _flag(50, "how many safety samples, in order; 0 = all")
+    basis_dir: str | None = _flag(None, "basis of phase 1; the newest finished one under --output_dir if not given")
+    basis: str = _flag("auto", "auto (what --basis_dir holds) or identity (needs no basis files)",
+                       choices=["auto", "identity"])
+    importance_batch_size: int = _flag(4, "samples whose mean loss gives one gradient, over the whole job")
+    keep_ratio: float = _flag(0.1, "share of the coefficients to freeze")
+    mask_scope: str = _flag("layer", "layer: the same share in each; global: one threshold for all",
+                            choices=["layer", "global"])
+    mask_unit: str = _flag("entry", "what is frozen together: entry, column or row",
+                           choices=["entry", "column", "row"])
+    score: str = _flag("importance", "importance, singular_value or random",
+                       choices=["importance", "singular_value", "random"])
+
+    def check(self) -> None:
+        super().check()
+        _at_least(self, "safety_samples", 0)
+        _at_least(self, "importance_batch_size", 1)
+        parse_layer_types(self.layer_type)
+        check_keep_ratio(self.keep_ratio)
+
+
+@dataclass
+class TrainArguments(TrainingFlags, UtilityDataArguments, RunArguments):
+    """Phase 3."""
+
+    batch_size: int = _flag(2, "micro-batch per rank, in samples")
+    basis_dir: str | None = _flag(None, "basis of phase 1; the one that the masks were made with if not given")
+    masks_dir: str | None = _flag(None, "masks of phase 2; the newest finished ones under --output_dir; none = no mask")
+    train_scope: str = _flag("warp", "warp: the masked layers alone; all: every parameter", choices=["warp", "all"])
+
+    def check(self) -> None:
+        super().check()
+        _check_training(self)
+        _at_least(self, "utility_samples", 0)
+
+
+@dataclass
+class EvaluateArguments(RunArguments):
+    """Evaluation."""
+
+    suite: str = _flag("refusal,over_refusal,gsm8k,loss", "comma-separated list of measurements")
+    harmful_data: str = _flag("LibrAI/do-not-answer", "prompts that should be refused")
+    harmful_samples: int = _flag(100, "how many of them; 0 = all")
+    harmless_data: str | None = _flag(None, "prompts that should be answered (over_refusal)")
+    harmless_samples: int = _flag(100, "how many of them; 0 = all")
+    utility_data: str = _flag("openai/gsm8k", "task items with answers ending in #### N (gsm8k, loss)")
+    utility_split: str = _flag("test", "split of a hub data set")
+    utility_samples: int = _flag(100, "how many of them; 0 = all")
+    prompt_column: str | None = _flag(None, "column of the prompts; guessed where not given")
+    response_column: str | None = _flag(None, "column of the responses; guessed where not given")
+    max_new_tokens: int = _flag(256, "longest generated answer, in tokens")
+
+    def check(self) -> None:
+        super().check()
+        _at_least(self, "max_new_tokens", 1)
+
+
+Arguments = TypeVar("Arguments", bound=RunArguments)
+#: Flags that do not change what a run computes: two runs that differ in these alone may resume one another.
+NOT_IDENTITY = ("output_dir", "log_dir", "run_name", "resume", "debug", "device", "timeout", "local_rank", "deepspeed",
+                "save_minutes")
+
+
+def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:
+    """The flags of one phase; unknown ones end the program with argparse's message."""
+    parser = HfArgumentParser(kind, allow_abbrev=False)
+    (arguments,) = parser.parse_args_into_dataclasses(args=_with_config_file(argv), look_for_args_file=False)
+    return arguments
+
+
+def parse_training(kind: type[Arguments], argv: list[str] | None = None) -> tuple[Arguments, dict[str, Any]]:
+    """The flags of phase 0 or 3, and what else of transformers' TrainingArguments was given (name -> value)."""
+    argv = _with_config_file(argv)
+    parser = HfArgumentParser(kind, allow_abbrev=False)
+    arguments, rest = parser.parse_args_into_dataclasses(
+        args=argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if not rest:
+        return arguments, {}
+    passed = HfArgumentParser(TrainingArguments, allow_abbrev=False)
+    for action in passed._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    given = vars(passed.parse_args(rest))
+    for name in given:
+        if hasattr(arguments, name) or name in _REPLACED:
+            raise ConfigError(f"--{name} is set by this project: use {_REPLACED.get(name, '--' + name)}")
+    return arguments, given
+
+
+_REPLACED = {
+    "num_train_epochs": "--epochs",
+    "per_device_train_batch_size": "--batch_size",
+    "gradient_accumulation_steps": "--global_batch_size",
+    "resume_from_checkpoint": "--resume",
+    "bf16": "--dtype bfloat16",
+    "fp16": "--dtype float16",
+    "use_cpu": "--device cpu",
+    "optim": "the optimizer section of the DeepSpeed configuration",
+}
+
+
+def _with_config_file(argv: list[str] | None) -> list[str]:
+    """Puts the flags of ``--config FILE`` (YAML mapping of names to values) before the others."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--config" not in argv:
+        return argv
+    at = argv.index("--config")
+    if at + 1 == len(argv):
+        raise ConfigError("--config needs the path of a YAML file")
+    path = Path(argv[at + 1])
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path} must be a mapping of flag names to values, such as 'keep_ratio: 0.1'")
+    flags: list[str] = []
+    for name, value in values.items():
+        flags.append(f"--{name}")
+        flags += [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return flags + argv[:at] + argv[at + 2 :]
+
+
+def parse_layer_types(text: str) -> list[str]:
+    """'ffn_down,attn_q' -> ['ffn_down', 'attn_q'], in the order of LAYER_TYPES; ConfigError for an unknown one."""
+    given = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [part for part in given if part not in LAYER_TYPES]
+    if unknown or not given:
+        raise ConfigError(f"--layer_type {text!r}: choose from {', '.join(LAYER_TYPES)}")
+    return [kind for kind in LAYER_TYPES if kind in given]
+
+
+def parse_target_layers(text: str, depth: int) -> range:
+    """The blocks that ``--target_layers`` names in a model of ``depth`` blocks, as a range.
+
+    Thirds of 32 are 0-10, 11-21, 22-31, as in the original. ConfigError for anything outside the model.
+    """
+    cut = -(-depth // 3)
+    named = {
+        "all": range(depth),
+        "early": range(0, cut),
+        "middle": range(cut, min(2 * cut, depth)),
+        "late": range(min(2 * cut, depth), depth),
+        "last": range(depth - 1, depth),
+    }
+    if text in named:
+        found = named[text]
+    else:
+        first, _, last = text.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or text.endswith("-"):
+            raise ConfigError(f"--target_layers {text!r}: use {', '.join(named)}, a number or a range such as 0-5")
+        found = range(int(first), int(last or first) + 1)
+    if not found or found.stop > depth:
+        raise ConfigError(f"--target_layers {text!r} names no layers of this model: it has 0-{depth - 1}")
+    return found
+
+
+def check_keep_ratio(keep_ratio: float) -> None:
+    if not 0.0 <= keep_ratio <= 1.0:
+        raise ConfigError(f"--keep_ratio is the share of coefficients to freeze, from 0 to 1, not {keep_ratio}")
+
+
+def identity_settings(arguments: RunArguments) -> dict[str, Any]:
+    """The flags that decide what a run computes."""
+    return {k: v for k, v in dataclasses.asdict(arguments).items() if k not in NOT_IDENTITY}
+
+
+def _at_least(arguments: RunArguments, name: str, least: int) -> None:
+    if getattr(arguments, name) < least:
+        raise ConfigError(f"--{name} must be at least {least}, not {getattr(arguments, name)}")
+
+
+def _check_training(arguments: Any) -> None:
+    _at_least(arguments, "global_batch_size", 1)
+    for name in ("epochs", "learning_rate"):
+        if not getattr(arguments, name) > 0:
+            raise ConfigError(f"--{name} must be above 0, not {getattr(arguments, name)}")
+
+
+def _check_writable(name: str, directory: str) -> None:
+    import tempfile
+
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--{name} {directory} cannot be written: {error.strerror or error}") from error
+
+
+TokenScope = Literal["all", "response", "prompt"]

@@ -1,0 +1,1 @@
+"""Data sets, prompt formats, collation, and the demo's generated text."""

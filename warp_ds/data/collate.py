@@ -1,0 +1,150 @@
+"""Batches: padding, the EMPTY sample, and global batches that are the same on any world size.
+
+A global batch of `global_batch_size` samples is cut into micro-batches of `micro_batch_size` slots, dealt to the ranks
+in turn. Where the samples do not fill the slots, EMPTY fills them: a sample with nothing to learn, which adds neither
+to the loss nor to its token count. So every rank runs the same number of micro-batches (no collective waits for one
+that never comes), and no sample is repeated or dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from warp_ds.data.formats import IGNORE, Sample
+
+EMPTY = -1
+"""The index of the EMPTY sample in a `GlobalBatchSampler`'s batches and in `WithEmpty`."""
+
+
+def empty_sample(eos_token_id: int) -> Sample:
+    """One end-of-text token, seen by attention (an all-masked row gives nan in some kernels), without a label."""
+    return {"input_ids": [eos_token_id], "attention_mask": [1], "labels": [IGNORE]}
+
+
+def pad_batch(samples: Sequence[Any], pad_token_id: int, side: str = "right") -> dict[str, torch.Tensor]:
+    """Pads samples to the longest: LongTensors `input_ids`, `attention_mask` and `labels`, each [batch, tokens].
+
+    Samples without `labels` (prompts) give a batch whose labels are all -100.
+    """
+    if side not in ("left", "right"):
+        raise ValueError(f"side must be 'left' or 'right', not {side!r}")
+    if not samples:
+        raise ValueError("a batch needs at least one sample")
+    length = max(len(sample["input_ids"]) for sample in samples)
+    fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE}
+    batch = {key: torch.full((len(samples), length), value, dtype=torch.long) for key, value in fill.items()}
+    for i, sample in enumerate(samples):
+        n = len(sample["input_ids"])
+        where = slice(0, n) if side == "right" else slice(length - n, length)
+        batch["input_ids"][i, where] = torch.as_tensor(sample["input_ids"], dtype=torch.long)
+        batch["attention_mask"][i, where] = torch.as_tensor(sample.get("attention_mask", [1] * n), dtype=torch.long)
+        if "labels" in sample:
+            batch["labels"][i, where] = torch.as_tensor(sample["labels"], dtype=torch.long)
+    return batch
+
+
+class WithEmpty(Dataset[Any]):
+    """A map-style data set whose item `EMPTY` is the given EMPTY sample; all other items are the data set's own."""
+
+    def __init__(self, samples: Any, empty: Any) -> None:
+        self.samples = samples
+        self.empty = empty
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        if index == EMPTY:
+            return self.empty
+        if not 0 <= index < len(self.samples):
+            raise IndexError(f"no sample {index} in a data set of {len(self.samples)}")
+        return self.samples[index]
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """Batch sampler of the whole job: micro-batch i of an epoch belongs to rank i % world_size.
+
+    That is how `accelerate` deals batches (`split_batches=False`); `rank_batches` deals them without it. Every global
+    batch is `accumulation_steps * world_size` micro-batches of exactly `micro_batch_size` slots; the k-th sample of a
+    global batch is in the same place of the epoch on any world size. Samples fill micro-batches in order and EMPTY
+    fills what is left. The last global batch of an epoch may be short of samples, never of slots.
+
+    `len()` is the number of micro-batches of an epoch over all ranks, `len() / world_size / accumulation_steps` the
+    number of optimizer steps. The order of an epoch is a function of (seed, epoch) alone, so a job resumes by
+    `set_epoch` and skipping batches.
+    """
+
+    drop_last = False
+
+    def __init__(
+        self,
+        num_samples: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        world_size: int = 1,
+        shuffle: bool = False,
+        seed: int = 42,
+    ) -> None:
+        numbers = {
+            "number of samples": num_samples,
+            "global batch size": global_batch_size,
+            "batch size": micro_batch_size,
+            "world size": world_size,
+        }
+        for name, value in numbers.items():
+            if value < 1:
+                raise ValueError(f"the {name} is {value}: it must be at least 1")
+        self.num_samples = num_samples
+        self.global_batch_size = global_batch_size
+        self.batch_size = micro_batch_size  # the name under which accelerate and transformers look for it
+        self.world_size = world_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches that each rank runs per optimizer step."""
+        return -(-self.global_batch_size // (self.batch_size * self.world_size))
+
+    @property
+    def steps(self) -> int:
+        """Global batches (optimizer steps) per epoch."""
+        return -(-self.num_samples // self.global_batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the coming epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation_steps * self.world_size
+
+    def order(self) -> list[int]:
+        """The sample indices of this epoch, in the order of the global batches."""
+        if not self.shuffle:
+            return list(range(self.num_samples))
+        # One integer from the pair, so that (seed, epoch) and (seed + 1, epoch - 1) do not share an order.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        return list(torch.randperm(self.num_samples, generator=generator).tolist())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.order()
+        micro = self.batch_size
+        slots = self.accumulation_steps * self.world_size * micro
+        for start in range(0, self.num_samples, self.global_batch_size):
+            batch = order[start : start + self.global_batch_size]
+            batch += [EMPTY] * (slots - len(batch))
+            for first in range(0, slots, micro):
+                yield batch[first : first + micro]
+
+    def rank_batches(self, rank: int) -> Iterator[list[int]]:
+        """This rank's micro-batches of the epoch, in order."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"no rank {rank} in a world of {self.world_size}")
+        for i, batch in enumerate(self):
+            if i % self.world_size == rank:
+                yield batch

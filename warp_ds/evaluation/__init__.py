@@ -1,0 +1,1 @@
+"""Verdicts on answers, utility metrics, and generation on any number of ranks."""

@@ -1,0 +1,1 @@
+"""The mathematics of weight-space rotation on plain tensors: no process groups, no DeepSpeed."""

@@ -1,0 +1,113 @@
+"""The complete orthonormal basis that a stored U stands for, and how to apply it cheaply.
+
+A stored U [n, r] means the n columns [U, U⊥]: the complement U⊥ is what the Householder reflectors of U give
+(the last n - r columns of Q in LAPACK's ``geqrf`` of U), so that every reader rotates into the same coordinates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Rotation:
+    """Maps weights W [k, n] to rotated coefficients C = W U and back, U complete (n x n, orthonormal).
+
+    Stored dense, or, where that takes fewer products (2 r < n), as r Householder reflectors in compact WY form,
+    Q = I - V T Vᵀ (Schreiber and Van Loan, 1989): 4 k n r operations instead of 2 k n². ``identity`` rotates nothing.
+    """
+
+    def __init__(self, columns: Tensor | None, n: int, dtype: torch.dtype = torch.float32):
+        """``columns`` is U [n, r], any float dtype, r <= n; None stands for the identity.
+
+        Raises ValueError where U has the wrong shape or its columns are not orthonormal to 1e-3.
+        """
+        self.n = n
+        self.matrix: Tensor | None = None
+        self.reflectors: tuple[Tensor, Tensor, Tensor] | None = None
+        if columns is None:
+            return
+        if columns.ndim != 2 or columns.shape[0] != n or columns.shape[1] > n:
+            raise ValueError(f"a basis of a layer with {n} inputs is [{n}, r <= {n}], not {tuple(columns.shape)}")
+        r = columns.shape[1]
+        if r == n:
+            _check_orthonormal(columns)
+            self.matrix = columns.to(dtype)
+            return
+        v, t, signs = householder_wy(columns)
+        if 2 * r < n:
+            self.reflectors = (v.to(dtype), (v @ t.T).to(dtype), signs.to(dtype))
+        else:
+            q = torch.eye(n, dtype=torch.float64, device=columns.device) - v @ t @ v.T
+            self.matrix = torch.cat([columns.double(), q[:, r:]], dim=1).to(dtype)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.matrix is None and self.reflectors is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored form holds."""
+        tensors = [self.matrix] if self.matrix is not None else list(self.reflectors or ())
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def flops(self, rows: int) -> int:
+        """Floating-point operations of one rotation of ``rows`` rows."""
+        if self.matrix is not None:
+            return 2 * rows * self.n * self.n
+        return 4 * rows * self.n * self.reflectors[0].shape[1] if self.reflectors is not None else 0
+
+    def rotate(self, w: Tensor) -> Tensor:
+        """C = W U for W [k, n]; new tensor [k, n] (W itself for the identity)."""
+        if self.matrix is not None:
+            return w @ self.matrix
+        if self.reflectors is None:
+            return w
+        v, y, signs = self.reflectors  # Q = I - V Yᵀ with Y = V Tᵀ
+        c = torch.addmm(w, w @ v, y.T, alpha=-1.0)
+        c[:, : signs.numel()] *= signs
+        return c
+
+    def unrotate(self, c: Tensor) -> Tensor:
+        """W = C Uᵀ for C [k, n]; new tensor [k, n] (C itself for the identity)."""
+        if self.matrix is not None:
+            return c @ self.matrix.T
+        if self.reflectors is None:
+            return c
+        v, y, signs = self.reflectors
+        signed = c.clone()
+        signed[:, : signs.numel()] *= signs
+        return signed.addmm_(signed @ y, v.T, alpha=-1.0)
+
+    def to(self, device: torch.device | str) -> Rotation:
+        """The same rotation with its tensors on ``device``."""
+        moved = Rotation(None, self.n)
+        moved.matrix = None if self.matrix is None else self.matrix.to(device)
+        if self.reflectors is not None:
+            v, y, signs = (t.to(device) for t in self.reflectors)
+            moved.reflectors = (v, y, signs)
+        return moved
+
+
+def householder_wy(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """V [n, r], T [r, r] and signs [r] in fp64 with Q = I - V T Vᵀ orthonormal and Q[:, :r] * signs = U.
+
+    Raises ValueError where the columns of U are not orthonormal to 1e-3.
+    """
+    _check_orthonormal(columns)
+    factored, tau = torch.geqrf(columns.double())
+    signs = torch.sign(torch.diagonal(factored)).clone()
+    v = torch.tril(factored, diagonal=-1) + torch.eye(*factored.shape, dtype=torch.float64, device=columns.device)
+    # LAPACK writes tau = 0 for a column that needs no reflection: no reflector at all.
+    skipped = tau == 0
+    v[:, skipped] = 0.0
+    inverse = torch.triu(v.T @ v, diagonal=1) + torch.diag(torch.where(skipped, torch.ones_like(tau), 1.0 / tau))
+    eye = torch.eye(tau.numel(), dtype=torch.float64, device=columns.device)
+    return v, torch.linalg.solve_triangular(inverse, eye, upper=True), signs
+
+
+def _check_orthonormal(columns: Tensor) -> None:
+    gram = columns.float().T @ columns.float()
+    error = (gram - torch.eye(gram.shape[0], device=gram.device)).abs().max().item() if gram.numel() else 0.0
+    if not error <= 1e-3:
+        raise ValueError(f"the stored basis is not orthonormal (largest error {error:.1e}); run phase 1 again")

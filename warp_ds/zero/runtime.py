@@ -1,0 +1,200 @@
+"""The process group and the few collectives that the phases need; everything works in one process without a launcher."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Iterator, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from warp_ds.config import ConfigError, RunArguments
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def init_distributed(device: str, timeout_seconds: int = 1800) -> None:
+    """Joins the process group of the launcher (deepspeed, torchrun, accelerate, srun), or makes one of one process.
+
+    ``device`` is 'cuda' or 'cpu'. Calling it again does nothing. Raises ConfigError where DeepSpeed cannot run here.
+    """
+    if dist.is_initialized():
+        return
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _check_compiler()
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        os.environ.update(_from_slurm() or {**defaults, "MASTER_PORT": str(_free_port())})
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    import deepspeed
+
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+def _from_slurm() -> dict[str, str] | None:
+    """Rank, world size and address inside an srun task; None elsewhere. The batch shell itself is no task."""
+    env = os.environ
+    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env or "SLURM_NTASKS" not in env:
+        return None
+    if "MASTER_ADDR" not in env and int(env["SLURM_NTASKS"]) > 1:
+        raise ConfigError("inside srun, but MASTER_ADDR is not set: the templates in slurm/ set it; so must yours")
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_NTASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "MASTER_ADDR": env.get("MASTER_ADDR", "127.0.0.1"),
+        "MASTER_PORT": env.get("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 12000)),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _check_compiler() -> None:
+    """Without a C++ compiler DeepSpeed's shared-memory collective cannot be built: run without it, on plain gloo."""
+    if not shutil.which(os.environ.get("CXX", "c++")) or not shutil.which("ninja"):
+        from warp_ds.zero.deepspeed_internals import disable_shm_collective
+
+        disable_shm_collective()
+        logger.warning("no C++ compiler or no ninja found: collectives between ranks of this machine will be slower; "
+                       "install g++ and ninja (apt-get install g++ ninja-build) to speed them up")
+
+
+def shutdown() -> None:
+    """Ends the process group; without the barrier finished runs sometimes abort at exit."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def barrier() -> None:
+    """Waits for every rank (an all-reduce: gloo's own barrier has a fixed timeout)."""
+    if world_size() > 1:
+        all_reduce_sum(torch.zeros(1, device=collective_device()))
+
+
+def collective_device() -> torch.device:
+    """Where tensors must lie for collectives."""
+    return torch.device("cuda", torch.cuda.current_device()) if _nccl() else torch.device("cpu")
+
+
+def _nccl() -> bool:
+    return dist.is_initialized() and dist.get_backend() == "nccl"
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sums ``tensor`` over ranks in place; returns it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_object(value: T) -> list[T]:
+    """Every rank's (small) value, in rank order, on every rank. Values come from our own ranks only."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """Rank ``source``'s value on every rank."""
+    return all_gather_object(value if rank() == source else None)[source]  # type: ignore[return-value]
+
+
+class OtherRankError(RuntimeError):
+    """Another rank failed; its message is repeated here, so that no rank waits for it."""
+
+
+@contextmanager
+def on_every_rank_or_none(what: str) -> Iterator[None]:
+    """A block that some ranks may fail: all leave it together, each with its own error or that of the first rank.
+
+    The block must hold no collective.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except Exception as caught:  # noqa: BLE001
+        error = caught
+    messages = all_gather_object(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = [(r, m) for r, m in enumerate(messages) if m is not None]
+    if failed:
+        raise OtherRankError(f"{what} failed on rank {failed[0][0]}: {failed[0][1]}")
+
+
+def on_rank_0(function: Callable[[], T], what: str) -> T:
+    """Runs ``function`` on rank 0 alone; its result, or its failure, is every rank's."""
+    result: T | None = None
+    with on_every_rank_or_none(what):
+        if rank() == 0:
+            result = function()
+    return broadcast_object(result)  # type: ignore[return-value]
+
+
+def zero3_config(arguments: RunArguments) -> dict[str, Any]:
+    """The DeepSpeed configuration: the file given with --deepspeed, or a plain ZeRO-3 one; dtype from --dtype.
+
+    Raises ConfigError where the file is missing, is no JSON, or asks for another ZeRO stage or dtype.
+    """
+    if arguments.deepspeed is None:
+        config: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+    else:
+        try:
+            config = json.loads(Path(arguments.deepspeed).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ConfigError(f"--deepspeed {arguments.deepspeed} cannot be read as JSON: {error}") from error
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage != 3:
+        raise ConfigError(f"--deepspeed {arguments.deepspeed} asks for ZeRO stage {stage}; the phases run on stage 3 "
+                          "(the WarpCallback also works without DeepSpeed)")
+    enabled = [kind for kind in ("bf16", "fp16") if _enabled(config.get(kind, {}))]
+    wanted = {"bfloat16": ["bf16"], "float16": ["fp16"], "float32": []}[arguments.dtype]
+    if enabled and enabled != wanted:
+        raise ConfigError(f"--deepspeed {arguments.deepspeed} enables {' and '.join(enabled)}, but --dtype is "
+                          f"{arguments.dtype}: change one of them")
+    for kind in ("bf16", "fp16"):
+        config[kind] = {**config.get(kind, {}), "enabled": kind in wanted}
+    if wanted == ["fp16"] and arguments.resolved_device == "cpu":
+        raise ConfigError("--dtype float16 needs a GPU: DeepSpeed refuses it on CPUs; use bfloat16 or float32")
+    return config
+
+
+def _enabled(section: dict[str, Any]) -> bool:
+    return section.get("enabled", False) is True
