@@ -1,9 +1,26 @@
-"""Every private name of DeepSpeed that this project uses. Checked on deepspeed 0.19.8.
+"""Every private name of DeepSpeed that the masked step uses, in one place. Checked on deepspeed 0.19.8.
 
-``tests/test_deepspeed_internals.py`` fails loudly when one of them changes.
+``tests/test_deepspeed_internals.py`` fails loudly when one of them changes. All of them are of
+``runtime/zero/stage3.py``, ``DeepSpeedZeroOptimizer_Stage3`` ("the ZeRO-3 optimizer"), unless said otherwise.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+#: The steps of ``DeepSpeedZeroOptimizer_Stage3.step`` that the masked step stands between.
+HOOKED = (
+    "_get_norm_groups",  # after the overflow check, before the gradient norm
+    "_optimizer_step",  # one sub-group: gradients unscaled and clipped, master and states resident
+    "_reassign_or_swap_out_partitioned_parameters",  # one sub-group: master cast into the 16-bit partitions
+    "state_dict",
+    "load_state_dict",
+    "refresh_fp32_params",  # masters made anew from the 16-bit partitions (load_module_only)
+)
+OPTIMIZER_STATE, MASTERS = "optimizer_state_dict", "fp32_flat_groups"
 
 
 def disable_shm_collective() -> None:
@@ -11,3 +28,97 @@ def disable_shm_collective() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class UnsupportedSetting(ValueError):
+    """A DeepSpeed setting or optimizer under which the masked step would not be exact; refused before the first step."""
+
+
+def refuse_unsupported(optimizer: Any) -> None:
+    """UnsupportedSetting, by name, unless ``optimizer`` is a ZeRO-3 optimizer whose step can be masked exactly."""
+    name = type(optimizer).__name__
+    if name != "DeepSpeedZeroOptimizer_Stage3":
+        known = {
+            "DeepSpeedZeroOptimizer": "ZeRO stage 1 or 2",
+            "BF16_Optimizer": "bf16 without ZeRO",
+            "FP16_Optimizer": "fp16 without ZeRO",
+            "MiCS_Optimizer": "MiCS (mics_shard_size)",
+            "SuperOffloadOptimizer_Stage3": "SuperOffload",
+        }
+        raise UnsupportedSetting(
+            f"the masked step runs on ZeRO stage 3, not on {known.get(name, name)}: set zero_optimization.stage to 3 "
+            "(and leave mics_shard_size out)"
+        )
+    refused = {
+        "ZenFlow (zero_optimization.zenflow)": getattr(optimizer, "zenflow", False),
+        "Muon": getattr(optimizer, "use_muon", False),
+        "hpZ (zero_hpz_partition_size)": getattr(optimizer, "zero_hpz_partition_size", 1) > 1,
+        "ZeRO++ quantized weights or gradients (zero_quantized_weights, zero_quantized_gradients)": _quantized(optimizer),
+        "NVMe parameter offload (offload_param.device = nvme; use cpu, or nvme for the optimizer alone)": any(
+            flat is None for flat in optimizer.fp16_partitioned_groups_flat
+        ),
+        "model parallelism (mpu, tensor_parallel)": getattr(optimizer, "model_parallel_group", None) is not None,
+    }
+    for setting, on in refused.items():
+        if on:
+            raise UnsupportedSetting(f"the masked step does not support {setting}: turn it off")
+    for master, low in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True):
+        if str(master.dtype) != "torch.float32":
+            raise UnsupportedSetting("the masked step keeps rotated coefficients in fp32 master weights: turn off "
+                                     "bf16_master_weights_and_grads / fp16_master_weights_and_grads")
+        if master.numel() and master.data_ptr() == low.data_ptr():
+            raise UnsupportedSetting("the masked step needs master weights of their own, but torch_autocast shares "
+                                     "them with the model: use the bf16 or fp16 section instead")
+
+
+def _quantized(optimizer: Any) -> bool:
+    def on(param: Any) -> bool:
+        return getattr(param, "ds_quantized_weights", False) or hasattr(getattr(param, "ds_tensor", None), "ds_quant_scale")
+
+    return (
+        any(on(p) for group in optimizer.fp16_groups for p in group)
+        or getattr(optimizer.parameter_offload, "zero_quantized_weights", False)
+        or getattr(optimizer, "all2all_process_group", None) is not None
+    )
+
+
+def locate(optimizer: Any, param: nn.Parameter) -> tuple[int, int, int]:
+    """Sub-group, offset in its flat buffers and length (padding included) of ``param``'s local partition."""
+    sub_group, offset, length = optimizer.grad_position[optimizer.get_param_id(param)]
+    return int(sub_group), int(offset), int(length)
+
+
+def master(optimizer: Any, sub_group: int) -> Tensor:
+    """The flat fp32 master weights of a sub-group on this rank (resident inside the hooked steps)."""
+    return optimizer.fp32_partitioned_groups_flat[sub_group]
+
+
+def sub_group_count(optimizer: Any) -> int:
+    return len(optimizer.fp32_partitioned_groups_flat)
+
+
+def swaps_to_nvme(optimizer: Any) -> bool:
+    return bool(optimizer.swap_optimizer)
+
+
+def param_groups_of(optimizer: Any, sub_group: int) -> list[dict[str, Any]]:
+    """The hyperparameter groups that the step of a sub-group reads: the optimizer's and, under partial offload, the backup's."""
+    index = optimizer.sub_group_to_group_id[sub_group]
+    backup = getattr(optimizer, "backup_optimizer", None)
+    return [o.param_groups[index] for o in (optimizer.optimizer, backup) if o is not None]
+
+
+def state_index(optimizer: Any, sub_group: int) -> int:
+    """Index of a sub-group's state in the base optimizer's state_dict (``_set_fp32_optimizer_param_groups``)."""
+    ids = [optimizer.sub_group_to_group_id[i] for i in range(sub_group_count(optimizer))]
+    order = sorted(range(len(ids)), key=lambda i: (ids[i], i))
+    return order.index(sub_group)
+
+
+def wrap(optimizer: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+    """Replaces a method of this one ZeRO-3 optimizer by ``make(original)``; returns what undoes it."""
+    if name not in HOOKED:
+        raise KeyError(name)
+    original = getattr(optimizer, name)
+    setattr(optimizer, name, make(original))
+    return lambda: delattr(optimizer, name)

@@ -1,4 +1,4 @@
-"""The process group and the few collectives that the phases need; everything works in one process without a launcher."""
+"""The process group and the few collectives that the phases need; one process needs no launcher."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Iterator, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,8 @@ def init_distributed(device: str, timeout_seconds: int = 1800) -> None:
         os.environ.update(_from_slurm() or {**defaults, "MASTER_PORT": str(_free_port())})
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is retiring: one warning a call, thousands a run.
+    warnings.filterwarnings("ignore", message=r".*is deprecated. Please use `torch\.distributed", category=FutureWarning)
     import deepspeed
 
     deepspeed.init_distributed(

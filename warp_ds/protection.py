@@ -1,0 +1,195 @@
+"""The two lines for somebody's own training: ``warp_ds.protect`` for a loop, ``warp_ds.WarpCallback`` for a Trainer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from warp_ds.artifacts import (
+    ArtifactError,
+    BasisStore,
+    MaskStore,
+    TargetLayer,
+    find_artifact,
+    fingerprint_model,
+)
+from warp_ds.method.rotation import Rotation
+from warp_ds.zero import runtime
+from warp_ds.zero.masked_step import MaskedStep, ProtectedLayer, StepMetrics
+from warp_ds.zero.partition import RowPartition
+from warp_ds.zero.plain_step import PlainMaskedStep
+
+logger = logging.getLogger(__name__)
+
+
+class Protection(Protocol):
+    """What ``protect`` returns."""
+
+    masked_fraction: float
+
+    def metrics(self) -> StepMetrics:
+        """What the last optimizer step did; called on every rank."""
+
+    def release(self) -> None:
+        """Ends the protection: the optimizer is its own again; called on every rank."""
+
+
+def protect(engine: Any, basis_dir: str | Path | None, masks_dir: str | Path, *, model_dir: str | None = None) -> Protection:
+    """Freezes the rotated coefficients that ``masks_dir`` names in every further step of a DeepSpeed engine.
+
+    ``engine`` is what ``deepspeed.initialize`` returned, under ZeRO-3, before its first step. ``basis_dir`` may be
+    None for masks of the identity basis. ``model_dir`` is checked against the artefacts' fingerprints where given.
+    Called on every rank. Raises ArtifactError where the artefacts belong to another model, UnsupportedSetting
+    where the step would not be exact, ValueError where a checkpoint of another basis or of unprotected training
+    was loaded before.
+    """
+    return protect_optimizer(engine.module, engine.optimizer, basis_dir, masks_dir, model_dir=model_dir)
+
+
+def protect_optimizer(
+    model: nn.Module, optimizer: Any, basis_dir: str | Path | None, masks_dir: str | Path, *, model_dir: str | None = None
+) -> Protection:
+    """As ``protect``, for a model and its optimizer: DeepSpeed's ZeRO-3 optimizer, or a plain torch one."""
+    with runtime.on_every_rank_or_none("reading basis and masks"):
+        masks = MaskStore(find_artifact(str(masks_dir), "masks", "."))
+        basis = None if masks.metadata.basis == "identity" else BasisStore(_basis_of(masks, basis_dir))
+        fingerprint = _fingerprint(model, model_dir)
+        name = model_dir or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+        masks.check(basis, fingerprint, name)
+        if basis is not None:
+            basis.check(masks.layers, fingerprint, name)
+        params = _parameters(model, masks.layers, masks.directory)
+        mark = masks.fingerprint() + (basis.fingerprint() if basis is not None else "identity")
+    if not hasattr(optimizer, "fp16_groups") and not hasattr(next(iter(params.values())), "ds_id"):
+        # A plain torch optimizer, or one wrapped by accelerate.
+        return PlainMaskedStep(getattr(optimizer, "optimizer", optimizer), _layers(basis, masks, params, 1, 0))
+    return MaskedStep(optimizer, _layers(basis, masks, params, runtime.world_size(), runtime.rank()), mark)
+
+
+def _basis_of(masks: MaskStore, given: str | Path | None) -> Path:
+    if given is not None:
+        return find_artifact(str(given), "basis", ".")
+    recorded = masks.metadata.basis_dir
+    if recorded is None or not (Path(recorded) / "metadata.json").is_file():
+        raise ArtifactError(f"the masks in {masks.directory} were made with the basis in {recorded}, which is no longer "
+                            "there: give its directory with --basis_dir")
+    return Path(recorded)
+
+
+def _fingerprint(model: nn.Module, model_dir: str | None) -> str | None:
+    """Of the directory that the model was loaded from; None where that is unknown or no longer there."""
+    path = model_dir or getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not path or not (Path(path) / "config.json").is_file():
+        return None
+    return fingerprint_model(Path(path))
+
+
+def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> dict[str, nn.Parameter]:
+    """The weight of each masked layer, by the layer's name; wrappers' prefixes are looked through."""
+    by_name = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    found = {}
+    for layer in layers:
+        full = f"{layer.name}.weight"
+        matches = [name for name in by_name if name == full or name.endswith(f".{full}")]
+        if not matches:
+            raise ArtifactError(f"the masks in {source} freeze {layer.name}, which this model does not have: they belong "
+                                "to another model")
+        param = by_name[min(matches, key=len)]
+        shape = tuple(getattr(param, "ds_shape", param.shape))
+        if shape != (layer.m, layer.n):
+            raise ArtifactError(f"the masks in {source} have {layer.name} as {(layer.m, layer.n)}, but this model has "
+                                f"{shape}: they belong to another model")
+        if not param.requires_grad:
+            raise ArtifactError(f"{layer.name} does not train (requires_grad is off), so there is nothing to mask: let "
+                                "it train, or make masks without it")
+        found[layer.name] = param
+    return found
+
+
+def _layers(
+    basis: BasisStore | None, masks: MaskStore, params: dict[str, nn.Parameter], world_size: int, rank: int
+) -> list[ProtectedLayer]:
+    """This rank's share of every masked layer; layers with one basis share its tensors."""
+    layers, rotations = [], {}
+    with runtime.on_every_rank_or_none("reading basis and masks"):
+        for target in masks.layers:
+            param = params[target.name]
+            file = None if basis is None else basis.metadata.layers[target.name]["file"]
+            if file not in rotations:
+                rotation = Rotation(None, target.n) if basis is None else basis.rotation(target.name)
+                rotations[file] = rotation.to(_compute_device(param))
+            # The identity rotates layers of any width; a stored basis fits one.
+            partition = RowPartition(target.m, target.n, world_size, rank)
+            rows = partition.rows
+            cut = [masks.packed(target.name, row, row + 1) for row in partition.cut_rows]
+            whole = masks.packed(target.name, rows.start, rows.stop)
+            layers.append(ProtectedLayer(
+                target, param, rotations[file], partition, whole,
+                torch.cat(cut) if cut else whole.new_zeros(0, whole.shape[1]),
+                int(masks.metadata.layers[target.name]["frozen"]),
+            ))
+            layers[-1].whole_frozen = layers[-1].whole_frozen.to(_compute_device(param))
+    return layers
+
+
+def _compute_device(param: nn.Parameter) -> torch.device:
+    if hasattr(param, "ds_id"):
+        from deepspeed.accelerator import get_accelerator
+
+        return torch.device(get_accelerator().current_device_name())
+    return param.device
+
+
+class WarpCallback(TrainerCallback):
+    """``Trainer(..., callbacks=[WarpCallback(basis_dir=…, masks_dir=…)])`` protects any transformers or TRL training.
+
+    Works under ZeRO-3, and without DeepSpeed. Logs, where the Trainer logs: ``masked_fraction``,
+    ``grad_norm_removed``, ``rotate_seconds``. ``basis_dir`` may be left out where it is the one that the masks name.
+    """
+
+    def __init__(self, basis_dir: str | Path | None = None, masks_dir: str | Path | None = None,
+                 model_dir: str | None = None):
+        if masks_dir is None:
+            raise ArtifactError("WarpCallback needs masks_dir, the masks/ directory of a phase 2 run")
+        self.basis_dir, self.masks_dir, self.model_dir = basis_dir, masks_dir, model_dir
+        self.protection: Protection | None = None
+        self._clipping: float | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                       **kwargs: Any) -> None:
+        # Trainer has loaded any checkpoint by now; MaskedStep takes the coefficients from what was loaded.
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        self.protection = protect_optimizer(kwargs["model"], optimizer, self.basis_dir, self.masks_dir,
+                                            model_dir=self.model_dir)
+        if isinstance(self.protection, PlainMaskedStep):
+            # Trainer would clip before the mask is applied: the masked step clips instead, by the masked norm.
+            self._clipping, args.max_grad_norm = args.max_grad_norm, 0.0
+            self.protection.max_grad_norm = self._clipping
+        runtime_rank = runtime.rank()
+        if runtime_rank == 0:
+            logger.info("protected: %.2f %% of the coefficients of the masked layers are frozen",
+                        100 * self.protection.masked_fraction)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+               logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        # Called on every rank, which the collective inside needs.
+        if self.protection is not None and logs is not None and "loss" in logs:
+            logs.update(vars(self.protection.metrics()))
+            if state.log_history:
+                state.log_history[-1].update(vars(self._last(logs)))
+
+    @staticmethod
+    def _last(logs: dict[str, Any]) -> StepMetrics:
+        return StepMetrics(*(logs[name] for name in ("masked_fraction", "grad_norm_removed", "rotate_seconds")))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                     **kwargs: Any) -> None:
+        if self._clipping is not None:
+            args.max_grad_norm, self._clipping = self._clipping, None
+        if isinstance(self.protection, PlainMaskedStep):
+            self.protection.release()

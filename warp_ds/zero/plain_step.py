@@ -1,0 +1,117 @@
+"""The masked, rotated step around a plain torch optimizer: one process, or replicas under DDP, without DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warp_ds.method.rotation import Rotation
+from warp_ds.zero.masked_step import (
+    _DECAY,
+    ProtectedLayer,
+    StepMetrics,
+    _Clock,
+    _matmul_precision,
+    _weight_decay_kind,
+    row_chunks,
+)
+
+
+class PlainMaskedStep:
+    """For the length of ``optimizer.step`` each masked parameter is its rotated coefficients C, kept in fp32.
+
+    Same arithmetic as ``MaskedStep``; costs one fp32 copy of the masked layers, which hold C between steps.
+    Checkpoints of the optimizer hold moments of C; the model's hold W, from which C is made anew (within rounding).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, layers: list[ProtectedLayer]):
+        """``layers`` have one partition each (world size 1). UnsupportedSetting for an optimizer that mixes entries."""
+        self.kind = _weight_decay_kind(optimizer)
+        self.layers = layers
+        self.max_grad_norm = 0.0
+        """Clipping by the masked norm; 0 = none."""
+        entries = sum(layer.target.m * layer.target.n for layer in layers)
+        self.masked_fraction = sum(layer.frozen_count for layer in layers) / max(1, entries)
+        self._norms, self._clock = (0.0, 0.0), _Clock()
+        self._coefficients = [self._apply(layer, Rotation.rotate, layer.param.detach().float()) for layer in layers]
+        self._decays: list[tuple[dict[str, Any], float]] = []
+        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+
+    @torch.no_grad()
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        with self._clock.running():
+            whole = kept = 0.0
+            rotated: list[Tensor] = []
+            for layer in self.layers:
+                if layer.param.grad is None:
+                    raise ValueError(f"{layer.target.name} has no gradient at the optimizer step")
+                gradient = self._apply(layer, Rotation.rotate, layer.param.grad.float())
+                whole += float(gradient.square().sum(dtype=torch.float64))
+                for piece, frozen in layer.frozen_pieces(gradient.device):
+                    gradient.view(-1)[piece].masked_fill_(frozen, 0.0)
+                kept += float(gradient.square().sum(dtype=torch.float64))
+                rotated.append(gradient)
+            self._norms = (whole, kept)
+            weights = []
+            for layer, c, gradient in zip(self.layers, self._coefficients, rotated, strict=True):
+                weights.append(layer.param.data)
+                layer.param.grad = None
+                layer.param.data = c
+                layer.param.grad = gradient
+            self._weights = weights
+            if self.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.max_grad_norm)
+            self._decay(optimizer)
+
+    def _decay(self, optimizer: torch.optim.Optimizer) -> None:
+        masked = {id(layer.param): layer for layer in self.layers}
+        self._decays = []
+        for group in optimizer.param_groups:
+            decay = group.get("weight_decay", 0.0)
+            if not decay or not any(id(p) in masked for p in group["params"]):
+                continue
+            self._decays.append((group, decay))
+            group["weight_decay"] = 0.0
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if id(p) not in masked:
+                    _DECAY[self.kind](p.data, p.grad, group["lr"], decay, None)
+                    continue
+                for piece, frozen in masked[id(p)].frozen_pieces(p.device):
+                    _DECAY[self.kind](p.data.view(-1)[piece], p.grad.view(-1)[piece], group["lr"], decay, frozen)
+
+    @torch.no_grad()
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        with self._clock.running():
+            for group, decay in self._decays:
+                group["weight_decay"] = decay
+            for layer, weight in zip(self.layers, self._weights, strict=True):
+                c, layer.param.grad = layer.param.data, None
+                weight.copy_(self._apply(layer, Rotation.unrotate, c))
+                layer.param.data = weight
+
+    @staticmethod
+    def _apply(layer: ProtectedLayer, apply: Any, source: Tensor) -> Tensor:
+        result = torch.empty_like(source)
+        with _matmul_precision(layer.param.dtype):
+            for rows in row_chunks(*source.shape):
+                result[rows] = apply(layer.rotation, source[rows])
+        return result
+
+    def metrics(self) -> StepMetrics:
+        """What the last step did."""
+        whole, kept = self._norms
+        return StepMetrics(self.masked_fraction, (max(0.0, whole - kept) / whole) ** 0.5 if whole else 0.0,
+                           self._clock.take())
+
+    def coefficients(self) -> dict[str, Tensor]:
+        """C [m, n] fp32 of every masked layer, by name."""
+        return {layer.target.name: c for layer, c in zip(self.layers, self._coefficients, strict=True)}
+
+    def release(self) -> None:
+        """The optimizer is its own again."""
+        for handle in self._handles:
+            handle.remove()
