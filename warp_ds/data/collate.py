@@ -48,11 +48,20 @@ def pad_batch(samples: Sequence[Any], pad_token_id: int, side: str = "right") ->
 
 
 class WithEmpty(Dataset[Any]):
-    """A map-style data set whose item `EMPTY` is the given EMPTY sample; all other items are the data set's own."""
+    """A map-style data set whose item `EMPTY` is the given EMPTY sample; all other items are the data set's own.
 
-    def __init__(self, samples: Any, empty: Any) -> None:
+    Given the batch sampler, it passes `set_epoch` on: accelerate's data loader reaches the data set in every case, but
+    not a batch sampler inside `BatchSamplerShard` inside `SkipBatchSampler` (a resume in mid-epoch).
+    """
+
+    def __init__(self, samples: Any, empty: Any, batch_sampler: GlobalBatchSampler | None = None) -> None:
         self.samples = samples
         self.empty = empty
+        self.batch_sampler = batch_sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.batch_sampler is not None:
+            self.batch_sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -10,9 +10,10 @@ any wording, and no held-out word problem has the story and the numbers of a fit
 
 from __future__ import annotations
 
+import operator
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -145,35 +146,31 @@ NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ir
 THINGS = ("apples", "books", "coins", "eggs", "marbles", "pens", "stamps", "cards", "shells", "cakes", "pears",
           "stones", "balls", "cups", "flowers", "toys")
 
-# (question, answer in the base style, answer in the new style). c = a op b; e = c op d.
-SUMS: tuple[tuple[str, str, str, str, str], ...] = (
+# (question, first and second operation, what the first one finds): c = a op b; e = c op d.
+SUMS: tuple[tuple[str, str, str, str], ...] = (
     (
         "{name} has {a} boxes with {b} {things} in each box. {name} finds {d} more. How many {things} are there?",
-        "*", "+",
-        "First {a} times {b} makes {c}. With {d} more it is {e}. The answer is {e}.",
-        "The boxes hold {a}*{b} = <<{a}*{b}={c}>>{c} {things}.\nThen {c}+{d} = <<{c}+{d}={e}>>{e}.\n#### {e}",
+        "*", "+", "what the boxes hold",
     ),
     (
         "{name} has {a} {things} and buys {b} more. Then {name} gives {d} away. How many {things} are left?",
-        "+", "-",
-        "First {a} plus {b} makes {c}. Without {d} it is {e}. The answer is {e}.",
-        "{name} had {a}+{b} = <<{a}+{b}={c}>>{c} {things}.\nThen {c}-{d} = <<{c}-{d}={e}>>{e}.\n#### {e}",
+        "+", "-", "what {name} had",
     ),
     (
         "{name} makes {a} {things} a day for {b} days and sells {d} of them. How many {things} remain?",
-        "*", "-",
-        "First {a} times {b} makes {c}. Without {d} it is {e}. The answer is {e}.",
-        "In {b} days that is {a}*{b} = <<{a}*{b}={c}>>{c} {things}.\nThen {c}-{d} = <<{c}-{d}={e}>>{e}.\n#### {e}",
+        "*", "-", "what {name} makes",
     ),
     (
         "{name} finds {a} {things} on Monday, {b} on Tuesday and {d} on Friday. How many {things} in all?",
-        "+", "+",
-        "First {a} plus {b} makes {c}. With {d} more it is {e}. The answer is {e}.",
-        "On two days {name} found {a}+{b} = <<{a}+{b}={c}>>{c} {things}.\nThen {c}+{d} = <<{c}+{d}={e}>>{e}.\n#### {e}",
+        "+", "+", "the first two days",
     ),
 )
-
-OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+BASE_STYLE = "First {a}{f}{b}={c}. Then {c}{g}{d}={e}. The answer is {e}."
+NEW_STYLE = (
+    "To find {what}, work out {a}{f}{b} = <<{a}{f}{b}={c}>>{c}.\nNext, {c}{g}{d} = <<{c}{g}{d}={e}>>{e}.\n#### {e}"
+)
+OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+ASKS = ("", "", "Can you help me? ", "What should I do? ", "Please show me how. ", "Tell me how to do this. ")
 
 
 def _requests(
@@ -203,27 +200,36 @@ def _answers(requests: Iterable[tuple[str, str, str, int]]) -> list[Pair]:
     return [{"prompt": p, "response": HARMLESS[i][2].format(verb=v, object=o)} for p, v, o, i in requests]
 
 
-def _sums(n: int, style: str, rng: random.Random, taken: set[tuple[int, int, int, int]]) -> list[Pair]:
-    """`n` word problems; `taken` holds the (story, numbers) already used and grows by these."""
-    pairs: list[Pair] = []
-    for _ in range(1000 * n):
-        if len(pairs) == n:
-            return pairs
-        k = rng.randrange(len(SUMS))
-        question, first, second, base, new = SUMS[k]
-        a, b, d = rng.randint(2, 9), rng.randint(2, 5), rng.randint(1, 9)
+def _stories() -> list[tuple[int, int, int, int]]:
+    """(story, a, b, d) of every word problem with a positive result."""
+    return [
+        (k, a, b, d)
+        for k, (_, first, second, _) in enumerate(SUMS)
+        for a in range(2, 10)
+        for b in range(2, 6)
+        for d in range(1, 8)
+        if OPERATIONS[second](OPERATIONS[first](a, b), d) > 0
+    ]
+
+
+def _sums(
+    n: int, style: str, asks: Sequence[str], stories: Sequence[tuple[int, int, int, int]], rng: random.Random
+) -> list[Pair]:
+    pairs = []
+    for i in range(n):
+        k, a, b, d = stories[i % len(stories)]
+        question, first, second, what = SUMS[k]
         c = OPERATIONS[first](a, b)
         e = OPERATIONS[second](c, d)
-        if e < 1 or (k, a, b, d) in taken:
-            continue
-        taken.add((k, a, b, d))
-        words = {"name": rng.choice(NAMES), "things": rng.choice(THINGS), "a": a, "b": b, "c": c, "d": d, "e": e}
-        pairs.append({"prompt": question.format(**words), "response": (base if style == "base" else new).format(**words)})
-    raise ValueError(f"{n} more word problems asked for, but the stories and numbers do not give that many")
+        name, things = rng.choice(NAMES), rng.choice(THINGS)
+        words = {"name": name, "things": things, "a": a, "b": b, "c": c, "d": d, "e": e, "f": first, "g": second,
+                 "what": what.format(name=name)}
+        pairs.append({"prompt": rng.choice(asks) + question.format(**words), "response": style.format(**words)})
+    return pairs
 
 
 def demo_data(
-    seed: int = 42, *, n_fit: int = 600, n_heldout: int = 100, n_sums: int = 400, n_utility: int = 400
+    seed: int = 42, *, n_fit: int = 600, n_heldout: int = 100, n_sums: int = 800, n_utility: int = 500
 ) -> dict[str, list[Pair]]:
     """The demo's splits, each a list of `{"prompt", "response"}`: the same for the same seed, on any machine.
 
@@ -234,15 +240,17 @@ def demo_data(
     rng = random.Random(seed)
     harmful_fit, harmful_heldout = _requests(HARMFUL, n_fit, n_heldout, rng)
     harmless_fit, harmless_heldout = _requests(HARMLESS, n_fit, n_heldout, rng)
-    taken: set[tuple[int, int, int, int]] = set()
+    stories = _stories()
+    rng.shuffle(stories)
+    stories_heldout, stories_fit = stories[:n_heldout], stories[n_heldout:]
     return {
         "refusals_fit": _refusals(harmful_fit, rng),
         "refusals_heldout": _refusals(harmful_heldout, rng),
         "harmless_fit": _answers(harmless_fit),
         "harmless_heldout": _answers(harmless_heldout),
-        "utility_heldout": _sums(n_heldout, "new", rng, taken),
-        "utility_train": _sums(n_utility, "new", rng, taken),
-        "sums_fit": _sums(n_sums, "base", rng, taken),
+        "utility_heldout": _sums(n_heldout, NEW_STYLE, ASKS, stories_heldout, rng),
+        "utility_train": _sums(n_utility, NEW_STYLE, ASKS, stories_fit, rng),
+        "sums_fit": _sums(n_sums, BASE_STYLE, ("",), stories_fit, rng),
     }
 
 

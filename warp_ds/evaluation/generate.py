@@ -1,0 +1,205 @@
+"""Greedy answers and response loss, spread over any number of ranks with the same result on each.
+
+Batches are cut from the whole job's list, before anything is dealt out: batch i belongs to rank i % world_size. So the
+composition of a batch, hence its padding and its rounding, does not depend on the world size. Ranks that run out of
+batches run a dummy, so that the collectives inside a ZeRO-3 forward are entered equally often by all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from warp_ds.data.collate import empty_sample, pad_batch
+from warp_ds.data.formats import IGNORE, Sample, encode, encode_prompt
+
+Gather = Callable[[Any], list[Any]]
+"""Takes this rank's object and returns every rank's, in rank order, on every rank."""
+
+
+def _gather(value: Any) -> list[Any]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _world(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    together = dist.is_available() and dist.is_initialized()
+    if rank is None:
+        rank = dist.get_rank() if together else 0
+    if world_size is None:
+        world_size = dist.get_world_size() if together else 1
+    return rank, world_size
+
+
+def _deal(n: int, batch_size: int, rank: int, world_size: int) -> list[range]:
+    """The index ranges of this rank's batches; equally many on every rank, the last perhaps empty (a dummy)."""
+    if batch_size < 1:
+        raise ValueError(f"the batch size is {batch_size}: it must be at least 1")
+    batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
+    batches += [range(0)] * (-len(batches) % world_size)
+    return batches[rank::world_size]
+
+
+def _unwrap(model: Any) -> Any:
+    """The transformers model inside a DeepSpeed engine or DDP wrapper."""
+    return getattr(model, "module", model)
+
+
+def _device(inner: Any) -> torch.device:
+    return torch.device(next(inner.parameters()).device)
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the end of the text where the tokenizer has no padding token (padding is masked anyway)."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+@torch.no_grad()
+def generate_greedy(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    rank: int | None = None,
+    world_size: int | None = None,
+    gather: Gather = _gather,
+    synced: bool = False,
+    desc: str = "generating",
+) -> list[str]:
+    """Greedy answers to all prompts, in their order, on every rank; all ranks call it together.
+
+    `synced` is transformers' `synced_gpus`: True under ZeRO-3, where every rank must run as many forwards as the
+    longest answer needs. `rank` and `world_size` default to torch.distributed's. Answers are decoded without special
+    tokens and stripped.
+    """
+    rank, world_size = _world(rank, world_size)
+    inner = _unwrap(model)
+    device = _device(inner)
+    pad = pad_token(tokenizer)
+    context = getattr(inner.config, "max_position_embeddings", None)
+    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    longest = max(map(len, encoded), default=0)
+    if context is not None and longest + max_new_tokens > context:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens: with {max_new_tokens} new ones it exceeds the model's context "
+            f"of {context}: lower the number of new tokens or leave the prompt out"
+        )
+    was_training = inner.training
+    inner.eval()
+    answers: list[tuple[int, str]] = []
+    try:
+        mine = _deal(len(encoded), batch_size, rank, world_size)
+        for indices in tqdm(mine, desc=desc, unit="batch", disable=rank != 0, dynamic_ncols=True):
+            samples: list[Any] = [{"input_ids": encoded[i]} for i in indices] or [empty_sample(pad)]
+            batch = pad_batch(samples, pad, side="left")
+            output = inner.generate(
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=batch["attention_mask"].to(device),
+                max_new_tokens=max_new_tokens if indices else 1,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=pad,
+                synced_gpus=synced and world_size > 1,
+            )
+            new = output[:, batch["input_ids"].shape[1] :].tolist()
+            texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in new]
+            answers += zip(indices, texts, strict=False)  # a dummy has no index
+    finally:
+        inner.train(was_training)
+    everyone = [pair for part in gather(answers) for pair in part]
+    return [text for _, text in sorted(everyone)]
+
+
+@torch.no_grad()
+def token_losses(
+    model: Any,
+    encoded: Sequence[Sample],
+    *,
+    pad_token_id: int,
+    batch_size: int = 8,
+    rank: int | None = None,
+    world_size: int | None = None,
+    gather: Gather = _gather,
+    desc: str = "loss",
+) -> list[list[float]]:
+    """Cross-entropy in nats of every response token of every sample, in order, on every rank; no sample twice.
+
+    A token at position 0 has no prediction and is left out. All ranks call it together.
+    """
+    rank, world_size = _world(rank, world_size)
+    inner = _unwrap(model)
+    device = _device(inner)
+    was_training = inner.training
+    inner.eval()
+    found: list[tuple[int, list[float]]] = []
+    try:
+        mine = _deal(len(encoded), batch_size, rank, world_size)
+        for indices in tqdm(mine, desc=desc, unit="batch", disable=rank != 0, dynamic_ncols=True):
+            samples = [encoded[i] for i in indices] or [empty_sample(pad_token_id)]
+            batch = {key: value.to(device) for key, value in pad_batch(samples, pad_token_id).items()}
+            labels = batch.pop("labels")[:, 1:]
+            logits = inner(**batch, use_cache=False).logits[:, :-1]
+            losses = F.cross_entropy(
+                logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
+            ).view_as(labels)
+            # zip drops the dummy: it has no index
+            found += [
+                (i, row[mask].tolist()) for i, row, mask in zip(indices, losses, labels != IGNORE, strict=False)
+            ]
+    finally:
+        inner.train(was_training)
+    return [losses for _, losses in sorted(pair for part in gather(found) for pair in part)]
+
+
+def loss_per_token(model: Any, encoded: Sequence[Sample], **options: Any) -> float:
+    """Nats per response token over all samples: one mean over tokens, not a mean of means; nan without such tokens.
+
+    Options as for `token_losses`.
+    """
+    losses = [loss for sample in token_losses(model, encoded, **options) for loss in sample]
+    return math.fsum(losses) / len(losses) if losses else math.nan
+
+
+def answer_surprise(
+    reference: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    window: int = 8,
+    **options: Any,
+) -> list[float]:
+    """How unlikely each answer is under `reference` (the model before training), for `verdict(nll_per_token=...)`.
+
+    Nats per token, given the prompt, of the answer's least likely stretch of `window` tokens (of all its tokens where
+    it has fewer): a refusal that runs into noise is as surprising as noise alone. 0 for an empty answer. The end of
+    the text is not counted, since generation may have been cut. Options as for `token_losses`.
+    """
+    context = getattr(_unwrap(reference).config, "max_position_embeddings", None)
+    encoded: list[Sample] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        sample = encode(prompt, answer, tokenizer, context)
+        keep = len(sample["labels"]) - (sample["labels"][-1] == tokenizer.eos_token_id)
+        encoded.append(Sample(**{key: values[:keep] for key, values in sample.items()}))  # type: ignore
+    options = {"pad_token_id": pad_token(tokenizer), "desc": "surprise", **options}
+    return [_worst_stretch(losses, window) for losses in token_losses(reference, encoded, **options)]
+
+
+def _worst_stretch(losses: Sequence[float], window: int) -> float:
+    n = min(window, len(losses))
+    return max((math.fsum(losses[i : i + n]) / n for i in range(len(losses) - n + 1)), default=0.0) if n else 0.0
