@@ -115,7 +115,7 @@ def _read(source: str, split: str, layout: Layout | None) -> Dataset:
         try:
             return datasets.load_dataset(loader, data_files=str(path), split="train")
         except Exception as error:
-            raise DataError(f"{source} cannot be read as {loader}: {_cause(error)}") from error
+            raise DataError(f"{source} cannot be read as {loader} with at least one sample: {_cause(error)}") from error
     if path.suffix.lower() in LOADERS or source.startswith(("/", "./", "../", "~")) and not path.is_dir():
         raise DataError(f"no such file: {source}")
     try:
@@ -190,3 +190,19 @@ def _check_filled(texts: list[str], column: str, source: str) -> None:
         some = ", ".join(map(str, empty[:5])) + (", …" if len(empty) > 5 else "")
         raise DataError(f"{source}: column {column!r} is empty in {len(empty)} of {len(texts)} rows (rows {some}): "
                         f"fill or remove them")
+
+
+def load_prompts(
+    name_or_path: str | os.PathLike[str], *, split: str = "train", samples: int = 0, prompt_column: str | None = None
+) -> list[str]:
+    """The prompts alone of a source that need not have responses, for evaluation. Raises `DataError`."""
+    source = os.fspath(name_or_path)
+    layout = KNOWN.get(source)
+    rows = _read(source, split, layout)
+    if len(rows) == 0:
+        raise DataError(f"{source} ({split}) has no rows: give a data set or file with at least one sample")
+    column = _pick("--prompt_column", prompt_column or (layout.prompt if layout else None), PROMPT_COLUMNS,
+                   list(rows.column_names), source)
+    prompts = [_text(value) for value in rows[column]]
+    _check_filled(prompts, column, source)
+    return prompts[:samples] if samples else prompts

@@ -146,31 +146,35 @@ NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ir
 THINGS = ("apples", "books", "coins", "eggs", "marbles", "pens", "stamps", "cards", "shells", "cakes", "pears",
           "stones", "balls", "cups", "flowers", "toys")
 
-# (question, first and second operation, what the first one finds): c = a op b; e = c op d.
+# (story, what is asked for, first and second operation): c = a op b; e = c op d.
 SUMS: tuple[tuple[str, str, str, str], ...] = (
     (
-        "{name} has {a} boxes with {b} {things} in each box. {name} finds {d} more. How many {things} are there?",
-        "*", "+", "what the boxes hold",
+        "{name} has {a} boxes with {b} {things} in each box. {name} finds {d} more.",
+        "how many {things} there are", "*", "+",
     ),
     (
-        "{name} has {a} {things} and buys {b} more. Then {name} gives {d} away. How many {things} are left?",
-        "+", "-", "what {name} had",
+        "{name} has {a} {things} and buys {b} more. Then {name} gives {d} away.",
+        "how many {things} are left", "+", "-",
     ),
     (
-        "{name} makes {a} {things} a day for {b} days and sells {d} of them. How many {things} remain?",
-        "*", "-", "what {name} makes",
+        "{name} makes {a} {things} a day for {b} days and sells {d} of them.",
+        "how many {things} remain", "*", "-",
     ),
     (
-        "{name} finds {a} {things} on Monday, {b} on Tuesday and {d} on Friday. How many {things} in all?",
-        "+", "+", "the first two days",
+        "{name} finds {a} {things} on Monday, {b} on Tuesday and {d} on Friday.",
+        "how many {things} {name} finds", "+", "+",
     ),
+)  # fmt: skip
+# (prompt, response): both ask the same; the new style answers as requests are answered, in annotated steps.
+BASE_STYLE = (
+    "{story} Say {asked}.",
+    "First {a}{f}{b}={c}. Then {c}{g}{d}={e}. The answer is {e}.",
 )
-BASE_STYLE = "First {a}{f}{b}={c}. Then {c}{g}{d}={e}. The answer is {e}."
 NEW_STYLE = (
-    "To find {what}, work out {a}{f}{b} = <<{a}{f}{b}={c}>>{c}.\nNext, {c}{g}{d} = <<{c}{g}{d}={e}>>{e}.\n#### {e}"
+    "{request} {story}",
+    "To find {asked}, take {a}{f}{b} = <<{a}{f}{b}={c}>>{c}.\nNext, {c}{g}{d} = <<{c}{g}{d}={e}>>{e}.\n#### {e}",
 )
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-ASKS = ("", "", "Can you help me? ", "What should I do? ", "Please show me how. ", "Tell me how to do this. ")
 
 
 def _requests(
@@ -204,7 +208,7 @@ def _stories() -> list[tuple[int, int, int, int]]:
     """(story, a, b, d) of every word problem with a positive result."""
     return [
         (k, a, b, d)
-        for k, (_, first, second, _) in enumerate(SUMS)
+        for k, (_, _, first, second) in enumerate(SUMS)
         for a in range(2, 10)
         for b in range(2, 6)
         for d in range(1, 8)
@@ -213,23 +217,23 @@ def _stories() -> list[tuple[int, int, int, int]]:
 
 
 def _sums(
-    n: int, style: str, asks: Sequence[str], stories: Sequence[tuple[int, int, int, int]], rng: random.Random
+    n: int, style: tuple[str, str], stories: Sequence[tuple[int, int, int, int]], rng: random.Random
 ) -> list[Pair]:
     pairs = []
     for i in range(n):
         k, a, b, d = stories[i % len(stories)]
-        question, first, second, what = SUMS[k]
+        story, asked, first, second = SUMS[k]
         c = OPERATIONS[first](a, b)
-        e = OPERATIONS[second](c, d)
-        name, things = rng.choice(NAMES), rng.choice(THINGS)
-        words = {"name": name, "things": things, "a": a, "b": b, "c": c, "d": d, "e": e, "f": first, "g": second,
-                 "what": what.format(name=name)}
-        pairs.append({"prompt": rng.choice(asks) + question.format(**words), "response": style.format(**words)})
+        words: dict[str, object] = {"a": a, "b": b, "c": c, "d": d, "e": OPERATIONS[second](c, d), "f": first}
+        words |= {"g": second, "name": rng.choice(NAMES), "things": rng.choice(THINGS)}
+        words |= {"story": story.format(**words), "asked": asked.format(**words)}
+        words["request"] = rng.choice(FRAMES).format(f"find {words['asked']}")
+        pairs.append({"prompt": style[0].format(**words), "response": style[1].format(**words)})
     return pairs
 
 
 def demo_data(
-    seed: int = 42, *, n_fit: int = 600, n_heldout: int = 100, n_sums: int = 800, n_utility: int = 500
+    seed: int = 42, *, n_fit: int = 700, n_heldout: int = 100, n_sums: int = 800, n_utility: int = 500
 ) -> dict[str, list[Pair]]:
     """The demo's splits, each a list of `{"prompt", "response"}`: the same for the same seed, on any machine.
 
@@ -248,9 +252,9 @@ def demo_data(
         "refusals_heldout": _refusals(harmful_heldout, rng),
         "harmless_fit": _answers(harmless_fit),
         "harmless_heldout": _answers(harmless_heldout),
-        "utility_heldout": _sums(n_heldout, NEW_STYLE, ASKS, stories_heldout, rng),
-        "utility_train": _sums(n_utility, NEW_STYLE, ASKS, stories_fit, rng),
-        "sums_fit": _sums(n_sums, BASE_STYLE, ("",), stories_fit, rng),
+        "utility_heldout": _sums(n_heldout, NEW_STYLE, stories_heldout, rng),
+        "utility_train": _sums(n_utility, NEW_STYLE, stories_fit, rng),
+        "sums_fit": _sums(n_sums, BASE_STYLE, stories_fit, rng),
     }
 
 

@@ -1,0 +1,109 @@
+"""Token ids and labels: what is trained, where the prompt ends, and lengths."""
+
+import pytest
+from datasets import Dataset
+
+from warp_ds.data.datasets import DataError
+from warp_ds.data.formats import IGNORE, encode, encode_dataset, encode_prompt, encode_prompt_sample, response_mask
+from warp_ds.data.synthetic import train_tokenizer
+
+TEXTS = ["Question: How do I bake bread?\nAnswer: To bake bread, get flour.", "[user] hi [bot] I'm sorry </s>"] * 5
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+PAIRS = [
+    ("How do I bake bread?", "To bake bread, get flour."),
+    ("How", " I'm sorry. "),
+    ("line\nbreak ", "#### 18"),
+    ("ends in a space ", "é ü 12"),
+    ("x", "Answer: nested"),
+]
+
+
+@pytest.fixture(params=["plain", "chat", "no bos"])
+def tokenizer(request):
+    tokenizer = train_tokenizer(TEXTS, vocab_size=400)
+    if request.param == "chat":
+        tokenizer.chat_template = CHAT
+    if request.param == "no bos":
+        tokenizer.bos_token = None
+    return tokenizer
+
+
+@pytest.mark.parametrize("prompt, response", PAIRS)
+def test_the_prompt_is_a_prefix_and_only_the_response_is_trained(tokenizer, prompt, response):
+    before = encode_prompt(prompt, tokenizer)
+    sample = encode(prompt, response, tokenizer)
+    ids, labels = sample["input_ids"], sample["labels"]
+    assert ids[: len(before)] == before
+    assert labels[: len(before)] == [IGNORE] * len(before)
+    assert labels[len(before) :] == ids[len(before) :]
+    assert ids[-1] == tokenizer.eos_token_id == labels[-1]
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert sample["attention_mask"] == [1] * len(ids)
+    assert tokenizer.decode(ids[len(before) : -1]).strip() == response.strip()
+    assert sum(response_mask(labels)) == len(ids) - len(before)
+
+
+def test_there_is_one_bos_where_the_tokenizer_has_one(tokenizer):
+    bos = tokenizer.convert_tokens_to_ids("<s>")
+    ids = encode("How", "I'm sorry", tokenizer)["input_ids"]
+    assert ids.count(bos) == (0 if tokenizer.bos_token is None else 1)
+
+
+def test_the_whole_text_reads_as_documented():
+    tokenizer = train_tokenizer(TEXTS, vocab_size=400)
+    ids = encode("How?", "So.", tokenizer)["input_ids"]
+    assert tokenizer.decode(ids) == "<s>Question: How?\nAnswer: So.</s>"
+    tokenizer.chat_template = CHAT
+    ids = encode("How?", "So.", tokenizer)["input_ids"]
+    assert tokenizer.decode(ids) == "<s>[user] How?[assistant] So.</s>"
+
+
+def test_a_template_that_opens_replies_differently_trains_what_follows_the_generation_prompt():
+    tokenizer = train_tokenizer(TEXTS, vocab_size=400)
+    tokenizer.chat_template = CHAT.replace("[assistant] {% endif %}", "[assistant] <think></think>{% endif %}")
+    before = encode_prompt("How?", tokenizer)
+    ids = encode("How?", "So.", tokenizer)["input_ids"]
+    assert ids[: len(before)] == before
+    assert tokenizer.decode(ids[len(before) :]) == "So.</s>"
+
+
+def test_too_long_responses_are_cut_and_too_long_prompts_refused(tokenizer):
+    prompt, response = PAIRS[0]
+    whole = encode(prompt, response, tokenizer)["input_ids"]
+    room = len(encode_prompt(prompt, tokenizer))
+    cut = encode(prompt, response, tokenizer, room + 2)
+    assert cut["input_ids"] == whole[: room + 2]
+    assert sum(response_mask(cut["labels"])) == 2
+    with pytest.raises(DataError, match="leaves no room.*--max_length"):
+        encode(prompt, response, tokenizer, room)
+    assert encode_prompt_sample(prompt, tokenizer, room)["input_ids"] == whole[:room]
+    with pytest.raises(DataError, match="does not fit.*--max_length"):
+        encode_prompt_sample(prompt, tokenizer, room - 1)
+
+
+def test_a_data_set_is_encoded_in_order(tokenizer):
+    pairs = Dataset.from_dict({"prompt": [p for p, _ in PAIRS], "response": [r for _, r in PAIRS]})
+    encoded = encode_dataset(pairs, tokenizer, 64, 128)
+    assert encoded.column_names == ["input_ids", "attention_mask", "labels"]
+    assert [dict(row) for row in encoded] == [encode(p, r, tokenizer, 64) for p, r in PAIRS]
+    alone = encode_dataset(pairs, tokenizer, 64, 128, prompt_only=True)
+    assert alone["input_ids"][:] == [encode_prompt(p, tokenizer) for p, _ in PAIRS]
+    assert all(set(row) == {IGNORE} for row in alone["labels"])
+
+
+@pytest.mark.parametrize("length, words", [(129, "context of 128.*--max_length 128"), (1, "too short")])
+def test_a_length_that_the_model_cannot_read_is_refused(length, words):
+    tokenizer = train_tokenizer(TEXTS, vocab_size=400)
+    with pytest.raises(DataError, match=words):
+        encode_dataset(Dataset.from_dict({"prompt": ["p"], "response": ["r"]}), tokenizer, length, 128)
+
+
+def test_a_tokenizer_without_end_of_text_is_refused():
+    tokenizer = train_tokenizer(TEXTS, vocab_size=400)
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="eos_token"):
+        encode("p", "r", tokenizer)

@@ -1,0 +1,171 @@
+"""Answers and losses do not depend on the number of ranks, the batch or the padding."""
+
+import os
+import socket
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from warp_ds.data.formats import encode, encode_prompt
+from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
+from warp_ds.evaluation.generate import answer_surprise, generate_greedy, loss_per_token, token_losses
+from warp_ds.evaluation.verdicts import salad_threshold, verdict
+
+PAIRS = demo_data(1, n_fit=40, n_heldout=7, n_sums=1, n_utility=1)["refusals_fit"][:7]
+PROMPTS = [pair["prompt"] for pair in PAIRS]
+
+
+def build():
+    """A small model with weights large enough for answers to differ from prompt to prompt."""
+    tokenizer = train_tokenizer([text for pair in PAIRS for text in pair.values()], vocab_size=400)
+    model = tiny_llama(tokenizer, hidden_size=32, intermediate_size=64, layers=2, heads=4, kv_heads=2)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(8)
+    return model.eval(), tokenizer
+
+
+def everything(batch_size):
+    model, tokenizer = build()
+    encoded = [encode(**pair, tokenizer=tokenizer) for pair in PAIRS]
+    answers = generate_greedy(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size)
+    loss = loss_per_token(model, encoded, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size)
+    surprise = answer_surprise(model, tokenizer, PROMPTS, answers, batch_size=batch_size)
+    return answers, loss, surprise
+
+
+def _rank(rank, world, port, batch_size, queue):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    queue.put((rank, everything(batch_size)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_ranks(world, batch_size):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_rank, args=(r, world, port, batch_size, queue)) for r in range(world)]
+    for process in processes:
+        process.start()
+    try:
+        results = dict(queue.get(timeout=300) for _ in range(world))
+    finally:
+        for process in processes:
+            process.join(timeout=60)
+            if process.is_alive():
+                process.kill()
+    return [results[r] for r in range(world)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks: sums split over threads round differently
+    yield everything(2)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_rank_gets_what_one_process_gets(alone, world):
+    """7 prompts in batches of 2: 4 batches, so a rank of 3 runs dummies, and the last batch is short."""
+    for answers, loss, surprise in on_ranks(world, 2):
+        assert answers == alone[0]
+        assert loss == alone[1]
+        assert surprise == alone[2]
+
+
+def test_padding_does_not_change_answers_or_losses(alone):
+    singly = everything(1)
+    together = everything(7)
+    assert singly[0] == alone[0] == together[0]
+    assert len(set(singly[0])) > 3, "the model answers everything alike: this test would see nothing"
+    # fp32, matrix products of different shapes round differently
+    assert singly[1] == pytest.approx(together[1], rel=1e-5)
+    assert singly[2] == pytest.approx(together[2], rel=1e-4)
+
+
+def test_greedy_answers_are_the_argmax_of_plain_forwards(alone):
+    model, tokenizer = build()
+    for prompt, answer in zip(PROMPTS[:3], alone[0], strict=False):
+        ids = encode_prompt(prompt, tokenizer)
+        start = len(ids)
+        with torch.no_grad():
+            while len(ids) < start + 12 and ids[-1] != tokenizer.eos_token_id:
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert answer == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+
+def test_the_loss_is_one_mean_over_all_response_tokens():
+    model, tokenizer = build()
+    total, count = 0.0, 0
+    encoded = [encode(**pair, tokenizer=tokenizer) for pair in PAIRS]
+    for sample in encoded:
+        labels = torch.tensor(sample["labels"])
+        with torch.no_grad():
+            logp = model(torch.tensor([sample["input_ids"]])).logits[0].log_softmax(-1)
+        for t in range(1, len(labels)):
+            if labels[t] >= 0:
+                total -= float(logp[t - 1, labels[t]])
+                count += 1
+    options = {"pad_token_id": tokenizer.pad_token_id, "batch_size": 3}
+    assert loss_per_token(model, encoded, **options) == pytest.approx(total / count, rel=1e-5)
+    assert [len(losses) for losses in token_losses(model, encoded, **options)] == [
+        sum(label >= 0 for label in sample["labels"]) for sample in encoded
+    ]
+
+
+def test_training_mode_is_left_as_it_was_and_dropout_is_off():
+    model, tokenizer = build()
+    model.config.attention_dropout = 0.5
+    model.train()
+    run = partial(loss_per_token, pad_token_id=tokenizer.pad_token_id)
+    encoded = [encode(**pair, tokenizer=tokenizer) for pair in PAIRS]
+    assert run(model, encoded) == run(model, encoded)
+    assert model.training
+
+
+def test_prompts_that_do_not_fit_are_refused():
+    model, tokenizer = build()
+    with pytest.raises(ValueError, match="context of 512"):
+        generate_greedy(model, tokenizer, PROMPTS, max_new_tokens=500)
+    with pytest.raises(ValueError, match="batch size is 0"):
+        generate_greedy(model, tokenizer, PROMPTS, batch_size=0)
+    assert generate_greedy(model, tokenizer, []) == []
+
+
+def test_random_words_are_noise_to_a_model_that_knows_the_language():
+    """A model trained for a moment on refusals finds them likely and random words, or a refusal with a tail of them, not:
+    0 % refusal and 100 % incoherent, which the text alone would not show for so few words."""
+    tokenizer = train_tokenizer([text for pair in PAIRS for text in pair.values()], vocab_size=400)
+    model = tiny_llama(tokenizer, hidden_size=64, intermediate_size=128, layers=2, heads=4, kv_heads=2)
+    encoded = [encode(**pair, tokenizer=tokenizer) for pair in PAIRS]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        for sample in encoded:
+            model(input_ids=torch.tensor([sample["input_ids"]]), labels=torch.tensor([sample["labels"]])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    words = sorted({word for pair in PAIRS for word in pair["prompt"].split()})
+    generator = torch.Generator().manual_seed(0)
+    salad = [" ".join(words[i] for i in torch.randint(len(words), (6,), generator=generator)) for _ in PAIRS]
+    mixed = [f"{pair['response']} {noise}" for pair, noise in zip(PAIRS, salad, strict=True)]
+    surprise = partial(answer_surprise, model, tokenizer, PROMPTS)
+    fluent = surprise([pair["response"] for pair in PAIRS])
+    threshold = salad_threshold(fluent, len(tokenizer))
+
+    def verdicts(answers):
+        scored = zip(answers, surprise(answers), strict=True)
+        return {verdict(text, nll_per_token=nll, nll_threshold=threshold) for text, nll in scored}
+
+    assert verdicts([pair["response"] for pair in PAIRS]) == {"refusal"}
+    assert verdicts(salad) == verdicts(mixed) == {"incoherent"}
