@@ -172,12 +172,13 @@ class ImportanceArguments(SafetyDataArguments, LayerArguments, RunArguments):
 
 
 @dataclass
-class TrainArguments(TrainingFlags, UtilityDataArguments, RunArguments):
+class TrainArguments(TrainingFlags, UtilityDataArguments, LayerArguments, RunArguments):
     """Phase 3."""
 
     batch_size: int = _flag(2, "micro-batch per rank, in samples")
     basis_dir: str | None = _flag(None, "basis of phase 1; the one that the masks were made with if not given")
-    masks_dir: str | None = _flag(None, "masks of phase 2; the newest finished ones under --output_dir; none = no mask")
+    masks_dir: str | None = _flag(None, "masks of phase 2; the newest finished ones under --output_dir; none = no mask,"
+                                    " and --target_layers, --layer_type name what trains")
     train_scope: str = _flag("warp", "warp: the masked layers alone; all: every parameter", choices=["warp", "all"])
 
     def check(self) -> None:

@@ -1,0 +1,1 @@
+"""The jobs: safety tuning, basis, importance, training, evaluation; each readable as the steps of the method."""

@@ -1,0 +1,299 @@
+"""Phase 3, training on the task with frozen rotated coefficients; and phase 0, safety tuning, the same without a mask.
+
+The loop is transformers' Trainer. What is added: global batches that are the same on any world size, the masked step,
+checkpoints by the clock, and an export that is an ordinary Hugging Face model directory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from warp_ds.artifacts import (
+    BasisStore,
+    MaskStore,
+    find_artifact,
+    fingerprint_model,
+    fingerprint_rows,
+    write_json,
+)
+from warp_ds.config import ConfigError, SafetyTuningArguments, TrainArguments, TrainingFlags
+from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch
+from warp_ds.data.datasets import load_pairs
+from warp_ds.data.formats import encode_dataset
+from warp_ds.phases.run import start_run
+from warp_ds.phases.targets import find_targets
+from warp_ds.protection import WarpCallback
+from warp_ds.zero import runtime
+from warp_ds.zero.model import context_length, load_model, resolve_model_dir
+from warp_ds.zero.save import save_sharded
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None) -> Path:
+    """Phase 3; returns the run directory, whose model/ is the trained model. Collective.
+
+    ``passed`` are further TrainingArguments. Raises ConfigError, DataError or ArtifactError before any work where
+    model, data, basis and masks do not fit together.
+    """
+    model_dir = resolve_model_dir(arguments.model_name)
+    with runtime.on_every_rank_or_none("checking the inputs"):
+        pairs = load_pairs(
+            arguments.utility_data, split=arguments.utility_split, samples=arguments.utility_samples,
+            prompt_column=arguments.prompt_column, response_column=arguments.response_column,
+        )
+        inputs = {"model": fingerprint_model(model_dir), "data": fingerprint_rows(pairs)}
+        masks_dir, basis_dir = _find_masks(arguments, inputs["model"])
+        if masks_dir is not None:
+            inputs["masks"] = MaskStore(masks_dir).fingerprint()
+    with start_run("phase3", arguments, inputs) as run:
+        if run.done:
+            return run.directory
+        ds_config = runtime.zero3_config(arguments)
+        model, tokenizer = load_model(arguments, ds_config)
+        samples = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(model.config))
+        layers = MaskStore(masks_dir).layers if masks_dir is not None else find_targets(
+            model, arguments.target_layers, arguments.layer_type)
+        choose_trained(model, [layer.name for layer in layers] if arguments.train_scope == "warp" else None)
+        callbacks: list[TrainerCallback] = []
+        if masks_dir is not None:
+            callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir)))
+        trainer = fit(model, tokenizer, samples, arguments, ds_config, run.directory, callbacks, passed)
+        export(trainer, tokenizer, run.directory / "model", _model_card(arguments, masks_dir))
+        run.finish()
+        return run.directory
+
+
+def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] | None = None) -> Path:
+    """Phase 0: every parameter trains on the safety set; returns the run directory. Collective."""
+    model_dir = resolve_model_dir(arguments.model_name)
+    with runtime.on_every_rank_or_none("checking the inputs"):
+        pairs = load_pairs(
+            arguments.safety_data, split=arguments.safety_split, samples=arguments.safety_samples,
+            prompt_column=arguments.prompt_column, response_column=arguments.response_column,
+            refusal_file=arguments.refusal_file,
+        )
+        inputs = {"model": fingerprint_model(model_dir), "data": fingerprint_rows(pairs)}
+    with start_run("phase0", arguments, inputs) as run:
+        if run.done:
+            return run.directory
+        ds_config = runtime.zero3_config(arguments)
+        model, tokenizer = load_model(arguments, ds_config)
+        samples = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(model.config))
+        trainer = fit(model, tokenizer, samples, arguments, ds_config, run.directory, [], passed)
+        export(trainer, tokenizer, run.directory / "model",
+               f"# Safety-tuned {arguments.model_name}\n\nTrained by warp_ds phase 0 on {arguments.safety_data}.\n")
+        run.finish()
+        return run.directory
+
+
+def _find_masks(arguments: TrainArguments, model_fingerprint: str) -> tuple[Path | None, Path | None]:
+    """Directories of masks and basis, checked against each other and the model; (None, None) for no mask."""
+    if arguments.masks_dir == "none":
+        return None, None
+    masks_dir = find_artifact(arguments.masks_dir, "masks", arguments.output_dir)
+    masks = MaskStore(masks_dir)
+    basis = None
+    if masks.metadata.basis != "identity":
+        basis = BasisStore(find_artifact(arguments.basis_dir or masks.metadata.basis_dir, "basis", arguments.output_dir))
+        basis.check(masks.layers, model_fingerprint, arguments.model_name)
+    masks.check(basis, model_fingerprint, arguments.model_name)
+    return masks_dir, None if basis is None else basis.directory
+
+
+def choose_trained(model: nn.Module, layers: Sequence[str] | None) -> None:
+    """Lets only the weights of ``layers`` train; None lets every parameter train."""
+    if layers is not None:
+        wanted = {f"{name}.weight" for name in layers}
+        for name, param in model.named_parameters():
+            param.requires_grad_(name in wanted)
+
+
+def fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Any,
+    arguments: TrainingFlags | Any,
+    ds_config: dict[str, Any],
+    directory: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+    passed: dict[str, Any] | None = None,
+) -> GlobalBatchTrainer:
+    """Trains ``model`` (ZeRO-3 partitioned) on ``samples`` (input_ids, labels), going on from ``directory``'s last
+    whole checkpoint. AdamW over all trained parameters, one mean over the response tokens of each global batch.
+    """
+    sampler = GlobalBatchSampler(
+        len(samples), arguments.global_batch_size, arguments.batch_size, runtime.world_size(), shuffle=True,
+        seed=arguments.seed,
+    )
+    options: dict[str, Any] = {
+        "logging_steps": 10, "save_strategy": "no", "report_to": "none", "disable_tqdm": runtime.rank() != 0,
+        **(passed or {}),
+    }
+    training = TrainingArguments(
+        output_dir=str(directory / "trainer"),
+        per_device_train_batch_size=arguments.batch_size,
+        gradient_accumulation_steps=sampler.accumulation_steps,
+        num_train_epochs=arguments.epochs,
+        learning_rate=arguments.learning_rate,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if arguments.gradient_checkpointing else None,
+        bf16=arguments.dtype == "bfloat16",
+        fp16=arguments.dtype == "float16",
+        use_cpu=arguments.resolved_device == "cpu",
+        seed=arguments.seed,
+        deepspeed=_for_trainer(ds_config),
+        remove_unused_columns=False,
+        ddp_timeout=arguments.timeout,
+        **options,
+    )
+    metrics = MetricsFile(directory / "metrics.jsonl")
+    whole = WholeCheckpoints(arguments.save_minutes)
+    trainer = GlobalBatchTrainer(
+        model=model, args=training, train_dataset=samples, processing_class=tokenizer, sampler=sampler,
+        callbacks=[*callbacks, metrics, whole],
+    )
+    checkpoint = runtime.on_rank_0(lambda: newest_whole_checkpoint(Path(training.output_dir)), "looking for a checkpoint")
+    if checkpoint is not None:
+        logger.info("going on from %s", checkpoint)
+        runtime.on_rank_0(lambda: metrics.keep_until(checkpoint), "trimming the metrics")
+    logger.info("training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %d)", len(samples),
+                math.ceil(arguments.epochs * sampler.steps), arguments.global_batch_size, runtime.world_size(),
+                sampler.accumulation_steps, arguments.batch_size)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, directory: Path, model_card: str) -> None:
+    """Writes the trained model as an ordinary Hugging Face directory. Collective."""
+    save_sharded(trainer.model_wrapped, directory, tokenizer=tokenizer, model_card=model_card)
+
+
+def _for_trainer(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with what Trainer fills in left to it."""
+    config = json.loads(json.dumps(ds_config))
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        if isinstance(config.get(key), int | float) and key != "gradient_clipping":
+            raise ConfigError(f"the DeepSpeed configuration sets {key}: leave it out or 'auto'; --batch_size and "
+                              "--global_batch_size decide it")
+        config.setdefault(key, "auto")
+    config.setdefault("zero_allow_untested_optimizer", True)
+    return config
+
+
+class GlobalBatchTrainer(Trainer):
+    """A Trainer whose global batches hold the same samples on any world size: none repeated, none dropped."""
+
+    def __init__(self, *args: Any, sampler: GlobalBatchSampler, **kwargs: Any):
+        self.sampler = sampler
+        super().__init__(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        tokenizer = self.processing_class
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return self.accelerator.prepare(DataLoader(
+            WithEmpty(self.train_dataset, empty_sample(tokenizer.eos_token_id), self.sampler),
+            batch_sampler=self.sampler,
+            collate_fn=lambda rows: pad_batch(rows, pad),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+        ))
+
+
+class MetricsFile(TrainerCallback):
+    """metrics.jsonl: one line a logged step, written by rank 0."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+               logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def keep_until(self, checkpoint: str) -> None:
+        """Drops the lines of steps after ``checkpoint``: they will be made again."""
+        step = int(checkpoint.rsplit("-", 1)[1])
+        if self.path.is_file():
+            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            aside = self.path.with_suffix(".tmp")
+            aside.write_text("".join(f"{line}\n" for line in lines))
+            aside.replace(self.path)
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Saves every ``minutes`` and marks a checkpoint once it is whole, so that a killed save is never resumed from."""
+
+    MARK = "whole.json"
+
+    def __init__(self, minutes: float):
+        self.minutes = minutes
+        self._last = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                       **kwargs: Any) -> None:
+        self._last = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                    **kwargs: Any) -> TrainerControl:
+        if self.minutes:
+            # Clocks differ between ranks, and a save is collective: rank 0's clock decides.
+            due = torch.tensor([float(time.monotonic() - self._last > 60 * self.minutes)],
+                               device=runtime.collective_device())
+            if runtime.rank() > 0:
+                due.zero_()
+            control.should_save = control.should_save or bool(runtime.all_reduce_sum(due).item())
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._last = time.monotonic()
+        runtime.barrier()
+        if state.is_world_process_zero:
+            directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(directory / self.MARK, {"step": state.global_step})
+            for older in Path(args.output_dir).glob("checkpoint-*"):
+                # One whole checkpoint is kept unless the user asked for more.
+                if older != directory and args.save_total_limit is None:
+                    shutil.rmtree(older, ignore_errors=True)
+
+
+def newest_whole_checkpoint(directory: Path) -> str | None:
+    """Path of the newest checkpoint that was written to its end."""
+    found = [p.parent for p in directory.glob(f"checkpoint-*/{WholeCheckpoints.MARK}")]
+    return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
+
+
+def _model_card(arguments: TrainArguments, masks_dir: Path | None) -> str:
+    protection = "without a mask"
+    if masks_dir is not None:
+        metadata = MaskStore(masks_dir).metadata
+        protection = (f"with {metadata.frozen} of {metadata.entries} rotated coefficients frozen (keep_ratio "
+                      f"{metadata.keep_ratio}, scope {metadata.scope}, basis {metadata.basis}; masks {masks_dir})")
+    return (
+        f"# {Path(arguments.model_name).name}, fine-tuned on {arguments.utility_data}\n\n"
+        f"Trained by [warp_ds](https://openreview.net/forum?id=kPLzOfPfA2l) phase 3 {protection}.\n\n"
+        f"- base model: `{arguments.model_name}`\n- train_scope: {arguments.train_scope}\n- epochs: {arguments.epochs}, "
+        f"global batch {arguments.global_batch_size}, learning rate {arguments.learning_rate}, seed {arguments.seed}\n"
+    )

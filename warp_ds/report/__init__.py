@@ -1,0 +1,1 @@
+"""What people forward: certificates, tables, plots, plans."""

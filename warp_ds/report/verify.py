@@ -1,0 +1,165 @@
+"""The freeze certificate: from two model directories alone, how far frozen and free coefficients moved.
+
+One layer is in memory at a time and no model is built. With Δ = (W_after - W_before) U, a frozen coefficient may have
+moved by what rounding W_after to its stored dtype allows and no more. With e_ik the largest rounding error of entry
+(i, k): |Δ_ij| <= Σ_k |U_kj| e_ik in the worst case, and, the errors being independent, at most SIGMAS standard
+deviations, (Σ_k U_kj² e_ik² / 3)^½ each. The smaller of the two is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, TargetLayer, fingerprint_model, write_json
+from warp_ds.method.mask import unpack_bits
+from warp_ds.method.rotation import Rotation
+
+SIGMAS = 12.0
+#: The masked step makes W from C by fp32 products: an error of some units of 2^-24 of the row's size.
+FP32_PRODUCTS = 16 * 2.0**-24
+#: ... and by TF32 products on a GPU where W is stored in 16 bits.
+TF32_PRODUCTS = 2.0**-11
+
+
+@dataclass
+class LayerCertificate:
+    """One layer of the certificate; moves in the units of the weights."""
+
+    layer: str
+    frozen: int
+    free: int
+    frozen_max: float
+    frozen_rms: float
+    free_max: float
+    free_rms: float
+    coefficient_rms: float
+    """Root mean square of the frozen coefficients before."""
+    allowed_max: float
+    """Largest move of a frozen coefficient that rounding allows in this layer."""
+    violations: int
+    """Frozen coefficients that moved further than rounding allows for them."""
+
+
+def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_dir: str | Path | None = None,
+            check_before: bool = True) -> dict[str, Any]:
+    """The certificate as a dictionary: ``kept`` (bool), ``problems``, totals and ``layers``.
+
+    ``check_before`` refuses a ``before`` that is not the model the masks were made for, such as swapped
+    directories. Raises ArtifactError where a file is missing or does not fit.
+    """
+    before, after = Path(before), Path(after)
+    masks = MaskStore(masks_dir)
+    basis = None
+    if masks.metadata.basis != "identity":
+        basis = BasisStore(basis_dir or masks.metadata.basis_dir or "")
+    masks.check(basis, fingerprint_model(before) if check_before else None, str(before))
+    layers = [_certify_layer(target, before, after, masks, basis) for target in masks.layers]
+    problems = [f"{c.layer}: {c.violations} of {c.frozen} frozen coefficients moved further than rounding allows "
+                f"(by up to {c.frozen_max:.3e}; rounding allows {c.allowed_max:.3e})" for c in layers if c.violations]
+    if not any(c.free_max > 0 or c.frozen_max > 0 for c in layers):
+        problems.append("nothing moved at all: both directories hold the same weights in the masked layers")
+    frozen = sum(c.frozen for c in layers)
+    return {
+        "format": "warp_ds.certificate", "version": 1, "kept": not problems, "problems": problems,
+        "before": str(before), "after": str(after), "masks": str(masks.directory),
+        "basis": None if basis is None else str(basis.directory),
+        "before_fingerprint": fingerprint_model(before), "after_fingerprint": fingerprint_model(after),
+        "masks_fingerprint": masks.fingerprint(), "frozen": frozen, "free": sum(c.free for c in layers),
+        "frozen_drift": _relative(layers), "layers": [asdict(c) for c in layers],
+    }
+
+
+def _relative(layers: list[LayerCertificate]) -> float:
+    """‖ΔC‖ / ‖C‖ over all frozen coefficients."""
+    moved = sum(c.frozen * c.frozen_rms**2 for c in layers)
+    size = sum(c.frozen * c.coefficient_rms**2 for c in layers)
+    return (moved / size) ** 0.5 if size else 0.0
+
+
+def _certify_layer(target: TargetLayer, before: Path, after: Path, masks: MaskStore,
+                   basis: BasisStore | None) -> LayerCertificate:
+    rotation = Rotation(None, target.n) if basis is None else basis.rotation(target.name, torch.float64)
+    absolute = _absolute(rotation)
+    w_before, w_after = (_weight(directory, target) for directory in (before, after))
+    low_precision = torch.finfo(w_after.dtype).eps > 1e-6
+    totals = {"frozen": 0, "free": 0, "violations": 0}
+    sums = {"frozen": 0.0, "free": 0.0, "size": 0.0}
+    largest = {"frozen": 0.0, "free": 0.0, "allowed": 0.0}
+    for rows in _chunks(target.m, target.n):
+        old, new = w_before[rows].double(), w_after[rows].double()
+        moved, size = rotation.rotate(new - old), rotation.rotate(old)
+        # The start model is exact as stored: only W after training was rounded.
+        row_size = old.square().mean(dim=1, keepdim=True).sqrt()
+        error = _half_ulp(w_after[rows]) + (TF32_PRODUCTS if low_precision else FP32_PRODUCTS) * row_size
+        allowed = error
+        if absolute is not None:
+            allowed = torch.minimum(error @ absolute, SIGMAS * (error.square() @ absolute.square() / 3).sqrt())
+        frozen = unpack_bits(masks.packed(target.name, rows.start, rows.stop), target.n)
+        free = ~frozen
+        totals["frozen"] += int(frozen.sum())
+        totals["free"] += int(free.sum())
+        totals["violations"] += int((moved.abs() > allowed)[frozen].sum())
+        for name, which in (("frozen", frozen), ("free", free)):
+            if which.any():
+                values = moved[which]
+                sums[name] += float(values.square().sum())
+                largest[name] = max(largest[name], float(values.abs().max()))
+        if frozen.any():
+            sums["size"] += float(size[frozen].square().sum())
+            largest["allowed"] = max(largest["allowed"], float(allowed[frozen].max()))
+
+    def rms(name: str, count: int) -> float:
+        return (sums[name] / count) ** 0.5 if count else 0.0
+
+    return LayerCertificate(
+        target.name, totals["frozen"], totals["free"], largest["frozen"], rms("frozen", totals["frozen"]),
+        largest["free"], rms("free", totals["free"]), rms("size", totals["frozen"]), largest["allowed"],
+        totals["violations"],
+    )
+
+
+def _absolute(rotation: Rotation) -> Tensor | None:
+    """|U| [n, n], fp64; None for the identity."""
+    if rotation.is_identity:
+        return None
+    return rotation.rotate(torch.eye(rotation.n, dtype=torch.float64)).abs()
+
+
+def _half_ulp(w: Tensor) -> Tensor:
+    """Half the distance between neighbours of each entry, fp64."""
+    info = torch.finfo(w.dtype)
+    _, exponent = torch.frexp(w.double())
+    return torch.ldexp(torch.full_like(w, info.eps / 4, dtype=torch.float64), exponent).clamp_min(info.tiny * info.eps)
+
+
+def _weight(directory: Path, target: TargetLayer) -> Tensor:
+    name = f"{target.name}.weight"
+    index = directory / "model.safetensors.index.json"
+    path = directory / (json.loads(index.read_text())["weight_map"].get(name, "") if index.is_file() else "model.safetensors")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            weight = file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{directory} has no readable weight {name} ({error}): is it a model directory with "
+                            "safetensors files?") from error
+    if tuple(weight.shape) != (target.m, target.n):
+        raise ArtifactError(f"{path}: {name} is {tuple(weight.shape)}, the masks are for {(target.m, target.n)}")
+    return weight
+
+
+def _chunks(rows: int, n: int) -> Iterator[slice]:
+    step = max(1, (1 << 23) // n)
+    return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
+
+
+def write_certificate(certificate: dict[str, Any], path: Path) -> None:
+    """Writes the certificate as JSON, whole or not at all."""
+    write_json(path, certificate)
