@@ -1,0 +1,236 @@
+"""Load a causal LM onto ZeRO-3 ranks, each rank reading the bytes of its own partitions and nothing else.
+
+transformers opens the whole checkpoint on rank 0 and gathers, overwrites, broadcasts and splits each parameter in turn.
+Here the model is built on meta, and every partition, a flat range of the parameter, is a byte range of a safetensors
+file: it is read straight into ``ds_tensor``. A rank's peak memory is its shard and one read buffer.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from warp_ds.zero.checkpoint_index import RangeReader, TensorLocation
+from warp_ds.zero.partitioned_param import Partitioner, own_range, why_not_by_hand
+from warp_ds.zero.runtime import all_gather_object, on_every_rank_or_none, rank
+from warp_ds.zero.transformers_internals import CannotMap, MetaModel, load_on_meta, zero3_hidden_from_transformers
+
+logger = logging.getLogger(__name__)
+
+
+def load_sharded(
+    model_name_or_path: str | os.PathLike,
+    *,
+    ds_config: dict[str, Any] | None,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """A causal LM with ZeRO-3 partitioned parameters: for ``deepspeed.initialize``, or for use as it is with
+    ``deepspeed.zero.GatheredParameters``. Parameters, buffers, ties, configs and warnings are ``from_pretrained``'s.
+
+    Every rank calls it, after torch.distributed was initialised. Checkpoints and settings whose partitions are no byte
+    ranges (pickled ``.bin``, quantised or fused weights, offload to NVMe, ...) go through ``from_pretrained`` under
+    ``zero.Init``, and the log says why.
+
+    Args:
+        model_name_or_path: local folder or hub name (cached files serve offline).
+        ds_config: DeepSpeed's config as a dict, stage 3; None: stage 3 with DeepSpeed's defaults.
+        dtype: of the parameters; the files' dtype is converted in passing. Buffers keep their own, as ever.
+        device: "cpu" or "cuda", the one that DeepSpeed's accelerator drives.
+        trust_remote_code, revision, attn_implementation: as in ``from_pretrained``.
+        progress: a bar in bytes on rank 0.
+
+    Raises:
+        ValueError: the config is not stage 3, or the device is not DeepSpeed's.
+        CheckpointError: a file is missing, truncated, or has a header that contradicts it.
+        OtherRankError: another rank failed; its message is in it.
+    """
+    begun = time.monotonic()
+    name = os.fspath(model_name_or_path)
+    _check_settings(ds_config, device)
+    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    if attn_implementation is not None:
+        hub["attn_implementation"] = attn_implementation
+
+    built: MetaModel | None = None
+    plan: dict[int, TensorLocation] = {}
+    reason = why_not_by_hand(ds_config or {})
+    with on_every_rank_or_none(f"opening {name}"):
+        try:
+            if reason is None:
+                reason = _why_quantised(name, hub)
+            if reason is None:
+                built = load_on_meta(name, dtype=dtype, **hub)
+                plan = _plan(built)
+        except CannotMap as cause:
+            reason = str(cause)
+    reasons = [r for r in all_gather_object(reason) if r is not None]
+    if built is None or reasons:
+        logger.warning("%s is loaded by from_pretrained on rank 0, not in shards: %s", name, reasons[0])
+        return _from_pretrained(name, ds_config, dtype, hub)
+
+    model = built.model
+    partitioner = Partitioner(ds_config, dtype)
+    reads, whole = _replace_parameters(model, plan, partitioner)
+    for param in whole:
+        partitioner.cut(param)
+    with on_every_rank_or_none(f"reading {name}"), RangeReader() as reader:
+        _fill(reads, reader, progress and rank() == 0)
+        _fill_buffers(built, reader, partitioner.device)
+        logger.info(
+            "%s: read %.3f GB on this rank in %.1f s", name, reader.bytes_requested / 1e9, time.monotonic() - begun
+        )
+    _tie_equal(model)
+    return model
+
+
+def _check_settings(ds_config: dict[str, Any] | None, device: str) -> None:
+    stage = (ds_config or {}).get("zero_optimization", {}).get("stage", 3 if not ds_config else 0)
+    if stage != 3:
+        raise ValueError(
+            f"load_sharded partitions parameters, which is ZeRO stage 3; the config has stage {stage}. "
+            'Set "zero_optimization": {"stage": 3}, or load with from_pretrained.'
+        )
+    if not dist.is_initialized():
+        raise ValueError("load_sharded needs torch.distributed: call deepspeed.init_distributed() first.")
+    theirs = get_accelerator().device_name()
+    if torch.device(device).type != theirs:
+        raise ValueError(
+            f"device is {device}, but DeepSpeed drives {theirs}: set DS_ACCELERATOR={torch.device(device).type}."
+        )
+    if "LOCAL_RANK" not in os.environ:
+        if dist.get_world_size() > 1 and theirs != "cpu":
+            raise ValueError("LOCAL_RANK is not set: start the ranks with torchrun, deepspeed, accelerate or srun.")
+        os.environ["LOCAL_RANK"] = "0"
+
+
+def _why_quantised(name: str, hub: dict[str, Any]) -> str | None:
+    config = AutoConfig.from_pretrained(name, **{k: v for k, v in hub.items() if k != "attn_implementation"})
+    quantisation = getattr(config, "quantization_config", None)
+    if not quantisation:
+        return None
+    as_dict = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+    return f"it is quantised ({as_dict.get('quant_method')})"
+
+
+def _plan(built: MetaModel) -> dict[int, TensorLocation]:
+    """Where each parameter that is still on meta comes from, by id."""
+    plan = {id(p): built.source(p) for p in built.model.parameters() if p.is_meta}
+    for name, param in built.model.named_parameters():
+        if id(param) in plan and param.is_floating_point() and not plan[id(param)].dtype.is_floating_point:
+            location = plan[id(param)]
+            raise ValueError(
+                f"{location.path}: {location.name} is stored as {location.dtype}, but {name} is a floating-point "
+                "weight and the config names no quantisation: the header is wrong, or the file is of another model."
+            )
+    return plan
+
+
+def _replace_parameters(
+    model: PreTrainedModel, plan: dict[int, TensorLocation], partitioner: Partitioner
+) -> tuple[list[tuple[nn.Parameter, TensorLocation]], list[nn.Parameter]]:
+    """Put partitioned parameters, still empty, in the place of those on meta; tied ones stay one.
+
+    Returns the empty ones with their sources, and those that hold values already (missing in the checkpoint).
+    """
+    made: dict[int, nn.Parameter] = {}
+    reads, whole = [], []
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is None:
+                continue
+            if id(param) not in made:
+                if id(param) in plan:
+                    made[id(param)] = partitioner.empty(param)
+                    reads.append((made[id(param)], plan[id(param)]))
+                else:
+                    made[id(param)] = param
+                    whole.append(param)
+            module._parameters[name] = made[id(param)]
+    return reads, whole
+
+
+def _fill(reads: list[tuple[Any, TensorLocation]], reader: RangeReader, progress: bool) -> None:
+    """Read this rank's range of each parameter, in the files' own order."""
+    jobs = []
+    for param, location in sorted(reads, key=lambda read: (read[1].path, read[1].offset)):
+        place = own_range(param)
+        jobs.append((location, place.start, param.ds_tensor[: place.stop - place.start]))
+    total = sum(out.numel() * location.dtype.itemsize for location, _, out in jobs)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading rank 0's shard", disable=not progress) as bar:
+        for location, first, out in jobs:
+            reader.read(location, first, out)
+            bar.update(out.numel() * location.dtype.itemsize)
+
+
+def _fill_buffers(built: MetaModel, reader: RangeReader, device: torch.device) -> None:
+    """Buffers are whole on every rank: from the checkpoint where it has them, else as they were made."""
+    for module in built.model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            if buffer.is_meta:
+                module._buffers[name] = value = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                reader.read(built.source(buffer), 0, value.view(-1))
+            else:
+                module._buffers[name] = buffer.to(device)
+
+
+def _tie_equal(model: PreTrainedModel) -> None:
+    """Where a checkpoint holds both of two tied weights, they are tied if equal, else told apart, as transformers does.
+
+    transformers compares the values, which on meta it cannot.
+    """
+    for target, source in list(model.all_tied_weights_keys.items()):
+        kept: Any = model.get_parameter(source)
+        other: Any = model.get_parameter(target)
+        if kept is other:
+            continue
+        place = own_range(kept)
+        same_here = kept.ds_shape == other.ds_shape and torch.equal(
+            kept.ds_tensor[: place.stop - place.start],
+            other.ds_tensor[: place.stop - place.start],
+        )
+        if all(all_gather_object(same_here)):
+            module, _, attribute = target.rpartition(".")
+            setattr(model.get_submodule(module), attribute, kept)
+            continue
+        del model.all_tied_weights_keys[target]
+        if rank() == 0:
+            logger.warning(
+                "%s and %s are tied by the config but differ in the checkpoint: they are NOT tied. Set "
+                "tie_word_embeddings to false in the config to silence this.",
+                source,
+                target,
+            )
+
+
+def _from_pretrained(
+    name: str, ds_config: dict[str, Any] | None, dtype: torch.dtype, hub: dict[str, Any]
+) -> PreTrainedModel:
+    config: dict[str, Any] = copy.deepcopy(ds_config) if ds_config else {"zero_optimization": {"stage": 3}}
+    # zero.Init takes the dtype from the config, and reads no batch size but refuses a config without one.
+    config.update(bf16={"enabled": dtype == torch.bfloat16}, fp16={"enabled": dtype == torch.float16})
+    for key in ("train_batch_size", "gradient_accumulation_steps"):
+        config.pop(key, None)
+    config["train_micro_batch_size_per_gpu"] = 1
+    with zero3_hidden_from_transformers():
+        seen_by_transformers = HfDeepSpeedConfig(config)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hub)
+        del seen_by_transformers
+    return model

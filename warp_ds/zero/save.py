@@ -1,0 +1,435 @@
+"""Save a ZeRO-3 model as an ordinary Hugging Face directory, every rank writing its share of the files.
+
+The files are those of ``save_pretrained``, byte for byte. Each weight file has one writing rank (concurrent writers of
+one file are not safe on every network file system); the pieces of a parameter are gathered to it in bounded chunks and
+go to their place in the file at once, so no rank holds a parameter, let alone the model. All is written in a directory
+beside the target, synced, and takes the target's name only when whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import json
+import logging
+import os
+import queue
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from huggingface_hub import ModelCardData
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from warp_ds.zero.checkpoint_index import DTYPES
+from warp_ds.zero.partition import RowPartition
+from warp_ds.zero.runtime import (
+    broadcast_object,
+    collective_device,
+    on_every_rank_or_none,
+    rank,
+    world_size,
+)
+from warp_ds.zero.transformers_internals import save_without_weights
+
+logger = logging.getLogger(__name__)
+
+GATHER_BYTES = 32 << 20
+"""Bytes of a parameter gathered at once. A writing rank holds at most four such buffers."""
+
+
+WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a weight file."""
+
+    model_name: str
+    dtype: torch.dtype
+    offset: int
+    """First byte in the file."""
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One safetensors file to be written."""
+
+    name: str
+    header: bytes
+    tensors: list[StoredTensor]
+    size: int
+
+
+def save_sharded(
+    model_or_engine: Any,
+    directory: str | os.PathLike,
+    *,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    model_card: str | None = None,
+    progress: bool = True,
+) -> None:
+    """Write the model's weights, config, generation config, tokenizer and model card to ``directory``.
+
+    Every rank calls it. The directory must be on storage that all ranks share. A model already there is replaced in
+    one step when the new one is whole and on disk; until then, and if the save fails or is killed, it stays as it is.
+    Files there that are no part of a saved model are kept, as ``save_pretrained`` keeps them.
+
+    Args:
+        model_or_engine: a transformers model, or what DeepSpeed or DDP wrapped around one; partitioned or not.
+        tokenizer: saved with its chat template.
+        dtype: of the floating-point weights in the files; None: as the model has them.
+        max_shard_size: of one weight file, as in ``save_pretrained``.
+        model_card: text of README.md; None: the one that is there, else a minimal one.
+        progress: a bar in bytes on rank 0.
+
+    Raises:
+        OSError: the disk is full, or the directory cannot be written.
+        ValueError: ``directory`` is a file, or holds something other than a model.
+        OtherRankError: another rank failed; its message is in it.
+    """
+    model = _unwrap(model_or_engine)
+    target = Path(os.path.realpath(directory))
+    aside = target.with_name(f".{target.name}.saving")
+    state = model.state_dict(keep_vars=True)
+    files: list[WeightFile] = []
+    with on_every_rank_or_none(f"saving to {target}"):
+        if rank() == 0:
+            _prepare(target, aside)
+            files = _write_all_but_weights(model, state, aside, target, dtype, max_shard_size, tokenizer, model_card)
+            _check_space(aside, files)
+    try:
+        files = broadcast_object(files)
+        with on_every_rank_or_none(f"saving to {target}"):
+            if not aside.is_dir():
+                raise OSError(f"{aside}, made by rank 0, is not seen here: save to storage that all nodes share.")
+        _write_weights(state, files, aside, progress)
+        with on_every_rank_or_none(f"saving to {target}"):
+            if rank() == 0:
+                _keep_other_files(target, aside)
+                _sync_tree(aside)
+                _put_in_place(aside, target)
+    except Exception:
+        # Every rank is here or none, and none writes any more.
+        if rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _unwrap(model_or_engine: Any) -> PreTrainedModel:
+    model = model_or_engine
+    while not isinstance(model, PreTrainedModel):
+        if not hasattr(model, "module"):
+            raise ValueError(f"save_sharded saves transformers models (or engines around them), not {type(model)}.")
+        model = model.module
+    return model
+
+
+# What is written --------------------------------------------------------------------------------------------------
+
+
+def _write_all_but_weights(
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    directory: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    max_shard_size: int | str,
+    tokenizer: Any,
+    model_card: str | None,
+) -> list[WeightFile]:
+    """Rank 0's part; returns the weight files to be written."""
+    on_meta: dict[int, torch.Tensor] = {}
+    for tensor in state.values():
+        stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        shape = getattr(tensor, "ds_shape", tensor.shape)
+        on_meta.setdefault(id(tensor), torch.empty(shape, dtype=stored, device="meta"))
+    metas = {name: on_meta[id(tensor)] for name, tensor in state.items()}
+    contents = save_without_weights(model, str(directory), metas, max_shard_size)
+    if dtype is not None:
+        config = copy.deepcopy(model.config)
+        config.dtype = str(dtype).removeprefix("torch.")
+        config.save_pretrained(directory)
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        # transformers counts the elements that this rank holds.
+        content = json.loads(index.read_text())
+        unique = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
+        content["metadata"]["total_parameters"] = sum(unique.values())
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    if model_card is not None:
+        (directory / "README.md").write_text(model_card)
+    elif not (target / "README.md").exists():
+        (directory / "README.md").write_text(_minimal_card(model))
+    return [_lay_out(name, {k: (v, metas[v]) for k, v in names.items()}) for name, names in contents.items()]
+
+
+def _minimal_card(model: PreTrainedModel) -> str:
+    base = model.config.name_or_path
+    # The card's base_model must be a name on the hub, which a local folder is not.
+    data = ModelCardData(library_name="transformers", base_model=base if base and not os.path.exists(base) else None)
+    return f"---\n{data.to_yaml()}\n---\n\n# {type(model).__name__}\n"
+
+
+def _lay_out(file_name: str, tensors: dict[str, tuple[str, torch.Tensor]]) -> WeightFile:
+    """Header and offsets as the safetensors library writes them: by dtype, then by name, padded to 8 bytes.
+
+    Args:
+        tensors: by name in the file, the name in the model and a meta tensor of the stored shape and dtype.
+    """
+    dtype_names = {dtype: name for name, dtype in DTYPES.items()}
+    rank_of = {dtype: index for index, dtype in enumerate(DTYPES.values())}
+    order = sorted(tensors, key=lambda name: (rank_of[tensors[name][1].dtype], name.encode()))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name in order:
+        meta = tensors[name][1]
+        end = begin + meta.numel() * meta.dtype.itemsize
+        header[name] = {"dtype": dtype_names[meta.dtype], "shape": list(meta.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    stored = [
+        StoredTensor(tensors[name][0], tensors[name][1].dtype, data + header[name]["data_offsets"][0])
+        for name in order
+    ]
+    return WeightFile(file_name, len(text).to_bytes(8, "little") + text, stored, data + begin)
+
+
+# Weights ----------------------------------------------------------------------------------------------------------
+
+
+def _write_weights(state: dict[str, Any], files: list[WeightFile], directory: Path, progress: bool) -> None:
+    """Each round writes one file a rank, all of them side by side."""
+    total = sum(file.size for file in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Saving", disable=not (progress and rank() == 0)) as bar:
+        for first in range(0, len(files), world_size()):
+            batch = files[first : first + world_size()]
+            writer = _FileWriter(directory, batch[rank()]) if rank() < len(batch) else None
+            # Every rank takes part in every gather, with an error of its own too: the writer keeps it until the end.
+            steps = [_chunks(state, file, owner) for owner, file in enumerate(batch)]
+            for step in zip_longest(*steps):
+                for chunk in filter(None, step):
+                    for offset, data in chunk.gather():
+                        if writer is not None:
+                            writer.put(offset, data)
+                    bar.update(chunk.nbytes)
+            with on_every_rank_or_none(f"writing to {directory}"):
+                if writer is not None:
+                    writer.finish()
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Elements [begin, begin + length) of every rank's piece of a tensor, to be gathered at one rank."""
+
+    stored: StoredTensor
+    tensor: Any
+    begin: int
+    length: int
+    owner: int
+
+    @property
+    def place(self) -> RowPartition:
+        """The pieces; a tensor that is whole on every rank is one piece."""
+        if _is_partitioned(self.tensor):
+            return RowPartition(self.tensor.ds_numel, 1, world_size(), rank())
+        return RowPartition(self.tensor.numel(), 1, 1, 0)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stop - start for start, stop in self._ranges()) * self.stored.dtype.itemsize
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        """What the chunk covers of the flat tensor, a range a piece, padding left out."""
+        place = self.place
+        for piece in range(place.world_size):
+            start = piece * place.length + self.begin
+            yield start, max(start, min(start + self.length, (piece + 1) * place.length, place.m))
+
+    def gather(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """On the owner: file offsets, and bytes that belong there. Collective for partitioned tensors."""
+        partitioned = _is_partitioned(self.tensor)
+        flat = self.tensor.ds_tensor if partitioned else self.tensor.detach().reshape(-1)
+        mine = flat[self.begin : self.begin + self.length].to(self.stored.dtype).view(torch.uint8)
+        pieces = [mine]
+        if partitioned and world_size() > 1:
+            mine = mine.to(collective_device())
+            pieces = [torch.empty_like(mine) for _ in range(world_size())] if rank() == self.owner else []
+            dist.gather(mine, pieces or None, dst=self.owner)
+        if rank() == self.owner:
+            for (start, stop), piece in zip(self._ranges(), pieces, strict=True):
+                if start < stop:
+                    itemsize = self.stored.dtype.itemsize
+                    yield self.stored.offset + start * itemsize, piece[: (stop - start) * itemsize].cpu()
+
+
+def _chunks(state: dict[str, Any], file: WeightFile, owner: int) -> Iterator[_Chunk]:
+    for stored in file.tensors:
+        tensor = state[stored.model_name]
+        # Pieces on NVMe, quantised, or over other groups of ranks: DeepSpeed puts the parameter together, whole.
+        foreign = hasattr(tensor, "ds_tensor") and not _is_partitioned(tensor)
+        with deepspeed.zero.GatheredParameters([tensor] if foreign else []):
+            place = _Chunk(stored, tensor, 0, 0, owner).place
+            length = max(1, GATHER_BYTES // place.world_size // stored.dtype.itemsize)
+            for begin in range(0, place.length, length):
+                yield _Chunk(stored, tensor, begin, min(length, place.length - begin), owner)
+
+
+def _is_partitioned(tensor: Any) -> bool:
+    """Whether the tensor lies in plain pieces over all ranks."""
+    return (
+        hasattr(tensor, "ds_tensor")
+        and tensor.ds_zero_partition_world_size == world_size()
+        and tensor.ds_tensor.final_location is None
+        and not hasattr(tensor.ds_tensor, "ds_quant_scale")
+    )
+
+
+class _FileWriter:
+    """Writes one file in a thread of its own, so that the next chunk is gathered meanwhile."""
+
+    def __init__(self, directory: Path, file: WeightFile) -> None:
+        self.path = directory / file.name
+        self.error: OSError | None = None
+        self._chunks: queue.Queue[tuple[int, torch.Tensor] | None] = queue.Queue(maxsize=2 * world_size())
+        self._thread = threading.Thread(target=self._work, args=(file.header,), daemon=True)
+        self._thread.start()
+
+    def put(self, offset: int, data: torch.Tensor) -> None:
+        self._chunks.put((offset, data))
+
+    def finish(self) -> None:
+        """Wait until all is on disk.
+
+        Raises:
+            OSError: opening, writing or syncing failed.
+        """
+        self._chunks.put(None)
+        self._thread.join()
+        if self.error is not None:
+            error = self.error
+            raise OSError(error.errno, f"{error.strerror}; nothing was replaced", str(self.path)) from error
+
+    def _work(self, header: bytes) -> None:
+        chunk: Any = ()
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            try:
+                _write(descriptor, 0, memoryview(header))
+                while (chunk := self._chunks.get()) is not None:
+                    _write(descriptor, chunk[0], memoryview(chunk[1].numpy()))  # type: ignore[arg-type]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            self.error = error
+            while chunk is not None:
+                chunk = self._chunks.get()
+
+
+def _write(descriptor: int, offset: int, data: memoryview) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+# The directory ----------------------------------------------------------------------------------------------------
+
+
+def _prepare(target: Path, aside: Path) -> None:
+    previous = target.with_name(f".{target.name}.previous")
+    if previous.exists():
+        # A save was killed between the two renames of _put_in_place.
+        if target.exists():
+            shutil.rmtree(previous)
+        else:
+            previous.rename(target)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file: give the directory to save the model in.")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
+        raise ValueError(f"{target} holds files but no model (no config.json): give a new or empty directory.")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+
+def _check_space(directory: Path, files: list[WeightFile]) -> None:
+    needed, free = sum(file.size for file in files), shutil.disk_usage(directory).free
+    if needed > free:
+        raise OSError(
+            f"the model takes {needed / 1e9:.3f} GB, but {directory.parent} has {free / 1e9:.3f} GB free: "
+            "free some, or save elsewhere. Nothing was replaced."
+        )
+
+
+def _keep_other_files(target: Path, aside: Path) -> None:
+    """Bring along, as hard links, what in the old directory is no weight file and has no successor in the new one."""
+    if not target.is_dir():
+        return
+    for entry in target.iterdir():
+        if (aside / entry.name).exists() or WEIGHT_FILE.fullmatch(entry.name):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, aside / entry.name, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, aside / entry.name)
+
+
+def _link(source: Any, destination: Any) -> None:
+    try:
+        os.link(source, destination, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, destination, follow_symlinks=False)
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in [directory, *directory.rglob("*")]:
+        if path.is_symlink():
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _put_in_place(aside: Path, target: Path) -> None:
+    """``aside`` becomes ``target``: in one atomic exchange where the file system has it."""
+    if not target.exists():
+        aside.rename(target)
+    elif _exchange(aside, target):
+        shutil.rmtree(aside)
+    else:
+        previous = target.with_name(f".{target.name}.previous")
+        target.rename(previous)
+        aside.rename(target)
+        shutil.rmtree(previous)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Linux renameat2 with RENAME_EXCHANGE; False where the system or the file system does not know it."""
+    at_cwd, exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    return bool(renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
