@@ -1,0 +1,94 @@
+"""Finds the linear layers that ``--target_layers`` and ``--layer_type`` name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from warp_ds.artifacts import TargetLayer
+from warp_ds.config import LAYER_TYPES, ConfigError, parse_layer_types, parse_target_layers
+
+#: Where a layer type is found in a block, for Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 and all built like them.
+MODULES = {
+    "ffn_down": "mlp.down_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_o": "self_attn.o_proj",
+}
+#: Layer types that see the same input in all these models; phase 1 finds it by the input itself.
+SHARING = (("ffn_up", "ffn_gate"), ("attn_q", "attn_k", "attn_v"))
+_FUSED = ("qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "wqkv", "w_pack", "dense_h_to_4h", "in_proj")
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the model's decoder blocks. ConfigError where there is none of the configuration's depth."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config  # type: ignore
+    depth = getattr(config, "num_hidden_layers", None)
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has no list of {depth} decoder blocks: this kind of model is not "
+                          "supported (Llama, Mistral, Qwen 2, Gemma 2 and models built like them are)")
+    return found[0]
+
+
+def find_targets(model: nn.Module, target_layers: str, layer_type: str) -> list[TargetLayer]:
+    """The layers to rotate, by block, then in the order of LAYER_TYPES. Works on ZeRO-3 partitioned parameters.
+
+    Raises ConfigError, naming the module, for a range outside the model, fused projections, Conv1D, experts and
+    quantised layers.
+    """
+    types = parse_layer_types(layer_type)
+    prefix, blocks = find_blocks(model)
+    return [
+        _target(blocks[index], f"{prefix}.{index}", index, kind)
+        for index in parse_target_layers(target_layers, len(blocks))
+        for kind in types
+    ]
+
+
+def _target(block: nn.Module, prefix: str, index: int, kind: str) -> TargetLayer:
+    inner = dict(block.named_modules())
+    name = f"{prefix}.{MODULES[kind]}"
+    if kind.startswith("ffn"):
+        _refuse_experts(inner, prefix, kind)
+    module = inner.get(MODULES[kind])
+    if module is None:
+        for other, candidate in inner.items():
+            if isinstance(candidate, Conv1D):
+                raise ConfigError(f"{prefix}.{other} is a Conv1D, which stores W transposed: GPT-2's kind of model is "
+                                  "not supported; use one with plain linear layers")
+            if other.rsplit(".", 1)[-1].lower() in _FUSED:
+                raise ConfigError(f"{prefix}.{other} fuses several projections in one matrix, so {kind} cannot be "
+                                  "rotated alone: choose another --layer_type, or a model with separate projections")
+        raise ConfigError(f"no module {name} for {kind}: {prefix} has "
+                          f"{', '.join(n for n, m in inner.items() if isinstance(m, nn.Linear)) or 'no linear layers'}")
+    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+        raise ConfigError(f"{name} is a {type(module).__name__} of {_dtype(module)}, not a plain linear layer: load "
+                          "the model unquantised and without adapters (merge them first)")
+    return TargetLayer(name, index, kind, module.out_features, module.in_features)
+
+
+def _refuse_experts(inner: dict[str, nn.Module], prefix: str, kind: str) -> None:
+    for name in inner:
+        if name.rsplit(".", 1)[-1] in ("experts", "block_sparse_moe", "router"):
+            raise ConfigError(f"{prefix}.{name} is a mixture of experts: its layers see different tokens each, and "
+                              f"{kind} of such a block is not supported; choose attention layers with --layer_type")
+
+
+def _dtype(module: nn.Module) -> str:
+    weight = getattr(module, "weight", None)
+    return str(weight.dtype).removeprefix("torch.") if weight is not None else "no weight"
+
+
+def shared_inputs(layers: Iterable[TargetLayer]) -> list[list[TargetLayer]]:
+    """The layers grouped by the input that they see in the known architectures; file naming takes the first of each."""
+    groups: dict[tuple[int, str], list[TargetLayer]] = {}
+    for layer in sorted(layers, key=lambda layer: (layer.layer, LAYER_TYPES.index(layer.type))):
+        shared = next((kinds[0] for kinds in SHARING if layer.type in kinds), layer.type)
+        groups.setdefault((layer.layer, shared), []).append(layer)
+    return list(groups.values())

@@ -1,0 +1,77 @@
+"""Micro-batches of a tokenised data set, the same number on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warp_ds.data.collate import EMPTY, GlobalBatchSampler, empty_sample, pad_batch
+from warp_ds.data.formats import IGNORE
+
+
+@dataclass
+class Batch:
+    """A padded micro-batch on the device."""
+
+    samples: list[int]
+    """Which sample of the data set each row is; EMPTY for none."""
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    counted: Tensor
+    """bool [B, L]: the tokens that count; never padding, never EMPTY."""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+
+class Samples:
+    """A tokenised data set, the tokens of it that count, and how it is padded."""
+
+    def __init__(self, dataset: Any, tokenizer: Any, device: torch.device | str, token_scope: str = "all"):
+        """``dataset``: rows of input_ids and labels. ``token_scope``: 'response' counts those alone, others all."""
+        eos = tokenizer.eos_token_id
+        self.device = device
+        self.pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos)
+        self.empty = empty_sample(int(eos))
+        self.rows: list[Any] = [
+            {"input_ids": row["input_ids"], "attention_mask": [1] * len(row["input_ids"]), "labels": row["labels"]}
+            for row in dataset
+        ]
+        self.response = token_scope == "response"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def counts(self, index: int) -> int:
+        """Tokens of a sample that count."""
+        labels = self.rows[index]["labels"]
+        return sum(label != IGNORE for label in labels) if self.response else len(labels)
+
+    def responses(self, index: int) -> int:
+        """Tokens of a sample that the loss sees: a label on the first token has nothing before it."""
+        return sum(label != IGNORE for label in self.rows[index]["labels"][1:])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that count, of all samples."""
+        return sum(self.counts(i) for i in range(len(self)))
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The given samples (EMPTY allowed) as one padded micro-batch."""
+        padded = pad_batch([self.empty if i == EMPTY else self.rows[i] for i in indices], self.pad)
+        there = torch.tensor([i != EMPTY for i in indices]).unsqueeze(1)
+        counted = (padded["labels"] != IGNORE if self.response else padded["attention_mask"].bool()) & there
+        tensors = (padded["input_ids"], padded["attention_mask"], padded["labels"], counted)
+        return Batch(list(indices), *(t.to(self.device) for t in tensors))
+
+    def deal(self, batch_size: int, world_size: int, rank: int) -> list[list[int]]:
+        """This rank's micro-batches of the whole set, longest samples together: as many on every rank."""
+        order = sorted(range(len(self)), key=lambda i: (-len(self.rows[i]["input_ids"]), i))
+        sampler = GlobalBatchSampler(len(self), batch_size * world_size, batch_size, world_size)
+        return [[order[i] if i != EMPTY else EMPTY for i in batch] for batch in sampler.rank_batches(rank)]

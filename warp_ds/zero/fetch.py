@@ -1,0 +1,77 @@
+"""Gathers the parameters of a ZeRO-3 model a block at a time, without a DeepSpeed engine.
+
+An engine's hooks fetch and release around every submodule; phases 1 and 2 update nothing, and want each block's
+parameters once per pass. Models that are not partitioned work too: there is nothing to gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any
+
+import deepspeed
+from torch import nn
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """The given parameters are whole inside, and partitioned again after."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+        yield
+
+
+class FetchHooks:
+    """Within the context, a forward pass gathers each unit when it is reached; ``backward`` does the same backwards.
+
+    Units are the blocks, and every module outside them that has parameters of its own.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], backward: bool = False):
+        inside = {id(m) for block in blocks for m in block.modules()}
+        others = [m for m in model.modules() if id(m) not in inside and any(True for _ in m.parameters(recurse=False))]
+        self.units: list[tuple[nn.Module, list[nn.Parameter]]] = [(b, list(b.parameters())) for b in blocks]
+        self.units += [(m, list(m.parameters(recurse=False))) for m in others]
+        self.backward = backward
+        self.fetches = 0
+        self._open: dict[int, ExitStack] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> FetchHooks:
+        for module, parameters in self.units:
+            def fetch(module: nn.Module, *_: Any, parameters: list[nn.Parameter] = parameters) -> None:
+                self._fetch(module, parameters)
+
+            def release(module: nn.Module, *_: Any) -> None:
+                self._release(module)
+
+            self._handles.append(module.register_forward_pre_hook(fetch))
+            self._handles.append(module.register_forward_hook(release))
+            if self.backward and not isinstance(module, nn.Embedding):
+                self._handles.append(module.register_full_backward_pre_hook(fetch))
+                self._handles.append(module.register_full_backward_hook(release))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for stack in self._open.values():
+            stack.close()
+        self._open.clear()
+
+    def _fetch(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
+        if id(module) in self._open:
+            return
+        self.fetches += 1
+        stack = ExitStack()
+        stack.enter_context(gathered(parameters))
+        self._open[id(module)] = stack
+
+    def _release(self, module: nn.Module) -> None:
+        stack = self._open.pop(id(module), None)
+        if stack is not None:
+            stack.close()

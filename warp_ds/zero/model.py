@@ -1,0 +1,79 @@
+"""Loads a model for phases 1 and 2: ZeRO-3 partitioned parameters, no engine, no optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from warp_ds.config import ConfigError, RunArguments
+from warp_ds.data.formats import check_length
+from warp_ds.zero.load import load_sharded
+from warp_ds.zero.runtime import on_every_rank_or_none, on_rank_0
+
+_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+def resolve_model_dir(name: str) -> Path:
+    """The local directory of a model: ``name`` itself, or its snapshot in the hub's cache, fetched where needed.
+
+    Every rank calls it. Raises ConfigError for a missing or gated model, with what to do offline.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"--model_name {name} is a directory without config.json: give the directory of a model "
+                              "saved by save_pretrained")
+        return path
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise ConfigError(f"--model_name {name}: no such directory")
+    on_rank_0(lambda: str(_snapshot(name)), f"fetching {name}")
+    with on_every_rank_or_none(f"finding {name}"):
+        return _snapshot(name)
+
+
+def _snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    advice = ("fetch it where there is internet (hf download " + name + "), then give its directory with --model_name, "
+              "or set HF_HUB_OFFLINE=1 with the same HF_HOME")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES))
+    except GatedRepoError as error:
+        raise ConfigError(f"--model_name {name} is gated: accept its licence on the hub and log in (hf auth login), or "
+                          + advice) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(f"--model_name {name}: no such directory here, and no such model on the hub (or a private one "
+                          "without login: hf auth login)") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"--model_name {name}: no such directory here, not in the hub's cache, and the hub cannot be "
+                          f"reached ({cause}): {advice}") from error
+
+
+def load_model(arguments: RunArguments, ds_config: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model with ZeRO-3 partitioned parameters in evaluation mode, and its tokenizer.
+
+    Every rank calls it, after ``init_distributed``. Raises ConfigError for a model that is missing, broken or too
+    short for ``--max_length``, before any weight is read.
+    """
+    directory = resolve_model_dir(arguments.model_name)
+    with on_every_rank_or_none(f"reading the configuration of {arguments.model_name}"):
+        try:
+            config = AutoConfig.from_pretrained(directory)
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"--model_name {arguments.model_name}: its configuration or tokenizer cannot be read: "
+                              f"{error}") from error
+        check_length(arguments.max_length, context_length(config))
+    model = load_sharded(directory, ds_config=ds_config, dtype=arguments.torch_dtype, device=arguments.resolved_device)
+    model.eval()
+    return model, tokenizer
+
+
+def context_length(config: Any) -> int | None:
+    """Tokens that the model can read, where its configuration says so."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)

@@ -1,0 +1,117 @@
+"""The highest scores of all ranks' rows: exact counts by two small reductions, the same cost for either scope."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from warp_ds.method.selection import HIGH, LOW, bin_of_kth, high_histogram, low_histogram, score_bits, take
+from warp_ds.zero.runtime import all_reduce_sum, collective_device, rank, world_size
+
+GROUPS_AT_ONCE = 64
+"""Thresholds whose histograms are reduced together: 48 MB of int64."""
+NOTHING = 2**31 - 1
+"""Bits that no score exceeds."""
+
+
+@dataclass
+class Chosen:
+    """What is frozen of one block of scores."""
+
+    threshold: int
+    """Bits of the lowest frozen score."""
+    ties: int
+    """How many of this rank's scores equal to it are frozen, the first by index."""
+    value: float | None
+    """The lowest frozen score; None where nothing is frozen."""
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """bool like ``scores``, the block that this was chosen from."""
+        return take(scores, self.threshold, self.ties)
+
+
+def choose(groups: Sequence[Sequence[Tensor]], wanted: Sequence[int]) -> list[list[Chosen]]:
+    """For each group the ``wanted`` highest of its scores, over all ranks.
+
+    A group is a list of blocks, each this rank's rows of one layer (fp32, not negative; ranks hold ascending rows).
+    Ties go by index: block, then row, then column. Scores of 0 are never taken, so a group may give fewer.
+    """
+    found: list[list[Chosen]] = []
+    for first in range(0, len(groups), GROUPS_AT_ONCE):
+        found += _choose(groups[first : first + GROUPS_AT_ONCE], wanted[first : first + GROUPS_AT_ONCE])
+    return found
+
+
+def _choose(groups: Sequence[Sequence[Tensor]], wanted: Sequence[int]) -> list[list[Chosen]]:
+    high = _reduced([sum((high_histogram(s) for s in blocks), _zeros(blocks, HIGH)) for blocks in groups])
+    bins = [bin_of_kth(h, k) if 0 < k <= int(h.sum()) else None for h, k in zip(high, wanted, strict=True)]
+    low = _reduced([
+        sum((low_histogram(s, b[0]) for s in blocks), _zeros(blocks, LOW)) if b else torch.zeros(LOW, dtype=torch.int64)
+        for blocks, b in zip(groups, bins, strict=True)
+    ])
+    thresholds: list[tuple[int, int]] = []
+    for histogram, h, b, k in zip(low, high, bins, wanted, strict=True):
+        if b is None:
+            # Nothing is wanted, or more than there is: all that is above 0.
+            thresholds.append((0, 0) if k > 0 and int(h.sum()) else (NOTHING, 0))
+            continue
+        lower, above = bin_of_kth(histogram, k - b[1])
+        threshold = (b[0] << 16) | lower
+        # A threshold of 0: everything above 0 is taken, and nothing else.
+        thresholds.append((threshold, k - b[1] - above if threshold else 0))
+    return _share_ties(groups, thresholds)
+
+
+def _share_ties(groups: Sequence[Sequence[Tensor]], thresholds: list[tuple[int, int]]) -> list[list[Chosen]]:
+    """Deals the ties of each threshold to blocks and ranks in index order."""
+    pairs = [(s, t, n) for blocks, (t, n) in zip(groups, thresholds, strict=True) for s in blocks]
+    local = torch.tensor([int((score_bits(s) == t).sum()) if n else 0 for s, t, n in pairs], dtype=torch.int64)
+    everywhere = _gathered(local)
+    found: list[list[Chosen]] = []
+    position = 0
+    for blocks, (threshold, left) in zip(groups, thresholds, strict=True):
+        chosen = []
+        real = 0 < threshold < NOTHING
+        value = float(torch.tensor(threshold, dtype=torch.int32).view(torch.float32)) if real else None
+        for _ in blocks:
+            counts = everywhere[:, position]
+            before = int(counts[: rank()].sum())
+            chosen.append(Chosen(threshold, max(0, min(int(counts[rank()]), left - before)), value))
+            left = max(0, left - int(counts.sum()))
+            position += 1
+        found.append(chosen)
+    return found
+
+
+def _zeros(blocks: Sequence[Tensor], bins: int) -> Tensor:
+    return torch.zeros(bins, dtype=torch.int64, device=blocks[0].device)
+
+
+def _reduced(histograms: list[Tensor]) -> Tensor:
+    """[groups, bins] on the CPU, summed over ranks."""
+    return all_reduce_sum(torch.stack([h.to(collective_device()) for h in histograms])).cpu()
+
+
+def _gathered(local: Tensor) -> Tensor:
+    """[ranks, k] on the CPU."""
+    if world_size() == 1:
+        return local.unsqueeze(0)
+    local = local.to(collective_device())
+    found = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(found, local)
+    return torch.stack(found).cpu()
+
+
+def gather_packed(packed: Tensor, m: int, most: int, writer: int) -> Tensor | None:
+    """All rows [m, k] of a packed mask on rank ``writer`` (None elsewhere), from blocks of at most ``most`` rows."""
+    if world_size() == 1:
+        return packed
+    padded = packed.new_zeros(most, packed.shape[1], device=collective_device())
+    padded[: packed.shape[0]] = packed
+    found = [torch.empty_like(padded) for _ in range(world_size())] if rank() == writer else None
+    dist.gather(padded, found, dst=writer)
+    return torch.cat(found)[:m].cpu() if found is not None else None
