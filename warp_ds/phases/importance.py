@@ -201,8 +201,8 @@ def frozen_model(model: Any, checkpointing: bool) -> Iterator[None]:
 
 def _checkpointing(model: Any, on: bool) -> None:
     """transformers 5.23 has new names for these methods, and warns of the old ones."""
-    verb = "enable" if on else "disable"
-    method = getattr(model, f"activation_checkpointing_{verb}", None) or getattr(model, f"gradient_checkpointing_{verb}")
+    new, old = (f"{kind}_checkpointing_{'enable' if on else 'disable'}" for kind in ("activation", "gradient"))
+    method = getattr(model, new, None) or getattr(model, old)
     method(*([{"use_reentrant": False}] if on else []))
 
 

@@ -45,8 +45,8 @@ def _snapshot(name: str) -> Path:
         raise ConfigError(f"--model_name {name} is gated: accept its licence on the hub and log in (hf auth login), or "
                           + advice) from error
     except RepositoryNotFoundError as error:
-        raise ConfigError(f"--model_name {name}: no such directory here, and no such model on the hub (or a private one "
-                          "without login: hf auth login)") from error
+        raise ConfigError(f"--model_name {name}: no such directory here, and no such model on the hub (or a private "
+                          "one without login: hf auth login)") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"--model_name {name}: no such directory here, not in the hub's cache, and the hub cannot be "
