@@ -1,0 +1,188 @@
+"""The whole job on a model of two million parameters, made on the spot: phases 0 to 3, six arms, one table.
+
+Started by ``warp-ds demo`` (``make demo``) on two local ranks; every phase is the real one, with the flags below.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from warp_ds.artifacts import write_json
+from warp_ds.config import (
+    BasisArguments,
+    EvaluateArguments,
+    ImportanceArguments,
+    RunArguments,
+    SafetyTuningArguments,
+    TrainArguments,
+)
+from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
+from warp_ds.phases.basis import run_basis
+from warp_ds.phases.evaluate import EvaluationSets, inference_engine, measure, write_measurement
+from warp_ds.phases.importance import run_importance
+from warp_ds.phases.launcher import launch
+from warp_ds.phases.run import log_to_file, versions
+from warp_ds.phases.training import run_safety_tuning, run_training
+from warp_ds.report.verify import certify
+from warp_ds.zero import runtime
+from warp_ds.zero.model import load_model
+
+logger = logging.getLogger(__name__)
+
+LAYER_TYPE = "attn_q,attn_k,attn_v,ffn_up,ffn_down"
+KEEP_RATIO = 0.1
+
+
+@dataclass
+class DemoArguments(RunArguments):
+    """The demo's own defaults; it makes its model and its data."""
+
+    model_name: str = "made by the demo"
+    dtype: str = "float32"
+    device: str = "cpu"
+    output_dir: str = "checkpoints/demo"
+    batch_size: int = 8
+    max_length: int = 128
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    train_scope: str | None = None
+    """None: not trained."""
+    masks: str | None = None
+    """'rotated', 'original', or None."""
+
+
+ARMS = (
+    Arm("before"),
+    Arm("all parameters", "all"),
+    Arm("all parameters, rotated mask", "all", "rotated"),
+    Arm("target layers, no mask", "warp"),
+    Arm("target layers, original-space mask", "warp", "original"),
+    Arm("target layers, rotated mask", "warp", "rotated"),
+)
+
+
+def run_demo(arguments: DemoArguments) -> None:
+    """Writes <output_dir>/report.json and prints the table. Collective."""
+    root, start = Path(arguments.output_dir), time.time()
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, run: Any) -> Any:
+        began = time.time()
+        result = run()
+        seconds[name] = round(time.time() - began, 1)
+        return result
+
+    with log_to_file(Path(arguments.log_dir), "demo"):
+        data = runtime.on_rank_0(lambda: _make(root, arguments.seed), "making the demo's model and data")
+        common: dict[str, Any] = {
+            "dtype": arguments.dtype, "device": arguments.device, "deepspeed": arguments.deepspeed,
+            "output_dir": str(root), "log_dir": arguments.log_dir, "seed": arguments.seed,
+            "max_length": arguments.max_length, "batch_size": arguments.batch_size,
+        }
+        logger.info("phase 0: a model that refuses harmful requests and answers harmless ones")
+        safe = timed("phase 0", lambda: run_safety_tuning(SafetyTuningArguments(
+            **common, model_name=str(root / "base"), safety_data=str(root / "data" / "phase0.jsonl"), safety_samples=0,
+            run_name="phase0", epochs=4, learning_rate=3e-3, global_batch_size=16,
+        ), {"warmup_steps": 20, "lr_scheduler_type": "cosine"})) / "model"
+        phase12: dict[str, Any] = {**common, "model_name": str(safe), "layer_type": LAYER_TYPE,
+                                   "safety_data": str(root / "data" / "refusals_fit.jsonl")}
+        logger.info("phase 1: the basis of every target layer's safety inputs")
+        basis = timed("phase 1", lambda: run_basis(
+            BasisArguments(**phase12, safety_samples=0, run_name="phase1"))) / "basis"
+        logger.info("phase 2: which coefficients the refusals rest on, rotated and in the original space")
+        masks = {
+            "rotated": timed("phase 2", lambda: run_importance(ImportanceArguments(
+                **phase12, safety_samples=200, run_name="phase2", basis_dir=str(basis), keep_ratio=KEEP_RATIO))),
+            "original": timed("phase 2, original space", lambda: run_importance(ImportanceArguments(
+                **phase12, safety_samples=200, run_name="phase2_original", basis="identity", keep_ratio=KEEP_RATIO))),
+        }
+        sets = EvaluationSets(
+            [row["prompt"] for row in data["refusals_heldout"]], [row["prompt"] for row in data["harmless_heldout"]],
+            data["utility_heldout"],
+        )
+        results = []
+        for arm in ARMS:
+            directory = safe
+            if arm.train_scope is not None:
+                logger.info("phase 3: %s", arm.name)
+                directory = timed(f"phase 3, {arm.name}", lambda arm=arm: run_training(TrainArguments(
+                    **common, model_name=str(safe), layer_type=LAYER_TYPE, train_scope=arm.train_scope,
+                    masks_dir=str(masks[arm.masks] / "masks") if arm.masks else "none",
+                    utility_data=str(root / "data" / "utility_train.jsonl"), utility_samples=0, epochs=4,
+                    learning_rate=1e-3, global_batch_size=16,
+                    run_name="phase3_" + arm.name.replace(", ", "_").replace(" ", "_").replace("-", "_"),
+                ), {"lr_scheduler_type": "linear"})) / "model"
+            metrics = timed(f"evaluation, {arm.name}", lambda d=directory: _evaluate(d, sets, arguments))
+            drift = 0.0 if arm.train_scope is None else runtime.on_rank_0(
+                lambda d=directory: certify(safe, d, masks["rotated"] / "masks", basis)["frozen_drift"], "certifying")
+            results.append({"name": arm.name, **metrics, "frozen_drift": drift})
+        report = {"arms": results, "keep_ratio": KEEP_RATIO, "layer_type": LAYER_TYPE, "seconds": seconds,
+                  "total_seconds": round(time.time() - start, 1), "world_size": runtime.world_size(),
+                  "versions": versions()}
+        runtime.on_rank_0(lambda: write_json(root / "report.json", report), "writing the report")
+        if runtime.rank() == 0:
+            print_table(report)
+
+
+def _make(root: Path, seed: int) -> dict[str, Any]:
+    """Writes the random model, its tokenizer and the texts under ``root`` unless they are there; returns the texts."""
+    data = demo_data(seed)
+    texts = root / "data"
+    texts.mkdir(parents=True, exist_ok=True)
+    mixed = [row for kind in ("refusals_fit", "harmless_fit", "sums_fit") for row in data[kind]]
+    for name, rows in {**data, "phase0": mixed}.items():
+        (texts / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not (root / "base" / "model.safetensors").is_file():
+        every = [f"{row['prompt']} {row['response']}" for rows in data.values() for row in rows]
+        tokenizer = train_tokenizer(every, directory=root / "base")
+        tiny_llama(tokenizer, seed=seed).save_pretrained(root / "base")
+    return data
+
+
+def _evaluate(directory: Path, sets: EvaluationSets, arguments: DemoArguments) -> dict[str, Any]:
+    """The measurements of one arm; taken from its metrics.json where that exists."""
+    run = directory.parent
+    if runtime.on_rank_0(lambda: (run / "metrics.json").is_file(), "looking for results"):
+        return runtime.on_rank_0(lambda: json.loads((run / "metrics.json").read_text()), "reading results")
+    settings = EvaluateArguments(
+        model_name=str(directory), dtype=arguments.dtype, device=arguments.device, deepspeed=arguments.deepspeed,
+        batch_size=50, max_length=arguments.max_length, max_new_tokens=56,
+    )
+    model, tokenizer = load_model(settings, runtime.zero3_config(settings))
+    found = measure(inference_engine(model, settings), tokenizer, sets, batch_size=settings.batch_size,
+                    max_new_tokens=settings.max_new_tokens, max_length=settings.max_length)
+    runtime.on_rank_0(lambda: write_measurement(run, found), "writing the results")
+    return found.metrics
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """The arms side by side, as measured."""
+    table = Table(title="What was trained, and what it did to refusals and to the task (held-out text)")
+    table.add_column("arm")
+    for column in ("refuses", "incoherent", "over-refuses", "task NLL", "task accuracy", "frozen drift"):
+        table.add_column(column, justify="right")
+    for arm in report["arms"]:
+        table.add_row(
+            arm["name"], f"{arm['refusal_rate']:.0%}", f"{arm['incoherent_rate']:.0%}",
+            f"{arm['over_refusal_rate']:.0%}", f"{arm['utility_nll']:.3f}", f"{arm['utility_accuracy']:.0%}",
+            f"{arm['frozen_drift']:.1e}",
+        )
+    console = Console(width=120)
+    console.print(table)
+    console.print(f"keep_ratio {report['keep_ratio']}; frozen drift = how far the coefficients that the rotated mask freezes "
+                  f"moved, relative to their size; {report['world_size']} ranks, {report['total_seconds']:.0f} s in all.")
+
+
+if __name__ == "__main__":
+    launch(DemoArguments, run_demo)
