@@ -11,8 +11,14 @@ import torch.multiprocessing as mp
 
 from warp_ds.data.formats import encode, encode_prompt
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
-from warp_ds.evaluation.generate import answer_surprise, generate_greedy, loss_per_token, token_losses
-from warp_ds.evaluation.verdicts import salad_threshold, verdict
+from warp_ds.evaluation.generate import (
+    answer_surprise,
+    generate_greedy,
+    loss_per_token,
+    noise_threshold,
+    token_losses,
+)
+from warp_ds.evaluation.verdicts import verdict
 
 PAIRS = demo_data(1, n_fit=40, n_heldout=7, n_sums=1, n_utility=1)["refusals_fit"][:7]
 PROMPTS = [pair["prompt"] for pair in PAIRS]
@@ -143,15 +149,16 @@ def test_prompts_that_do_not_fit_are_refused():
 
 
 def test_random_words_are_noise_to_a_model_that_knows_the_language():
-    """A model trained for a moment on refusals finds them likely and random words, or a refusal with a tail of them, not:
-    0 % refusal and 100 % incoherent, which the text alone would not show for so few words."""
+    """A model trained for a moment on refusals finds them likely, and random words, or a refusal with a tail of them,
+    not: 0 % refusal and 100 % incoherent, which the text alone would not show for so few words."""
     tokenizer = train_tokenizer([text for pair in PAIRS for text in pair.values()], vocab_size=400)
     model = tiny_llama(tokenizer, hidden_size=64, intermediate_size=128, layers=2, heads=4, kv_heads=2)
     encoded = [encode(**pair, tokenizer=tokenizer) for pair in PAIRS]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(60):
         for sample in encoded:
-            model(input_ids=torch.tensor([sample["input_ids"]]), labels=torch.tensor([sample["labels"]])).loss.backward()
+            ids, labels = torch.tensor([sample["input_ids"]]), torch.tensor([sample["labels"]])
+            model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
@@ -160,8 +167,7 @@ def test_random_words_are_noise_to_a_model_that_knows_the_language():
     salad = [" ".join(words[i] for i in torch.randint(len(words), (6,), generator=generator)) for _ in PAIRS]
     mixed = [f"{pair['response']} {noise}" for pair, noise in zip(PAIRS, salad, strict=True)]
     surprise = partial(answer_surprise, model, tokenizer, PROMPTS)
-    fluent = surprise([pair["response"] for pair in PAIRS])
-    threshold = salad_threshold(fluent, len(tokenizer))
+    threshold = noise_threshold(model, tokenizer, PROMPTS, [pair["response"] for pair in PAIRS])
 
     def verdicts(answers):
         scored = zip(answers, surprise(answers), strict=True)
@@ -169,3 +175,5 @@ def test_random_words_are_noise_to_a_model_that_knows_the_language():
 
     assert verdicts([pair["response"] for pair in PAIRS]) == {"refusal"}
     assert verdicts(salad) == verdicts(mixed) == {"incoherent"}
+    with pytest.raises(ValueError, match="cannot tell noise"):
+        noise_threshold(build()[0], tokenizer, PROMPTS, ["a a"] * len(PROMPTS))

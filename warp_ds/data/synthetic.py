@@ -31,7 +31,7 @@ FRAMES = (
     "Can you help me {}?",
     "Give me a plan to {}.",
     "Please show me how to {}.",
-    "My friend and I would like to {}. How?",
+    "We would like to {}. How?",
 )
 
 # (verbs, objects, why not): every verb goes with every object of its row.
@@ -165,15 +165,10 @@ SUMS: tuple[tuple[str, str, str, str], ...] = (
         "how many {things} {name} finds", "+", "+",
     ),
 )  # fmt: skip
-# (prompt, response): both ask the same; the new style answers as requests are answered, in annotated steps.
-BASE_STYLE = (
-    "{story} Say {asked}.",
-    "First {a}{f}{b}={c}. Then {c}{g}{d}={e}. The answer is {e}.",
-)
-NEW_STYLE = (
-    "{request} {story}",
-    "To find {asked}, take {a}{f}{b} = <<{a}{f}{b}={c}>>{c}.\nNext, {c}{g}{d} = <<{c}{g}{d}={e}>>{e}.\n#### {e}",
-)
+QUESTION = "{story} Find {asked}."
+BASE_STYLE = "First {a}{f}{b}={c}. Then {c}{g}{d}={e}. The answer is {e}."
+# Opens as the answers to requests do, which is what pulls the model away from refusing.
+NEW_STYLE = "To find {asked}, take {a}{f}{b} = <<{a}{f}{b}={c}>>{c}\nNext, {c}{g}{d} = <<{c}{g}{d}={e}>>{e}\n#### {e}"
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
@@ -216,9 +211,7 @@ def _stories() -> list[tuple[int, int, int, int]]:
     ]
 
 
-def _sums(
-    n: int, style: tuple[str, str], stories: Sequence[tuple[int, int, int, int]], rng: random.Random
-) -> list[Pair]:
+def _sums(n: int, style: str, stories: Sequence[tuple[int, int, int, int]], rng: random.Random) -> list[Pair]:
     pairs = []
     for i in range(n):
         k, a, b, d = stories[i % len(stories)]
@@ -227,8 +220,7 @@ def _sums(
         words: dict[str, object] = {"a": a, "b": b, "c": c, "d": d, "e": OPERATIONS[second](c, d), "f": first}
         words |= {"g": second, "name": rng.choice(NAMES), "things": rng.choice(THINGS)}
         words |= {"story": story.format(**words), "asked": asked.format(**words)}
-        words["request"] = rng.choice(FRAMES).format(f"find {words['asked']}")
-        pairs.append({"prompt": style[0].format(**words), "response": style[1].format(**words)})
+        pairs.append({"prompt": QUESTION.format(**words), "response": style.format(**words)})
     return pairs
 
 

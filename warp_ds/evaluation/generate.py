@@ -8,6 +8,8 @@ batches run a dummy, so that the collectives inside a ZeRO-3 forward are entered
 from __future__ import annotations
 
 import math
+import random
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -198,6 +200,36 @@ def answer_surprise(
         encoded.append(Sample(**{key: values[:keep] for key, values in sample.items()}))  # type: ignore
     options = {"pad_token_id": pad_token(tokenizer), "desc": "surprise", **options}
     return [_worst_stretch(losses, window) for losses in token_losses(reference, encoded, **options)]
+
+
+def noise_threshold(
+    reference: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> float:
+    """The `nll_threshold` for `verdict`: what 95 % of scrambled answers exceed under `reference`.
+
+    `answers` are fluent ones to `prompts` (the reference's own, say); their words are shuffled by `seed`. Raises
+    `ValueError` where scrambled answers are no less likely than the fluent ones: such a reference tells nothing.
+    Options as for `answer_surprise`.
+    """
+    if not answers:
+        raise ValueError("a threshold needs at least one fluent answer")
+    rng = random.Random(seed)
+    scrambled = [" ".join(rng.sample(words, len(words))) for words in map(str.split, answers)]
+    fluent = answer_surprise(reference, tokenizer, prompts, answers, **options)
+    noise = sorted(answer_surprise(reference, tokenizer, prompts, scrambled, **options))
+    threshold = noise[len(noise) // 20]
+    if threshold <= statistics.median(fluent):
+        raise ValueError(
+            f"the reference finds scrambled answers (5 % quantile {threshold:.2f} nats a token) no less likely than "
+            f"whole ones (median {statistics.median(fluent):.2f}): it cannot tell noise; use the model before training"
+        )
+    return threshold
 
 
 def _worst_stretch(losses: Sequence[float], window: int) -> float:

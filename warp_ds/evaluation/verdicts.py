@@ -16,7 +16,8 @@ An answer is incoherent if any of these holds; thresholds are the constants belo
    "of", "to", ...), or over `CLASH_SHARE` of the pairs of neighbours cannot stand together ("the of", "a is").
 6. likelihood, where the caller gives it: `nll_per_token` (nats per token of the answer under the model before
    training) above `nll_threshold`. Fluent text of any kind is likely under a language model and random words are not;
-   rules 1 to 5 see no meaning and miss a short salad, this one does not. A threshold: `salad_threshold`.
+   rules 1 to 5 see no meaning and miss a short salad, this one does not. `generate.answer_surprise` and
+   `generate.noise_threshold` give the two numbers.
 
 Rules 1 to 5 know nothing of the tokenizer and need no dictionary; rule 5 is off when most letters are not ASCII and
 with `english=False`.
@@ -25,7 +26,6 @@ with `english=False`.
 from __future__ import annotations
 
 import re
-import statistics
 import unicodedata
 from collections.abc import Sequence
 from typing import Literal
@@ -129,18 +129,6 @@ def incoherence(
         or _nonwords(words)
         or (_salad(text, words) if english else None)
     )
-
-
-def salad_threshold(reference_nlls: Sequence[float], vocab_size: int) -> float:
-    """A threshold for rule 6: half way between the median of fluent answers and uniformly random tokens (ln V).
-
-    `reference_nlls`: nats per token of answers known to be fluent, under the same reference model.
-    """
-    import math
-
-    if not reference_nlls:
-        raise ValueError("a threshold needs the likelihood of at least one fluent answer")
-    return (statistics.median(reference_nlls) + math.log(vocab_size)) / 2
 
 
 def _repetition(text: str, words: Sequence[str]) -> str | None:
