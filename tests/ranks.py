@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -35,10 +36,14 @@ def _rank(rank: int, world_size: int, port: int, pipe: Connection, function: Cal
     try:
         import torch
 
-        from warp_ds.zero import runtime
+        from warp_ds.zero import deepspeed_internals, runtime
 
+        if world_size > (os.cpu_count() or 1):
+            # Its waiting ranks spin, which takes the cores from those they wait for.
+            deepspeed_internals.disable_shm_collective()
         torch.set_num_threads(1)
         runtime.init_distributed("cpu", timeout_seconds=120)
+        gc.freeze()  # DeepSpeed collects garbage at every engine's end: 1 s each if it walks all that was imported.
         result = function(*args)
         runtime.shutdown()
         pipe.send((True, result))

@@ -242,6 +242,7 @@ def parse_training(kind: type[Arguments], argv: list[str] | None = None) -> tupl
 
 _REPLACED = {
     "num_train_epochs": "--epochs",
+    "activation_checkpointing": "--gradient_checkpointing",
     "per_device_train_batch_size": "--batch_size",
     "gradient_accumulation_steps": "--global_batch_size",
     "resume_from_checkpoint": "--resume",

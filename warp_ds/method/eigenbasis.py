@@ -44,6 +44,29 @@ def covariance_basis(
     return _basis(u, kept, values, float(residual))
 
 
+def token_basis(x: Tensor, energy: float = 1.0, max_rank: int = 0) -> Basis:
+    """The same for Σ = (1/T) xᵀx of T tokens x [T, n], without forming Σ: for fewer tokens than inputs.
+
+    The T x T Gram matrix has the same eigenvalues, and u = xᵀ v / ‖xᵀ v‖ for each of its vectors v. It squares the
+    spread of x's singular values, so it is formed and decomposed in fp64.
+    """
+    count, n = x.shape
+    x = x.double()
+    values, v = torch.linalg.eigh(x @ x.T / count)
+    values, v = values.flip(0).clamp_min(0.0), v.flip(1)
+    rank = _kept(values, max(count, n) * torch.finfo(torch.float64).eps, energy, max_rank)
+    kept = values[:rank]
+    u = x.T @ (v[:, :rank] / (kept * count).sqrt())
+    # Rounding leaves u_i a part of size eps λ_1 / λ_i along the first directions: QR takes it out, and keeps the rest.
+    if orthogonality_error(u) > torch.finfo(torch.float32).eps:
+        u, triangle = torch.linalg.qr(u)
+        u = u * torch.sign(torch.diagonal(triangle))
+    u = fix_signs(u)
+    norm = torch.linalg.norm(values)
+    residual = torch.linalg.norm(x.T @ (x @ u) / count - u * kept) / norm if rank else norm.new_zeros(())
+    return _basis(u, kept, values, float(residual))
+
+
 def _kept(values: Tensor, tolerance: float, energy: float, max_rank: int) -> int:
     """How many of the descending ``values`` [k] are stored: above rounding, then ``energy``, then ``max_rank``.
 

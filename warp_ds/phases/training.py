@@ -6,6 +6,7 @@ checkpoints by the clock, and an export that is an ordinary Hugging Face model d
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -36,7 +37,7 @@ from warp_ds.artifacts import (
     fingerprint_rows,
     write_json,
 )
-from warp_ds.config import ConfigError, SafetyTuningArguments, TrainArguments, TrainingFlags
+from warp_ds.config import ConfigError, RunArguments, SafetyTuningArguments, TrainArguments, TrainingFlags
 from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch
 from warp_ds.data.datasets import load_pairs
 from warp_ds.data.formats import encode_dataset
@@ -69,8 +70,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     with start_run("phase3", arguments, inputs) as run:
         if run.done:
             return run.directory
-        ds_config = runtime.zero3_config(arguments)
-        model, tokenizer = load_model(arguments, ds_config)
+        model, tokenizer = load_model(arguments, runtime.zero3_config(arguments))
         samples = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(model.config))
         layers = MaskStore(masks_dir).layers if masks_dir is not None else find_targets(
             model, arguments.target_layers, arguments.layer_type)
@@ -78,7 +78,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         callbacks: list[TrainerCallback] = []
         if masks_dir is not None:
             callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir)))
-        trainer = fit(model, tokenizer, samples, arguments, ds_config, run.directory, callbacks, passed)
+        trainer = fit(model, tokenizer, samples, arguments, run.directory, callbacks, passed)
         export(trainer, tokenizer, run.directory / "model", _model_card(arguments, masks_dir))
         run.finish()
         return run.directory
@@ -97,10 +97,9 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
     with start_run("phase0", arguments, inputs) as run:
         if run.done:
             return run.directory
-        ds_config = runtime.zero3_config(arguments)
-        model, tokenizer = load_model(arguments, ds_config)
+        model, tokenizer = load_model(arguments, runtime.zero3_config(arguments))
         samples = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(model.config))
-        trainer = fit(model, tokenizer, samples, arguments, ds_config, run.directory, [], passed)
+        trainer = fit(model, tokenizer, samples, arguments, run.directory, [], passed)
         export(trainer, tokenizer, run.directory / "model",
                f"# Safety-tuned {arguments.model_name}\n\nTrained by warp_ds phase 0 on {arguments.safety_data}.\n")
         run.finish()
@@ -134,7 +133,6 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     samples: Any,
     arguments: TrainingFlags | Any,
-    ds_config: dict[str, Any],
     directory: Path,
     callbacks: Sequence[TrainerCallback] = (),
     passed: dict[str, Any] | None = None,
@@ -156,13 +154,12 @@ def fit(
         gradient_accumulation_steps=sampler.accumulation_steps,
         num_train_epochs=arguments.epochs,
         learning_rate=arguments.learning_rate,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if arguments.gradient_checkpointing else None,
+        **_checkpointing(arguments.gradient_checkpointing),
         bf16=arguments.dtype == "bfloat16",
         fp16=arguments.dtype == "float16",
         use_cpu=arguments.resolved_device == "cpu",
         seed=arguments.seed,
-        deepspeed=_for_trainer(ds_config),
+        deepspeed=_trainer_config(arguments),
         remove_unused_columns=False,
         ddp_timeout=arguments.timeout,
         **options,
@@ -189,9 +186,9 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, directory: Path
     save_sharded(trainer.model_wrapped, directory, tokenizer=tokenizer, model_card=model_card)
 
 
-def _for_trainer(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with what Trainer fills in left to it."""
-    config = json.loads(json.dumps(ds_config))
+def _trainer_config(arguments: RunArguments) -> dict[str, Any]:
+    """The DeepSpeed configuration with what Trainer fills in left to it."""
+    config = runtime.zero3_config(arguments, for_trainer=True)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
         if isinstance(config.get(key), int | float) and key != "gradient_clipping":
             raise ConfigError(f"the DeepSpeed configuration sets {key}: leave it out or 'auto'; --batch_size and "
@@ -199,6 +196,14 @@ def _for_trainer(ds_config: dict[str, Any]) -> dict[str, Any]:
         config.setdefault(key, "auto")
     config.setdefault("zero_allow_untested_optimizer", True)
     return config
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Trainer's flags for gradient checkpointing, by the name that this transformers has."""
+    name = "activation_checkpointing"
+    if not any(f.name == name for f in dataclasses.fields(TrainingArguments)):
+        name = "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
 
 
 class GlobalBatchTrainer(Trainer):

@@ -3,7 +3,8 @@
 One layer is in memory at a time and no model is built. With Δ = (W_after - W_before) U, a frozen coefficient may have
 moved by what rounding W_after to its stored dtype allows and no more. With e_ik the largest rounding error of entry
 (i, k): |Δ_ij| <= Σ_k |U_kj| e_ik in the worst case, and, the errors being independent, at most SIGMAS standard
-deviations, (Σ_k U_kj² e_ik² / 3)^½ each. The smaller of the two is allowed.
+deviations, (Σ_k U_kj² e_ik² / 3)^½ each. The smaller of the two is allowed; and C_i (UᵀU - I)_j besides, since the
+stored U is orthonormal to fp32 only.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from warp_ds.method.mask import unpack_bits
 from warp_ds.method.rotation import Rotation
 
 SIGMAS = 12.0
-#: The masked step makes W from C by fp32 products: an error of some units of 2^-24 of the row's size.
-FP32_PRODUCTS = 16 * 2.0**-24
+#: The masked step makes W from C by fp32 products of n terms: an error of about n^½ units of 2^-24 of the row's size.
+FP32_PRODUCTS = 2.0**-24
 #: ... and by TF32 products on a GPU where W is stored in 16 bits.
 TF32_PRODUCTS = 2.0**-11
 
@@ -87,7 +88,7 @@ def _relative(layers: list[LayerCertificate]) -> float:
 def _certify_layer(target: TargetLayer, before: Path, after: Path, masks: MaskStore,
                    basis: BasisStore | None) -> LayerCertificate:
     rotation = Rotation(None, target.n) if basis is None else basis.rotation(target.name, torch.float64)
-    absolute = _absolute(rotation)
+    absolute, skew = _absolute(rotation)
     w_before, w_after = (_weight(directory, target) for directory in (before, after))
     low_precision = torch.finfo(w_after.dtype).eps > 1e-6
     totals = {"frozen": 0, "free": 0, "violations": 0}
@@ -98,10 +99,12 @@ def _certify_layer(target: TargetLayer, before: Path, after: Path, masks: MaskSt
         moved, size = rotation.rotate(new - old), rotation.rotate(old)
         # The start model is exact as stored: only W after training was rounded.
         row_size = old.square().mean(dim=1, keepdim=True).sqrt()
-        error = _half_ulp(w_after[rows]) + (TF32_PRODUCTS if low_precision else FP32_PRODUCTS) * row_size
+        products = FP32_PRODUCTS * max(16.0, 2 * target.n**0.5)
+        error = _half_ulp(w_after[rows]) + max(products, TF32_PRODUCTS if low_precision else 0.0) * row_size
         allowed = error
         if absolute is not None:
             allowed = torch.minimum(error @ absolute, SIGMAS * (error.square() @ absolute.square() / 3).sqrt())
+            allowed = allowed + row_size * target.n**0.5 * skew
         frozen = unpack_bits(masks.packed(target.name, rows.start, rows.stop), target.n)
         free = ~frozen
         totals["frozen"] += int(frozen.sum())
@@ -126,11 +129,13 @@ def _certify_layer(target: TargetLayer, before: Path, after: Path, masks: MaskSt
     )
 
 
-def _absolute(rotation: Rotation) -> Tensor | None:
-    """|U| [n, n], fp64; None for the identity."""
+def _absolute(rotation: Rotation) -> tuple[Tensor | None, Tensor | None]:
+    """|U| [n, n] and the length [n] of each column of UᵀU - I, fp64; None for the identity."""
     if rotation.is_identity:
-        return None
-    return rotation.rotate(torch.eye(rotation.n, dtype=torch.float64)).abs()
+        return None, None
+    eye = torch.eye(rotation.n, dtype=torch.float64)
+    u = rotation.rotate(eye)
+    return u.abs(), torch.linalg.vector_norm(u.T @ u - eye, dim=0)
 
 
 def _half_ulp(w: Tensor) -> Tensor:
@@ -163,3 +168,26 @@ def _chunks(rows: int, n: int) -> Iterator[slice]:
 def write_certificate(certificate: dict[str, Any], path: Path) -> None:
     """Writes the certificate as JSON, whole or not at all."""
     write_json(path, certificate)
+
+
+def print_certificate(certificate: dict[str, Any]) -> None:
+    """The certificate as a table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Moves of rotated coefficients, in the weights' units")
+    table.add_column("layer")
+    for column in ("frozen", "largest", "rms", "allowed", "free: largest", "rms"):
+        table.add_column(column, justify="right")
+    for layer in certificate["layers"]:
+        table.add_row(
+            layer["layer"], str(layer["frozen"]), f"{layer['frozen_max']:.2e}", f"{layer['frozen_rms']:.2e}",
+            f"{layer['allowed_max']:.2e}", f"{layer['free_max']:.2e}", f"{layer['free_rms']:.2e}",
+        )
+    console = Console(width=140)
+    console.print(table)
+    for problem in certificate["problems"]:
+        console.print(f"[red]{problem}")
+    verdict = "KEPT: no frozen coefficient moved further than rounding allows" if certificate["kept"] else "BROKEN"
+    console.print(f"{verdict} ({certificate['frozen']} frozen, {certificate['free']} free; {certificate['before']} -> "
+                  f"{certificate['after']})")

@@ -36,7 +36,7 @@ def init_distributed(device: str, timeout_seconds: int = 1800) -> None:
         _check_compiler()
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
-        os.environ.update(_from_slurm() or {**defaults, "MASTER_PORT": str(_free_port())})
+        os.environ.update(_from_slurm() or {**defaults, "MASTER_PORT": str(free_port())})
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is retiring: one warning a call, thousands a run.
@@ -68,7 +68,8 @@ def _from_slurm() -> dict[str, str] | None:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -171,10 +172,11 @@ def on_rank_0(function: Callable[[], T], what: str) -> T:
     return broadcast_object(result)  # type: ignore[return-value]
 
 
-def zero3_config(arguments: RunArguments) -> dict[str, Any]:
+def zero3_config(arguments: RunArguments, for_trainer: bool = False) -> dict[str, Any]:
     """The DeepSpeed configuration: the file given with --deepspeed, or a plain ZeRO-3 one; dtype from --dtype.
 
-    Raises ConfigError where the file is missing, is no JSON, or asks for another ZeRO stage or dtype.
+    What the file leaves to transformers' Trainer (``"auto"``) stays only ``for_trainer``. Raises ConfigError where the
+    file is missing, is no JSON, or asks for another ZeRO stage or dtype.
     """
     if arguments.deepspeed is None:
         config: dict[str, Any] = {"zero_optimization": {"stage": 3}}
@@ -196,7 +198,16 @@ def zero3_config(arguments: RunArguments) -> dict[str, Any]:
         config[kind] = {**config.get(kind, {}), "enabled": kind in wanted}
     if wanted == ["fp16"] and arguments.resolved_device == "cpu":
         raise ConfigError("--dtype float16 needs a GPU: DeepSpeed refuses it on CPUs; use bfloat16 or float32")
-    return config
+    config.pop("_comment", None)
+    if for_trainer:
+        return config
+    for training_only in ("optimizer", "scheduler"):
+        config.pop(training_only, None)
+    return _without_auto(config)
+
+
+def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    return {k: _without_auto(v) if isinstance(v, dict) else v for k, v in section.items() if v != "auto"}
 
 
 def _enabled(section: dict[str, Any]) -> bool:

@@ -1,0 +1,39 @@
+# make demo: the whole job on a small model made on the spot.   make test: the test suite.
+# Both set up .venv first, with the versions of constraints.txt. PYTHON=... picks an interpreter (3.10 to 3.12).
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-slow lint install clean
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@python=""; for p in $(PYTHON) python3 python3.12 python3.11 python3.10; do \
+		if $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then python=$$p; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo "No Python 3.10 to 3.12 found: install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
+	if ! $$python -m venv $(VENV); then echo "python -m venv failed: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; fi
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	# torch first and by exact version: an open range in another package would pull another build.
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/warp-ds demo
+
+test: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) *.egg-info

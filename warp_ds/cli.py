@@ -1,0 +1,73 @@
+"""The console command ``warp-ds``: what needs no ranks of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from warp_ds import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one subcommand; the exit status is the program's."""
+    parser = argparse.ArgumentParser(prog="warp-ds", description="Fine-tune a model without losing its safety.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the whole job on a small model made on the spot")
+    demo.add_argument("--ranks", type=int, default=2, help="local processes (default 2)")
+    demo.set_defaults(run=_demo)
+
+    verify = commands.add_parser(
+        "verify", help="from two model directories, whether every frozen coefficient stayed where it was")
+    verify.add_argument("--before", required=True, help="model directory before training")
+    verify.add_argument("--after", required=True, help="model directory after training")
+    verify.add_argument("--masks_dir", required=True, help="masks/ of phase 2")
+    verify.add_argument("--basis_dir", help="basis/ of phase 1, where it is not the one that the masks name")
+    verify.add_argument("--output", default="certificate.json", help="where the certificate is written")
+    verify.set_defaults(run=_verify)
+
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "demo":
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    return int(arguments.run(arguments))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    """Starts the demo's ranks with DeepSpeed's own launcher."""
+    threads = max(1, (os.cpu_count() or 1) // arguments.ranks)
+    environment = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false",
+                   **os.environ}
+    # The venv's ninja, for DeepSpeed's one compiled operator, without activating the venv.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(arguments.ranks), "--master_port",
+               str(_free_port()), "--module", "warp_ds.phases.demo", *arguments.rest]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _free_port() -> int:
+    from warp_ds.zero.runtime import free_port
+
+    return free_port()
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from warp_ds.artifacts import ArtifactError
+    from warp_ds.report.verify import certify, print_certificate, write_certificate
+
+    try:
+        certificate = certify(arguments.before, arguments.after, arguments.masks_dir, arguments.basis_dir)
+    except ArtifactError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_certificate(certificate)
+    write_certificate(certificate, Path(arguments.output))
+    return 0 if certificate["kept"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
