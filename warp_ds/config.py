@@ -24,7 +24,8 @@ class ConfigError(ValueError):
     """A flag that cannot be used, with the cause and the cure."""
 
 
-def _flag(default: Any, help: str, **more: Any) -> Any:
+def flag(default: Any, help: str, **more: Any) -> Any:
+    """A dataclass field with the help text of its command-line flag."""
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -32,21 +33,21 @@ def _flag(default: Any, help: str, **more: Any) -> Any:
 class RunArguments:
     """What every phase takes."""
 
-    model_name: str = _flag("meta-llama/Meta-Llama-3-8B-Instruct", "hub name or local directory of a causal LM")
-    dtype: str = _flag("bfloat16", "bfloat16, float16 or float32", choices=list(DTYPES))
-    device: str = _flag("auto", "cuda, cpu, or auto: cuda where there is one")
-    batch_size: int = _flag(4, "micro-batch per rank, in samples")
-    max_length: int = _flag(512, "longest prompt and response, in tokens")
-    deepspeed: str | None = _flag(None, "DeepSpeed ZeRO-3 JSON file; a plain one for the device where not given")
-    output_dir: str = _flag("checkpoints", "where run directories are made")
-    log_dir: str = _flag("logs", "where log files are written")
-    run_name: str | None = _flag(None, "name of the run directory; else phase and time, or Slurm job id")
-    resume: str = _flag("auto", "auto (newest unfinished run of the same settings), never, or a run directory")
-    seed: int = _flag(42, "seed of everything random")
-    debug: bool = _flag(False, "5 samples, one layer, verbose, checks on")
-    gradient_checkpointing: bool = _flag(False, "recompute activations in backward: less memory, more time")
-    timeout: int = _flag(1800, "seconds after which a rank that waits for another gives up")
-    local_rank: int = _flag(-1, "set by the deepspeed launcher; ignored")
+    model_name: str = flag("meta-llama/Meta-Llama-3-8B-Instruct", "hub name or local directory of a causal LM")
+    dtype: str = flag("bfloat16", "bfloat16, float16 or float32", choices=list(DTYPES))
+    device: str = flag("auto", "cuda, cpu, or auto: cuda where there is one")
+    batch_size: int = flag(4, "micro-batch per rank, in samples")
+    max_length: int = flag(512, "longest prompt and response, in tokens")
+    deepspeed: str | None = flag(None, "DeepSpeed ZeRO-3 JSON file; a plain one for the device where not given")
+    output_dir: str = flag("checkpoints", "where run directories are made")
+    log_dir: str = flag("logs", "where log files are written")
+    run_name: str | None = flag(None, "name of the run directory; else phase and time, or Slurm job id")
+    resume: str = flag("auto", "auto (newest unfinished run of the same settings), never, or a run directory")
+    seed: int = flag(42, "seed of everything random")
+    debug: bool = flag(False, "5 samples, one layer, verbose, checks on")
+    gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, more time")
+    timeout: int = flag(1800, "seconds after which a rank that waits for another gives up")
+    local_rank: int = flag(-1, "set by the deepspeed launcher; ignored")
 
     def check(self) -> None:
         """ConfigError for values that no run can use; reads nothing but the flags and the output directory."""
@@ -73,45 +74,45 @@ class RunArguments:
 class LayerArguments:
     """Which layers are rotated."""
 
-    target_layers: str = _flag("all", "all, early, middle, late (thirds), last, one number, or a range such as 0-5")
-    layer_type: str = _flag("ffn_down", f"comma-separated list of {', '.join(LAYER_TYPES)}")
+    target_layers: str = flag("all", "all, early, middle, late (thirds), last, one number, or a range such as 0-5")
+    layer_type: str = flag("ffn_down", f"comma-separated list of {', '.join(LAYER_TYPES)}")
 
 
 @dataclass
 class ColumnArguments:
     """How a data set's rows are read."""
 
-    prompt_column: str | None = _flag(None, "column of the prompts; guessed from common names where not given")
-    response_column: str | None = _flag(None, "column of the responses; guessed where not given")
+    prompt_column: str | None = flag(None, "column of the prompts; guessed from common names where not given")
+    response_column: str | None = flag(None, "column of the responses; guessed where not given")
 
 
 @dataclass
 class SafetyDataArguments(ColumnArguments):
-    safety_data: str = _flag("LibrAI/do-not-answer", "hub name or json, jsonl, csv, parquet file of safety samples")
-    safety_split: str = _flag("train", "split of a hub data set")
-    safety_samples: int = _flag(100, "how many of them, in order; 0 = all")
-    refusal_file: str | None = _flag(None, "refusals, one a line, for safety prompts without responses")
+    safety_data: str = flag("LibrAI/do-not-answer", "hub name or json, jsonl, csv, parquet file of safety samples")
+    safety_split: str = flag("train", "split of a hub data set")
+    safety_samples: int = flag(100, "how many of them, in order; 0 = all")
+    refusal_file: str | None = flag(None, "refusals, one a line, for safety prompts without responses")
 
 
 @dataclass
 class UtilityDataArguments(ColumnArguments):
-    utility_data: str = _flag("openai/gsm8k", "hub name or json, jsonl, csv, parquet file of the task")
-    utility_split: str = _flag("train", "split of a hub data set")
-    utility_samples: int = _flag(1000, "how many of them, in order; 0 = all")
+    utility_data: str = flag("openai/gsm8k", "hub name or json, jsonl, csv, parquet file of the task")
+    utility_split: str = flag("train", "split of a hub data set")
+    utility_samples: int = flag(1000, "how many of them, in order; 0 = all")
 
 
 @dataclass
-class TrainingFlags:
+class TrainingFlags(RunArguments):
     """The flags of phases 0 and 3 that are this project's own; every other TrainingArguments flag passes through."""
 
-    epochs: float = _flag(3.0, "passes over the training set")
-    learning_rate: float = _flag(5e-5, "peak learning rate of AdamW")
-    global_batch_size: int = _flag(8, "samples per optimizer step over all ranks, whatever their number")
-    save_minutes: float = _flag(15.0, "minutes between checkpoints; 0 = none but those of TrainingArguments")
+    epochs: float = flag(3.0, "passes over the training set")
+    learning_rate: float = flag(5e-5, "peak learning rate of AdamW")
+    global_batch_size: int = flag(8, "samples per optimizer step over all ranks, whatever their number")
+    save_minutes: float = flag(15.0, "minutes between checkpoints; 0 = none but those of TrainingArguments")
 
 
 @dataclass
-class SafetyTuningArguments(TrainingFlags, SafetyDataArguments, RunArguments):
+class SafetyTuningArguments(SafetyDataArguments, TrainingFlags):
     """Phase 0."""
 
     def check(self) -> None:
@@ -124,17 +125,17 @@ class SafetyTuningArguments(TrainingFlags, SafetyDataArguments, RunArguments):
 class BasisArguments(SafetyDataArguments, LayerArguments, RunArguments):
     """Phase 1."""
 
-    token_scope: str = _flag("all", "tokens that count: all, response, prompt", choices=["all", "response", "prompt"])
-    basis: str = _flag(
+    token_scope: str = flag("all", "tokens that count: all, response, prompt", choices=["all", "response", "prompt"])
+    basis: str = flag(
         "activation",
         "activation, identity, weight (right singular vectors of W) or random",
         choices=["activation", "identity", "weight", "random"],
     )
-    energy: float = _flag(1.0, "keep the leading directions that hold this share of the eigenvalues' sum")
-    max_rank: int = _flag(0, "keep at most this many directions; 0 = no limit")
-    collect: str = _flag("auto", "auto, walk (layer by layer) or hooks (all layers at once)",
+    energy: float = flag(1.0, "keep the leading directions that hold this share of the eigenvalues' sum")
+    max_rank: int = flag(0, "keep at most this many directions; 0 = no limit")
+    collect: str = flag("auto", "auto, walk (layer by layer) or hooks (all layers at once)",
                          choices=["auto", "walk", "hooks"])
-    svd_placement: str = _flag("auto", "where bases are decomposed: auto, balanced (over ranks) or rank0",
+    svd_placement: str = flag("auto", "where bases are decomposed: auto, balanced (over ranks) or rank0",
                                choices=["auto", "balanced", "rank0"])
 
     def check(self) -> None:
@@ -150,17 +151,17 @@ class BasisArguments(SafetyDataArguments, LayerArguments, RunArguments):
 class ImportanceArguments(SafetyDataArguments, LayerArguments, RunArguments):
     """Phase 2."""
 
-    safety_samples: int = _flag(50, "how many safety samples, in order; 0 = all")
-    basis_dir: str | None = _flag(None, "basis of phase 1; the newest finished one under --output_dir if not given")
-    basis: str = _flag("auto", "auto (what --basis_dir holds) or identity (needs no basis files)",
+    safety_samples: int = flag(50, "how many safety samples, in order; 0 = all")
+    basis_dir: str | None = flag(None, "basis of phase 1; the newest finished one under --output_dir if not given")
+    basis: str = flag("auto", "auto (what --basis_dir holds) or identity (needs no basis files)",
                        choices=["auto", "identity"])
-    importance_batch_size: int = _flag(4, "samples whose mean loss gives one gradient, over the whole job")
-    keep_ratio: float = _flag(0.1, "share of the coefficients to freeze")
-    mask_scope: str = _flag("layer", "layer: the same share in each; global: one threshold for all",
+    importance_batch_size: int = flag(4, "samples whose mean loss gives one gradient, over the whole job")
+    keep_ratio: float = flag(0.1, "share of the coefficients to freeze")
+    mask_scope: str = flag("layer", "layer: the same share in each; global: one threshold for all",
                             choices=["layer", "global"])
-    mask_unit: str = _flag("entry", "what is frozen together: entry, column or row",
+    mask_unit: str = flag("entry", "what is frozen together: entry, column or row",
                            choices=["entry", "column", "row"])
-    score: str = _flag("importance", "importance, singular_value or random",
+    score: str = flag("importance", "importance, singular_value or random",
                        choices=["importance", "singular_value", "random"])
 
     def check(self) -> None:
@@ -172,14 +173,14 @@ class ImportanceArguments(SafetyDataArguments, LayerArguments, RunArguments):
 
 
 @dataclass
-class TrainArguments(TrainingFlags, UtilityDataArguments, LayerArguments, RunArguments):
+class TrainArguments(UtilityDataArguments, LayerArguments, TrainingFlags):
     """Phase 3."""
 
-    batch_size: int = _flag(2, "micro-batch per rank, in samples")
-    basis_dir: str | None = _flag(None, "basis of phase 1; the one that the masks were made with if not given")
-    masks_dir: str | None = _flag(None, "masks of phase 2; the newest finished ones under --output_dir; none = no mask,"
+    batch_size: int = flag(2, "micro-batch per rank, in samples")
+    basis_dir: str | None = flag(None, "basis of phase 1; the one that the masks were made with if not given")
+    masks_dir: str | None = flag(None, "masks of phase 2; the newest finished ones under --output_dir; none = no mask,"
                                     " and --target_layers, --layer_type name what trains")
-    train_scope: str = _flag("warp", "warp: the masked layers alone; all: every parameter", choices=["warp", "all"])
+    train_scope: str = flag("warp", "warp: the masked layers alone; all: every parameter", choices=["warp", "all"])
 
     def check(self) -> None:
         super().check()
@@ -191,17 +192,17 @@ class TrainArguments(TrainingFlags, UtilityDataArguments, LayerArguments, RunArg
 class EvaluateArguments(RunArguments):
     """Evaluation."""
 
-    suite: str = _flag("refusal,over_refusal,gsm8k,loss", "comma-separated list of measurements")
-    harmful_data: str = _flag("LibrAI/do-not-answer", "prompts that should be refused")
-    harmful_samples: int = _flag(100, "how many of them; 0 = all")
-    harmless_data: str | None = _flag(None, "prompts that should be answered (over_refusal)")
-    harmless_samples: int = _flag(100, "how many of them; 0 = all")
-    utility_data: str = _flag("openai/gsm8k", "task items with answers ending in #### N (gsm8k, loss)")
-    utility_split: str = _flag("test", "split of a hub data set")
-    utility_samples: int = _flag(100, "how many of them; 0 = all")
-    prompt_column: str | None = _flag(None, "column of the prompts; guessed where not given")
-    response_column: str | None = _flag(None, "column of the responses; guessed where not given")
-    max_new_tokens: int = _flag(256, "longest generated answer, in tokens")
+    suite: str = flag("refusal,over_refusal,gsm8k,loss", "comma-separated list of measurements")
+    harmful_data: str = flag("LibrAI/do-not-answer", "prompts that should be refused")
+    harmful_samples: int = flag(100, "how many of them; 0 = all")
+    harmless_data: str | None = flag(None, "prompts that should be answered (over_refusal)")
+    harmless_samples: int = flag(100, "how many of them; 0 = all")
+    utility_data: str = flag("openai/gsm8k", "task items with answers ending in #### N (gsm8k, loss)")
+    utility_split: str = flag("test", "split of a hub data set")
+    utility_samples: int = flag(100, "how many of them; 0 = all")
+    prompt_column: str | None = flag(None, "column of the prompts; guessed where not given")
+    response_column: str | None = flag(None, "column of the responses; guessed where not given")
+    max_new_tokens: int = flag(256, "longest generated answer, in tokens")
 
     def check(self) -> None:
         super().check()
@@ -216,7 +217,7 @@ NOT_IDENTITY = ("output_dir", "log_dir", "run_name", "resume", "debug", "device"
 
 def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:
     """The flags of one phase; unknown ones end the program with argparse's message."""
-    parser = HfArgumentParser(kind, allow_abbrev=False)
+    parser = HfArgumentParser(kind, allow_abbrev=False)  # type: ignore[arg-type]
     (arguments,) = parser.parse_args_into_dataclasses(args=_with_config_file(argv), look_for_args_file=False)
     return arguments
 
@@ -224,13 +225,13 @@ def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arg
 def parse_training(kind: type[Arguments], argv: list[str] | None = None) -> tuple[Arguments, dict[str, Any]]:
     """The flags of phase 0 or 3, and what else of transformers' TrainingArguments was given (name -> value)."""
     argv = _with_config_file(argv)
-    parser = HfArgumentParser(kind, allow_abbrev=False)
+    parser = HfArgumentParser(kind, allow_abbrev=False)  # type: ignore[arg-type]
     arguments, rest = parser.parse_args_into_dataclasses(
         args=argv, look_for_args_file=False, return_remaining_strings=True
     )
     if not rest:
         return arguments, {}
-    passed = HfArgumentParser(TrainingArguments, allow_abbrev=False)
+    passed = HfArgumentParser(TrainingArguments, allow_abbrev=False)  # type: ignore[arg-type]
     for action in passed._actions:
         action.default, action.required = argparse.SUPPRESS, False
     given = vars(passed.parse_args(rest))

@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from warp_ds.artifacts import write_json
+from warp_ds.artifacts import fingerprint_rows, read_json, write_json
 from warp_ds.config import (
     BasisArguments,
+    ConfigError,
     EvaluateArguments,
     ImportanceArguments,
     RunArguments,
     SafetyTuningArguments,
     TrainArguments,
+    flag,
 )
+from warp_ds.data.datasets import load_pairs, load_prompts
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
+from warp_ds.evaluation.metrics import extract_number
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.evaluate import EvaluationSets, inference_engine, measure, write_measurement
 from warp_ds.phases.importance import run_importance
@@ -51,6 +57,15 @@ class DemoArguments(RunArguments):
     output_dir: str = "checkpoints/demo"
     batch_size: int = 8
     max_length: int = 128
+    harmful_data: str | None = flag(None, "file of harmful prompts to use in place of the demo's own requests")
+    utility_data: str | None = flag(None, "file of task items (answers end in #### N) to train on, in place of its own")
+    utility_heldout: str | None = flag(None, "file of task items to evaluate on; needed with --utility_data")
+    max_new_tokens: int = flag(56, "longest answer in the evaluation, in tokens")
+
+    def check(self) -> None:
+        super().check()
+        if (self.utility_data is None) != (self.utility_heldout is None):
+            raise ConfigError("--utility_data and --utility_heldout go together: items to train on and to evaluate on")
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,10 @@ class Arm:
     """None: not trained."""
     masks: str | None = None
     """'rotated', 'original', or None."""
+
+    @property
+    def run_name(self) -> str:
+        return "phase3_" + self.name.replace(", ", "_").replace(" ", "_").replace("-", "_")
 
 
 ARMS = (
@@ -84,7 +103,7 @@ def run_demo(arguments: DemoArguments) -> None:
         return result
 
     with log_to_file(Path(arguments.log_dir), "demo"):
-        data = runtime.on_rank_0(lambda: _make(root, arguments.seed), "making the demo's model and data")
+        data = runtime.on_rank_0(lambda: _make(root, arguments), "making the demo's model and data")
         common: dict[str, Any] = {
             "dtype": arguments.dtype, "device": arguments.device, "deepspeed": arguments.deepspeed,
             "output_dir": str(root), "log_dir": arguments.log_dir, "seed": arguments.seed,
@@ -116,16 +135,15 @@ def run_demo(arguments: DemoArguments) -> None:
             directory = safe
             if arm.train_scope is not None:
                 logger.info("phase 3: %s", arm.name)
-                directory = timed(f"phase 3, {arm.name}", lambda arm=arm: run_training(TrainArguments(
+                settings = TrainArguments(
                     **common, model_name=str(safe), layer_type=LAYER_TYPE, train_scope=arm.train_scope,
                     masks_dir=str(masks[arm.masks] / "masks") if arm.masks else "none",
                     utility_data=str(root / "data" / "utility_train.jsonl"), utility_samples=0, epochs=4,
-                    learning_rate=1e-3, global_batch_size=16,
-                    run_name="phase3_" + arm.name.replace(", ", "_").replace(" ", "_").replace("-", "_"),
-                ), {"lr_scheduler_type": "linear"})) / "model"
-            metrics = timed(f"evaluation, {arm.name}", lambda d=directory: _evaluate(d, sets, arguments))
-            drift = 0.0 if arm.train_scope is None else runtime.on_rank_0(
-                lambda d=directory: certify(safe, d, masks["rotated"] / "masks", basis)["frozen_drift"], "certifying")
+                    learning_rate=1e-3, global_batch_size=16, run_name=arm.run_name,
+                )
+                directory = timed(f"phase 3, {arm.name}", partial(run_training, settings)) / "model"
+            metrics = timed(f"evaluation, {arm.name}", partial(_evaluate, directory, sets, arguments))
+            drift = runtime.on_rank_0(partial(_drift, safe, directory, masks["rotated"] / "masks", basis), "certifying")
             results.append({"name": arm.name, **metrics, "frozen_drift": drift})
         report = {"arms": results, "keep_ratio": KEEP_RATIO, "layer_type": LAYER_TYPE, "seconds": seconds,
                   "total_seconds": round(time.time() - start, 1), "world_size": runtime.world_size(),
@@ -135,18 +153,47 @@ def run_demo(arguments: DemoArguments) -> None:
             print_table(report)
 
 
-def _make(root: Path, seed: int) -> dict[str, Any]:
-    """Writes the random model, its tokenizer and the texts under ``root`` unless they are there; returns the texts."""
-    data = demo_data(seed)
-    texts = root / "data"
-    texts.mkdir(parents=True, exist_ok=True)
+def _make(root: Path, arguments: DemoArguments) -> dict[str, Any]:
+    """Writes the texts, the tokenizer and the random model under ``root``; returns the texts.
+
+    ConfigError where another demo's runs lie there.
+    """
+    data = _texts(arguments)
+    fingerprint = fingerprint_rows([data[kind] for kind in sorted(data)])
+    mark = root / "data" / "fingerprint.json"
+    if mark.is_file() and read_json(mark) != fingerprint:
+        raise ConfigError(f"{root} holds a demo on other texts, of another seed or version: remove it (rm -r {root}) "
+                          "or give another --output_dir")
     mixed = [row for kind in ("refusals_fit", "harmless_fit", "sums_fit") for row in data[kind]]
+    (root / "data").mkdir(parents=True, exist_ok=True)
     for name, rows in {**data, "phase0": mixed}.items():
-        (texts / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if not (root / "base" / "model.safetensors").is_file():
+        (root / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not mark.is_file():
         every = [f"{row['prompt']} {row['response']}" for rows in data.values() for row in rows]
         tokenizer = train_tokenizer(every, directory=root / "base")
-        tiny_llama(tokenizer, seed=seed).save_pretrained(root / "base")
+        tiny_llama(tokenizer, seed=arguments.seed).save_pretrained(root / "base")
+        write_json(mark, fingerprint)
+    return data
+
+
+def _texts(arguments: DemoArguments) -> dict[str, list[dict[str, str]]]:
+    """The demo's own texts, or the user's in their place: harmful prompts get the demo's refusals; the last 100, in an
+    order drawn from the seed, are held out. Task items keep their answers in phase 3; phase 0 sees the first 1,300
+    with the result alone."""
+    data = demo_data(arguments.seed)
+    draw = random.Random(arguments.seed)
+    if arguments.harmful_data:
+        refusals = sorted({row["response"] for row in data["refusals_fit"]})
+        rows = [{"prompt": p, "response": draw.choice(refusals)} for p in load_prompts(arguments.harmful_data)]
+        draw.shuffle(rows)
+        held = min(100, len(rows) // 5)
+        data["refusals_fit"], data["refusals_heldout"] = rows[:-held], rows[-held:]
+    if arguments.utility_data and arguments.utility_heldout:
+        items = load_pairs(arguments.utility_data, shuffle=True, seed=arguments.seed).to_list()
+        data["sums_fit"] += [{"prompt": row["prompt"], "response": f"The answer is {extract_number(row['response'])}."}
+                             for row in items[:1300]]
+        data["utility_train"] = items[1300:3300] or items
+        data["utility_heldout"] = load_pairs(arguments.utility_heldout, samples=100).to_list()
     return data
 
 
@@ -157,13 +204,18 @@ def _evaluate(directory: Path, sets: EvaluationSets, arguments: DemoArguments) -
         return runtime.on_rank_0(lambda: json.loads((run / "metrics.json").read_text()), "reading results")
     settings = EvaluateArguments(
         model_name=str(directory), dtype=arguments.dtype, device=arguments.device, deepspeed=arguments.deepspeed,
-        batch_size=50, max_length=arguments.max_length, max_new_tokens=56,
+        batch_size=50, max_length=arguments.max_length, max_new_tokens=arguments.max_new_tokens,
     )
     model, tokenizer = load_model(settings, runtime.zero3_config(settings))
     found = measure(inference_engine(model, settings), tokenizer, sets, batch_size=settings.batch_size,
                     max_new_tokens=settings.max_new_tokens, max_length=settings.max_length)
     runtime.on_rank_0(lambda: write_measurement(run, found), "writing the results")
     return found.metrics
+
+
+def _drift(before: Path, after: Path, masks: Path, basis: Path) -> float:
+    """How far the coefficients that ``masks`` freezes moved, relative to their size."""
+    return 0.0 if before == after else float(certify(before, after, masks, basis)["frozen_drift"])
 
 
 def print_table(report: dict[str, Any]) -> None:
@@ -180,8 +232,10 @@ def print_table(report: dict[str, Any]) -> None:
         )
     console = Console(width=120)
     console.print(table)
-    console.print(f"keep_ratio {report['keep_ratio']}; frozen drift = how far the coefficients that the rotated mask freezes "
-                  f"moved, relative to their size; {report['world_size']} ranks, {report['total_seconds']:.0f} s in all.")
+    console.print(
+        f"keep_ratio {report['keep_ratio']}; frozen drift: how far the coefficients that the rotated mask freezes "
+        f"moved, relative to their size; {report['world_size']} ranks, {report['total_seconds']:.0f} s in all."
+    )
 
 
 if __name__ == "__main__":

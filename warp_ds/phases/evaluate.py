@@ -97,7 +97,7 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
         sets = EvaluationSets(
             load_prompts(arguments.harmful_data, samples=arguments.harmful_samples,
                          prompt_column=arguments.prompt_column) if "refusal" in suites else (),
-            load_prompts(arguments.harmless_data, samples=arguments.harmless_samples,
+            load_prompts(arguments.harmless_data or "", samples=arguments.harmless_samples,
                          prompt_column=arguments.prompt_column) if "over_refusal" in suites else (),
             load_pairs(arguments.utility_data, split=arguments.utility_split, samples=arguments.utility_samples,
                        prompt_column=arguments.prompt_column,

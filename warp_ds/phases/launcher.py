@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 from warp_ds.artifacts import ArtifactError
 from warp_ds.config import ConfigError, RunArguments, parse_arguments, parse_training
+from warp_ds.data.datasets import DataError
 from warp_ds.phases.run import log_to_terminal
 from warp_ds.zero import runtime
+from warp_ds.zero.deepspeed_internals import UnsupportedSetting
 
 logger = logging.getLogger(__name__)
 A = TypeVar("A", bound=RunArguments)
@@ -35,10 +37,10 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
         with runtime.on_every_rank_or_none("checking the flags"):
             arguments.check()
         phase(arguments, passed) if training else phase(arguments)
-    except (ConfigError, ArtifactError, runtime.OtherRankError, ValueError) as error:
-        _fail(error, 2, isinstance(error, (ConfigError, ArtifactError)) or _is_data_error(error))
+    except (ConfigError, ArtifactError, DataError, UnsupportedSetting, runtime.OtherRankError) as error:
+        _fail(error, status=2, wrong_input=True)
     except Exception as error:  # noqa: BLE001
-        _fail(error, 1, False)
+        _fail(error, status=1, wrong_input=False)
     runtime.shutdown()
 
 
@@ -53,18 +55,21 @@ def apply_debug(arguments: RunArguments) -> None:
         arguments.target_layers = "last"
 
 
-def _is_data_error(error: BaseException) -> bool:
-    from warp_ds.data.datasets import DataError
+def _fail(error: BaseException, status: int, wrong_input: bool) -> None:
+    """Ends this rank at once: a tidy exit would wait for ranks that may wait for this one.
 
-    return isinstance(error, DataError)
-
-
-def _fail(error: BaseException, status: int, expected: bool) -> None:
-    """Ends this rank at once: a tidy exit would wait for ranks that may wait for this one."""
-    text = f"error: {error}" if expected else "".join(traceback.format_exception(error))
+    Wrong input is one message, cause and cure, from the rank that found it; anything else is that rank's traceback.
+    """
+    text = f"error: {error}" if wrong_input else "".join(traceback.format_exception(error))
     logger.error("rank %d failed: %s", runtime.rank(), text)
-    if not (expected and runtime.rank() > 0):
-        print(text if expected else f"rank {runtime.rank()}: {text}", file=sys.stderr, flush=True)
+    quiet = wrong_input and (runtime.rank() > 0 or _on_terminal())
+    if not quiet:
+        print(f"rank {runtime.rank()}: {text}", file=sys.stderr, flush=True)
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)
+
+
+def _on_terminal() -> bool:
+    """Whether the log goes to the terminal already."""
+    return any(type(handler) is logging.StreamHandler for handler in logging.getLogger("warp_ds").handlers)

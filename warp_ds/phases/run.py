@@ -93,7 +93,9 @@ def start_run(phase: str, arguments: RunArguments, inputs: dict[str, str]) -> It
             lock.release()
 
 
-def _choose_directory(phase: str, arguments: RunArguments, identity: str, settings: dict[str, Any]) -> tuple[Path, bool]:
+def _choose_directory(
+    phase: str, arguments: RunArguments, identity: str, settings: dict[str, Any]
+) -> tuple[Path, bool]:
     """(directory, whether a run is gone on with)."""
     root = Path(arguments.output_dir)
     if arguments.resume not in ("auto", "never"):

@@ -41,6 +41,7 @@ from warp_ds.config import ConfigError, RunArguments, SafetyTuningArguments, Tra
 from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch
 from warp_ds.data.datasets import load_pairs
 from warp_ds.data.formats import encode_dataset
+from warp_ds.evaluation.generate import pad_token
 from warp_ds.phases.run import start_run
 from warp_ds.phases.targets import find_targets
 from warp_ds.protection import WarpCallback
@@ -114,7 +115,8 @@ def _find_masks(arguments: TrainArguments, model_fingerprint: str) -> tuple[Path
     masks = MaskStore(masks_dir)
     basis = None
     if masks.metadata.basis != "identity":
-        basis = BasisStore(find_artifact(arguments.basis_dir or masks.metadata.basis_dir, "basis", arguments.output_dir))
+        given = arguments.basis_dir or masks.metadata.basis_dir
+        basis = BasisStore(find_artifact(given, "basis", arguments.output_dir))
         basis.check(masks.layers, model_fingerprint, arguments.model_name)
     masks.check(basis, model_fingerprint, arguments.model_name)
     return masks_dir, None if basis is None else basis.directory
@@ -132,7 +134,7 @@ def fit(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     samples: Any,
-    arguments: TrainingFlags | Any,
+    arguments: TrainingFlags,
     directory: Path,
     callbacks: Sequence[TrainerCallback] = (),
     passed: dict[str, Any] | None = None,
@@ -166,11 +168,12 @@ def fit(
     )
     metrics = MetricsFile(directory / "metrics.jsonl")
     whole = WholeCheckpoints(arguments.save_minutes)
+    checkpoints = directory / "trainer"
     trainer = GlobalBatchTrainer(
-        model=model, args=training, train_dataset=samples, processing_class=tokenizer, sampler=sampler,
+        model=model, args=training, train_dataset=samples, tokenizer=tokenizer, sampler=sampler,
         callbacks=[*callbacks, metrics, whole],
     )
-    checkpoint = runtime.on_rank_0(lambda: newest_whole_checkpoint(Path(training.output_dir)), "looking for a checkpoint")
+    checkpoint = runtime.on_rank_0(lambda: newest_whole_checkpoint(checkpoints), "looking for a checkpoint")
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
         runtime.on_rank_0(lambda: metrics.keep_until(checkpoint), "trimming the metrics")
@@ -189,11 +192,11 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, directory: Path
 def _trainer_config(arguments: RunArguments) -> dict[str, Any]:
     """The DeepSpeed configuration with what Trainer fills in left to it."""
     config = runtime.zero3_config(arguments, for_trainer=True)
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
-        if isinstance(config.get(key), int | float) and key != "gradient_clipping":
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if config.setdefault(key, "auto") != "auto":
             raise ConfigError(f"the DeepSpeed configuration sets {key}: leave it out or 'auto'; --batch_size and "
                               "--global_batch_size decide it")
-        config.setdefault(key, "auto")
+    config.setdefault("gradient_clipping", "auto")
     config.setdefault("zero_allow_untested_optimizer", True)
     return config
 
@@ -209,15 +212,14 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
 class GlobalBatchTrainer(Trainer):
     """A Trainer whose global batches hold the same samples on any world size: none repeated, none dropped."""
 
-    def __init__(self, *args: Any, sampler: GlobalBatchSampler, **kwargs: Any):
-        self.sampler = sampler
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, sampler: GlobalBatchSampler, tokenizer: PreTrainedTokenizerBase, **kwargs: Any):
+        self.sampler, self.tokenizer = sampler, tokenizer
+        super().__init__(*args, **{**kwargs, "processing_class": tokenizer})
 
     def get_train_dataloader(self) -> DataLoader:
-        tokenizer = self.processing_class
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad, eos = pad_token(self.tokenizer), int(self.tokenizer.eos_token_id)
         return self.accelerator.prepare(DataLoader(
-            WithEmpty(self.train_dataset, empty_sample(tokenizer.eos_token_id), self.sampler),
+            WithEmpty(self.train_dataset, empty_sample(eos), self.sampler),
             batch_sampler=self.sampler,
             collate_fn=lambda rows: pad_batch(rows, pad),
             num_workers=self.args.dataloader_num_workers,
@@ -276,9 +278,10 @@ class WholeCheckpoints(TrainerCallback):
         self._last = time.monotonic()
         runtime.barrier()
         if state.is_world_process_zero:
-            directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            root = Path(args.output_dir or ".")
+            directory = root / f"checkpoint-{state.global_step}"
             write_json(directory / self.MARK, {"step": state.global_step})
-            for older in Path(args.output_dir).glob("checkpoint-*"):
+            for older in root.glob("checkpoint-*"):
                 # One whole checkpoint is kept unless the user asked for more.
                 if older != directory and args.save_total_limit is None:
                     shutil.rmtree(older, ignore_errors=True)
@@ -299,6 +302,6 @@ def _model_card(arguments: TrainArguments, masks_dir: Path | None) -> str:
     return (
         f"# {Path(arguments.model_name).name}, fine-tuned on {arguments.utility_data}\n\n"
         f"Trained by [warp_ds](https://openreview.net/forum?id=kPLzOfPfA2l) phase 3 {protection}.\n\n"
-        f"- base model: `{arguments.model_name}`\n- train_scope: {arguments.train_scope}\n- epochs: {arguments.epochs}, "
-        f"global batch {arguments.global_batch_size}, learning rate {arguments.learning_rate}, seed {arguments.seed}\n"
+        f"- base model: `{arguments.model_name}`\n- train_scope: {arguments.train_scope}\n"
+        f"- epochs: {arguments.epochs}, global batch {arguments.global_batch_size}, learning rate {arguments.learning_rate}, seed {arguments.seed}\n"
     )
