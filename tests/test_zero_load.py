@@ -16,6 +16,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, SIZES, batch, tiny_model
@@ -136,6 +137,8 @@ def layouts(break_it: bool) -> None:
         for zero in ({}, {"offload_param": {"device": "cpu"}}, {"stage3_prefetch_bucket_size": "auto"}):
             partitioner = Partitioner(ds_config(dtype, **zero), dtype)
             check_layout(partitioner)
+    # The stock linear would keep every gathered weight alive until the backward pass.
+    assert nn.functional.linear is zero3_linear_wrap
     if break_it:
         partitioned_param.free_param = lambda param: None
         with pytest.raises(RuntimeError, match="another way"):

@@ -104,12 +104,14 @@ def save_sharded(
     aside = target.with_name(f".{target.name}.saving")
     state = model.state_dict(keep_vars=True)
     files: list[WeightFile] = []
-    with on_every_rank_or_none(f"saving to {target}"):
-        if rank() == 0:
-            _prepare(target, aside)
-            files = _write_all_but_weights(model, state, aside, target, dtype, max_shard_size, tokenizer, model_card)
-            _check_space(aside, files)
     try:
+        with on_every_rank_or_none(f"saving to {target}"):
+            if rank() == 0:
+                _prepare(target, aside)
+                files = _write_all_but_weights(
+                    model, state, aside, target, dtype, max_shard_size, tokenizer, model_card
+                )
+                _check_space(aside, files)
         files = broadcast_object(files)
         with on_every_rank_or_none(f"saving to {target}"):
             if not aside.is_dir():
