@@ -192,7 +192,7 @@ def _texts(arguments: DemoArguments) -> dict[str, list[dict[str, str]]]:
         items = load_pairs(arguments.utility_data, shuffle=True, seed=arguments.seed).to_list()
         data["sums_fit"] += [{"prompt": row["prompt"], "response": f"The answer is {extract_number(row['response'])}."}
                              for row in items[:1300]]
-        data["utility_train"] = items[1300:3300] or items
+        data["utility_train"] = items[1300:2300] or items
         data["utility_heldout"] = load_pairs(arguments.utility_heldout, samples=100).to_list()
     return data
 

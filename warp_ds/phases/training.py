@@ -303,5 +303,6 @@ def _model_card(arguments: TrainArguments, masks_dir: Path | None) -> str:
         f"# {Path(arguments.model_name).name}, fine-tuned on {arguments.utility_data}\n\n"
         f"Trained by [warp_ds](https://openreview.net/forum?id=kPLzOfPfA2l) phase 3 {protection}.\n\n"
         f"- base model: `{arguments.model_name}`\n- train_scope: {arguments.train_scope}\n"
-        f"- epochs: {arguments.epochs}, global batch {arguments.global_batch_size}, learning rate {arguments.learning_rate}, seed {arguments.seed}\n"
+        f"- epochs: {arguments.epochs}, global batch {arguments.global_batch_size}, learning rate "
+        f"{arguments.learning_rate}, seed {arguments.seed}\n"
     )
