@@ -24,10 +24,10 @@ def pack_bits(frozen: Tensor) -> Tensor:
     padded = torch.zeros(m, (n + 7) // 8 * 8, dtype=torch.uint8, device=frozen.device)
     padded[:, :n] = frozen
     weights = torch.tensor(_WEIGHTS, dtype=torch.uint8, device=frozen.device)
-    return (padded.view(m, -1, 8) * weights).sum(dim=-1, dtype=torch.uint8)
+    return (padded.view(m, (n + 7) // 8, 8) * weights).sum(dim=-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, n: int) -> Tensor:
     """uint8 [m, ceil(n / 8)] -> bool [m, n]."""
     weights = torch.tensor(_WEIGHTS, dtype=torch.uint8, device=packed.device)
-    return (packed.unsqueeze(-1) & weights).ne(0).view(packed.shape[0], -1)[:, :n]
+    return (packed.unsqueeze(-1) & weights).ne(0).flatten(1)[:, :n]
