@@ -56,15 +56,17 @@ class Run:
 
 
 @contextmanager
-def start_run(phase: str, arguments: RunArguments, inputs: dict[str, str]) -> Iterator[Run]:
+def start_run(
+    phase: str, arguments: RunArguments, inputs: dict[str, str], passed: dict[str, Any] | None = None
+) -> Iterator[Run]:
     """Makes, or goes on with, the run directory of ``phase`` ('phase1'); locked until the block ends. Collective.
 
     ``inputs`` are the fingerprints of what the run reads (model, data, basis ...): with the settings they decide
-    which unfinished run is the same one. Raises ConfigError on every rank where --run_name is taken by another run,
+    which unfinished run is the same one; ``passed`` are settings besides ``arguments``. Raises ConfigError on every rank where --run_name is taken by another run,
     or the run is alive elsewhere.
     """
-    settings = identity_settings(arguments)
-    identity = hashlib.sha256(json.dumps([phase, settings, inputs], sort_keys=True).encode()).hexdigest()[:16]
+    settings = {**identity_settings(arguments), **(passed or {})}
+    identity = hashlib.sha256(json.dumps([phase, settings, inputs], sort_keys=True, default=str).encode()).hexdigest()[:16]
     lock: FileLock | None = None
 
     def choose() -> dict[str, Any]:

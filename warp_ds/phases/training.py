@@ -68,7 +68,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         masks_dir, basis_dir = _find_masks(arguments, inputs["model"])
         if masks_dir is not None:
             inputs["masks"] = MaskStore(masks_dir).fingerprint()
-    with start_run("phase3", arguments, inputs) as run:
+    with start_run("phase3", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
         model, tokenizer = load_model(arguments, runtime.zero3_config(arguments))
@@ -95,7 +95,7 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
             refusal_file=arguments.refusal_file,
         )
         inputs = {"model": fingerprint_model(model_dir), "data": fingerprint_rows(pairs)}
-    with start_run("phase0", arguments, inputs) as run:
+    with start_run("phase0", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
         model, tokenizer = load_model(arguments, runtime.zero3_config(arguments))

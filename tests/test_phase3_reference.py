@@ -1,0 +1,132 @@
+"""The whole job on 1, 2 and 3 ranks (3 cuts rows), phase 3 against the dense one-process reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_training import DenseAdamW, train
+from phase3_jobs import SAMPLES, interrupted_and_resumed, make_model, phase12, whole_job
+from ranks import run_ranks
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from warp_ds.report.verify import certify
+
+WORLDS = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("job")
+    make_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def artefacts(root: Path) -> Path:
+    run_ranks(1, phase12, root, root / "artefacts")
+    return root / "artefacts"
+
+
+@pytest.fixture(scope="module")
+def jobs(root: Path, artefacts: Path) -> dict[int, dict[str, Any]]:
+    return {world: run_ranks(world, whole_job, root, artefacts, root / f"world{world}")[0] for world in WORLDS}
+
+
+def reference(root: Path, artefacts: Path, scope: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Five full-batch clipped AdamW steps in fp64, from the artefacts' files; losses and final weights."""
+    model = AutoModelForCausalLM.from_pretrained(root / "m", dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(root / "m")
+    basis, masks = ((artefacts / f"phase{i}_latest" / kind).resolve() for i, kind in ((1, "basis"), (2, "masks")))
+    bases, frozen = {}, {}
+    for name, entry in json.loads((masks / "metadata.json").read_text())["layers"].items():
+        file = json.loads((basis / "metadata.json").read_text())["layers"][name]["file"]
+        bases[f"{name}.weight"] = load_file(basis / file)["U"]
+        bits = load_file(masks / entry["file"])["frozen"].numpy()
+        import numpy as np
+
+        frozen[f"{name}.weight"] = torch.from_numpy(np.unpackbits(bits, axis=1)[:, : entry["shape"][1]].astype(bool))
+    trained = {k: p.detach().clone() for k, p in model.named_parameters() if scope == "all" or k in frozen}
+    rows = [json.loads(line) for line in (root / "utility_train.jsonl").read_text().splitlines()]
+    prompts = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    samples = []
+    for row in rows:
+        before = prompts + tokenizer(f"Question: {row['prompt']}\nAnswer:", add_special_tokens=False)["input_ids"]
+        after = tokenizer(f" {row['response']}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        samples.append((before, after))
+
+    def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        # One sample at a time, without padding: the mean over all response tokens.
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for before, after in samples:
+            logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
+            total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(after), reduction="sum")
+            count += len(after)
+        return total / count
+
+    # Trainer decays no biases and norm weights.
+    decay = {k: 0.0 if "norm" in k else 0.1 for k in trained}
+    optimizer = DenseAdamW(trained, bases, frozen, lr=1e-2, eps=1e-4, decay=decay, clip=0.5)
+    return train(model, list(trained), [torch.zeros(0)] * 5, optimizer, loss), optimizer.weights()
+
+
+@pytest.mark.parametrize("scope", ["warp", "all"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_training_equals_the_dense_reference(root: Path, artefacts: Path, jobs: Any, world: int, scope: str) -> None:
+    losses, weights = reference(root, artefacts, scope)
+    run = Path(jobs[world]["runs"][scope])
+    # fp32 against fp64 at an Adam eps of 1e-4: measured below 5e-7 and 2e-6.
+    assert jobs[world]["losses"][scope] == pytest.approx(losses, abs=1e-6)
+    trained = load_file(run / "model" / "model.safetensors")
+    start = load_file(root / "m" / "model.safetensors")
+    for name, value in trained.items():
+        if name in weights:
+            assert (value.double() - weights[name]).abs().max() < 1e-5, name
+        else:
+            assert torch.equal(value, start[name]), name
+    assert any((trained[name] - start[name]).abs().max() > 1e-3 for name in weights)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_export_is_an_ordinary_model_and_keeps_the_promise(root: Path, artefacts: Path, jobs: Any, world: int) -> None:
+    run = Path(jobs[world]["runs"]["warp"])
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    ids = tokenizer("How do I rob a bank?", return_tensors="pt")["input_ids"]
+    assert torch.isfinite(model(ids).logits).all()
+    assert (run / "model" / "README.md").is_file()
+    kept = certify(root / "m", run / "model", artefacts / "phase2_latest" / "masks")
+    assert kept["kept"], kept["problems"]
+    unmasked = certify(root / "m", Path(jobs[world]["runs"]["identity"]) / "model", artefacts / "phase2_latest" / "masks")
+    assert not unmasked["kept"]
+
+
+def test_any_number_of_ranks_does_the_same(jobs: Any) -> None:
+    for world in WORLDS[1:]:
+        for name, losses in jobs[1]["losses"].items():
+            assert jobs[world]["losses"][name] == pytest.approx(losses, abs=1e-6), (world, name)
+        assert jobs[world]["answers"] == jobs[1]["answers"]
+        for name, value in jobs[1]["evaluation"].items():
+            assert jobs[world]["evaluation"][name] == pytest.approx(value, abs=1e-5), (world, name)
+
+
+def test_gradient_checkpointing_changes_nothing(jobs: Any) -> None:
+    for world in WORLDS:
+        assert jobs[world]["losses"]["checkpointing"] == pytest.approx(jobs[world]["losses"]["warp"], abs=1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(root: Path, artefacts: Path, world: int) -> None:
+    found = run_ranks(world, interrupted_and_resumed, root, artefacts, root / f"resume{world}")[0]
+    assert found["runs"] == 1
+    assert found["resumed"] == found["whole"] and len(found["whole"]) == 5
+    whole, resumed = (load_file(Path(path) / "model.safetensors") for path in found["model"])
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_batch_has_odd_samples() -> None:
+    assert all(SAMPLES % (2 * world) for world in WORLDS)
