@@ -71,7 +71,7 @@ def train(model: torch.nn.Module, trained: list[str], batches: list[torch.Tensor
         model.zero_grad()
         loss = loss_of(model, batch)
         loss.backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.step({k: params[k].grad for k in trained})
     with torch.no_grad():
         for k, w in optimizer.weights().items():

@@ -54,7 +54,7 @@ def phase12(root: Path, output: Path, **more: Any) -> None:
 def phase3(root: Path, artefacts: Path, output: Path, passed: dict[str, Any] | None = None, **more: Any) -> Path:
     """Five full-batch steps of the masked layers."""
     settings = common(root, output, utility_data=str(root / "utility_train.jsonl"), utility_samples=0, epochs=5,
-                      learning_rate=1e-2, global_batch_size=SAMPLES, masks_dir=str(artefacts / "phase2_latest"))
+                      learning_rate=2e-3, global_batch_size=SAMPLES, masks_dir=str(artefacts / "phase2_latest"))
     return run_training(TrainArguments(**{**settings, **more}), {**TRAINER, **(passed or {})})
 
 

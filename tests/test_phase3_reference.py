@@ -70,7 +70,7 @@ def reference(root: Path, artefacts: Path, scope: str) -> tuple[list[float], dic
 
     # Trainer decays no biases and norm weights.
     decay = {k: 0.0 if "norm" in k else 0.1 for k in trained}
-    optimizer = DenseAdamW(trained, bases, frozen, lr=1e-2, eps=1e-4, decay=decay, clip=0.5)
+    optimizer = DenseAdamW(trained, bases, frozen, lr=2e-3, eps=1e-4, decay=decay, clip=0.5)
     return train(model, list(trained), [torch.zeros(0)] * 5, optimizer, loss), optimizer.weights()
 
 
