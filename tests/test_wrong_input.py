@@ -1,0 +1,156 @@
+"""Wrong input: each case one message with cause and cure, on every rank, before any work is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from phase3_jobs import common, make_model
+from ranks import run_ranks
+
+from warp_ds.config import BasisArguments, EvaluateArguments, ImportanceArguments, TrainArguments
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def _prepare(root: Path) -> None:
+    """A finished phase 1 and 2 on one layer, and a second model of the same shapes."""
+    from warp_ds.phases.basis import run_basis
+    from warp_ds.phases.importance import run_importance
+    from warp_ds.zero import runtime
+
+    shared = common(root, root / "out", target_layers="last", safety_data=str(root / "refusals_fit.jsonl"))
+    run_basis(BasisArguments(**shared))
+    run_importance(ImportanceArguments(**shared))
+    if runtime.rank() == 0:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(root / "m")
+        with torch.no_grad():
+            model.model.embed_tokens.weight.mul_(1.5)
+        model.save_pretrained(root / "other")
+        AutoTokenizer.from_pretrained(root / "m").save_pretrained(root / "other")
+        (root / "empty.jsonl").write_text("")
+        (root / "blank.jsonl").write_text(json.dumps({"prompt": "", "response": "x"}) + "\n")
+        (root / "columns.jsonl").write_text(json.dumps({"a": "x", "b": "y"}) + "\n")
+        (root / "prompts.jsonl").write_text(json.dumps({"prompt": "x"}) + "\n")
+        (root / "long.jsonl").write_text(json.dumps({"prompt": "word " * 300, "response": "y"}) + "\n")
+        (root / "stage2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    runtime.barrier()
+
+
+def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
+    """Case -> (what its message must say, what runs into it)."""
+    from warp_ds.phases.basis import run_basis
+    from warp_ds.phases.evaluate import run_evaluation
+    from warp_ds.phases.importance import run_importance
+    from warp_ds.phases.training import run_training
+
+    def basis(**more: Any) -> Callable[[], Any]:
+        return lambda: run_basis(_checked(BasisArguments(**common(
+            root, root / "wrong", **{"safety_data": str(root / "refusals_fit.jsonl"), **more}))))
+
+    def importance(**more: Any) -> Callable[[], Any]:
+        return lambda: run_importance(_checked(ImportanceArguments(**{**common(
+            root, root / "out", safety_data=str(root / "refusals_fit.jsonl"), target_layers="last"), **more})))
+
+    def train(**more: Any) -> Callable[[], Any]:
+        return lambda: run_training(_checked(TrainArguments(**{**common(
+            root, root / "out", utility_data=str(root / "utility_train.jsonl")), **more})))
+
+    def evaluate(**more: Any) -> Callable[[], Any]:
+        return lambda: run_evaluation(_checked(EvaluateArguments(**{**common(
+            root, root / "out", harmful_data=str(root / "refusals_fit.jsonl")), **more})))
+
+    missing = "nowhere/at/all"
+    return {
+        "no such model": ("--model_name .*no such directory", basis(model_name=missing)),
+        "a directory without a model": ("config.json", basis(model_name=str(root))),
+        "no such data file": ("no such file|not found|neither", basis(safety_data=str(root / "missing.jsonl"))),
+        "no such column": ("--prompt_column.*(a, b|columns)|a, b", basis(safety_data=str(root / "columns.jsonl"))),
+        "a column that is not there": ("question", basis(prompt_column="question")),
+        "no responses": ("--refusal_file", basis(safety_data=str(root / "prompts.jsonl"))),
+        "empty data set": ("no rows|empty", basis(safety_data=str(root / "empty.jsonl"))),
+        "empty prompt": ("empty", basis(safety_data=str(root / "blank.jsonl"))),
+        "a prompt longer than max_length": ("--max_length", basis(safety_data=str(root / "long.jsonl"))),
+        "max_length beyond the context": ("context of 256", basis(max_length=300)),
+        "no such layer range": ("--target_layers .5-9.*0-1", basis(target_layers="5-9")),
+        "no such layer type": ("--layer_type.*ffn_down", basis(layer_type="ffn")),
+        "batch size 0": ("--batch_size must be at least 1", basis(batch_size=0)),
+        "not ZeRO-3": ("stage 2", basis(deepspeed=str(root / "stage2.json"))),
+        "no such DeepSpeed file": ("--deepspeed", basis(deepspeed=str(root / "missing.json"))),
+        "float16 on a CPU": ("float16 needs a GPU", basis(dtype="float16")),
+        "output that cannot be written": ("--output_dir .* cannot be written", basis(output_dir="/proc/nowhere")),
+        "keep_ratio above 1": ("--keep_ratio .* from 0 to 1, not 1.5", importance(keep_ratio=1.5)),
+        "keep_ratio below 0": ("--keep_ratio", importance(keep_ratio=-0.1)),
+        "no basis": ("launch/phase1.py", importance(output_dir=str(root / "none"))),
+        "no such basis": ("--basis_dir", importance(basis_dir=missing)),
+        "a basis of another model": ("belong.* to the model .*other", importance(model_name=str(root / "other"))),
+        "a basis of other layers": ("has no layer|no layer", importance(target_layers="all")),
+        "no masks": ("launch/phase2.py", train(output_dir=str(root / "none"))),
+        "masks of another model": ("belong to the model", train(model_name=str(root / "other"))),
+        "learning rate 0": ("--learning_rate", train(learning_rate=0.0)),
+        "global batch 0": ("--global_batch_size", train(global_batch_size=0)),
+        "unknown suite": ("--suite nonsense: choose from", evaluate(suite="nonsense")),
+        "unknown resume": ("--resume", basis(resume="yesterday")),
+    }
+
+
+def _checked(arguments: Any) -> Any:
+    """As the launcher does."""
+    from warp_ds.zero import runtime
+
+    with runtime.on_every_rank_or_none("checking the flags"):
+        arguments.check()
+    return arguments
+
+
+def wrong_input_job(root: Path) -> dict[str, str]:
+    """The message of every case, on this rank."""
+    _prepare(root)
+    messages = {}
+    for name, (_, run) in _cases(root).items():
+        try:
+            run()
+            messages[name] = "nothing was raised"
+        except Exception as error:  # noqa: BLE001
+            messages[name] = f"{type(error).__name__}: {error}"
+    return messages
+
+
+@pytest.fixture(scope="module")
+def messages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    root = tmp_path_factory.mktemp("wrong")
+    make_model(root)
+    return run_ranks(2, wrong_input_job, root)
+
+
+@pytest.mark.parametrize("case", list(_cases(Path("x"))))
+def test_message_on_every_rank(messages: list[dict[str, str]], case: str) -> None:
+    import re
+
+    expected = _cases(Path("x"))[case][0]
+    for rank, found in enumerate(messages):
+        kind = found[case].split(":")[0]
+        assert kind in ("ConfigError", "DataError", "ArtifactError", "OtherRankError"), (rank, found[case])
+        assert re.search(expected, found[case], re.DOTALL), (rank, found[case])
+
+
+def test_the_program_says_it_without_a_traceback(tmp_path: Path) -> None:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "x", "response": "y"}) + "\n")
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "launch" / "phase1.py"), "--model_name", "nowhere/at/all", "--device", "cpu",
+         "--safety_data", "data.jsonl", "--output_dir", str(tmp_path / "out"), "--log_dir", str(tmp_path / "logs")],
+        env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=120,
+    )
+    assert done.returncode == 2
+    assert "--model_name nowhere/at/all: no such directory" in done.stderr
+    assert "Traceback" not in done.stderr
