@@ -1,0 +1,246 @@
+"""The masked step against dense fp64 references, on one to four ranks, under every setting it claims to be exact in.
+
+Tolerances: five steps of an fp32 optimizer against an fp64 one. Adam's eps is 1e-4, because at 1e-8 two right
+implementations part by rounding alone (entries with gradients near zero); losses agree far closer than weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_grad, safe_get_local_fp32_param
+from masked_artefacts import (
+    MODELS,
+    Artefacts,
+    DenseAnyOptimizer,
+    dense_adamw,
+    loss_of,
+    read_artefacts,
+    reference_losses,
+    token_batches,
+    write_artefacts,
+)
+from ranks import run_ranks
+
+import warp_ds
+from warp_ds.zero import runtime
+from warp_ds.zero.masked_step import MaskedStep
+
+LOSS, WEIGHT = 1e-6, 1e-5
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    optimizer: str = "adamw"
+    model: str = "odd"
+    basis: str = "activation"
+    clip: float = 0.5
+    decay: float = 0.1
+    groups: bool = False
+    """Several parameter groups: other decay and other learning rate for the norms, the layers of block 1 apart."""
+    accumulation: int = 1
+    zero: dict[str, Any] = field(default_factory=dict, hash=False)
+    worlds: tuple[int, ...] = (1, 2, 3, 4)
+
+
+LARGE = 10**9
+CASES = [
+    Case("plain", zero={"stage3_param_persistence_threshold": 0}),
+    Case("persistent", zero={"stage3_param_persistence_threshold": LARGE}),
+    Case("some persistent", zero={"stage3_param_persistence_threshold": 100}, worlds=(2,)),
+    Case("identity basis", basis="identity", worlds=(2, 3)),
+    Case("a rank of padding", model="nano", worlds=(4,)),
+    Case("a rank of padding, offloaded", model="nano", worlds=(4,), zero={"offload_optimizer": {"device": "cpu"}}),
+    Case("accumulation", accumulation=3),
+    Case("no clipping", clip=0.0, worlds=(1, 3)),
+    Case("no decay", decay=0.0, worlds=(2,)),
+    Case("sub-groups", zero={"sub_group_size": 100}),
+    Case("parameter groups", groups=True),
+    Case("parameter groups and sub-groups", groups=True, worlds=(2,), accumulation=2,
+         zero={"sub_group_size": 100, "stage3_param_persistence_threshold": 0}),
+    Case("optimizer on the CPU", zero={"offload_optimizer": {"device": "cpu", "pin_memory": False}}),
+    Case("optimizer on the CPU, accumulation", accumulation=3, groups=True, worlds=(2,),
+         zero={"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}),
+    Case("parameters on the CPU", worlds=(1, 2),
+         zero={"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
+    Case("small buckets, no overlap", worlds=(2, 3), zero={"reduce_bucket_size": 64, "overlap_comm": False}),
+    Case("all-reduce for reduce-scatter", worlds=(3,), zero={"reduce_scatter": False}),
+    Case("adam", optimizer="adam", worlds=(1, 2, 3)),
+    Case("adam with decoupled decay", optimizer="adam decoupled", worlds=(2,)),
+    Case("sgd", optimizer="sgd", worlds=(1, 3)),
+    Case("sgd, groups", optimizer="sgd", groups=True, worlds=(2,), zero={"sub_group_size": 100}),
+    Case("cpu adam", optimizer="cpu adam", worlds=(1, 2)),
+    Case("cpu adam, coupled decay", optimizer="cpu adam coupled", groups=True, worlds=(2,)),
+    Case("cpu adam, offloaded", optimizer="cpu adam", worlds=(2, 3), groups=True,
+         zero={"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}),
+    Case("cpu adam, partly offloaded", optimizer="cpu adam", worlds=(2,), groups=True,
+         zero={"offload_optimizer": {"device": "cpu", "ratio": 0.4}, "sub_group_size": 100}),
+]
+
+
+def make_optimizer(kind: str, groups: list[dict[str, Any]], dense: bool = False) -> Any:
+    """For the engine, or (``dense``) the one of torch that does the same for the reference."""
+    adam: dict[str, Any] = dict(lr=1e-2, eps=1e-4)
+    if kind.startswith("cpu adam") and not dense:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode="coupled" not in kind, **adam)
+    if kind in ("adamw", "adam decoupled", "cpu adam"):
+        if kind == "adam decoupled":
+            return torch.optim.Adam(groups, decoupled_weight_decay=True, **adam)
+        return torch.optim.AdamW(groups, **adam)
+    if kind in ("adam", "cpu adam coupled"):
+        return torch.optim.Adam(groups, **adam)
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+
+
+def hyperparameters(case: Case, names: list[str]) -> tuple[dict[str, float], dict[str, float] | None]:
+    """Weight decay and, with groups, learning rate of each parameter."""
+    if not case.groups:
+        return dict.fromkeys(names, case.decay), None
+    base = {"sgd": 0.1}.get(case.optimizer, 1e-2)
+    decay = {k: 0.0 if "norm" in k else 2 * case.decay if ".1." in k else case.decay for k in names}
+    return decay, {k: base / 2 if ".1." in k else base for k in names}
+
+
+@functools.lru_cache(maxsize=None)
+def reference(optimizer: str, model: str, basis: str, clip: float, decay: float, groups: bool, root: Path) -> Any:
+    case = Case("reference", optimizer, model, basis, clip, decay, groups)
+    dense = MODELS[model]()
+    artefacts = read_artefacts(root / model / basis)
+    named = {k: p.detach().clone() for k, p in dense.named_parameters()}
+    decays, lr = hyperparameters(case, list(named))
+    if optimizer == "adamw" and not groups:
+        chosen: Any = dense_adamw(dense, artefacts, clip, decays)
+    else:
+        chosen = DenseAnyOptimizer(named, artefacts, lambda g: make_optimizer(optimizer, g, dense=True), decays, clip, lr)
+    return reference_losses(dense, token_batches(STEPS), chosen), chosen
+
+
+def build(case: Case, artefacts: Artefacts, dtype: torch.dtype = torch.float32, **config: Any) -> tuple[Any, Any]:
+    """Engine and protection."""
+    model = MODELS[case.model](dtype)
+    decay, lr = hyperparameters(case, [k for k, _ in model.named_parameters()])
+    groups: dict[Any, dict[str, Any]] = {}
+    for k, p in model.named_parameters():
+        options = {"weight_decay": decay[k], **({"lr": lr[k]} if lr else {})}
+        groups.setdefault(tuple(options.items()), {"params": [], **options})["params"].append(p)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=make_optimizer(case.optimizer, list(groups.values())), config={
+            "train_micro_batch_size_per_gpu": 12 // runtime.world_size() // case.accumulation,
+            "gradient_accumulation_steps": case.accumulation, "gradient_clipping": case.clip,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **case.zero},
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": dtype == torch.bfloat16}, **config,
+        })
+    return engine, warp_ds.protect(engine, artefacts.basis if case.basis != "identity" else None, artefacts.masks)
+
+
+def train_step(engine: Any, batch: torch.Tensor, accumulation: int = 1) -> float:
+    """One optimizer step on this rank's share of a global batch; the loss of the whole batch."""
+    mine = batch.chunk(runtime.world_size())[runtime.rank()]
+    total = torch.zeros(1, dtype=torch.float64)
+    for micro in mine.chunk(accumulation):
+        loss = loss_of(engine, micro)
+        engine.backward(loss)
+        engine.step()
+        total += loss.detach().double() / accumulation
+    return float(runtime.all_reduce_sum(total)) / runtime.world_size()
+
+
+def masters(protection: MaskedStep) -> list[torch.Tensor]:
+    return [safe_get_local_fp32_param(layer.param).clone() for layer in protection.layers]
+
+
+def frozen_moved(protection: MaskedStep, before: list[torch.Tensor]) -> int:
+    """Frozen coefficients of all ranks of which a bit changed."""
+    moved = torch.zeros(1)
+    for layer, old in zip(protection.layers, before, strict=True):
+        new = safe_get_local_fp32_param(layer.param)
+        for piece, frozen in layer.frozen_pieces(torch.device("cpu")):
+            moved += (new[piece].view(torch.int32) != old[piece].view(torch.int32))[frozen].sum()
+    return int(runtime.all_reduce_sum(moved))
+
+
+def weight_error(engine: Any, weights: dict[str, torch.Tensor]) -> float:
+    worst = 0.0
+    for name, param in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([param]):
+            worst = max(worst, (param.double() - weights[name]).abs().max().item())
+    return worst
+
+
+def run_case(case: Case, root: Path) -> dict[str, float]:
+    losses, dense = reference(case.optimizer, case.model, case.basis, case.clip, case.decay, case.groups, root)
+    engine, protection = build(case, read_artefacts(root / case.model / case.basis))
+    assert isinstance(protection, MaskedStep)
+    before = masters(protection)
+    found = [train_step(engine, batch, case.accumulation) for batch in token_batches(STEPS)]
+    metrics = protection.metrics()
+    result = {
+        "loss": max(abs(a - b) for a, b in zip(found, losses, strict=True)),
+        "weights": weight_error(engine, dense.weights()),
+        "moved": frozen_moved(protection, before),
+        "norm": abs(float(engine.get_global_grad_norm()) - dense.norm),
+        "removed": abs(metrics.grad_norm_removed - dense.removed),
+        "share": abs(metrics.masked_fraction - sum(int(f.sum()) for f in dense.frozen.values())
+                     / sum(f.numel() for f in dense.frozen.values())),
+        "trained": weight_error(engine, dict(MODELS[case.model]().named_parameters())),
+    }
+    engine.destroy()
+    return result
+
+
+def run_all(jobs: list[tuple[str, Callable[..., Any], tuple[Any, ...]]]) -> dict[str, Any]:
+    """Each job's result, or its traceback, by name: many checks, one process group."""
+    found: dict[str, Any] = {}
+    for name, job, args in jobs:
+        try:
+            found[name] = job(*args)
+        except Exception:  # noqa: BLE001
+            found[name] = traceback.format_exc()
+    return found
+
+
+def write_all(root: Path) -> Path:
+    for name, make in MODELS.items():
+        for basis in ("activation", "identity"):
+            write_artefacts(root / name / basis, make(), {"ffn_down": 1, "attn_q": 2} if name == "nano" else None,
+                            basis=basis)
+    return root
+
+
+@pytest.fixture(scope="module")
+def artefacts_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_all(tmp_path_factory.mktemp("artefacts"))
+
+
+@pytest.fixture(scope="module")
+def exact(artefacts_root: Path) -> Callable[[int], dict[str, Any]]:
+    """Results of every case on a number of ranks: those ranks start once."""
+
+    @functools.lru_cache(maxsize=None)
+    def on(world_size: int) -> dict[str, Any]:
+        jobs = [(case.name, run_case, (case, artefacts_root)) for case in CASES if world_size in case.worlds]
+        return run_ranks(world_size, run_all, jobs)[0]
+
+    return on
+
+
+@pytest.mark.parametrize(("world_size", "case"), [(w, c) for w in (1, 2, 3, 4) for c in CASES if w in c.worlds],
+                         ids=lambda v: v.name if isinstance(v, Case) else str(v))
+def test_equals_the_dense_reference(exact: Callable[[int], dict[str, Any]], world_size: int, case: Case) -> None:
+    found = exact(world_size)[case.name]
+    assert isinstance(found, dict), found
+    assert found["moved"] == 0, f"{found['moved']} frozen coefficients moved"
+    assert found["loss"] < LOSS and found["weights"] < WEIGHT, found
+    assert found["norm"] < 1e-5 and found["removed"] < 1e-5 and found["share"] < 1e-9, found
+    assert found["trained"] > 1e-3, "the model did not train, so the comparison means little"
