@@ -41,6 +41,8 @@ def basis_cases(models: dict[str, Path], root: Path) -> dict[str, tuple[Any, lis
         "few": (basis_arguments(models["llama"]), few),
         "one_sample": (basis_arguments(models["llama"], batch_size=4, layer_type="ffn_down"), ROWS[:1]),
         "rank0": (basis_arguments(models["llama"], svd_placement="rank0"), ROWS),
+        "hooks": (basis_arguments(models["llama"], collect="hooks"), ROWS),
+        "few_hooks": (basis_arguments(models["llama"], collect="hooks"), few),
         "cut": (basis_arguments(models["llama"], energy=0.9, max_rank=20, layer_type="ffn_down,attn_q"), ROWS),
         "weight": (basis_arguments(models["llama"], basis="weight"), ROWS),
         "random": (basis_arguments(models["llama"], basis="random"), ROWS),
@@ -85,7 +87,7 @@ def assert_basis(u: np.ndarray, s: np.ndarray, sigma: np.ndarray, what: str) -> 
     assert compared >= 3, what
 
 
-@pytest.mark.parametrize("case", [*FAMILIES, "response", "few", "one_sample", "rank0"])
+@pytest.mark.parametrize("case", [*FAMILIES, "response", "few", "few_hooks", "one_sample", "rank0", "hooks"])
 def test_bases_are_the_covariances_eigenvectors(bases: Any, dense: dict[str, Any], case: str) -> None:
     arguments, rows, directory, metadata = bases[case]
     family = case if case in FAMILIES else "llama"
@@ -109,6 +111,14 @@ def test_layers_with_one_input_share_one_file(bases: Any) -> None:
                              ("ffn_up", "mlp.up_proj"), ("ffn_up", "mlp.gate_proj"), ("ffn_down", "mlp.down_proj")):
             assert files[f"layers.{block}.{module}"] == f"{stem}_{kind}_svd.safetensors"
     assert sorted(p.name for p in directory.iterdir()) == sorted({*files.values(), "metadata.json"})
+
+
+def test_rank_is_the_number_of_different_inputs_where_they_are_few(bases: Any, dense: dict[str, Any]) -> None:
+    _, rows, _, metadata = bases["few"]
+    assert sum(len(row["input_ids"]) for row in rows) < 40
+    for name, x in reference.layer_inputs(dense["llama"], list(metadata["layers"]), rows).items():
+        entry = metadata["bases"][metadata["layers"][name]["file"]]
+        assert entry["rank"] == np.linalg.matrix_rank(x.astype(np.float32)), name
 
 
 def test_energy_and_max_rank_cut_what_is_stored(bases: Any, dense: dict[str, Any]) -> None:

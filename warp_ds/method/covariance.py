@@ -5,41 +5,62 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 1024
-"""Columns of Σ that one product fills: a symmetric product costs (1 + BLOCK / n) / 2 of the full one."""
+BLOCK = 512
+"""Rows of Σ that one product fills. Only what lies right of the diagonal block is formed: 1/2 + BLOCK / 2n of n²."""
+TOKENS = 2048
+"""Tokens that are put together before they are multiplied: Σ is read and written once for so many."""
 
 
 class Covariance:
-    """The running sum Σ_t x_t x_tᵀ, [n, n] in fp32 (fp64 on request), of which only the upper block triangle is kept.
+    """The running sum Σ_t x_t x_tᵀ, [n, n] in fp32, of which only the upper block triangle is kept.
 
-    ``add`` takes any float dtype: products of low-precision activations accumulate in ``dtype``.
+    ``add`` takes any float dtype: products of low-precision activations are exact in fp32, and add up in it.
     """
 
-    def __init__(self, n: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(self, n: int, device: torch.device | str = "cpu"):
         self.n = n
         self.tokens = 0
-        self.sum = torch.zeros(n, n, dtype=dtype, device=device)
+        self.sum = torch.zeros(n, n, device=device)
+        self._waiting: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
-        """Adds the tokens x [t, n]."""
+        """Adds the tokens x [t, n]; the sum may hold them only after ``flush``."""
         self.tokens += x.shape[0]
-        x = x.to(self.sum.dtype)
-        for begin in range(0, self.n, BLOCK):
-            end = min(begin + BLOCK, self.n)
-            self.sum[begin:end, begin:].addmm_(x[:, begin:end].T, x[:, begin:])
+        self._waiting.append(x)
+        if sum(piece.shape[0] for piece in self._waiting) >= TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Brings ``sum`` up to date."""
+        if not self._waiting:
+            return
+        x = torch.cat(self._waiting).float()
+        self._waiting.clear()
+        for block in self.blocks():
+            first = block.start
+            self.sum[block, first:].addmm_(x[:, block].T, x[:, first:])
+
+    def blocks(self) -> list[slice]:
+        """The row blocks; of each, the columns from its start on are kept."""
+        return [slice(first, min(first + BLOCK, self.n)) for first in range(0, self.n, BLOCK)]
 
     def result(self, tokens: int | None = None) -> Tensor:
         """Σ [n, n], symmetric to the bit; divides by ``tokens`` (default: those added). Uses up the running sum.
 
         Raises ValueError where no token was counted.
         """
+        self.flush()
         count = self.tokens if tokens is None else tokens
         if count < 1:
             raise ValueError("no token was counted, so there is no covariance: give samples with tokens in scope")
         sigma = self.sum.div_(count)
-        for begin in range(0, self.n, BLOCK):
-            end = min(begin + BLOCK, self.n)
-            diagonal = sigma[begin:end, begin:end]
+        for block in self.blocks():
+            diagonal = sigma[block, block]
             diagonal.copy_(torch.triu(diagonal) + torch.triu(diagonal, 1).T)
-            sigma[end:, begin:end].copy_(sigma[begin:end, end:].T)
+            sigma[block.stop :, block].copy_(sigma[block, block.stop :].T)
         return sigma
+
+
+def covariance_flops(tokens: int, n: int) -> float:
+    """Operations of Σ with its symmetric products counted once."""
+    return float(tokens) * n * (n + 1)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from warp_ds.method.covariance import BLOCK
+BAR = 1e-5
+"""The largest orthogonality error and relative residual of a basis that is stored."""
+SPREAD = 1e-6
+"""Variances of single inputs further apart than this are more than an fp32 decomposition resolves."""
+PROBES = 16
+BLOCK = 1024
 
 
 @dataclass
@@ -23,25 +29,33 @@ class Basis:
     orthogonality_error: float
     """Largest entry of |UᵀU - I|."""
     residual: float
-    """‖ΣU - UΛ‖ / ‖Σ‖ in the Frobenius norm."""
+    """‖ΣU - UΛ‖ / ‖Σ‖ in the Frobenius norm, the numerator estimated from random probes."""
 
     @property
     def rank(self) -> int:
         return self.columns.shape[1]
 
 
-def covariance_basis(
-    sigma: Tensor, energy: float = 1.0, max_rank: int = 0, dtype: torch.dtype = torch.float32
-) -> Basis:
-    """Eigenvectors of the symmetric Σ [n, n], decomposed in ``dtype``; columns whose eigenvalue is above rounding."""
+def covariance_basis(sigma: Tensor, energy: float = 1.0, max_rank: int = 0, dtype: torch.dtype | None = None) -> Basis:
+    """Eigenvectors of the symmetric Σ [n, n] whose eigenvalues are above rounding.
+
+    ``dtype`` None takes the cheapest precision that gives errors below ``BAR``: fp32, or fp64 where inputs have such
+    different variances (outlier activations) that an fp32 decomposition would resolve the largest alone.
+    """
+    if dtype is None:
+        variances = torch.diagonal(sigma)
+        there = variances[variances > 0]
+        wide = bool(there.numel()) and bool(there.min() < SPREAD * there.max())
+        basis = covariance_basis(sigma, energy, max_rank, torch.float64 if wide else torch.float32)
+        if wide or (basis.orthogonality_error <= BAR and basis.residual <= BAR):
+            return basis
+        return covariance_basis(sigma, energy, max_rank, torch.float64)
     sigma = sigma.to(dtype)
     values, columns = torch.linalg.eigh(sigma)
     values, columns = values.flip(0).clamp_min(0.0), columns.flip(1)
-    rank = _kept(values, torch.finfo(dtype).eps, energy, max_rank)
-    kept, u = values[:rank], fix_signs(columns[:, :rank])
-    norm = torch.linalg.norm(sigma)
-    residual = torch.linalg.norm(sigma @ u - u * kept) / norm if rank else norm.new_zeros(())
-    return _basis(u, kept, values, float(residual))
+    tolerance = torch.finfo(dtype).eps * (sigma.shape[0] if dtype == torch.float64 else 1)
+    rank = _kept(values, tolerance, energy, max_rank)
+    return _basis(columns[:, :rank], values[:rank], values, lambda z: sigma @ z)
 
 
 def token_basis(x: Tensor, energy: float = 1.0, max_rank: int = 0) -> Basis:
@@ -61,10 +75,27 @@ def token_basis(x: Tensor, energy: float = 1.0, max_rank: int = 0) -> Basis:
     if orthogonality_error(u) > torch.finfo(torch.float32).eps:
         u, triangle = torch.linalg.qr(u)
         u = u * torch.sign(torch.diagonal(triangle))
-    u = fix_signs(u)
-    norm = torch.linalg.norm(values)
-    residual = torch.linalg.norm(x.T @ (x @ u) / count - u * kept) / norm if rank else norm.new_zeros(())
-    return _basis(u, kept, values, float(residual))
+    return _basis(u, kept, values, lambda z: x.T @ (x @ z) / count)
+
+
+def weight_basis(w: Tensor, energy: float = 1.0, max_rank: int = 0) -> Basis:
+    """Right singular vectors of W [m, n] and its singular values; ``energy`` counts squared singular values."""
+    m, n = w.shape
+    if m < n:
+        basis = token_basis(w, energy, max_rank)
+    else:
+        basis = covariance_basis(w.double().T @ w.double() / m, energy, max_rank, torch.float64)
+    basis.values = (basis.values.double() * m).sqrt().float()
+    return basis
+
+
+def random_basis(n: int, seed: int, max_rank: int = 0) -> Basis:
+    """``max_rank`` (0: n) columns of a random rotation, uniform over all, from ``seed``; every value is 1."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = min(max_rank, n) if max_rank else n
+    q, triangle = torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64))
+    ones = torch.ones(n, dtype=torch.float64)
+    return _basis(q * torch.sign(torch.diagonal(triangle)), ones[:rank], ones, lambda z: z)
 
 
 def _kept(values: Tensor, tolerance: float, energy: float, max_rank: int) -> int:
@@ -81,16 +112,28 @@ def _kept(values: Tensor, tolerance: float, energy: float, max_rank: int) -> int
     return min(rank, max_rank) if max_rank else rank
 
 
-def _basis(u: Tensor, kept: Tensor, values: Tensor, residual: float) -> Basis:
+def _basis(u: Tensor, kept: Tensor, values: Tensor, sigma: Callable[[Tensor], Tensor]) -> Basis:
+    """The columns u [n, r] with their errors; ``sigma`` multiplies vectors [n, k] by Σ."""
+    columns = fix_signs(u).float().contiguous()
     total = float(values.double().sum())
-    columns = u.float().contiguous()
     return Basis(
         columns=columns,
         values=kept.float().contiguous(),
         energy=float(kept.double().sum()) / total if total else 1.0,
         orthogonality_error=orthogonality_error(columns),
-        residual=residual,
+        residual=_residual(columns, kept, values, sigma),
     )
+
+
+def _residual(columns: Tensor, kept: Tensor, values: Tensor, sigma: Callable[[Tensor], Tensor]) -> float:
+    """‖ΣU - UΛ‖_F / ‖Σ‖_F: for z of independent signs, E ‖(ΣU - UΛ) z‖² is the numerator's square."""
+    if not columns.shape[1]:
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randint(0, 2, (columns.shape[1], PROBES), generator=generator).to(values) * 2.0 - 1.0
+    u = columns.to(values.dtype)
+    error = sigma(u @ z) - u @ (kept.unsqueeze(1) * z)
+    return float(torch.linalg.norm(error) / PROBES**0.5 / torch.linalg.norm(values))
 
 
 def fix_signs(columns: Tensor) -> Tensor:
@@ -109,27 +152,3 @@ def orthogonality_error(columns: Tensor) -> float:
         gram.diagonal().sub_(1.0)
         worst = max(worst, float(gram.abs().max()))
     return worst
-
-
-def weight_basis(w: Tensor, energy: float = 1.0, max_rank: int = 0) -> Basis:
-    """Right singular vectors of W [m, n] and its singular values; ``energy`` counts squared singular values."""
-    _, values, vh = torch.linalg.svd(w.double(), full_matrices=False)
-    squares = values.square()
-    rank = _kept(squares, (max(w.shape) * torch.finfo(torch.float32).eps) ** 2, energy, max_rank)
-    u = fix_signs(vh[:rank].T)
-    gram = w.double().T @ w.double()
-    norm = torch.linalg.norm(gram)
-    residual = torch.linalg.norm(gram @ u - u * squares[:rank]) / norm if rank else norm.new_zeros(())
-    basis = _basis(u, squares[:rank], squares, float(residual))
-    basis.values = values[:rank].float().contiguous()
-    return basis
-
-
-def random_basis(n: int, seed: int, max_rank: int = 0) -> Basis:
-    """``max_rank`` (0: n) columns of a random rotation, uniform over all, from ``seed``; every value is 1."""
-    generator = torch.Generator().manual_seed(seed)
-    rank = min(max_rank, n) if max_rank else n
-    q, triangle = torch.linalg.qr(torch.randn(n, rank, generator=generator, dtype=torch.float64))
-    u = fix_signs(q * torch.sign(torch.diagonal(triangle)))
-    ones = torch.ones(rank, dtype=torch.float64)
-    return _basis(u, ones, torch.ones(n, dtype=torch.float64), 0.0)

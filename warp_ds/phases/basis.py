@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import safe_open
 
 from warp_ds.artifacts import (
     BasisMetadata,
@@ -20,14 +21,24 @@ from warp_ds.artifacts import (
     write_json,
     write_tensors,
 )
-from warp_ds.config import BasisArguments, ConfigError
+from warp_ds.config import LAYER_TYPES, BasisArguments, ConfigError
 from warp_ds.data.datasets import load_pairs
 from warp_ds.data.formats import encode_dataset
-from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, weight_basis
+from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, weight_basis
 from warp_ds.phases.run import start_run
 from warp_ds.phases.targets import find_blocks, find_targets, shared_inputs
 from warp_ds.zero.batches import Samples
-from warp_ds.zero.collect import Deferred, collect_with_hooks, owners, reduce_to_owners
+from warp_ds.zero.collect import (
+    Background,
+    Delivered,
+    LayerInput,
+    Owners,
+    Traffic,
+    collect_by_walk,
+    collect_with_hooks,
+    decomposition_cost,
+    deliver,
+)
 from warp_ds.zero.fetch import gathered
 from warp_ds.zero.model import context_length, load_model, resolve_model_dir
 from warp_ds.zero.runtime import (
@@ -39,6 +50,7 @@ from warp_ds.zero.runtime import (
     world_size,
     zero3_config,
 )
+from warp_ds.zero.walk import BlockWalk
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +94,8 @@ def compute_basis(
     """Writes the bases of ``layers`` into ``directory``; every rank calls it, with the same arguments.
 
     ``dataset``: rows of input_ids and labels (with --token_scope prompt: of the prompts alone). ``fingerprints``: of
-    'model' and 'data'. Raises NotFinite, ConfigError.
+    'model' and 'data'. Basis files that lie in ``directory`` already are taken as finished. Raises NotFinite,
+    ConfigError.
     """
     _check(arguments)
     samples = Samples(dataset, tokenizer, arguments.resolved_device, arguments.token_scope)
@@ -90,85 +103,158 @@ def compute_basis(
         basis=arguments.basis, model_fingerprint=fingerprints["model"], data_fingerprint=fingerprints["data"],
         token_scope=arguments.token_scope, model_name=arguments.model_name, tokens=samples.tokens,
     )
-    entries = _from_activations if arguments.basis == "activation" else _without_data
-    found: dict[str, tuple[list[TargetLayer], dict[str, Any]]] = {}
-    for part in all_gather_object(entries(model, layers, samples, arguments, directory)):
-        found.update(part)
-    order = {layer.name: position for position, layer in enumerate(layers)}
-    for file, (sharing, entry) in sorted(found.items(), key=lambda item: min(order[x.name] for x in item[1][0])):
-        metadata.bases[file] = entry
-        metadata.layers.update({layer.name: layer_entry(layer, file) for layer in sharing})
-    metadata.layers = {layer.name: metadata.layers[layer.name] for layer in layers}
+    entries: Entries = on_rank_0(lambda: _finished(directory), "looking for finished bases")
+    left = [layer for layer in layers if not any(layer.name in e["layers"] for e in entries.values())]
+    if len(left) < len(layers):
+        logger.info("%d of %d layers have their basis already", len(layers) - len(left), len(layers))
+    if left:
+        owner = _deal(layers, samples.tokens, arguments)
+        make = _from_activations if arguments.basis == "activation" else _without_data
+        for part in all_gather_object(make(model, left, samples, arguments, directory, owner)):
+            entries.update(part)
+
+    for layer in layers:
+        file = next(file for file, entry in entries.items() if layer.name in entry["layers"])
+        metadata.layers[layer.name] = layer_entry(layer, file)
+        metadata.bases[file] = {key: value for key, value in entries[file].items() if key != "layers"}
     on_rank_0(lambda: write_json(directory / "metadata.json", metadata_dict(metadata)), "writing the basis metadata")
     return metadata
 
 
-Entries = dict[str, tuple[list[TargetLayer], dict[str, Any]]]
-"""file -> (the layers that share it, its entry in the metadata)"""
+Entries = dict[str, dict[str, Any]]
+"""file -> its entry in the metadata, and 'layers': the names of the layers that share it"""
 
 
 def _from_activations(
-    model: Any, layers: Sequence[TargetLayer], samples: Samples, arguments: BasisArguments, directory: Path
+    model: Any, layers: Sequence[TargetLayer], samples: Samples, arguments: BasisArguments, directory: Path,
+    owner: dict[str, int],
 ) -> Entries:
     """Σ over the counted tokens, then Σ = U Λ Uᵀ on each basis's owner. Returns the entries of this rank's files."""
     if samples.tokens == 0:
         raise ConfigError(f"no token of the safety set counts with --token_scope {arguments.token_scope}: use another "
                           "scope, more samples, or a longer --max_length (responses may have been cut off)")
-    _, blocks = find_blocks(model)
-    groups = collect_with_hooks(model, list(blocks), layers, samples, arguments.batch_size)
     entries: Entries = {}
-    failure = Deferred("decomposing the covariances")
-    for group, tokens, sigma in reduce_to_owners(groups, arguments.svd_placement):
-        if tokens != samples.tokens:
-            raise ConfigError(f"{group.first.name} saw {tokens} tokens, but the safety set has {samples.tokens}: the "
-                              "model runs this layer more than once a pass, or not for every token")
-        with failure:
-            if sigma is not None:
-                begun = time.monotonic()
-                basis = covariance_basis(sigma, arguments.energy, arguments.max_rank)
-                entries |= _write(directory, group.layers, basis, tokens, time.monotonic() - begun)
-    failure.meet()
+    traffic = Traffic()
+    with Background("decomposing the covariances", samples.device) as decompositions:
+        for found in _inputs(model, layers, samples, arguments, directory):
+            way = found.route
+            tokens, delivered = deliver(found, owner[found.first.name], arguments.torch_dtype, traffic)
+            if tokens != samples.tokens:
+                raise ConfigError(f"{found.first.name} saw {tokens} tokens, but the safety set has {samples.tokens}: "
+                                  "the model runs this layer more than once a pass, or not for every token")
+            if delivered is not None:
+                decompositions.start(_decomposition(delivered, way, arguments, directory, entries))
+        decompositions.meet()
+    logger.info("this rank has sent %.3f GB of activations and covariances", traffic.bytes / 1e9)
     return entries
+
+
+def _inputs(
+    model: Any, layers: Sequence[TargetLayer], samples: Samples, arguments: BasisArguments, directory: Path
+) -> Iterator[LayerInput]:
+    """The distinct layer inputs, layer by layer (--collect walk) or all at once (hooks)."""
+    _, blocks = find_blocks(model)
+    itemsize = arguments.torch_dtype.itemsize
+    if arguments.collect != "hooks":
+        walk = BlockWalk(model, list(blocks))
+        reason = walk.why_not(samples.batch([0]))
+        if reason is None:
+            yield from collect_by_walk(walk, layers, samples, arguments.batch_size, directory, itemsize)
+            logger.info("each block's parameters were fetched %d time(s)", max(walk.fetches))
+            return
+        if arguments.collect == "walk":
+            raise ConfigError(f"--collect walk: this model cannot be run layer by layer ({reason}): use hooks")
+        logger.warning("this model cannot be run layer by layer (%s): all layers are collected at once, as with "
+                       "--collect hooks", reason)
+    yield from collect_with_hooks(model, list(blocks), layers, samples, arguments.batch_size, itemsize)
+
+
+def _decomposition(
+    delivered: Delivered, way: str, arguments: BasisArguments, directory: Path, entries: Entries
+) -> Callable[[], None]:
+    """A job that makes the basis of one layer input, writes it and enters it into ``entries``."""
+    def job() -> None:
+        begun = time.monotonic()
+        if delivered.x is not None:
+            basis = token_basis(delivered.x, arguments.energy, arguments.max_rank)
+        elif delivered.sigma is not None:
+            basis = covariance_basis(delivered.sigma, arguments.energy, arguments.max_rank)
+        delivered.x = delivered.sigma = None
+        entries.update(_write(directory, delivered.layers, basis, delivered.tokens, way, time.monotonic() - begun))
+
+    return job
 
 
 def _without_data(
-    model: Any, layers: Sequence[TargetLayer], samples: Samples, arguments: BasisArguments, directory: Path
+    model: Any, layers: Sequence[TargetLayer], samples: Samples, arguments: BasisArguments, directory: Path,
+    owner: dict[str, int],
 ) -> Entries:
     """--basis weight (one basis a layer: from its own W) and random (one per shared input)."""
     groups = shared_inputs(layers) if arguments.basis == "random" else [[layer] for layer in layers]
-    ranks = 1 if arguments.svd_placement == "rank0" else world_size()
     entries: Entries = {}
-    failure = Deferred("making the bases")
-    dealt = owners([float(g[0].n) ** 3 for g in groups], ranks)
-    for number, (group, owner) in enumerate(zip(groups, dealt, strict=True)):
-        begun = time.monotonic()
-        weight = model.get_submodule(group[0].name).weight
-        with gathered([weight] if arguments.basis == "weight" else []):
-            w = weight.detach().float().clone() if owner == rank() else torch.empty(0)
-        with failure:
-            if owner == rank():
-                if arguments.basis == "random":
-                    basis = random_basis(group[0].n, arguments.seed * 1_000_003 + number, arguments.max_rank)
-                else:
+    with Background("making the bases", samples.device) as decompositions:
+        for group in groups:
+            mine = owner[group[0].name] == rank()
+            weight = model.get_submodule(group[0].name).weight
+            with gathered([weight] if arguments.basis == "weight" else []):
+                w = weight.detach().float().clone() if mine and arguments.basis == "weight" else None
+
+            def job(group: list[TargetLayer] = group, w: Any = w) -> None:
+                begun = time.monotonic()
+                if w is not None:
                     basis = weight_basis(w, arguments.energy, arguments.max_rank)
-                entries |= _write(directory, group, basis, 0, time.monotonic() - begun)
-    failure.meet()
+                else:
+                    seed = 1000 * (arguments.seed * 1000 + group[0].layer) + LAYER_TYPES.index(group[0].type)
+                    basis = random_basis(group[0].n, seed, arguments.max_rank)
+                entries.update(_write(directory, group, basis, 0, arguments.basis, time.monotonic() - begun))
+
+            if mine:
+                decompositions.start(job)
+        decompositions.meet()
     return entries
 
 
-def _write(directory: Path, layers: Sequence[TargetLayer], basis: Basis, tokens: int, seconds: float) -> Entries:
+def _deal(layers: Sequence[TargetLayer], tokens: int, arguments: BasisArguments) -> dict[str, int]:
+    """layer name -> the rank that makes its basis. The same whatever is finished already: so are the sums then."""
+    owners = Owners(1 if arguments.svd_placement == "rank0" else world_size())
+    groups = [[layer] for layer in layers] if arguments.basis == "weight" else shared_inputs(layers)
+    return {layer.name: owner for group in groups
+            for owner in [owners.next(decomposition_cost(tokens, group[0].n))] for layer in group}
+
+
+def _write(
+    directory: Path, layers: Sequence[TargetLayer], basis: Basis, tokens: int, way: str, seconds: float
+) -> Entries:
     """Writes one basis file, named by its first layer type; returns its entry."""
     first = shared_inputs(layers)[0][0]
     file = f"{first.stem}_svd.safetensors"
-    write_tensors(directory / file, {"U": basis.columns, "S": basis.values})
     entry = {
         "n": first.n, "rank": basis.rank, "tokens": tokens, "energy": basis.energy,
-        "orthogonality_error": basis.orthogonality_error, "residual": basis.residual,
-        "seconds": round(seconds, 3), "bytes": (directory / file).stat().st_size,
+        "orthogonality_error": basis.orthogonality_error, "residual": basis.residual, "from": way,
     }
+    names = [layer.name for layer in layers]
+    # The file says what it is, so that a run that goes on knows it; nothing in it depends on time or ranks.
+    header = {_HEADER: json.dumps({**entry, "layers": names})}
+    write_tensors(directory / file, {"U": basis.columns, "S": basis.values}, header)
+    entry.update(seconds=round(seconds, 3), bytes=(directory / file).stat().st_size)
     figures = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in entry.items())
     logger.info("%s: %s", file, ", ".join(figures))
-    return {file: (list(layers), entry)}
+    return {file: {**entry, "layers": names}}
+
+
+_HEADER = "warp_ds.basis"
+
+
+def _finished(directory: Path) -> Entries:
+    """The entries of the bases that a run which was stopped has left; what it had begun to write is removed."""
+    entries: Entries = {}
+    for aside in directory.glob(".*.tmp"):
+        aside.unlink()
+    for path in sorted(directory.glob("*_svd.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            entry = json.loads(file.metadata()[_HEADER])
+        entries[path.name] = {**entry, "seconds": None, "bytes": path.stat().st_size}
+    return entries
 
 
 def _check(arguments: BasisArguments) -> None:

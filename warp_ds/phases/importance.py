@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ from warp_ds.phases.basis import safety_pairs
 from warp_ds.phases.run import start_run
 from warp_ds.phases.targets import find_blocks, find_targets, shared_inputs
 from warp_ds.zero.batches import Batch, Samples
-from warp_ds.zero.collect import Deferred, stop_together
-from warp_ds.zero.fetch import FetchHooks
+from warp_ds.zero.collect import Background, stop_together
+from warp_ds.zero.fetch import FetchHooks, outside
 from warp_ds.zero.model import context_length, load_model, resolve_model_dir
 from warp_ds.zero.runtime import (
     all_reduce_sum,
@@ -139,7 +140,7 @@ def importance_scores(
     scale = 2.0**12 if arguments.dtype == "float16" else 1.0
     _, blocks = find_blocks(model)
     with frozen_model(model, arguments.gradient_checkpointing), GradientTaps(model, layers) as taps, \
-            FetchHooks(model, list(blocks), backward=True):
+            FetchHooks(outside(model, list(blocks)), list(blocks), backward=True):
         for step in tqdm(steps, desc="importance", unit="step", disable=rank() != 0):
             batch = samples.batch(step.parts[rank()])
             loss = batch_loss(model, batch, weights)
@@ -275,18 +276,18 @@ def freeze(
     wanted = [frozen_count(arguments.keep_ratio, sum(units[layer.name] for layer in group)) for group in groups]
     chosen = choose([[values[layer.name] for layer in group] for group in groups], wanted)
 
-    failure = Deferred("writing the masks")
     counts: dict[str, int] = {}
-    # Groups hold the layers in order, so one flat list of choices belongs to them.
-    for number, (layer, choice) in enumerate(zip(layers, [c for choices in chosen for c in choices], strict=True)):
-        rows = Rows(layer.m, world_size(), rank())
-        mask = _whole_rows(choice, values[layer.name], unit, len(rows.block), layer.n)
-        counts[layer.name] = int(mask.sum())
-        packed = gather_packed(pack_bits(mask), layer.m, rows.most, number % world_size())
-        with failure:
+    with Background("writing the masks") as writing:
+        # Groups hold the layers in order, so one flat list of choices belongs to them.
+        for number, (layer, choice) in enumerate(zip(layers, [c for choices in chosen for c in choices], strict=True)):
+            rows = Rows(layer.m, world_size(), rank())
+            mask = _whole_rows(choice, values.pop(layer.name), unit, len(rows.block), layer.n)
+            counts[layer.name] = int(mask.sum())
+            packed = gather_packed(pack_bits(mask), layer.m, rows.most, number % world_size())
             if packed is not None:
-                write_tensors(directory / f"{layer.stem}_mask.safetensors", {"frozen": packed})
-    failure.meet()
+                path = directory / f"{layer.stem}_mask.safetensors"
+                writing.start(partial(write_tensors, path, {"frozen": packed}))
+        writing.meet()
 
     frozen = all_reduce_sum(torch.tensor([counts[layer.name] for layer in layers], device=collective_device())).tolist()
     _describe(layers, groups, chosen, wanted, units, dict(zip(counts, frozen, strict=True)), unit, metadata)

@@ -1,10 +1,16 @@
-"""Phase 1's covariances: hooks on the target layers, sums over ranks, each basis on the rank that decomposes it."""
+"""Phase 1's covariances: what the target layers see, brought to the rank that decomposes it.
+
+Layer by layer (``walk``), so that each block is fetched once and one block's inputs are alive at a time; or all at once
+by whole forward passes (``hooks``), for models that cannot be walked.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +20,12 @@ from tqdm import tqdm
 
 from warp_ds.artifacts import TargetLayer
 from warp_ds.config import LAYER_TYPES
+from warp_ds.data.collate import EMPTY
 from warp_ds.method.covariance import Covariance
 from warp_ds.zero.batches import Batch, Samples
-from warp_ds.zero.fetch import FetchHooks
-from warp_ds.zero.runtime import (
-    all_gather_object,
-    all_reduce_sum,
-    collective_device,
-    on_every_rank_or_none,
-    rank,
-    world_size,
-)
+from warp_ds.zero.fetch import FetchHooks, outside
+from warp_ds.zero.runtime import all_gather_object, collective_device, on_every_rank_or_none, rank, world_size
+from warp_ds.zero.walk import BlockWalk, HiddenStates, host_memory
 
 logger = logging.getLogger(__name__)
 
@@ -37,36 +38,209 @@ REMEDY = ("remedy: check that the model's weights are finite, use --dtype bfloat
           "leave the sample out")
 
 
+# ---------------------------------------------------------------- how inputs reach their owner
+
+TOKENS, SEND, REDUCE = "tokens", "send", "reduce"
+
+
+def route(tokens: int, n: int, ranks: int, itemsize: int) -> str:
+    """How one layer's inputs reach the rank that decomposes them.
+
+    ``tokens``: fewer tokens than inputs: the owner gets them and decomposes their Gram matrix. ``send``: the owner
+    gets the tokens and forms Σ, which is fewer bytes than ``reduce``: each rank forms its part of Σ, and these are
+    summed.
+    """
+    if tokens < n:
+        return TOKENS
+    # Over all links: all tokens but the owner's own; or the upper triangle of fp32 from every rank but the owner.
+    sent = tokens * n * itemsize * (ranks - 1) / ranks
+    reduced = n * n / 2 * 4 * (ranks - 1)
+    return SEND if sent < reduced else REDUCE
+
+
 @dataclass
-class SharedInput:
-    """The layers that see one input, and its covariance on this rank."""
+class LayerInput:
+    """An input that some target layers share, and what this rank has seen of it."""
 
     layers: list[TargetLayer]
-    covariance: Covariance
+    route: str
+    covariance: Covariance | None
+    pieces: list[Tensor] = field(default_factory=list)
+    """The tokens themselves, where they are sent."""
+    tokens: int = 0
 
     @property
     def first(self) -> TargetLayer:
         """The layer that the basis is named by."""
         return min(self.layers, key=lambda layer: LAYER_TYPES.index(layer.type))
 
+    def add(self, x: Tensor) -> None:
+        """Adds tokens x [t, n]."""
+        self.tokens += x.shape[0]
+        if self.covariance is None:
+            self.pieces.append(x)
+        else:
+            self.covariance.add(x)
+
 
 @dataclass
+class Delivered:
+    """A layer input of all ranks, on its owner: either all tokens x [T, n] or Σ [n, n]."""
+
+    layers: list[TargetLayer]
+    tokens: int
+    x: Tensor | None
+    sigma: Tensor | None
+
+
+@dataclass
+class Traffic:
+    """Payload bytes that this rank has sent to owners."""
+
+    bytes: int = 0
+
+
+def deliver(found: LayerInput, owner: int, dtype: torch.dtype, traffic: Traffic) -> tuple[int, Delivered | None]:
+    """(tokens of all ranks, the whole input on ``owner`` and None elsewhere); every rank calls it. Frees its part."""
+    counts = all_gather_object(found.tokens)
+    n = found.layers[0].n
+    mine = owner == rank()
+    x = sigma = None
+    if found.covariance is not None:
+        total, found.covariance = found.covariance, None
+        total.flush()
+        if world_size() > 1:
+            _reduce(total, owner, traffic)
+        sigma = total.result(sum(counts)) if mine else None
+    else:
+        local = torch.cat(found.pieces) if found.pieces else torch.empty(0, n, dtype=dtype)
+        found.pieces.clear()
+        x = _send(local, counts, owner, traffic)
+        if x is not None and found.route == SEND:
+            total = Covariance(n, x.device)
+            for piece in x.split(4096):
+                total.add(piece)
+            x, sigma = None, total.result()
+    return sum(counts), Delivered(found.layers, sum(counts), x, sigma) if mine else None
+
+
+def _reduce(total: Covariance, owner: int, traffic: Traffic) -> None:
+    """Sums the kept blocks on ``owner``, one row block at a time."""
+    for block in total.blocks():
+        part = total.sum[block, block.start :].contiguous().to(collective_device())
+        dist.reduce(part, dst=owner)
+        if owner == rank():
+            total.sum[block, block.start :] = part
+        else:
+            traffic.bytes += part.numel() * part.element_size()
+
+
+def _send(local: Tensor, counts: Sequence[int], owner: int, traffic: Traffic) -> Tensor | None:
+    """All ranks' tokens in rank order on ``owner``."""
+    if world_size() == 1:
+        return local
+    local = local.to(collective_device()).contiguous()
+    if rank() != owner:
+        if len(local):
+            dist.send(local.view(torch.uint8), dst=owner)
+            traffic.bytes += local.numel() * local.element_size()
+        return None
+    parts = []
+    for source, count in enumerate(counts):
+        part = local if source == owner else local.new_empty(count, local.shape[1])
+        if source != owner and count:
+            dist.recv(part.view(torch.uint8), src=source)
+        parts.append(part)
+    return torch.cat(parts)
+
+
+class Owners:
+    """Deals bases to ranks as they come: each to the rank with the least work so far (the lowest of equals)."""
+
+    def __init__(self, ranks: int):
+        self.load = [0.0] * ranks
+
+    def next(self, cost: float) -> int:
+        owner = self.load.index(min(self.load))
+        self.load[owner] += cost
+        return owner
+
+
+def decomposition_cost(tokens: int, n: int) -> float:
+    """Operations of a decomposition, roughly: a symmetric eigenproblem of the smaller size, and the products around."""
+    size = min(tokens, n)
+    return 9.0 * size**3 + (4.0 * tokens * tokens * n if tokens < n else 3.0 * n**3)
+
+
+class Background:
+    """Runs jobs one after another beside this rank's own work; never more than one waits. Failures come at ``meet``."""
+
+    def __init__(self, what: str, device: torch.device | str = "cpu"):
+        self.what = what
+        self.device = torch.device(device)
+        self.error: BaseException | None = None
+        self._pool = ThreadPoolExecutor(1)
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Starts ``job`` once the one before has ended."""
+        self.wait()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # its inputs are ready
+        self._running = self._pool.submit(self._guarded, job)
+
+    def wait(self) -> None:
+        """Waits for the running job."""
+        if self._running is not None:
+            self._running.result()
+            self._running = None
+
+    def _guarded(self, job: Callable[[], None]) -> None:
+        try:
+            if self.error is None:
+                if self.device.type == "cuda":
+                    with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):
+                        job()
+                        torch.cuda.current_stream().synchronize()
+                else:
+                    job()
+        except Exception as error:  # raised on every rank by ``meet``
+            self.error = error
+
+    def meet(self) -> None:
+        """Waits for the running job; raises a failure on its rank, and OtherRankError on the others. Collective."""
+        self.wait()
+        with on_every_rank_or_none(self.what):
+            if self.error is not None:
+                raise self.error
+
+
+# ---------------------------------------------------------------- what the layers see
+
+
 class InputHooks:
-    """Collects the inputs of the target layers during forward passes.
+    """Collects the inputs of target layers during forward passes.
 
     Layers that see the same input are found by the input itself: the same memory within one block's pass.
     """
 
-    model: nn.Module
-    layers: Sequence[TargetLayer]
-    device: torch.device | str
-    groups: dict[str, SharedInput] = field(default_factory=dict)
-    """layer name -> what it shares, in the order in which the inputs were met"""
-    batch: Batch | None = None
-    bad: dict[str, Tensor] = field(default_factory=dict)
-    """layer name -> bool [B], True where a counted token of the sample is not finite"""
-    _seen: list[tuple[TargetLayer, Tensor]] = field(default_factory=list)
-    _handles: list[Any] = field(default_factory=list)
+    def __init__(self, model: nn.Module, layers: Sequence[TargetLayer], samples: Samples, itemsize: int):
+        self.model = model
+        self.layers = layers
+        self.samples = samples
+        self.itemsize = itemsize
+        self.inputs: dict[str, LayerInput] = {}
+        """layer name -> what it sees, in the order in which it was met"""
+        self.batch: Batch | None = None
+        self._extremes: list[tuple[TargetLayer, Batch, Tensor]] = []
+        self._seen: list[tuple[TargetLayer, Tensor]] = []
+        self._handles: list[Any] = []
 
     def __enter__(self) -> InputHooks:
         for layer in self.layers:
@@ -85,53 +259,42 @@ class InputHooks:
         self._seen = [(other, t) for other, t in self._seen if other.layer == layer.layer]
         for other, t in self._seen:
             if _same_memory(t, x):
-                if layer.name not in self.groups:
-                    self.groups[layer.name] = self.groups[other.name]
-                    self.groups[other.name].layers.append(layer)
+                if layer.name not in self.inputs:
+                    self.inputs[layer.name] = self.inputs[other.name]
+                    self.inputs[other.name].layers.append(layer)
                 return
         self._seen.append((layer, x))
-        if layer.name not in self.groups:
-            self.groups[layer.name] = SharedInput([layer], Covariance(layer.n, self.device))
-        finite = torch.isfinite(x.abs().amax(dim=-1)) | ~self.batch.counted
-        self.bad[layer.name] = ~finite.all(dim=1)
-        self.groups[layer.name].covariance.add(x[self.batch.counted])
+        if layer.name not in self.inputs:
+            way = route(self.samples.tokens, layer.n, world_size(), self.itemsize)
+            covariance = Covariance(layer.n, self.samples.device) if way == REDUCE else None
+            self.inputs[layer.name] = LayerInput([layer], way, covariance)
+        # One pass over x; padding counts too, since real tokens attend to nothing that is not finite.
+        extremes = torch.stack(torch.aminmax(x.reshape(x.shape[0], -1), dim=1))
+        self._extremes.append((layer, self.batch, extremes))
+        self.inputs[layer.name].add(x[self.batch.counted])
+
+    def end_of_pass(self) -> None:
+        """Lets go of the last pass's activations."""
+        self._seen.clear()
 
     def failure(self) -> tuple[int, str, int] | None:
-        """(block, layer name, sample) of the first input of the last pass that was not finite."""
-        assert self.batch is not None
-        blocks = {layer.name: layer.layer for layer in self.layers}
-        found = [
-            (blocks[name], name, self.batch.samples[int(bad.nonzero()[0])])
-            for name, bad in self.bad.items() if bool(bad.any())
-        ]
-        self.bad.clear()
-        self._seen.clear()
+        """(block, layer name, sample) of the first input since the last call that was not finite."""
+        found: list[tuple[int, str, int]] = []
+        for layer, batch, extremes in self._extremes:
+            bad = ~torch.isfinite(extremes).all(dim=0)
+            if bool(bad.any()):
+                samples = [s for s, b in zip(batch.samples, bad.tolist(), strict=True) if b and s != EMPTY]
+                found += [(layer.layer, layer.name, sample) for sample in samples]
+        self._extremes.clear()
         return min(found, default=None)
+
+    def distinct(self) -> list[LayerInput]:
+        """The different inputs, in the order in which they were met."""
+        return list({id(found): found for found in self.inputs.values()}.values())
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-
-
-class Deferred:
-    """Blocks (without collectives) that this rank may fail while others go on with theirs, until all ``meet``."""
-
-    def __init__(self, what: str):
-        self.what = what
-        self.error: BaseException | None = None
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        self.error = self.error or error
-        return isinstance(error, Exception)
-
-    def meet(self) -> None:
-        """Raises the first error on its rank, and OtherRankError on the others."""
-        with on_every_rank_or_none(self.what):
-            if self.error is not None:
-                raise self.error
 
 
 def stop_together(failure: tuple[int, str, int] | None, what: str) -> None:
@@ -143,41 +306,61 @@ def stop_together(failure: tuple[int, str, int] | None, what: str) -> None:
 
 
 @torch.no_grad()
+def collect_by_walk(
+    walk: BlockWalk, layers: Sequence[TargetLayer], samples: Samples, batch_size: int, scratch: Path, itemsize: int
+) -> Iterator[LayerInput]:
+    """Each distinct input of ``layers`` once all this rank's samples have passed its block, block by block.
+
+    ``scratch``: where hidden states go that host memory does not hold.
+    """
+    batches = [[i for i in part if i != EMPTY] for part in samples.deal(batch_size, world_size(), rank())]
+    batches = [part for part in batches if part]
+    by_block: dict[int, list[TargetLayer]] = {}
+    for layer in layers:
+        by_block.setdefault(layer.layer, []).append(layer)
+    hidden = HiddenStates(scratch / f"hidden_rank_{rank()}", host_memory() // 2)
+    try:
+        with walk.embedding():
+            for number, indices in enumerate(batches):
+                hidden.put(number, walk.embed(samples.batch(indices)))
+        for index in tqdm(range(max(by_block) + 1), desc="covariances", unit="block", disable=rank() != 0):
+            with walk.block(index), InputHooks(walk.model, by_block.get(index, []), samples, itemsize) as hooks:
+                for number, indices in enumerate(batches):
+                    hooks.batch = samples.batch(indices)
+                    hidden.put(number, walk.run(index, hidden.get(number, samples.device), hooks.batch))
+                    hooks.end_of_pass()
+            if index in by_block:
+                stop_together(hooks.failure(), "inputs")
+                yield from _on_every_rank(hooks, by_block[index], samples, itemsize)
+    finally:
+        hidden.close()
+
+
+def _on_every_rank(
+    hooks: InputHooks, layers: Sequence[TargetLayer], samples: Samples, itemsize: int
+) -> list[LayerInput]:
+    """The distinct inputs in the same order on every rank, also on one that had no sample to see them with."""
+    shared = next(s for s in all_gather_object([[x.name for x in f.layers] for f in hooks.distinct()]) if s)
+    named = {layer.name: layer for layer in layers}
+    empty = []
+    for names in shared:
+        group = [named[name] for name in names]
+        way = route(samples.tokens, group[0].n, world_size(), itemsize)
+        empty.append(LayerInput(group, way, Covariance(group[0].n, samples.device) if way == REDUCE else None))
+    return hooks.distinct() or empty
+
+
+@torch.no_grad()
 def collect_with_hooks(
-    model: Any, blocks: Sequence[nn.Module], layers: Sequence[TargetLayer], samples: Samples, batch_size: int
-) -> list[SharedInput]:
-    """All covariances at once, by whole forward passes: every rank's own part of the sums, not yet reduced."""
+    model: Any, blocks: Sequence[nn.Module], layers: Sequence[TargetLayer], samples: Samples, batch_size: int,
+    itemsize: int,
+) -> Iterator[LayerInput]:
+    """The same by whole forward passes, everything at once: for models that cannot be walked."""
     batches = samples.deal(batch_size, world_size(), rank())
-    with InputHooks(model, layers, samples.device) as hooks, FetchHooks(model, blocks):
+    with InputHooks(model, layers, samples, itemsize) as hooks, FetchHooks(outside(model, blocks), blocks):
         for indices in tqdm(batches, desc="covariances", unit="batch", disable=rank() != 0):
             hooks.batch = samples.batch(indices)
             model.base_model(**hooks.batch.inputs, use_cache=False)
+            hooks.end_of_pass()
             stop_together(hooks.failure(), "inputs")
-    return list({id(group): group for group in hooks.groups.values()}.values())
-
-
-def owners(costs: Sequence[float], ranks: int) -> list[int]:
-    """An owner for each cost: the dearest first, always to the rank with the least so far (the lowest of equals)."""
-    load = [0.0] * ranks
-    found = [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        found[index] = load.index(min(load))
-        load[found[index]] += costs[index]
-    return found
-
-
-def reduce_to_owners(groups: Sequence[SharedInput], placement: str) -> Iterator[tuple[SharedInput, int, Tensor | None]]:
-    """For each group (group, tokens of all ranks, Σ), Σ being None on ranks that do not own it.
-
-    A rank's own part is freed as soon as it is sent.
-    """
-    ranks = 1 if placement == "rank0" else world_size()
-    for group, owner in zip(groups, owners([float(g.covariance.n) ** 3 for g in groups], ranks), strict=True):
-        tokens = int(all_reduce_sum(torch.tensor([group.covariance.tokens], device=collective_device())))
-        if world_size() > 1:
-            part = group.covariance.sum.to(collective_device())
-            dist.reduce(part, dst=owner)
-            group.covariance.sum = part
-        sigma = group.covariance.result(tokens) if owner == rank() else None
-        group.covariance.sum = torch.empty(0)
-        yield group, tokens, sigma
+    yield from hooks.distinct()

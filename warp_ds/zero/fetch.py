@@ -1,4 +1,4 @@
-"""Gathers the parameters of a ZeRO-3 model a block at a time, without a DeepSpeed engine.
+"""Gathers the parameters of a ZeRO-3 model a part at a time, without a DeepSpeed engine.
 
 An engine's hooks fetch and release around every submodule; phases 1 and 2 update nothing, and want each block's
 parameters once per pass. Models that are not partitioned work too: there is nothing to gather.
@@ -12,30 +12,53 @@ from types import TracebackType
 from typing import Any
 
 import deepspeed
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """The given parameters are whole inside, and partitioned again after."""
+    """The given parameters are whole inside, and partitioned again after. Every rank enters together."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
         yield
 
 
-class FetchHooks:
-    """Within the context, a forward pass gathers each unit when it is reached; ``backward`` does the same backwards.
+def outside(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules outside ``blocks`` that have parameters of their own: embeddings, last norm, head."""
+    inside = {id(m) for block in blocks for m in block.modules()}
+    return [m for m in model.modules() if id(m) not in inside and any(True for _ in m.parameters(recurse=False))]
 
-    Units are the blocks, and every module outside them that has parameters of its own.
+
+@contextmanager
+def saved_by_reference(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Autograd graphs made inside refer to the given whole parameters instead of keeping their memory alive.
+
+    So the parameters can be partitioned until the backward pass, which must run with them gathered again.
     """
+    memory = {p.untyped_storage().data_ptr(): p for p in parameters if p.numel()}
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], backward: bool = False):
-        inside = {id(m) for block in blocks for m in block.modules()}
-        others = [m for m in model.modules() if id(m) not in inside and any(True for _ in m.parameters(recurse=False))]
-        self.units: list[tuple[nn.Module, list[nn.Parameter]]] = [(b, list(b.parameters())) for b in blocks]
-        self.units += [(m, list(m.parameters(recurse=False))) for m in others]
+    def pack(tensor: Tensor) -> Any:
+        parameter = memory.get(tensor.untyped_storage().data_ptr())
+        return tensor if parameter is None else (parameter, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        parameter, size, stride, offset = packed
+        return parameter.data.as_strided(size, stride, offset)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+class FetchHooks:
+    """Within the context, a forward pass gathers each of ``modules`` when it is reached; ``backward`` the same back."""
+
+    def __init__(self, modules: Sequence[nn.Module], blocks: Sequence[nn.Module], backward: bool = False):
+        self.units = [(m, list(m.parameters())) for m in blocks]
+        self.units += [(m, list(m.parameters(recurse=False))) for m in modules]
         self.backward = backward
-        self.fetches = 0
         self._open: dict[int, ExitStack] = {}
         self._handles: list[Any] = []
 
@@ -64,12 +87,10 @@ class FetchHooks:
         self._open.clear()
 
     def _fetch(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
-        if id(module) in self._open:
-            return
-        self.fetches += 1
-        stack = ExitStack()
-        stack.enter_context(gathered(parameters))
-        self._open[id(module)] = stack
+        if id(module) not in self._open:
+            stack = ExitStack()
+            stack.enter_context(gathered(parameters))
+            self._open[id(module)] = stack
 
     def _release(self, module: nn.Module) -> None:
         stack = self._open.pop(id(module), None)
