@@ -1,0 +1,340 @@
+"""Plain ZeRO-3 fine-tuning, the masked step, and modules that hold C, U, M: time and memory, in one run.
+
+    python benchmarks/masked_step.py --ranks 2                         # the small case, on the CPU
+    python benchmarks/masked_step.py --device cuda --ranks 1 --hidden 4096 --ffn 11008 --layers 1 --dtype bfloat16
+
+Times are medians of the ratios of optimizer steps run in turn (plain, masked, modules, plain, ...). Memory is each
+variant's peak alone in fresh processes, over what the process held before the model was built: torch's allocator on a
+GPU, the resident set on a CPU. The mask's column profile (share frozen by eigen-direction, from the largest
+eigenvalue to the smallest, in 20 bins) was measured on the demo's model. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Mean over the demo's 20 target layers, keep_ratio 0.1 (phase 2 of `make demo`).
+COLUMN_PROFILE = (0.8445, 0.579, 0.2806, 0.1373, 0.0477, 0.0191, 0.0114, 0.0051, 0.0023, 0.0016, 0.0006, 0.0003, 0.0002,
+                  0.0001, 0.0001, 0.0001, 0.0, 0.0, 0.0, 0.0)
+MODULES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+           "ffn_up": "mlp.up_proj", "ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj", "attn_o": "self_attn.o_proj"}
+INPUTS = {"attn_q": "attn", "attn_k": "attn", "attn_v": "attn", "ffn_up": "ffn", "ffn_gate": "ffn"}
+VARIANTS = ("plain", "masked", "modules")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--ffn", type=int, default=2816)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kv_heads", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--layer_type", default="attn_q,attn_k,attn_v,ffn_up,ffn_down")
+    parser.add_argument("--micro_batch", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=128, help="per sample")
+    parser.add_argument("--accumulation", type=int, default=8)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--keep_ratio", type=float, default=0.1)
+    parser.add_argument("--rank_share", type=float, default=1.0, help="stored columns of each basis, as a share of n")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--train_scope", default="all", choices=["all", "warp"])
+    parser.add_argument("--steps", type=int, default=9, help="timed optimizer steps of each variant")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--no_memory", action="store_true", help="leave the memory runs out")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------- what every variant trains
+
+
+def make_model(a: argparse.Namespace) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=a.vocab, hidden_size=a.hidden, intermediate_size=a.ffn, num_hidden_layers=a.layers,
+        num_attention_heads=a.heads, num_key_value_heads=a.kv_heads, max_position_embeddings=max(2048, a.tokens),
+        tie_word_embeddings=False, use_cache=False,
+    )
+    with torch.device(a.device):
+        return LlamaForCausalLM(config).to(getattr(torch, a.dtype))
+
+
+def targets(a: argparse.Namespace, model: Any) -> list[tuple[str, str, int, nn.Linear]]:
+    return [(f"model.layers.{i}.{MODULES[kind]}", kind, i, model.get_submodule(f"model.layers.{i}.{MODULES[kind]}"))
+            for i in range(a.layers) for kind in a.layer_type.split(",")]
+
+
+def random_basis(n: int, r: int, seed: int, device: str) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, r, generator=generator, device=device))[0]
+
+
+def random_mask(m: int, n: int, r: int, keep_ratio: float, seed: int, device: str) -> torch.Tensor:
+    profile = torch.tensor(COLUMN_PROFILE, device=device)
+    share = profile[(torch.arange(n, device=device) * len(COLUMN_PROFILE)) // n] * (keep_ratio / 0.1)
+    share[r:] = 0.0
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.rand(m, n, generator=generator, device=device) < share.clamp(max=1.0)
+
+
+def write_artefacts(a: argparse.Namespace, root: Path) -> None:
+    from warp_ds.artifacts import (
+        BasisMetadata,
+        BasisStore,
+        MasksMetadata,
+        TargetLayer,
+        layer_entry,
+        metadata_dict,
+        write_json,
+        write_tensors,
+    )
+    from warp_ds.method.mask import pack_bits
+
+    with torch.device("meta"):
+        shape_of = make_model(argparse.Namespace(**{**vars(a), "device": "meta", "layers": a.layers}))
+    basis = BasisMetadata("random", "benchmark", "none", "all", "benchmark", 0)
+    masks = MasksMetadata(a.keep_ratio, "layer", "entry", "random", "random", str(root / "basis"), None, "benchmark",
+                          "none", "benchmark")
+    for name, kind, i, module in targets(a, shape_of):
+        m, n = module.weight.shape
+        r = max(1, round(a.rank_share * n))
+        layer = TargetLayer(name, i, kind, m, n)
+        file = f"layer_{i:02d}_{INPUTS.get(kind, kind)}_svd.safetensors"
+        if file not in basis.bases:
+            write_tensors(root / "basis" / file, {"U": random_basis(n, r, 7 * i + n, a.device), "S": torch.ones(r)})
+            basis.bases[file] = {"n": n, "rank": r}
+        basis.layers[name] = layer_entry(layer, file)
+        frozen = random_mask(m, n, r, a.keep_ratio, i, a.device)
+        mask_file = f"{layer.stem}_mask.safetensors"
+        write_tensors(root / "masks" / mask_file, {"frozen": pack_bits(frozen)})
+        masks.layers[name] = layer_entry(layer, mask_file, frozen=int(frozen.sum()))
+    write_json(root / "basis" / "metadata.json", metadata_dict(basis))
+    masks.basis_fingerprint = BasisStore(root / "basis").fingerprint()
+    write_json(root / "masks" / "metadata.json", metadata_dict(masks))
+
+
+class RotatedLinear(nn.Module):
+    """What the original does: the module holds C, U and M, and forms the weight in every forward."""
+
+    def __init__(self, weight: torch.Tensor, u: torch.Tensor, frozen: torch.Tensor):
+        super().__init__()
+        self.c = nn.Parameter((weight.float() @ u.float()).to(weight.dtype))
+        self.register_buffer("u", u.to(weight.dtype))
+        self.register_buffer("mask", frozen)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        c = torch.where(self.mask, self.c.detach(), self.c)
+        return nn.functional.linear(x, c @ self.u.T)
+
+
+class Trainer:
+    """One variant's engine and one optimizer step of it."""
+
+    def __init__(self, a: argparse.Namespace, variant: str, root: Path):
+        import deepspeed
+
+        import warp_ds
+
+        self.a, self.variant = a, variant
+        model = make_model(a)
+        if variant == "modules":
+            for name, _, i, module in targets(a, model):
+                m, n = module.weight.shape
+                u = random_basis(n, n, 7 * i + n, a.device)
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child,
+                        RotatedLinear(module.weight.data, u, random_mask(m, n, n, a.keep_ratio, i, a.device)))
+        if a.train_scope == "warp":
+            wanted = {f"{name}.weight" for name, *_ in targets(a, model)} if variant != "modules" else {
+                f"{name}.c" for name, *_ in targets(a, make_model(a))}
+            for name, p in model.named_parameters():
+                p.requires_grad_(name in wanted)
+        config = {
+            "train_micro_batch_size_per_gpu": a.micro_batch, "gradient_accumulation_steps": a.accumulation,
+            "gradient_clipping": 1.0, "zero_optimization": {"stage": 3, "overlap_comm": a.device == "cuda"},
+            "bf16": {"enabled": a.dtype == "bfloat16"}, "zero_allow_untested_optimizer": True,
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=a.device == "cuda")
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.protection = None
+        if variant == "masked":
+            self.protection = warp_ds.protect(self.engine, root / "basis", root / "masks")
+        generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
+        self.batch = torch.randint(0, a.vocab, (a.micro_batch, a.tokens), generator=generator).to(a.device)
+
+    def step(self) -> float:
+        """Seconds of one optimizer step: all micro-batches and the update."""
+        synchronize(self.a)
+        start = time.perf_counter()
+        for _ in range(self.a.accumulation):
+            loss = self.engine(input_ids=self.batch, labels=self.batch).loss
+            self.engine.backward(loss)
+            self.engine.step()
+        synchronize(self.a)
+        return time.perf_counter() - start
+
+
+def synchronize(a: argparse.Namespace) -> None:
+    from warp_ds.zero import runtime
+
+    if a.device == "cuda":
+        torch.cuda.synchronize()
+    runtime.barrier()
+
+
+# ---------------------------------------------------------------- workers
+
+
+def held(a: argparse.Namespace) -> int:
+    """Bytes that this process holds now."""
+    if a.device == "cuda":
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak(a: argparse.Namespace) -> int:
+    if a.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def worker(a: argparse.Namespace, root: Path) -> None:
+    from warp_ds.zero import runtime
+
+    runtime.init_distributed(a.device, 600)
+    if a.worker.startswith("memory:"):
+        before = held(a)
+        trainer = Trainer(a, a.worker.split(":")[1], root)
+        for _ in range(2):
+            trainer.step()
+        report = {"bytes": peak(a) - before}
+    else:
+        names = a.variants.split(",")
+        trainers = {name: Trainer(a, name, root) for name in names}
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        rotate = []
+        for index in range(a.steps + 2):
+            for name in names:
+                took = trainers[name].step()
+                if index >= 2:
+                    seconds[name].append(took)
+            if "masked" in trainers:
+                spent = trainers["masked"].protection.metrics().rotate_seconds
+                if index >= 2:
+                    rotate.append(spent)
+        report = {"seconds": seconds, "rotate": rotate,
+                  "tokens": a.micro_batch * a.tokens * a.accumulation * runtime.world_size()}
+        if "masked" in trainers:
+            step = trainers["masked"].protection
+            shares = [layer.rotation.flops(len(layer.partition.rows) + len(layer.partition.cut_rows)) for layer in step.layers]
+            report |= {
+                "rotation_flops": 2 * sum(shares),
+                "basis_bytes": sum({id(layer.rotation): layer.rotation.nbytes for layer in step.layers}.values()),
+                "cut_row_bytes": 2 * 4 * sum(len(x.partition.cut_rows) * x.target.n for x in step.layers),
+            }
+    reports = runtime.all_gather_object(report)
+    if runtime.rank() == 0:
+        Path(os.environ["BENCHMARK_OUT"]).write_text(json.dumps(reports))
+    runtime.shutdown()
+
+
+def run_workers(a: argparse.Namespace, what: str, root: Path) -> list[dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = root / "report.json"
+    processes = []
+    for rank in range(a.ranks):
+        environment = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(a.ranks), "MASTER_PORT": str(port),
+            "MASTER_ADDR": "127.0.0.1", "BENCHMARK_OUT": str(out), "BENCHMARK_ROOT": str(root),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // a.ranks))),
+        }
+        if a.device == "cpu":
+            environment["DS_ACCELERATOR"] = "cpu"
+        processes.append(subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--worker", what], env=environment,
+                                          stdout=subprocess.DEVNULL if rank else None))
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        raise SystemExit(f"{what}: ranks ended with {codes}")
+    return list(json.loads(out.read_text()))
+
+
+def median_ratio(above: list[float], below: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(above, below, strict=True))
+
+
+def main() -> None:
+    a = parse()
+    if a.worker:
+        worker(a, Path(os.environ["BENCHMARK_ROOT"]))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_artefacts(a, root)
+        timing = run_workers(a, "time", root)[0]
+        names = a.variants.split(",")
+        memory = {} if a.no_memory else {
+            name: max(r["bytes"] for r in run_workers(a, f"memory:{name}", root)) for name in names}
+    seconds = timing["seconds"]
+    plain_flops = arithmetic(a) / a.ranks
+    result: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores" if a.device == "cpu" else torch.cuda.get_device_name(),
+        "device": a.device, "ranks": a.ranks, "hidden": a.hidden, "ffn": a.ffn, "layers": a.layers, "dtype": a.dtype,
+        "layer_type": a.layer_type, "tokens_per_step": timing["tokens"], "keep_ratio": a.keep_ratio,
+        "rank_share": a.rank_share, "train_scope": a.train_scope, "steps": a.steps,
+        "plain_seconds": statistics.median(seconds["plain"]),
+    }
+    if "masked" in names:
+        result |= {
+            "time_ratio": median_ratio(seconds["masked"], seconds["plain"]),
+            "rotate_seconds": statistics.median(timing["rotate"]),
+            "rotation_flops_share": timing["rotation_flops"] / plain_flops,
+            "basis_bytes": timing["basis_bytes"], "cut_row_bytes": timing["cut_row_bytes"],
+        }
+    if "modules" in names:
+        result["module_time_ratio"] = median_ratio(seconds["modules"], seconds["plain"])
+        if "masked" in names:
+            result["overhead_share_of_modules"] = (result["time_ratio"] - 1) / (result["module_time_ratio"] - 1)
+    for name, key in (("masked", "memory_ratio"), ("modules", "module_memory_ratio")):
+        if name in memory:
+            result[key] = memory[name] / memory["plain"]
+    if "masked" in memory:
+        result["memory_ratio_without_basis"] = (memory["masked"] - timing["basis_bytes"]) / memory["plain"]
+        result["plain_bytes"] = memory["plain"]
+    print(f"arithmetic: the rotation is {result.get('rotation_flops_share', math.nan):.3f} of the plain step's operations "
+          f"on each rank (2 products of every target layer's shard with its basis, once a step)")
+    print(json.dumps(result))
+
+
+def arithmetic(a: argparse.Namespace) -> float:
+    """Operations of a plain optimizer step over all ranks: 6 a parameter and token in products, attention aside."""
+    linear = a.layers * (a.hidden * a.hidden * 2 + 2 * a.hidden * a.hidden * a.kv_heads / a.heads + 3 * a.hidden * a.ffn)
+    tokens = a.micro_batch * a.tokens * a.accumulation * a.ranks
+    return 6.0 * tokens * (linear + a.hidden * a.vocab)
+
+
+if __name__ == "__main__":
+    main()
