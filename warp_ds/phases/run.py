@@ -62,8 +62,8 @@ def start_run(
     """Makes, or goes on with, the run directory of ``phase`` ('phase1'); locked until the block ends. Collective.
 
     ``inputs`` are the fingerprints of what the run reads (model, data, basis ...): with the settings they decide
-    which unfinished run is the same one; ``passed`` are settings besides ``arguments``. Raises ConfigError on every rank where --run_name is taken by another run,
-    or the run is alive elsewhere.
+    which unfinished run is the same one; ``passed`` are settings besides ``arguments``.
+    Raises ConfigError on every rank where --run_name is taken by another run, or the run is alive elsewhere.
     """
     settings = {**identity_settings(arguments), **(passed or {})}
     identity = hashlib.sha256(json.dumps([phase, settings, inputs], sort_keys=True, default=str).encode()).hexdigest()[:16]

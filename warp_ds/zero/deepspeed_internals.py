@@ -93,6 +93,11 @@ def master(optimizer: Any, sub_group: int) -> Tensor:
     return optimizer.fp32_partitioned_groups_flat[sub_group]
 
 
+def partition_of(param: nn.Parameter) -> Tensor:
+    """This rank's piece of the weights that forward and backward use (a documented attribute of ZeRO-3 parameters)."""
+    return param.ds_tensor.data  # type: ignore[attr-defined]
+
+
 def sub_group_count(optimizer: Any) -> int:
     return len(optimizer.fp32_partitioned_groups_flat)
 
@@ -102,7 +107,7 @@ def swaps_to_nvme(optimizer: Any) -> bool:
 
 
 def param_groups_of(optimizer: Any, sub_group: int) -> list[dict[str, Any]]:
-    """The hyperparameter groups that the step of a sub-group reads: the optimizer's and, under partial offload, the backup's."""
+    """The hyperparameter groups that a sub-group's step reads: the optimizer's and, under partial offload, the backup's."""
     index = optimizer.sub_group_to_group_id[sub_group]
     backup = getattr(optimizer, "backup_optimizer", None)
     return [o.param_groups[index] for o in (optimizer.optimizer, backup) if o is not None]

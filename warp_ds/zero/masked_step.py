@@ -145,6 +145,7 @@ class MaskedStep:
             step(sub_group)
             return
         flat = internals.master(self.optimizer, sub_group)
+        assert flat.grad is not None, "DeepSpeed puts the sub-group's gradient there before its step"
         decay_entries = _DECAY[_weight_decay_kind(self.optimizer.optimizer)]
         layers = self.by_sub_group[sub_group]
         with self._clock.running():
@@ -174,7 +175,7 @@ class MaskedStep:
             weights = self._transform(layers, flats, Rotation.unrotate)
             for layer, weight in zip(layers, weights, strict=True):
                 real = slice(0, layer.partition.stop - layer.partition.start)
-                layer.param.ds_tensor.data.view(-1)[real].copy_(weight[real])
+                internals.partition_of(layer.param).view(-1)[real].copy_(weight[real])
 
     # ------------------------------------------------------------ entering, saving, loading
 

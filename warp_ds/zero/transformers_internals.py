@@ -118,9 +118,10 @@ def load_on_meta(name_or_path: str, *, dtype: torch.dtype, **kwargs: Any) -> Met
         stack.enter_context(zero3_hidden_from_transformers())
         stack.enter_context(quiet_transformers())
         # transformers' own error for wrong shapes names none of them.
-        model, told = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
         )
+        model, told = loaded
     if told["mismatched_keys"]:
         name, stored, expected = sorted(told["mismatched_keys"])[0]
         raise CheckpointError(
