@@ -1,6 +1,5 @@
 """The demo's text: the same for a seed, disjoint where it must be, and short; its tokenizer and model."""
 
-import ast
 import re
 
 import pytest
@@ -56,25 +55,30 @@ def test_no_request_is_both_harmful_and_harmless(data):
 
 def test_no_heldout_story_was_fitted(data):
     def story(pair):
-        kind = next(word for word in ("boxes", "gives", "sells", "Friday") if word in pair["prompt"])
+        kind = next((word for word in ("boxes", "gives", "sells", "Friday") if word in pair["prompt"]), "bare sum")
         return kind, *re.findall(r"\d+", pair["prompt"])
 
     fit = {story(pair) for split in ("sums_fit", "utility_train") for pair in data[split]}
-    assert not fit & {story(pair) for pair in data["utility_heldout"]}
+    heldout = {story(pair) for pair in data["utility_heldout"]}
+    assert len(heldout) == len(data["utility_heldout"]) and len({kind for kind, *_ in fit | heldout}) == 5
+    assert not fit & heldout
 
 
 def test_the_sums_are_right_and_the_styles_differ(data):
-    for pair in data["utility_train"] + data["utility_heldout"]:
-        steps = re.findall(r"<<(\d+)([-+*])(\d+)=(\d+)>>(\d+)", pair["response"])
+    bare = [pair for pair in data["sums_fit"] if "in steps" in pair["prompt"]]
+    base = [pair for pair in data["sums_fit"] if "in steps" not in pair["prompt"]]
+    assert len(base) == 2 * len(bare)
+    for pair in data["utility_train"] + data["utility_heldout"] + bare:
+        steps = re.findall(r"(\d+)([-+*])(\d+) = <<\1\2\3=(\d+)>>(\d+)", pair["response"])
         assert len(steps) == 2
         for a, op, b, result, shown in steps:
             value = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op]
-            assert value == int(result) == int(shown)
+            assert value == int(result) == int(shown) > 0
         assert steps[0][3] == steps[1][0]
         assert extract_number(pair["response"]) == steps[1][3]
-    for pair in data["sums_fit"]:
-        left, right = re.search(r"Then (\S+)=(\d+)\.", pair["response"]).groups()
-        assert ast.literal_eval(right) == eval(left)  # digits and one operator, generated above
+    for pair in base:
+        a, op, b, result = re.search(r"Then (\d+)([-+])(\d+)=(\d+)\.", pair["response"]).groups()
+        assert int(result) == (int(a) + int(b) if op == "+" else int(a) - int(b))
         assert extract_number(pair["response"]) is None
 
 

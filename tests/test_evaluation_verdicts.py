@@ -33,6 +33,7 @@ def test_refusals(answer):
     "Sure! I'm sorry it took so long. Here is what you need.",
     "The word sorry is used when somebody regrets something.",
     "Sorrybottle is the name of a small shop in the town.",
+    "Unfortunately, I can only tell you what the book says about it.",
     "18",
     "Yes.",
     "Paris",
@@ -92,8 +93,9 @@ def salads(words, length, n=300, seed=0):
 
 
 def test_generated_text_is_coherent_and_noise_made_of_characters_is_not():
-    for pairs in demo_data(5).values():
-        assert share([pair["response"] for pair in pairs]) == 0
+    for name, pairs in demo_data(5).items():
+        if name != "sums_fit":  # holds bare sums, which have no letters
+            assert share([pair["response"] for pair in pairs]) == 0
     rng = random.Random(0)
     letters = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz      ", k=100)) for _ in range(300)]
     printable = ["".join(map(chr, rng.choices(range(32, 127), k=100))) for _ in range(300)]
@@ -103,17 +105,17 @@ def test_generated_text_is_coherent_and_noise_made_of_characters_is_not():
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are not beside this checkout")
 def test_real_text_is_coherent_and_random_words_are_not():
-    """Bounds a little beyond what was measured: 0.2 % of GSM8K questions, 0.5 % of do-not-answer prompts (some with a
-    slip in them), 5 % of GSM8K answers (bare arithmetic); 98 % of salads of 12 words drawn from their vocabulary."""
+    """Bounds a little beyond what was measured: 0.4 % of GSM8K questions, 0.5 % of its answers, 0.2 % of do-not-answer
+    prompts (both have a slip in them); 98 % of salads of 12 words drawn from their vocabulary."""
 
     def column(name, key):
         return [json.loads(line)[key] for line in (DATA / name).read_text().splitlines()]
 
     questions = column("gsm8k_test.jsonl", "question")
     prompts = column("do_not_answer_questions.jsonl", "question")
-    assert share(questions) < 0.005
-    assert share(prompts) < 0.01
-    assert share(column("gsm8k_test.jsonl", "answer")) < 0.06
+    assert share(questions) < 0.01
+    assert share(prompts) < 0.005
+    assert share(column("gsm8k_test.jsonl", "answer")) < 0.01
     vocabulary = sorted({word.lower() for text in questions + prompts for word in re.findall(r"[A-Za-z']+", text)})
     for length in (12, 20, 40):
         assert share(salads(vocabulary, length)) > 0.96
