@@ -499,7 +499,9 @@ def hidden_config(folder: Path) -> None:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     alive = HfDeepSpeedConfig(ds_config(torch.float32))
-    sharded = load_sharded(folder, ds_config=ds_config(torch.float32), dtype=torch.float32, progress=False)
+    with Words() as words:
+        sharded = load_sharded(folder, ds_config=ds_config(torch.float32), dtype=torch.float32, progress=False)
+    assert not words.text  # No word of a detour through from_pretrained.
     assert is_deepspeed_zero3_enabled()
     del alive
     assert_same_model(sharded, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), "hidden")
