@@ -73,7 +73,7 @@ def write_artefacts(
 ) -> Artefacts:
     """Random bases of at most ``ranks[layer type]`` columns and random masks; columns beyond the rank stay free.
 
-    By default down_proj has reflectors (5 of 21 columns), q_proj a dense completed basis (10 of 15), k_proj a whole one.
+    By default down_proj has reflectors (5 of 21 columns), q_proj a dense completed basis (10 of 15), k_proj all of it.
     """
     ranks = {"ffn_down": 5, "attn_q": 10, "attn_k": 99} if ranks is None else ranks
     g = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_grad, safe_get_local_fp32_param
+from deepspeed.utils import safe_get_local_fp32_param
 from masked_artefacts import (
     MODELS,
     Artefacts,
@@ -61,7 +61,8 @@ CASES = [
     Case("identity basis", basis="identity", worlds=(2, 3)),
     Case("a rank of padding", model="nano", worlds=(4,)),
     Case("a rank of padding, offloaded", model="nano", worlds=(4,), zero={"offload_optimizer": {"device": "cpu"}}),
-    Case("accumulation", accumulation=3),
+    Case("accumulation", accumulation=3, worlds=(1, 2, 4)),
+    Case("accumulation of two", accumulation=2, worlds=(3,)),
     Case("no clipping", clip=0.0, worlds=(1, 3)),
     Case("no decay", decay=0.0, worlds=(2,)),
     Case("sub-groups", zero={"sub_group_size": 100}),
@@ -111,7 +112,7 @@ def hyperparameters(case: Case, names: list[str]) -> tuple[dict[str, float], dic
     return decay, {k: base / 2 if ".1." in k else base for k in names}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def reference(optimizer: str, model: str, basis: str, clip: float, decay: float, groups: bool, root: Path) -> Any:
     case = Case("reference", optimizer, model, basis, clip, decay, groups)
     dense = MODELS[model]()
@@ -121,7 +122,8 @@ def reference(optimizer: str, model: str, basis: str, clip: float, decay: float,
     if optimizer == "adamw" and not groups:
         chosen: Any = dense_adamw(dense, artefacts, clip, decays)
     else:
-        chosen = DenseAnyOptimizer(named, artefacts, lambda g: make_optimizer(optimizer, g, dense=True), decays, clip, lr)
+        chosen = DenseAnyOptimizer(
+            named, artefacts, lambda g: make_optimizer(optimizer, g, dense=True), decays, clip, lr)
     return reference_losses(dense, token_batches(STEPS), chosen), chosen
 
 
@@ -227,7 +229,7 @@ def artefacts_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exact(artefacts_root: Path) -> Callable[[int], dict[str, Any]]:
     """Results of every case on a number of ranks: those ranks start once."""
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def on(world_size: int) -> dict[str, Any]:
         jobs = [(case.name, run_case, (case, artefacts_root)) for case in CASES if world_size in case.worlds]
         return run_ranks(world_size, run_all, jobs)[0]

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from warp_ds.artifacts import (
@@ -19,6 +22,7 @@ from warp_ds.artifacts import (
     fingerprint_model,
 )
 from warp_ds.method.rotation import Rotation
+from warp_ds.zero import deepspeed_internals as internals
 from warp_ds.zero import runtime
 from warp_ds.zero.masked_step import MaskedStep, ProtectedLayer, StepMetrics
 from warp_ds.zero.partition import RowPartition
@@ -42,19 +46,32 @@ class Protection(Protocol):
 def protect(engine: Any, basis_dir: str | Path | None, masks_dir: str | Path, *, model_dir: str | None = None) -> Protection:
     """Freezes the rotated coefficients that ``masks_dir`` names in every further step of a DeepSpeed engine.
 
-    ``engine`` is what ``deepspeed.initialize`` returned, under ZeRO-3, before its first step. ``basis_dir`` may be
-    None for masks of the identity basis. ``model_dir`` is checked against the artefacts' fingerprints where given.
-    Called on every rank. Raises ArtifactError where the artefacts belong to another model, UnsupportedSetting
-    where the step would not be exact, ValueError where a checkpoint of another basis or of unprotected training
-    was loaded before.
+    ``engine`` is what ``deepspeed.initialize`` returned, under ZeRO-3, before its first step, or after a checkpoint of
+    a protected run has been loaded (before or after that call, it is the same). ``basis_dir`` may be None for masks of
+    the identity basis, and for those that name their basis. ``model_dir`` is checked against the artefacts'
+    fingerprints where given. Called on every rank. Raises ArtifactError where the artefacts belong to another model,
+    UnsupportedSetting where the step would not be exact, ValueError where a checkpoint of another basis or of
+    unprotected training was loaded before.
+
+    While protected, the fp32 master weights are rotated coefficients: ``safe_get_full_fp32_param`` returns C, not W.
+    The model, its gathered parameters and everything that is saved are W.
     """
+    internals.refuse_unsupported(engine.optimizer)
     return protect_optimizer(engine.module, engine.optimizer, basis_dir, masks_dir, model_dir=model_dir)
 
 
 def protect_optimizer(
     model: nn.Module, optimizer: Any, basis_dir: str | Path | None, masks_dir: str | Path, *, model_dir: str | None = None
 ) -> Protection:
-    """As ``protect``, for a model and its optimizer: DeepSpeed's ZeRO-3 optimizer, or a plain torch one."""
+    """As ``protect``, for a model and its optimizer: DeepSpeed's ZeRO-3 optimizer, or a plain torch one.
+
+    Also takes either of them as accelerate wraps it.
+    """
+    by_deepspeed = not isinstance(optimizer, torch.optim.Optimizer)
+    if isinstance(optimizer, AcceleratedOptimizer):
+        by_deepspeed, optimizer = isinstance(optimizer, DeepSpeedOptimizerWrapper), optimizer.optimizer
+    if by_deepspeed:
+        internals.refuse_unsupported(optimizer)
     with runtime.on_every_rank_or_none("reading basis and masks"):
         masks = MaskStore(find_artifact(str(masks_dir), "masks", "."))
         basis = None if masks.metadata.basis == "identity" else BasisStore(_basis_of(masks, basis_dir))
@@ -65,9 +82,13 @@ def protect_optimizer(
             basis.check(masks.layers, fingerprint, name)
         params = _parameters(model, masks.layers, masks.directory)
         mark = masks.fingerprint() + (basis.fingerprint() if basis is not None else "identity")
-    if not hasattr(optimizer, "fp16_groups") and not hasattr(next(iter(params.values())), "ds_id"):
-        # A plain torch optimizer, or one wrapped by accelerate.
-        return PlainMaskedStep(getattr(optimizer, "optimizer", optimizer), _layers(basis, masks, params, 1, 0))
+    if not by_deepspeed:
+        if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in params.values()):
+            raise internals.UnsupportedSetting(
+                "the model is sharded, but the optimizer is not DeepSpeed's: the masked step runs under ZeRO stage 3, or "
+                "on whole parameters (one process, or DDP); not under FSDP"
+            )
+        return PlainMaskedStep(optimizer, _layers(basis, masks, params, 1, 0))
     return MaskedStep(optimizer, _layers(basis, masks, params, runtime.world_size(), runtime.rank()), mark)
 
 
@@ -163,15 +184,13 @@ class WarpCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                        **kwargs: Any) -> None:
         # Trainer has loaded any checkpoint by now; MaskedStep takes the coefficients from what was loaded.
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-        self.protection = protect_optimizer(kwargs["model"], optimizer, self.basis_dir, self.masks_dir,
+        self.protection = protect_optimizer(kwargs["model"], kwargs["optimizer"], self.basis_dir, self.masks_dir,
                                             model_dir=self.model_dir)
         if isinstance(self.protection, PlainMaskedStep):
             # Trainer would clip before the mask is applied: the masked step clips instead, by the masked norm.
             self._clipping, args.max_grad_norm = args.max_grad_norm, 0.0
             self.protection.max_grad_norm = self._clipping
-        runtime_rank = runtime.rank()
-        if runtime_rank == 0:
+        if runtime.rank() == 0:
             logger.info("protected: %.2f %% of the coefficients of the masked layers are frozen",
                         100 * self.protection.masked_fraction)
 

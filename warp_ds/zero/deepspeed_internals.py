@@ -6,9 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import Tensor, nn
 
 #: The steps of ``DeepSpeedZeroOptimizer_Stage3.step`` that the masked step stands between.
@@ -18,7 +21,7 @@ HOOKED = (
     "_reassign_or_swap_out_partitioned_parameters",  # one sub-group: master cast into the 16-bit partitions
     "state_dict",
     "load_state_dict",
-    "refresh_fp32_params",  # masters made anew from the 16-bit partitions (load_module_only)
+    "_restore_from_bit16_weights",  # masters made anew from the 16-bit partitions (a load without optimizer states)
 )
 OPTIMIZER_STATE, MASTERS = "optimizer_state_dict", "fp32_flat_groups"
 
@@ -38,6 +41,8 @@ def refuse_unsupported(optimizer: Any) -> None:
     """UnsupportedSetting, by name, unless ``optimizer`` is a ZeRO-3 optimizer whose step can be masked exactly."""
     name = type(optimizer).__name__
     if name != "DeepSpeedZeroOptimizer_Stage3":
+        if isinstance(optimizer, torch.optim.Optimizer):
+            name = "DeepSpeed without ZeRO"
         known = {
             "DeepSpeedZeroOptimizer": "ZeRO stage 1 or 2",
             "BF16_Optimizer": "bf16 without ZeRO",
@@ -49,6 +54,8 @@ def refuse_unsupported(optimizer: Any) -> None:
             f"the masked step runs on ZeRO stage 3, not on {known.get(name, name)}: set zero_optimization.stage to 3 "
             "(and leave mics_shard_size out)"
         )
+    if any(hook in vars(optimizer) for hook in HOOKED):
+        raise UnsupportedSetting("this optimizer is protected already: release the first protection before a second one")
     refused = {
         "ZenFlow (zero_optimization.zenflow)": getattr(optimizer, "zenflow", False),
         "Muon": getattr(optimizer, "use_muon", False),
@@ -72,11 +79,8 @@ def refuse_unsupported(optimizer: Any) -> None:
 
 
 def _quantized(optimizer: Any) -> bool:
-    def on(param: Any) -> bool:
-        return getattr(param, "ds_quantized_weights", False) or hasattr(getattr(param, "ds_tensor", None), "ds_quant_scale")
-
     return (
-        any(on(p) for group in optimizer.fp16_groups for p in group)
+        any(hasattr(p.ds_tensor, "ds_quant_scale") for group in optimizer.fp16_groups for p in group)
         or getattr(optimizer.parameter_offload, "zero_quantized_weights", False)
         or getattr(optimizer, "all2all_process_group", None) is not None
     )
@@ -98,6 +102,18 @@ def partition_of(param: nn.Parameter) -> Tensor:
     return param.ds_tensor.data  # type: ignore[attr-defined]
 
 
+def master_gradient(optimizer: Any, sub_group: int) -> Tensor:
+    """The fp32 gradient of ``master`` (inside the hooked steps; under CPU offload always)."""
+    gradient = master(optimizer, sub_group).grad
+    assert gradient is not None, "DeepSpeed has prepared no fp32 gradient for this sub-group"
+    return gradient
+
+
+def shard(param: Any) -> Tensor:
+    """The flat 16-bit (or fp32) partition that forward and backward are gathered from, padding included."""
+    return param.ds_tensor.data.view(-1)
+
+
 def sub_group_count(optimizer: Any) -> int:
     return len(optimizer.fp32_partitioned_groups_flat)
 
@@ -106,11 +122,43 @@ def swaps_to_nvme(optimizer: Any) -> bool:
     return bool(optimizer.swap_optimizer)
 
 
-def param_groups_of(optimizer: Any, sub_group: int) -> list[dict[str, Any]]:
-    """The hyperparameter groups that a sub-group's step reads: the optimizer's and, under partial offload, the backup's."""
-    index = optimizer.sub_group_to_group_id[sub_group]
-    backup = getattr(optimizer, "backup_optimizer", None)
-    return [o.param_groups[index] for o in (optimizer.optimizer, backup) if o is not None]
+@contextmanager
+def resident(optimizer: Any, sub_group: int, weights: bool = False, gradients: bool = False) -> Iterator[None]:
+    """A block in which ``master(optimizer, sub_group)`` and its ``.grad`` are in memory, also those kept on NVMe.
+
+    What is named is written back to NVMe afterwards. Outside of ``step``, where DeepSpeed sees to that itself.
+    """
+    swapped = optimizer._swappable_optimizer_subgroup(sub_group)
+    if swapped:
+        optimizer._optimizer_states_and_gradient_swap_in(sub_group)
+    yield
+    if swapped:
+        optimizer._writeback_swap_state(sub_group, write_opt_state=weights, write_gradients=gradients)
+
+
+def get_gradient(optimizer: Any, param: nn.Parameter) -> Tensor:
+    """The local gradient shard, flat, padding included; the sub-group is resident."""
+    sub_group, offset, length = locate(optimizer, param)
+    if optimizer._swappable_optimizer_subgroup(sub_group):
+        return master_gradient(optimizer, sub_group).narrow(0, offset, length)
+    return safe_get_local_grad(param).flatten()
+
+
+def set_gradient(optimizer: Any, param: nn.Parameter, value: Tensor) -> None:
+    """Writes the local gradient shard, and its norm where DeepSpeed keeps that apart; the sub-group is resident."""
+    sub_group, offset, length = locate(optimizer, param)
+    if optimizer._swappable_optimizer_subgroup(sub_group):
+        master_gradient(optimizer, sub_group).narrow(0, offset, length).copy_(value)
+        optimizer.norm_for_param_grads[optimizer.get_param_id(param)] = optimizer._constant_buffered_norm2(value)
+    else:
+        safe_set_local_grad(param, value)
+
+
+def stepping_group(optimizer: Any, sub_group: int) -> dict[str, Any]:
+    """The hyperparameters that the step of a sub-group reads: under partial offload a second optimizer steps some."""
+    on_device = optimizer.offload_optimizer and optimizer.subgroup_to_device[sub_group] != "cpu"
+    steps = optimizer.backup_optimizer if on_device else optimizer.optimizer
+    return steps.param_groups[optimizer.sub_group_to_group_id[sub_group]]
 
 
 def state_index(optimizer: Any, sub_group: int) -> int:

@@ -24,12 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_grad,
-    safe_set_local_fp32_param,
-    safe_set_local_grad,
-)
 from torch import Tensor, nn
 
 from warp_ds.artifacts import TargetLayer
@@ -43,7 +37,9 @@ logger = logging.getLogger(__name__)
 
 #: Rows are rotated in pieces of at most this many elements: bounds temporary memory to 64 MB of fp32 a matrix.
 CHUNK = 1 << 24
+#: Where a checkpoint keeps C: in the optimizer's state of each sub-group, beside the moments.
 COEFFICIENTS = "warp_coefficients"
+#: Where a checkpoint says who wrote it: in each of the optimizer's parameter groups.
 MARK = "warp_ds"
 
 
@@ -96,10 +92,12 @@ class MaskedStep:
         or masks, or of an unprotected run, has been loaded into the optimizer.
         """
         internals.refuse_unsupported(optimizer)
-        _weight_decay_kind(optimizer.optimizer)
+        for group in optimizer.optimizer.param_groups:
+            weight_decay_kind(optimizer.optimizer, group)
         self.optimizer = optimizer
         self.fingerprint = fingerprint
         self.by_sub_group: dict[int, list[ProtectedLayer]] = {}
+        self.sub_group: dict[int, int] = {}
         self.offset: dict[int, int] = {}
         for layer in layers:
             sub_group, offset, length = internals.locate(optimizer, layer.param)
@@ -109,15 +107,16 @@ class MaskedStep:
                     f"that plain ZeRO-3 over {layer.partition.world_size} ranks makes: turn off other partitioning"
                 )
             self.by_sub_group.setdefault(sub_group, []).append(layer)
-            self.offset[id(layer)] = offset
+            self.sub_group[id(layer)], self.offset[id(layer)] = sub_group, offset
         self.layers = [layer for index in sorted(self.by_sub_group) for layer in self.by_sub_group[index]]
         entries = sum(layer.target.m * layer.target.n for layer in self.layers)
         self.masked_fraction = sum(layer.frozen_count for layer in self.layers) / max(1, entries)
         self.device = torch.device(get_accelerator().current_device_name())
         self._norms = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self._clock = _Clock()
+        self._clock = Clock(self.device)
         self._undo: list[Callable[[], None]] = []
-        self.take_masters()
+        self._loading = False
+        self.take_masters(self._pop_marks())
         self._install()
 
     # ------------------------------------------------------------ the three parts of a step
@@ -126,96 +125,123 @@ class MaskedStep:
     def rotate_gradients(self) -> None:
         """Every gradient shard becomes (dL/dW) U with its frozen entries 0."""
         with self._clock.running():
-            flats = [safe_get_local_grad(layer.param).flatten().float() for layer in self.layers]
             norms = torch.zeros(2, dtype=torch.float64, device=self.device)
-            for layer, rotated in zip(self.layers, self._transform(self.layers, flats, Rotation.rotate), strict=True):
-                norms[0] += torch.linalg.vector_norm(rotated, dtype=torch.float64) ** 2
-                for piece, frozen in layer.frozen_pieces(rotated.device):
-                    rotated[piece].masked_fill_(frozen, 0.0)
-                norms[1] += torch.linalg.vector_norm(rotated, dtype=torch.float64) ** 2
-                safe_set_local_grad(layer.param, rotated)
+            for sub_group, layers in self.by_sub_group.items():
+                with internals.resident(self.optimizer, sub_group, gradients=True):
+                    for layer, rotated in self._transform(layers, self._gradient, Rotation.rotate):
+                        norms[0] += torch.linalg.vector_norm(rotated, dtype=torch.float64) ** 2
+                        for piece, frozen in layer.frozen_pieces(rotated.device):
+                            rotated[piece].masked_fill_(frozen, 0.0)
+                        norms[1] += torch.linalg.vector_norm(rotated, dtype=torch.float64) ** 2
+                        internals.set_gradient(self.optimizer, layer.param, rotated)
             self._norms = norms
 
     @torch.no_grad()
     def decay_free(self, sub_group: int, step: Callable[[int], None]) -> None:
         """The optimizer's step of a sub-group, with weight decay applied to free entries alone."""
-        groups = internals.param_groups_of(self.optimizer, sub_group)
-        decay = groups[0].get("weight_decay", 0.0)
-        if not decay or sub_group not in self.by_sub_group:
+        group = internals.stepping_group(self.optimizer, sub_group)
+        weight_decay = group.get("weight_decay", 0.0)
+        if not weight_decay or sub_group not in self.by_sub_group:
             step(sub_group)
             return
-        flat = internals.master(self.optimizer, sub_group)
-        assert flat.grad is not None, "DeepSpeed puts the sub-group's gradient there before its step"
-        decay_entries = _DECAY[_weight_decay_kind(self.optimizer.optimizer)]
+        flat, flat_gradient = internals.master(self.optimizer, sub_group), internals.master_gradient(self.optimizer, sub_group)
+        kind = weight_decay_kind(self.optimizer.optimizer, group)
         layers = self.by_sub_group[sub_group]
         with self._clock.running():
             spans = [(self.offset[id(layer)], layer.partition.length) for layer in layers]
             for other in _between(spans, flat.numel()):
-                decay_entries(flat.data[other], flat.grad[other], groups[0]["lr"], decay, None)
+                decay(kind, group, flat.data[other], flat_gradient[other], None)
             for layer in layers:
-                c, gradient = self._local(flat.data, layer), self._local(flat.grad, layer)
+                c, gradient = self._local(flat, layer), self._local(flat_gradient, layer)
                 for piece, frozen in layer.frozen_pieces(flat.device):
-                    decay_entries(c[piece], gradient[piece], groups[0]["lr"], decay, frozen)
-        for group in groups:
-            group["weight_decay"] = 0.0
+                    decay(kind, group, c[piece], gradient[piece], frozen)
+        group["weight_decay"] = 0.0
         try:
             step(sub_group)
         finally:
-            for group in groups:
-                group["weight_decay"] = decay
+            group["weight_decay"] = weight_decay
 
     @torch.no_grad()
     def write_weights(self, sub_group: int) -> None:
         """The 16-bit (or fp32) shards of a sub-group become C Uᵀ."""
         layers = self.by_sub_group.get(sub_group, [])
-        if not layers:
-            return
         with self._clock.running():
-            flats = [self._local(internals.master(self.optimizer, sub_group), layer) for layer in layers]
-            weights = self._transform(layers, flats, Rotation.unrotate)
-            for layer, weight in zip(layers, weights, strict=True):
+            for layer, weights in self._transform(layers, self._coefficients, Rotation.unrotate):
                 real = slice(0, layer.partition.stop - layer.partition.start)
-                internals.partition_of(layer.param).view(-1)[real].copy_(weight[real])
+                internals.shard(layer.param)[real].copy_(weights[real])
 
     # ------------------------------------------------------------ entering, saving, loading
 
     @torch.no_grad()
-    def take_masters(self) -> None:
-        """Makes the masters hold C, whatever is in them: fresh weights, or a checkpoint of a protected run. Collective."""
+    def take_masters(self, marks: list[dict[str, Any] | None] | None) -> None:
+        """Makes the masters, which hold W, hold C: that of a protected run's checkpoint, or W U. Collective.
+
+        ``marks`` are those that the optimizer state now loaded carries, one a parameter group; None where no state
+        has been loaded, so that the moments are this run's own. Raises ValueError, and changes nothing, where the
+        moments do not belong to the rotated coefficients.
+        """
         saved = self._pop_saved_coefficients()
-        base = self.optimizer.optimizer
-        marks = {group.get(MARK) for group in base.param_groups}
-        foreign = marks - {None, self.fingerprint}
-        stepped = any(_steps(state) for state in base.state.values())
-        problem = ""
-        if foreign:
-            problem = (f"the loaded checkpoint was trained with other basis and masks ({', '.join(map(str, foreign))}, not "
-                       f"{self.fingerprint}): give those it was trained with, or start anew")
-        elif stepped and marks == {None}:
-            problem = ("the optimizer has already stepped without protection: its moments belong to W, not to the "
-                       "rotated coefficients; protect before the first step, or load without optimizer states")
-        for layer in self.layers:
-            index, _, _ = internals.locate(self.optimizer, layer.param)
-            weights = safe_get_local_fp32_param(layer.param).flatten()
-            if index in saved:
-                c = self._local(saved[index].to(weights.device), layer).clone()
-                (again,) = self._transform([layer], [c], Rotation.unrotate)
-                real = slice(0, layer.partition.stop - layer.partition.start)
-                moved = (again[real] - weights[real]).abs().max().item() if again[real].numel() else 0.0
-                # The checkpoint's W is fp32(C Uᵀ): equal on the same hardware, within rounding of n products elsewhere.
-                if moved > 1e-4 * max(1.0, float(weights[real].abs().max()) if again[real].numel() else 1.0):
-                    problem = problem or (
-                        f"the checkpoint's weights of {layer.target.name} are not those of its rotated coefficients "
-                        f"(off by {moved:.1e}): it was trained on without protection; start from its weights instead"
-                    )
-            else:
-                (c,) = self._transform([layer], [weights], Rotation.rotate)
-            c[layer.partition.stop - layer.partition.start :] = 0.0
-            safe_set_local_fp32_param(layer.param, c)
+        problem = "" if marks is None else self._foreign_state(marks)
+        for sub_group in saved:
+            with internals.resident(self.optimizer, sub_group):
+                problem = problem or self._foreign_weights(sub_group, saved[sub_group])
         _raise_together(problem)
-        for group in base.param_groups:
-            group[MARK] = self.fingerprint
-        self._unshare_steps()
+        for sub_group, layers in self.by_sub_group.items():
+            with internals.resident(self.optimizer, sub_group, weights=True):
+                found: Iterator[tuple[ProtectedLayer, Tensor]]
+                if sub_group in saved:
+                    found = iter([(layer, self._local(saved[sub_group], layer)) for layer in layers])
+                else:
+                    found = self._transform(layers, self._coefficients, Rotation.rotate)
+                for layer, c in found:
+                    local = self._coefficients(layer)
+                    real = slice(0, layer.partition.stop - layer.partition.start)
+                    local[real].copy_(c[real])
+                    local[real.stop :] = 0.0
+        if marks is not None:
+            self._repair_universal(marks)
+
+    def _foreign_state(self, marks: list[dict[str, Any] | None]) -> str:
+        """Why the loaded moments are not those of this run's rotated coefficients; empty where they are."""
+        steps = _steps(self.optimizer.optimizer)
+        known = [mark for mark in marks if mark is not None]
+        if not known:
+            return "" if steps == 0 else (
+                "the optimizer has already stepped without protection: its moments belong to W, not to the rotated "
+                "coefficients; protect before the first step, or load without optimizer states")
+        if any(mark["fingerprint"] != self.fingerprint for mark in known):
+            return (f"the loaded checkpoint was trained with other basis and masks ({known[0]['fingerprint']}, not "
+                    f"{self.fingerprint}): give those it was trained with, or start anew from its weights")
+        if any(mark["steps"] != steps for mark in known):
+            return (f"the loaded checkpoint was trained on without protection (protected until step "
+                    f"{known[0]['steps']}, now at step {steps}): start anew from its weights")
+        if any(len(mark["groups"]) != len(marks) for mark in known):
+            return (f"the loaded checkpoint was trained with {len(known[0]['groups'])} parameter groups, this run has "
+                    f"{len(marks)}: make the same ones, or load without optimizer states")
+        return ""
+
+    def _foreign_weights(self, sub_group: int, saved: Tensor) -> str:
+        """Why the checkpoint's W are not those of its C; empty where they are. Collective."""
+        problem = ""
+        layers = self.by_sub_group.get(sub_group, [])
+        for layer, again in self._transform(layers, lambda layer: self._local(saved, layer), Rotation.unrotate):
+            real = slice(0, layer.partition.stop - layer.partition.start)
+            weights = self._coefficients(layer)[real].to(self.device)
+            if not weights.numel():
+                continue
+            # W was made from C on the same kind of hardware or another: rounding of fp32 or of TF32 products apart,
+            # which is relative to the size of a row.
+            row = (again[real].square().mean() * layer.target.n).sqrt()
+            moved = float((again[real] - weights).abs().max())
+            if not moved <= float(row) * (2.0**-17 if layer.param.dtype == torch.float32 else 2.0**-9):
+                problem = problem or (
+                    f"the checkpoint's weights of {layer.target.name} are not those of its rotated coefficients "
+                    f"(off by {moved:.1e}): it was trained on without protection; start anew from its weights"
+                )
+        return problem
+
+    def _pop_marks(self) -> list[dict[str, Any] | None]:
+        return [group.pop(MARK, None) for group in self.optimizer.optimizer.param_groups]
 
     def _pop_saved_coefficients(self) -> dict[int, Tensor]:
         """C of each sub-group as a checkpoint brought it, removed from the optimizer's state."""
@@ -226,8 +252,15 @@ class MaskedStep:
                 found[sub_group] = state.pop(COEFFICIENTS)
         return found
 
-    def _unshare_steps(self) -> None:
-        """A universal checkpoint gives every sub-group the same ``step`` tensor, which then counts once per sub-group."""
+    def _repair_universal(self, marks: list[dict[str, Any] | None]) -> None:
+        """Mends what DeepSpeed's loading of universal checkpoints does when there are several sub-groups.
+
+        It gives every parameter group what the first one had, and every sub-group the same ``step`` tensor, which
+        then counts once per sub-group. Each group's mark says what every group had.
+        """
+        for index, (group, mark) in enumerate(zip(self.optimizer.optimizer.param_groups, marks, strict=True)):
+            if mark is not None and mark["group"] != index:
+                group.update(mark["groups"][index])
         seen: set[int] = set()
         for state in self.optimizer.optimizer.state.values():
             step = state.get("step")
@@ -239,44 +272,39 @@ class MaskedStep:
     @torch.no_grad()
     def state_dict(self, original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """DeepSpeed's state with W as weights (copies on the host) and C beside the moments. Collective."""
+        if internals.swaps_to_nvme(self.optimizer):
+            raise UnsupportedSetting(
+                "DeepSpeed's checkpoints of an optimizer on NVMe are copies of its swap files, which hold rotated "
+                "coefficients, and leave its moments behind: save with the optimizer on the CPU, or export the weights "
+                "with engine.save_16bit_model"
+            )
         state = original()
         masters = list(state[internals.MASTERS])
         base = dict(state[internals.OPTIMIZER_STATE])
         base["state"] = dict(base["state"])
         for sub_group, layers in self.by_sub_group.items():
-            coefficients = masters[sub_group]
-            weights = coefficients.detach().to("cpu", copy=True)
-            flats = [self._local(coefficients.detach(), layer) for layer in layers]
-            for layer, weight in zip(layers, self._transform(layers, flats, Rotation.unrotate), strict=True):
-                self._local(weights, layer).copy_(weight)
-            masters[sub_group] = weights
+            coefficients = masters[sub_group].detach()
+            masters[sub_group] = coefficients.to("cpu", copy=True)
+            for layer, weights in self._transform(layers, self._coefficients, Rotation.unrotate):
+                self._local(masters[sub_group], layer).copy_(weights)
             index = internals.state_index(self.optimizer, sub_group)
-            base["state"][index] = {**base["state"].get(index, {}), COEFFICIENTS: coefficients.detach()}
+            # An Adam that finds anything in a state takes it as its own: without moments there is none to add C to.
+            if index in base["state"] or type(self.optimizer.optimizer).__name__ == "SGD":
+                base["state"][index] = {**base["state"].get(index, {}), COEFFICIENTS: coefficients}
+        own = [{k: v for k, v in group.items() if k != "params"} for group in base["param_groups"]]
+        mark = {"fingerprint": self.fingerprint, "steps": _steps(self.optimizer.optimizer), "groups": own}
+        base["param_groups"] = [{**group, MARK: {**mark, "group": index}}
+                                for index, group in enumerate(base["param_groups"])]
         return {**state, internals.MASTERS: masters, internals.OPTIMIZER_STATE: base}
 
     def load_state_dict(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed's load, after which the masters hold C again. Collective.
-
-        A universal checkpoint gives every parameter group the hyperparameters of the first one: those of this
-        run's own configuration are put back, the learning rate excepted.
-        """
-        groups = self.optimizer.optimizer.param_groups
-        before = [{k: v for k, v in g.items() if k not in ("params", "lr", "initial_lr", MARK)} for g in groups]
-        universal = bool(kwargs.get("checkpoint_folder"))
-        if universal and len({g["lr"] for g in groups}) > 1:
-            raise UnsupportedSetting("universal checkpoints give every parameter group the learning rate of the first: "
-                                     "resume on the same world size, or use one learning rate")
-        for group in groups:
-            group.pop(MARK, None)
-        if not kwargs.get("load_optimizer_states", True):
-            # Moments stay this run's own, and were made under its own basis and masks.
-            for group in groups:
-                group[MARK] = self.fingerprint
-        original(*args, **kwargs)
-        if universal:
-            for group, values in zip(self.optimizer.optimizer.param_groups, before, strict=True):
-                group.update(values)
-        self.take_masters()
+        """DeepSpeed's load, after which the masters hold C again. Collective."""
+        self._loading = True
+        try:
+            original(*args, **kwargs)
+        finally:
+            self._loading = False
+        self.take_masters(self._pop_marks() if kwargs.get("load_optimizer_states", True) else None)
 
     # ------------------------------------------------------------ plumbing
 
@@ -298,10 +326,11 @@ class MaskedStep:
 
             return hooked
 
-        def refresh(original: Callable[..., Any]) -> Callable[..., Any]:
+        def restore(original: Callable[..., Any]) -> Callable[..., Any]:
             def hooked() -> None:
                 original()
-                self.take_masters()
+                if not self._loading:
+                    self.take_masters(None)
 
             return hooked
 
@@ -311,7 +340,7 @@ class MaskedStep:
             "_reassign_or_swap_out_partitioned_parameters": reassign,
             "state_dict": lambda original: lambda: self.state_dict(original),
             "load_state_dict": lambda original: lambda *a, **k: self.load_state_dict(original, *a, **k),
-            "refresh_fp32_params": refresh,
+            "_restore_from_bit16_weights": restore,
         }
         self._undo = [internals.wrap(self.optimizer, name, make) for name, make in hooks.items()]
 
@@ -321,11 +350,10 @@ class MaskedStep:
         for undo in self._undo:
             undo()
         self._undo = []
-        for layer in self.layers:
-            (weights,) = self._transform([layer], [safe_get_local_fp32_param(layer.param).flatten()], Rotation.unrotate)
-            safe_set_local_fp32_param(layer.param, weights)
-        for group in self.optimizer.optimizer.param_groups:
-            group.pop(MARK, None)
+        for sub_group, layers in self.by_sub_group.items():
+            with internals.resident(self.optimizer, sub_group, weights=True):
+                for layer, weights in self._transform(layers, self._coefficients, Rotation.unrotate):
+                    self._coefficients(layer).copy_(weights)
 
     def metrics(self) -> StepMetrics:
         """What the last step did. Collective."""
@@ -340,37 +368,51 @@ class MaskedStep:
         """View of a sub-group's flat buffer: the layer's local partition, padding included."""
         return flat.data.narrow(0, self.offset[id(layer)], layer.partition.length)
 
+    def _coefficients(self, layer: ProtectedLayer) -> Tensor:
+        """View of the master: the layer's local partition, padding included."""
+        return self._local(internals.master(self.optimizer, self.sub_group[id(layer)]), layer)
+
+    def _gradient(self, layer: ProtectedLayer) -> Tensor:
+        return internals.get_gradient(self.optimizer, layer.param)
+
     def _transform(
-        self, layers: list[ProtectedLayer], flats: list[Tensor], apply: Callable[[Rotation, Tensor], Tensor]
-    ) -> list[Tensor]:
+        self, layers: list[ProtectedLayer], source: Callable[[ProtectedLayer], Tensor],
+        apply: Callable[[Rotation, Tensor], Tensor],
+    ) -> Iterator[tuple[ProtectedLayer, Tensor]]:
         """Rotates each layer's local partition: new fp32 tensors [partition.length], padding 0. Collective.
 
-        Rows cut between ranks meet in one all-reduce for all layers: each rank adds its pieces to zeros, which is exact.
+        One layer's result exists at a time. ``source`` gives a layer's flat partition, and is asked twice.
         """
-        flats = [flat.to(self.device, torch.float32) for flat in flats]
-        cuts = [flat.new_zeros(len(layer.partition.cut_rows), layer.target.n)
-                for layer, flat in zip(layers, flats, strict=True)]
-        for layer, flat, cut in zip(layers, flats, cuts, strict=True):
-            for fragment in layer.partition.fragments:
-                cut[fragment.cut, fragment.columns] = flat[fragment.local]
-        if any(cut.numel() for cut in cuts):
-            joined = torch.cat([cut.view(-1) for cut in cuts])
-            dist.all_reduce(joined)
-            cuts = [part.view_as(cut)
-                    for part, cut in zip(joined.split([cut.numel() for cut in cuts]), cuts, strict=True)]
-        results = []
-        with _matmul_precision(layers[0].param.dtype):
-            for layer, flat, cut in zip(layers, flats, cuts, strict=True):
-                result = torch.zeros_like(flat)
-                source, target = layer.partition.whole_rows(flat), layer.partition.whole_rows(result)
-                for rows in row_chunks(source.shape[0], layer.target.n):
-                    target[rows] = apply(layer.rotation, source[rows])
-                if cut.numel():
+        cuts = self._join_cut_rows(layers, source)
+        for layer, cut in zip(layers, cuts, strict=True):
+            flat = source(layer).to(self.device, torch.float32)
+            result = torch.zeros_like(flat)
+            rows, target = layer.partition.whole_rows(flat), layer.partition.whole_rows(result)
+            with matmul_precision(layer.param.dtype):
+                for chunk in row_chunks(rows.shape[0], layer.target.n):
+                    target[chunk] = apply(layer.rotation, rows[chunk])
+                if layer.partition.fragments:
                     rotated = apply(layer.rotation, cut)
                     for fragment in layer.partition.fragments:
                         result[fragment.local] = rotated[fragment.cut, fragment.columns]
-                results.append(result)
-        return results
+            yield layer, result
+
+    def _join_cut_rows(self, layers: list[ProtectedLayer], source: Callable[[ProtectedLayer], Tensor]) -> list[Tensor]:
+        """The rows of each layer that are cut between ranks, fp32 [cut rows, n], whole, on every rank.
+
+        One all-reduce for all layers: each rank adds its pieces to zeros, which is exact even for a row on all ranks.
+        """
+        sizes = [len(layer.partition.cut_rows) * layer.target.n for layer in layers]
+        joined = torch.zeros(sum(sizes), device=self.device)
+        cuts = [part.view(-1, layer.target.n) for part, layer in zip(joined.split(sizes), layers, strict=True)]
+        for layer, cut in zip(layers, cuts, strict=True):
+            if layer.partition.fragments:
+                flat = source(layer)
+                for fragment in layer.partition.fragments:
+                    cut[fragment.cut, fragment.columns] = flat[fragment.local].to(self.device, torch.float32)
+        if joined.numel():
+            dist.all_reduce(joined)
+        return cuts
 
 
 def row_chunks(rows: int, n: int) -> Iterator[slice]:
@@ -392,48 +434,53 @@ def _between(spans: Iterable[tuple[int, int]], total: int) -> Iterator[slice]:
 
 # ---------------------------------------------------------------- weight decay
 
-
-def decay_decoupled(c: Tensor, gradient: Tensor, lr: float, decay: float, frozen: Tensor | None) -> None:
-    """Loshchilov and Hutter's decay, as AdamW and Lion have it: C <- (1 - lr * decay) C on free entries, in place."""
-    factor = 1.0 - lr * decay
-    c.mul_(factor if frozen is None else torch.where(frozen, 1.0, factor))
-
-
-def decay_coupled(c: Tensor, gradient: Tensor, lr: float, decay: float, frozen: Tensor | None) -> None:
-    """The L2 penalty, as Adam, SGD and Adagrad have it: gradient <- gradient + decay * C on free entries, in place."""
-    gradient.add_(c if frozen is None else c.masked_fill(frozen, 0.0), alpha=decay)
-
-
-_DECAY = {"decoupled": decay_decoupled, "coupled": decay_coupled}
 #: Optimizers that act entry by entry, so that a zero gradient moves nothing but by weight decay; and their decay.
 ENTRYWISE = {
     "AdamW": "decoupled", "Adam": "by flag", "FusedAdam": "by flag", "DeepSpeedCPUAdam": "by flag", "SGD": "coupled",
-    "Adagrad": "coupled", "DeepSpeedCPUAdagrad": "coupled", "FusedLion": "decoupled", "DeepSpeedCPULion": "decoupled",
 }
 
 
-def _weight_decay_kind(optimizer: torch.optim.Optimizer) -> str:
-    """'decoupled' or 'coupled'; UnsupportedSetting, by name, for an optimizer that does not act entry by entry."""
-    name = type(optimizer).__name__
-    if name not in ENTRYWISE:
+def weight_decay_kind(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str:
+    """'decoupled' or 'coupled'; UnsupportedSetting, by name, for an optimizer not known to act entry by entry."""
+    name, origin = type(optimizer).__name__, type(optimizer).__module__.split(".")[0]
+    if name not in ENTRYWISE or origin not in ("torch", "deepspeed", "apex"):
         raise UnsupportedSetting(
-            f"the optimizer {name} is not known to act entry by entry, so frozen coefficients could move: use one of "
-            f"{', '.join(sorted(ENTRYWISE))}"
+            f"the optimizer {name} (of {origin}) is not known to act entry by entry, so frozen coefficients could move: "
+            f"use one of {', '.join(sorted(ENTRYWISE))}"
         )
     if ENTRYWISE[name] != "by flag":
         return ENTRYWISE[name]
-    group = optimizer.param_groups[0]
-    flag = next((v for v in (getattr(optimizer, "adam_w_mode", None), getattr(optimizer, "adamw_mode", None),
-                             group.get("decoupled_weight_decay")) if v is not None), False)
-    return "decoupled" if flag else "coupled"
+    flags = (getattr(optimizer, "adam_w_mode", None), group.get("decoupled_weight_decay"))
+    return "decoupled" if next((flag for flag in flags if flag is not None), False) else "coupled"
+
+
+def decay(kind: str, group: dict[str, Any], c: Tensor, gradient: Tensor, frozen: Tensor | None) -> None:
+    """One step's weight decay of the free entries of ``c``, in place; ``frozen`` bool as ``c``, or None for none.
+
+    'decoupled' (Loshchilov and Hutter, as in AdamW): C <- (1 - lr * decay) C. 'coupled' (the L2 penalty, as in Adam and
+    SGD): gradient <- gradient + decay * C.
+    """
+    if kind == "decoupled":
+        factor = 1.0 - group["lr"] * group["weight_decay"]
+        c.mul_(factor if frozen is None else torch.where(frozen, 1.0, factor))
+    else:
+        # Maximizing optimizers turn the gradient round before they add the penalty.
+        alpha = -group["weight_decay"] if group.get("maximize") else group["weight_decay"]
+        gradient.add_(c if frozen is None else c.masked_fill(frozen, 0.0), alpha=alpha)
 
 
 # ---------------------------------------------------------------- small things
 
 
-def _steps(state: dict[str, Any]) -> int:
-    step = state.get("step", 0)
-    return int(step.item()) if torch.is_tensor(step) else int(step)
+def _steps(optimizer: torch.optim.Optimizer) -> int:
+    """How often the optimizer has stepped; for one that does not count (SGD), 1 once it has a momentum."""
+    found = 0
+    for state in optimizer.state.values():
+        if "step" in state:
+            found = max(found, int(state["step"]))
+        else:
+            found = max(found, int(any(torch.is_tensor(v) for k, v in state.items() if k != COEFFICIENTS)))
+    return found
 
 
 def _raise_together(problem: str) -> None:
@@ -447,26 +494,39 @@ def _raise_together(problem: str) -> None:
 
 
 @contextmanager
-def _matmul_precision(weights: torch.dtype) -> Iterator[None]:
+def matmul_precision(weights: torch.dtype) -> Iterator[None]:
     """TF32 products where weights are 16-bit anyway (its error is below their rounding), full fp32 where they are not."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest" if weights == torch.float32 else "high")
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest" if weights == torch.float32 else "high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    # Asking the older setting would fail where the newer has been used, as transformers' tf32 argument does.
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    befores = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee" if weights == torch.float32 else "tf32"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, value in zip(backends, befores, strict=True):
+            backend.fp32_precision = value
 
 
-class _Clock:
+class Clock:
     """Seconds spent in marked blocks since last asked; on a GPU by events, so that nothing waits for the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._by_events = device.type == "cuda"
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        if torch.cuda.is_available():
+        if self._by_events:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             yield

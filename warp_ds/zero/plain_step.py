@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from warp_ds.method.rotation import Rotation
+from warp_ds.zero.deepspeed_internals import UnsupportedSetting
 from warp_ds.zero.masked_step import (
-    _DECAY,
+    Clock,
     ProtectedLayer,
     StepMetrics,
-    _Clock,
-    _matmul_precision,
-    _weight_decay_kind,
+    decay,
+    matmul_precision,
     row_chunks,
+    weight_decay_kind,
 )
+
+_PROTECTED = "_warp_ds_protected"
 
 
 class PlainMaskedStep:
@@ -28,13 +31,18 @@ class PlainMaskedStep:
 
     def __init__(self, optimizer: torch.optim.Optimizer, layers: list[ProtectedLayer]):
         """``layers`` have one partition each (world size 1). UnsupportedSetting for an optimizer that mixes entries."""
-        self.kind = _weight_decay_kind(optimizer)
+        for group in optimizer.param_groups:
+            weight_decay_kind(optimizer, group)
+        if getattr(optimizer, _PROTECTED, False):
+            raise UnsupportedSetting("this optimizer is protected already: release the first protection before a second one")
+        setattr(optimizer, _PROTECTED, True)
+        self.optimizer = optimizer
         self.layers = layers
         self.max_grad_norm = 0.0
         """Clipping by the masked norm; 0 = none."""
         entries = sum(layer.target.m * layer.target.n for layer in layers)
         self.masked_fraction = sum(layer.frozen_count for layer in layers) / max(1, entries)
-        self._norms, self._clock = (0.0, 0.0), _Clock()
+        self._norms, self._clock = (0.0, 0.0), Clock(layers[0].param.device)
         self._coefficients = [self._apply(layer, Rotation.rotate, layer.param.detach().float()) for layer in layers]
         self._decays: list[tuple[dict[str, Any], float]] = []
         self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
@@ -69,25 +77,26 @@ class PlainMaskedStep:
         masked = {id(layer.param): layer for layer in self.layers}
         self._decays = []
         for group in optimizer.param_groups:
-            decay = group.get("weight_decay", 0.0)
-            if not decay or not any(id(p) in masked for p in group["params"]):
+            weight_decay = group.get("weight_decay", 0.0)
+            if not weight_decay or not any(id(p) in masked for p in group["params"]):
                 continue
-            self._decays.append((group, decay))
-            group["weight_decay"] = 0.0
+            kind = weight_decay_kind(optimizer, group)
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 if id(p) not in masked:
-                    _DECAY[self.kind](p.data, p.grad, group["lr"], decay, None)
+                    decay(kind, group, p.data, p.grad, None)
                     continue
                 for piece, frozen in masked[id(p)].frozen_pieces(p.device):
-                    _DECAY[self.kind](p.data.view(-1)[piece], p.grad.view(-1)[piece], group["lr"], decay, frozen)
+                    decay(kind, group, p.data.view(-1)[piece], p.grad.view(-1)[piece], frozen)
+            self._decays.append((group, weight_decay))
+            group["weight_decay"] = 0.0
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         with self._clock.running():
-            for group, decay in self._decays:
-                group["weight_decay"] = decay
+            for group, weight_decay in self._decays:
+                group["weight_decay"] = weight_decay
             for layer, weight in zip(self.layers, self._weights, strict=True):
                 c, layer.param.grad = layer.param.data, None
                 weight.copy_(self._apply(layer, Rotation.unrotate, c))
@@ -96,7 +105,7 @@ class PlainMaskedStep:
     @staticmethod
     def _apply(layer: ProtectedLayer, apply: Any, source: Tensor) -> Tensor:
         result = torch.empty_like(source)
-        with _matmul_precision(layer.param.dtype):
+        with matmul_precision(layer.param.dtype):
             for rows in row_chunks(*source.shape):
                 result[rows] = apply(layer.rotation, source[rows])
         return result
@@ -115,3 +124,4 @@ class PlainMaskedStep:
         """The optimizer is its own again."""
         for handle in self._handles:
             handle.remove()
+        setattr(self.optimizer, _PROTECTED, False)
