@@ -26,7 +26,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a known hub data set keeps its pairs."""
+    """Where a known hub data set keeps its pairs; `keep` picks the rows whose `response` can be taught."""
 
     prompt: str
     response: str
@@ -81,8 +81,10 @@ def load_pairs(
     else:
         response = _pick("--response_column", response, RESPONSE_COLUMNS, columns, source)
 
-    if layout and layout.keep and response is not None:
+    if layout and layout.keep and response == layout.response:
         rows = rows.filter(layout.keep, load_from_cache_file=False, keep_in_memory=True)
+        if len(rows) == 0:
+            raise DataError(f"{source} ({split}): no row is left, since every response is marked as harmful")
     prompts = [_text(value) for value in rows[prompt]]
     if response is None:
         assert refusal_file is not None
