@@ -31,6 +31,7 @@ CASES = {
 def test_the_k_highest(monkeypatch: pytest.MonkeyPatch, case: str, k: int) -> None:
     monkeypatch.setattr(selection, "CHUNK", 100)
     scores = CASES[case]
+    k = min(k, int((scores > 0).sum()))  # zeros are never taken
     expected = np.zeros(scores.numel(), dtype=bool)
     expected[np.argsort(-scores.numpy().reshape(-1), kind="stable")[:k]] = True
     assert (take(scores, *kth(scores, k)).numpy().reshape(-1) == expected).all()

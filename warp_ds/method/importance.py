@@ -1,26 +1,61 @@
 """S = Σ_b |∂L_b/∂C| (section 2.4 of the method) from a layer's inputs and output gradients.
 
-For y = W x and C = W U: ∂L/∂C = (∂L/∂W) U = (Σ_t g_t x_tᵀ) U = Σ_t g_t (x_tᵀ U), with g = ∂L/∂y. So the n x n
-rotation is applied to tokens, and the gradient of W itself is never formed.
+For y = W x and C = W U: ∂L/∂C = (∂L/∂W) U = (Σ_t g_t x_tᵀ) U, with g = ∂L/∂y over the tokens t. Either the tokens are
+rotated, Σ_t g_t (x_tᵀ U), or their sum, (Σ_t g_t x_tᵀ) U: whichever takes fewer products (``tokens_first``). Only the r
+stored columns of U are used: scores of complement directions are 0 by definition.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-
-def coefficient_gradient(g: Tensor, xu: Tensor) -> Tensor:
-    """∂L/∂C [rows, r] from g = ∂L/∂y [t, rows] and the rotated inputs x U [t, r], in fp32."""
-    return g.float().T @ xu.float()
+ROWS = 128
+"""Rows of ∂L/∂C made at a time, small enough to stay in a cache until their absolute values are added to S."""
 
 
-def rotated_inputs(x: Tensor, columns: Tensor | None) -> Tensor:
-    """x U [t, r] in fp32 for x [t, n] and U [n, r]; None stands for the identity.
+def tokens_first(tokens: float, ranks: int, rows: Sequence[int], n: int, r: int) -> bool:
+    """Whether rotating the tokens of an importance batch takes fewer products than rotating its gradients.
 
-    Columns beyond r are left out: scores of complement directions are 0 by definition.
+    ``tokens``: of a batch; they are rotated once for all layers that see the input, and shared out over ``ranks``.
+    ``rows``: of each of those layers on one rank.
     """
-    return x.float() if columns is None else x.float() @ columns
+    return _tokens_first(tokens, ranks, rows, n, r) <= _gradient_first(tokens, rows, n, r)
+
+
+def importance_flops(tokens: float, ranks: int, rows: Sequence[int], n: int, r: int, identity: bool = False) -> float:
+    """Operations that one importance batch takes on one rank for the layers that share an input."""
+    if identity:
+        return 2.0 * tokens * sum(rows) * n
+    return 2.0 * min(_tokens_first(tokens, ranks, rows, n, r), _gradient_first(tokens, rows, n, r))
+
+
+def _tokens_first(tokens: float, ranks: int, rows: Sequence[int], n: int, r: int) -> float:
+    return tokens / ranks * n * r + tokens * sum(rows) * r
+
+
+def _gradient_first(tokens: float, rows: Sequence[int], n: int, r: int) -> float:
+    return sum(rows) * n * (tokens + r)
+
+
+def add_importance(total: Tensor, g: Tensor, right: Tensor, columns: Tensor | None = None,
+                   pending: Tensor | None = None, scale: float = 1.0) -> None:
+    """total += scale · |gᵀ right + pending|, times U inside the bars where ``columns`` is given; all in fp32.
+
+    ``total`` [rows, r]; ``g`` [t, rows]; ``right`` [t, k]: x U, or x itself for ``columns`` [k, r] or the identity;
+    ``pending`` [rows, k]: what earlier tokens of the same importance batch have given.
+    """
+    g, right = g.float(), right.float()
+    for first in range(0, total.shape[0], ROWS):
+        block = slice(first, min(first + ROWS, total.shape[0]))
+        part = g[:, block].T @ right
+        if pending is not None:
+            part += pending[block]
+        if columns is not None:
+            part = part @ columns
+        total[block].add_(part.abs_(), alpha=scale)
 
 
 def response_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

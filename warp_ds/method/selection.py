@@ -21,18 +21,21 @@ def score_bits(scores: Tensor) -> Tensor:
 
 
 def high_histogram(scores: Tensor) -> Tensor:
-    """How many scores have each value of the upper 16 bits: int64 [HIGH]."""
+    """How many scores above 0 have each value of the upper 16 bits: int64 [HIGH]."""
     counts = torch.zeros(HIGH, dtype=torch.int64, device=scores.device)
     for bits in score_bits(scores).view(-1).split(CHUNK):
         counts += torch.bincount(bits >> 16, minlength=HIGH)
+        counts[0] -= bits.numel() - torch.count_nonzero(bits)
     return counts
 
 
 def low_histogram(scores: Tensor, high: int) -> Tensor:
-    """Of the scores whose upper 16 bits are ``high``, how many have each value of the lower 16: int64 [LOW]."""
+    """Of the scores above 0 whose upper 16 bits are ``high``, how many have each value of the lower: int64 [LOW]."""
     counts = torch.zeros(LOW, dtype=torch.int64, device=scores.device)
     for bits in score_bits(scores).view(-1).split(CHUNK):
         counts += torch.bincount(bits[(bits >> 16) == high] & (LOW - 1), minlength=LOW)
+    if high == 0:
+        counts[0] = 0
     return counts
 
 

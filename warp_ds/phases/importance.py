@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from warp_ds.artifacts import (
     BasisStore,
@@ -28,8 +27,8 @@ from warp_ds.artifacts import (
     write_tensors,
 )
 from warp_ds.config import ConfigError, ImportanceArguments
-from warp_ds.data.formats import IGNORE, encode_dataset
-from warp_ds.method.importance import response_loss, rotated_inputs
+from warp_ds.data.formats import encode_dataset
+from warp_ds.method.importance import response_loss, tokens_first
 from warp_ds.method.mask import frozen_count, pack_bits
 from warp_ds.method.selection import random_scores
 from warp_ds.phases.basis import safety_pairs
@@ -37,10 +36,10 @@ from warp_ds.phases.run import start_run
 from warp_ds.phases.targets import find_blocks, find_targets, shared_inputs
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.collect import Background, stop_together
-from warp_ds.zero.fetch import FetchHooks, outside
 from warp_ds.zero.model import context_length, load_model, resolve_model_dir
 from warp_ds.zero.runtime import (
     all_reduce_sum,
+    broadcast_object,
     collective_device,
     init_distributed,
     on_every_rank_or_none,
@@ -50,18 +49,26 @@ from warp_ds.zero.runtime import (
     zero3_config,
 )
 from warp_ds.zero.scores import (
-    GradientTaps,
+    Finite,
+    Loss,
     Rows,
     RowScores,
+    SavedScores,
+    ScoredInput,
+    Shown,
     Step,
-    first_not_finite,
-    gather_rows,
-    gather_tokens,
+    gradients_by_walk,
+    gradients_with_hooks,
+    importance_batches,
     plan_steps,
+    steps_at_once,
 )
 from warp_ds.zero.select import Chosen, choose, gather_packed
+from warp_ds.zero.walk import BlockWalk
 
 logger = logging.getLogger(__name__)
+SAVE_SECONDS = 300.0
+"""Between two savings of the scores so far."""
 
 
 def run_importance(arguments: ImportanceArguments, pairs: Any = None) -> Path:
@@ -106,7 +113,7 @@ def compute_masks(
             raise ConfigError("--score singular_value needs a basis with singular values: leave --basis identity out")
     notes: list[str] = []
     if arguments.score == "importance":
-        scores = importance_scores(model, tokenizer, layers, dataset, basis, arguments, notes)
+        scores = importance_scores(model, tokenizer, layers, dataset, basis, arguments, notes, directory.parent)
     else:
         scores = _scores_without_data(layers, basis, arguments)
     metadata = MasksMetadata(
@@ -117,135 +124,149 @@ def compute_masks(
         model_name=arguments.model_name, notes=notes,
     )
     freeze(layers, scores, arguments, directory, metadata)
+    SavedScores(directory.parent / "scores").remove()
     return metadata
 
 
 def importance_scores(
     model: Any, tokenizer: Any, layers: Sequence[TargetLayer], dataset: Any, basis: BasisStore | None,
-    arguments: ImportanceArguments, notes: list[str],
+    arguments: ImportanceArguments, notes: list[str], scratch: Path,
 ) -> dict[str, Tensor]:
-    """S = Σ_b |∂L_b/∂C|: this rank's rows of each layer, fp32 [rows, r]."""
+    """S = Σ_b |∂L_b/∂C|: this rank's rows of each layer, fp32 [rows, r].
+
+    ``scratch``: where finished importance batches are saved, and found again by a run that goes on.
+    """
     samples = Samples(dataset, tokenizer, arguments.resolved_device)
-    steps, silent = plan_steps(samples, arguments.batch_size, arguments.importance_batch_size, world_size())
+    batches, silent = importance_batches(samples, arguments.importance_batch_size)
     if silent:
         notes.append(f"{len(silent)} importance batches have no response token and add nothing")
-        logger.warning("%s (batches %s): their responses may have been cut off by --max_length", notes[-1], silent[:10])
-    if not steps:
+        logger.warning("%s (the first: samples %d to %d): were their responses cut off by --max_length?", notes[-1],
+                       silent[0].start, silent[0].stop - 1)
+    if not batches:
         raise ConfigError("no sample has a response token, so there is no importance: raise --max_length, or give a "
                           "safety set with responses")
-    weights = loss_weights(samples, arguments.importance_batch_size)
-    groups = _groups(layers, basis)
-    scores = RowScores(layers, _ranks(layers, basis), samples.device)
+    inputs = _scored_inputs(layers, basis, samples.tokens / len(batches))
+    scores, saved = RowScores(inputs, samples.device), SavedScores(scratch / "scores")
+    done = saved.load(scores)
+    if done:
+        logger.info("%d of %d importance batches were done before", done, len(batches))
+    columns = _Columns(basis, samples.device)
     # fp16 gradients of a mean over many tokens would underflow.
     scale = 2.0**12 if arguments.dtype == "float16" else 1.0
-    _, blocks = find_blocks(model)
-    with frozen_model(model, arguments.gradient_checkpointing), GradientTaps(model, layers) as taps, \
-            FetchHooks(outside(model, list(blocks)), list(blocks), backward=True):
-        for step in tqdm(steps, desc="importance", unit="step", disable=rank() != 0):
-            batch = samples.batch(step.parts[rank()])
-            loss = batch_loss(model, batch, weights)
-            (loss * scale).backward()
-            _add(scores, groups, taps, batch, step, basis, 1.0 / scale)
+    weights = loss_weights(batches, samples)
+
+    def loss(logits: Tensor, batch: Batch, last: int) -> Tensor:
+        of_rows = torch.tensor([[weights.get(i, 0.0)] for i in batch.samples], device=logits.device)
+        return scale * response_loss(logits, batch.labels[:, -last:], of_rows.expand(-1, last))
+
+    last_save = time.monotonic()
+    with frozen_model(model), tqdm(total=len(batches), initial=done, desc="importance", unit="batch",
+                                   disable=rank() != 0) as bar:
+        for steps, shown in _passes(model, layers, batches[done:], samples, loss, arguments, scratch):
+            finite = Finite()
+            for step, batch, taken in shown:
+                for found in inputs:
+                    if found.layers[0].name in taken:
+                        for layer in found.layers:
+                            finite.watch(layer, batch, taken[layer.name])
+                        scores.add(found, taken, batch, step, columns.get(found.layers[0].name), 1.0 / scale)
+            stop_together(finite.failure(), "inputs or output gradients")
+            finished = sum(last for step in steps for _, _, last in step.segments)
+            done += finished
+            bar.update(finished)
+            if scores.complete and done < len(batches) and broadcast_object(time.monotonic() - last_save > SAVE_SECONDS):
+                saved.save(scores, done)
+                last_save = time.monotonic()
     return scores.sums
 
 
-def loss_weights(samples: Samples, importance_batch_size: int) -> list[float]:
-    """sample -> 1 / (response tokens of its importance batch), 0 for a batch without any."""
-    weights: list[float] = []
-    for first in range(0, len(samples), importance_batch_size):
-        batch = range(first, min(first + importance_batch_size, len(samples)))
-        tokens = sum(samples.responses(i) for i in batch)
-        weights += [1.0 / tokens if tokens else 0.0] * len(batch)
-    return weights
+def _passes(
+    model: Any, layers: Sequence[TargetLayer], batches: Sequence[range], samples: Samples, loss: Loss,
+    arguments: ImportanceArguments, scratch: Path,
+) -> Iterator[tuple[Sequence[Step], Shown]]:
+    """Forward and backward passes over ``batches``: the steps that go together, and what they show."""
+    steps = plan_steps(batches, samples, arguments.batch_size, world_size())
+    blocks = list(find_blocks(model)[1])
+    walk = BlockWalk(model, blocks)
+    reason = walk.why_not(samples.batch([0]))
+    if reason is not None:
+        logger.warning("this model cannot be run layer by layer (%s): it is run as a whole", reason)
+        for step in steps:
+            yield [step], gradients_with_hooks(model, blocks, layers, [step], samples, loss)
+        return
+    recompute = arguments.gradient_checkpointing
+    parts: list[Sequence[Step]] = [[step] for step in steps]
+    if recompute:
+        parts = steps_at_once(walk, layers, steps, samples, arguments.torch_dtype.itemsize)
+    for part in parts:
+        yield part, gradients_by_walk(walk, layers, part, samples, loss, recompute, scratch)
+    logger.info("each block's parameters were fetched at most %d times", max(walk.fetches))
 
 
-def batch_loss(model: Any, batch: Batch, weights: Sequence[float]) -> Tensor:
-    """This micro-batch's part of Σ_b L_b."""
-    labels, first = batch.labels, 0
-    keep: dict[str, Any] = {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        chosen = (labels != IGNORE).any(dim=0).nonzero()
-        first = max(0, int(chosen[0]) - 1) if len(chosen) else labels.shape[1] - 1
-        keep["logits_to_keep"] = labels.shape[1] - first
-    logits = model(**batch.inputs, use_cache=False, **keep).logits
-    per_row = torch.tensor([weights[i] if i >= 0 else 0.0 for i in batch.samples], device=labels.device)
-    return response_loss(logits, labels[:, first:], per_row.unsqueeze(1).expand(-1, labels.shape[1] - first))
+def loss_weights(batches: Sequence[range], samples: Samples) -> dict[int, float]:
+    """sample -> 1 / (response tokens of its importance batch)."""
+    tokens = [sum(samples.responses(i) for i in batch) for batch in batches]
+    return {i: 1.0 / count for batch, count in zip(batches, tokens, strict=True) for i in batch}
 
 
 @contextmanager
-def frozen_model(model: Any, checkpointing: bool) -> Iterator[None]:
-    """No parameter has a gradient, dropout is off; the embedding's output has one, so that every layer does.
-
-    With ``checkpointing``, blocks recompute their activations: transformers does so only for modules in training mode,
-    so the block modules alone are, and dropout, which lies inside them, stays off.
-    """
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    training = model.training
+def frozen_model(model: Any) -> Iterator[None]:
+    """No parameter has a gradient, and dropout is off."""
+    wanted, training = [p for p in model.parameters() if p.requires_grad], model.training
     model.eval()
     model.requires_grad_(False)
-    handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, y: y.requires_grad_(True))
-    if checkpointing:
-        _checkpointing(model, True)
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True
     try:
         yield
     finally:
-        handle.remove()
-        if checkpointing:
-            _checkpointing(model, False)
         for parameter in wanted:
             parameter.requires_grad_(True)
         model.train(training)
 
 
-def _checkpointing(model: Any, on: bool) -> None:
-    """transformers 5.23 has new names for these methods, and warns of the old ones."""
-    new, old = (f"{kind}_checkpointing_{'enable' if on else 'disable'}" for kind in ("activation", "gradient"))
-    method = getattr(model, new, None) or getattr(model, old)
-    method(*([{"use_reentrant": False}] if on else []))
+class _Columns:
+    """U of each layer on the device, kept there as far as a quarter of a GPU's free memory goes."""
+
+    def __init__(self, basis: BasisStore | None, device: torch.device | str):
+        self.basis = basis
+        self.device = torch.device(device)
+        # On a CPU the files are mapped: nothing is read twice while they fit in memory.
+        self.free = torch.cuda.mem_get_info(self.device)[0] // 4 if self.device.type == "cuda" else 0
+        self._kept: dict[str, Tensor] = {}
+
+    def get(self, name: str) -> Tensor | None:
+        """U [n, r]; None for the identity."""
+        if self.basis is None:
+            return None
+        file = self.basis.metadata.layers[name]["file"]
+        if file in self._kept:
+            return self._kept[file]
+        columns = self.basis.columns(name)[0].to(self.device)
+        size = columns.numel() * columns.element_size()
+        if size <= self.free:
+            self.free -= size
+            self._kept[file] = columns
+        return columns
 
 
-def _add(
-    scores: RowScores, groups: Sequence[Sequence[TargetLayer]], taps: GradientTaps, batch: Batch, step: Step,
-    basis: BasisStore | None, scale: float,
-) -> None:
-    """Adds one step's |∂L_b/∂C|, layers of one input together: its rotation is shared."""
-    failures = [
-        (layer.layer, layer.name, sample)
-        for group in groups for layer in group
-        if (sample := first_not_finite(taps.taken[layer.name], batch)) is not None
-    ]
-    # Of gradients, the last block's are the first.
-    stop_together(max(failures, default=None), "inputs or output gradients")
+def _scored_inputs(layers: Sequence[TargetLayer], basis: BasisStore | None, tokens: float) -> list[ScoredInput]:
+    """The layers by the input they see: as phase 1 found it, or as the known architectures have it.
+
+    ``tokens``: of an importance batch, on average.
+    """
+    groups = shared_inputs(layers)
+    if basis is not None:
+        by_file: dict[str, list[TargetLayer]] = {}
+        for layer in layers:
+            by_file.setdefault(basis.metadata.layers[layer.name]["file"], []).append(layer)
+        groups = list(by_file.values())
+    inputs = []
     for group in groups:
-        xu: Tensor | None = None
-        for layer in group:
-            tapped = taps.taken.pop(layer.name)
-            if xu is None:
-                columns = None if basis is None else basis.columns(layer.name)[0].to(tapped.x.device)
-                xu = gather_tokens(rotated_inputs(tapped.x[batch.counted], columns), step)
-            g = gather_rows(tapped.g[batch.counted], step, scores.rows[layer.name])
-            scores.add(layer.name, g, xu, step, scale)
-
-
-def _groups(layers: Sequence[TargetLayer], basis: BasisStore | None) -> list[list[TargetLayer]]:
-    """The layers by the input they see: as phase 1 found it, or as the known architectures have it."""
-    if basis is None:
-        return shared_inputs(layers)
-    groups: dict[str, list[TargetLayer]] = {}
-    for layer in layers:
-        groups.setdefault(basis.metadata.layers[layer.name]["file"], []).append(layer)
-    return list(groups.values())
-
-
-def _ranks(layers: Sequence[TargetLayer], basis: BasisStore | None) -> dict[str, int]:
-    """layer name -> columns that can have a score: those of U, or all inputs."""
-    if basis is None:
-        return {layer.name: layer.n for layer in layers}
-    entries, bases = basis.metadata.layers, basis.metadata.bases
-    return {layer.name: int(bases[entries[layer.name]["file"]]["rank"]) for layer in layers}
+        n = r = group[0].n
+        if basis is not None:
+            r = int(basis.metadata.bases[basis.metadata.layers[group[0].name]["file"]]["rank"])
+        rows = [-(-layer.m // world_size()) for layer in group]
+        inputs.append(ScoredInput(group, r, tokens_first(tokens, world_size(), rows, n, r)))
+    return inputs
 
 
 def _scores_without_data(

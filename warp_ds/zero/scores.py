@@ -7,19 +7,32 @@ that is spread over ranks is summed before the absolute value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from warp_ds.artifacts import TargetLayer
+from warp_ds.artifacts import TargetLayer, read_json, write_json, write_tensors
 from warp_ds.data.collate import EMPTY
-from warp_ds.method.importance import coefficient_gradient
+from warp_ds.data.formats import IGNORE
+from warp_ds.method.importance import add_importance
 from warp_ds.zero.batches import Batch, Samples
-from warp_ds.zero.runtime import collective_device, rank, world_size
+from warp_ds.zero.fetch import FetchHooks, outside, saved_by_reference
+from warp_ds.zero.runtime import (
+    all_gather_object,
+    collective_device,
+    on_every_rank_or_none,
+    on_rank_0,
+    rank,
+    world_size,
+)
+from warp_ds.zero.walk import BlockWalk, HiddenStates, host_memory, keep_last
 
 
 @dataclass(frozen=True)
@@ -53,29 +66,30 @@ class Step:
     """rank -> how many tokens its samples have"""
 
 
-def plan_steps(
-    samples: Samples, batch_size: int, importance_batch_size: int, ranks: int
-) -> tuple[list[Step], list[int]]:
-    """The steps of phase 2, and the importance batches that have no response token, which are left out.
+def importance_batches(samples: Samples, size: int) -> tuple[list[range], list[range]]:
+    """The safety set cut into batches of ``size`` samples: those with a response token, and those without."""
+    batches = [range(first, min(first + size, len(samples))) for first in range(0, len(samples), size)]
+    speaking = [batch for batch in batches if any(samples.responses(i) for i in batch)]
+    return speaking, [batch for batch in batches if batch not in speaking]
 
-    A step holds whole importance batches wherever one fits into batch_size samples a rank, so that no unfinished sum
-    need be kept between steps.
+
+def plan_steps(batches: Sequence[range], samples: Samples, batch_size: int, ranks: int) -> list[Step]:
+    """The steps that run ``batches``, the importance batches, at most ``batch_size`` samples a rank and step.
+
+    A step holds whole importance batches wherever one fits into it, so that no unfinished sum need be kept between
+    steps.
     """
-    count, size = len(samples), importance_batch_size
-    batches = [range(first, min(first + size, count)) for first in range(0, count, size)]
-    silent = [b for b, batch in enumerate(batches) if not any(samples.responses(i) for i in batch)]
-    speaking = [batch for b, batch in enumerate(batches) if b not in set(silent)]
     capacity = batch_size * ranks
-    together = max(1, capacity // importance_batch_size)
+    together = max(1, capacity // max((len(batch) for batch in batches), default=1))
     steps = []
-    for first in range(0, len(speaking), together):
-        chosen = speaking[first : first + together]
+    for first in range(0, len(batches), together):
+        chosen = batches[first : first + together]
         flat = [(i, b) for b, batch in enumerate(chosen) for i in batch]
         for start in range(0, len(flat), capacity):
             piece = flat[start : start + capacity]
             rest = {b for _, b in flat[start + capacity :]}
             steps.append(_step(piece, rest, samples, ranks))
-    return steps, silent
+    return steps
 
 
 def _step(piece: list[tuple[int, int]], rest: set[int], samples: Samples, ranks: int) -> Step:
@@ -138,11 +152,29 @@ class GradientTaps:
             handle.remove()
 
 
-def first_not_finite(tapped: Tapped, batch: Batch) -> int | None:
-    """The first sample in which a counted token's input or gradient is NaN or infinite."""
-    finite = torch.isfinite(tapped.x.abs().amax(dim=-1)) & torch.isfinite(tapped.g.abs().amax(dim=-1))
-    bad = ~(finite | ~batch.counted).all(dim=1)
-    return batch.samples[int(bad.nonzero()[0])] if bool(bad.any()) else None
+class Finite:
+    """Watches inputs and gradients of the target layers; looks at what it saw once, in ``failure``."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[TargetLayer, Batch, Tensor]] = []
+
+    def watch(self, layer: TargetLayer, batch: Batch, tapped: Tapped) -> None:
+        """One pass over each; padding counts too, since real tokens attend to nothing that is not finite."""
+        extremes = [torch.stack(torch.aminmax(t.reshape(t.shape[0], -1), dim=1)) for t in (tapped.x, tapped.g)]
+        self._seen.append((layer, batch, torch.stack(extremes)))
+
+    def failure(self) -> tuple[int, str, int] | None:
+        """(order, layer name, sample) of the first that was not finite: an input of the lowest block, else a gradient
+        of the highest."""
+        found: list[tuple[int, str, int]] = []
+        for layer, batch, extremes in self._seen:
+            bad = ~torch.isfinite(extremes).all(dim=1)
+            if bool(bad.any()):
+                for kind, order in ((0, layer.layer - 10**6), (1, -layer.layer)):
+                    found += [(order, layer.name, s) for s, b in zip(batch.samples, bad[kind].tolist(), strict=True)
+                              if b and s != EMPTY]
+        self._seen.clear()
+        return min(found, default=None)
 
 
 def gather_tokens(local: Tensor, step: Step) -> Tensor:
@@ -161,11 +193,8 @@ def gather_rows(local: Tensor, step: Step, rows: Rows) -> Tensor:
     """Own rows of the output gradients of all ranks' tokens, [all tokens, own rows], from this rank's tokens [t, m]."""
     if world_size() == 1:
         return local
-    sent = [
-        local[:, Rows(rows.m, rows.world_size, r).block.start : Rows(rows.m, rows.world_size, r).block.stop]
-        .reshape(-1).to(collective_device())
-        for r in range(rows.world_size)
-    ]
+    blocks = [Rows(rows.m, rows.world_size, r).block for r in range(rows.world_size)]
+    sent = [local[:, b.start : b.stop].reshape(-1).to(collective_device()) for b in blocks]
     own = len(rows.block)
     received = local.new_empty(sum(step.tokens) * own, device=collective_device())
     dist.all_to_all_single(
@@ -174,26 +203,212 @@ def gather_rows(local: Tensor, step: Step, rows: Rows) -> Tensor:
     return received.view(sum(step.tokens), own)
 
 
+@dataclass
+class ScoredInput:
+    """Target layers that see one input, and how their coefficients' gradients are made."""
+
+    layers: list[TargetLayer]
+    rank: int
+    """r: the columns that can have a score."""
+    tokens_first: bool
+    """Whether inputs are rotated rather than gradients."""
+
+
 class RowScores:
     """This rank's rows of S for each target layer: fp32 [rows, r]."""
 
-    def __init__(self, layers: Sequence[TargetLayer], ranks: dict[str, int], device: torch.device | str):
-        """``ranks``: layer name -> r, the columns that can have a score."""
-        self.rows = {layer.name: Rows(layer.m, world_size(), rank()) for layer in layers}
-        self.sums = {
-            layer.name: torch.zeros(len(self.rows[layer.name].block), ranks[layer.name], device=device)
-            for layer in layers
-        }
-        self.pending: dict[str, Tensor] = {}
+    def __init__(self, inputs: Sequence[ScoredInput], device: torch.device | str):
+        self.rows: dict[str, Rows] = {}
+        self.sums: dict[str, Tensor] = {}
+        for found in inputs:
+            for layer in found.layers:
+                self.rows[layer.name] = rows = Rows(layer.m, world_size(), rank())
+                self.sums[layer.name] = torch.zeros(len(rows.block), found.rank, device=device)
+        self._pending: dict[str, Tensor] = {}
 
-    def add(self, name: str, g: Tensor, xu: Tensor, step: Step, scale: float = 1.0) -> None:
-        """Adds |∂L_b/∂C| of the step's batches: g [all tokens, own rows], xu [all tokens, r], times ``scale``."""
-        total = self.sums[name]
-        for first, end, last in step.segments:
-            part = coefficient_gradient(g[first:end], xu[first:end])
-            if name in self.pending:
-                part += self.pending.pop(name)
-            if last:
-                total.add_(part.abs_(), alpha=scale)
-            else:
-                self.pending[name] = part
+    @property
+    def complete(self) -> bool:
+        """No importance batch is half added."""
+        return not self._pending
+
+    def add(
+        self, found: ScoredInput, taken: dict[str, Tapped], batch: Batch, step: Step, columns: Tensor | None,
+        scale: float,
+    ) -> None:
+        """Adds |∂L_b/∂C| of the step's importance batches for the layers that share an input. Collective.
+
+        ``taken``: this rank's x and g, removed from it; ``columns``: U [n, r], None for the identity; ``scale``: what
+        the loss must be multiplied by.
+        """
+        x = taken[found.layers[0].name].x[batch.counted]
+        if columns is not None and found.tokens_first:
+            x, columns = x.float() @ columns, None
+        right = gather_tokens(x, step)
+        for layer in found.layers:
+            g = gather_rows(taken.pop(layer.name).g[batch.counted], step, self.rows[layer.name])
+            for first, end, last in step.segments:
+                pending = self._pending.pop(layer.name, None)
+                if last:
+                    add_importance(self.sums[layer.name], g[first:end], right[first:end], columns, pending, scale)
+                else:
+                    part = g[first:end].float().T @ right[first:end].float()
+                    self._pending[layer.name] = part if pending is None else part.add_(pending)
+
+
+class SavedScores:
+    """Scores of the importance batches that are done, so that a run that was stopped goes on with the rest.
+
+    ``directory``/progress.json names the files that belong together: it is written when all ranks' are whole.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.progress = directory / "progress.json"
+
+    def load(self, scores: RowScores) -> int:
+        """Fills ``scores`` with what was saved, by any number of ranks; returns the importance batches in it."""
+        saved = on_rank_0(lambda: read_json(self.progress) if self.progress.is_file() else None, "reading saved scores")
+        if saved is None:
+            return 0
+        with on_every_rank_or_none("reading saved scores"):
+            for other in range(saved["ranks"]):
+                with safe_open(str(self._file(saved["batches"], other)), framework="pt") as file:
+                    for name, rows in scores.rows.items():
+                        theirs, own = Rows(rows.m, saved["ranks"], other).block, rows.block
+                        first, last = max(theirs.start, own.start), min(theirs.stop, own.stop)
+                        if first < last:
+                            part = file.get_slice(name)[first - theirs.start : last - theirs.start]
+                            scores.sums[name][first - own.start : last - own.start] = part
+        return int(saved["batches"])
+
+    def save(self, scores: RowScores, batches: int) -> None:
+        """Saves the scores of the first ``batches`` importance batches. Collective."""
+        with on_every_rank_or_none("saving scores"):
+            write_tensors(self._file(batches, rank()), scores.sums)
+
+        def mark() -> None:
+            write_json(self.progress, {"batches": batches, "ranks": world_size()})
+            for path in self.directory.glob("*.safetensors"):
+                if not path.name.startswith(f"{batches}_"):
+                    path.unlink()
+
+        on_rank_0(mark, "saving scores")
+
+    def remove(self) -> None:
+        """Forgets what was saved. Collective."""
+        on_rank_0(lambda: shutil.rmtree(self.directory, ignore_errors=True), "removing saved scores")
+
+    def _file(self, batches: int, other: int) -> Path:
+        return self.directory / f"{batches}_rank_{other}.safetensors"
+
+
+# ---------------------------------------------------------------- backward passes
+
+Loss = Callable[[Tensor, Batch, int], Tensor]
+"""(logits [B, k, V] of the last k positions, batch, k) -> this micro-batch's part of Σ_b L_b"""
+Shown = Iterator[tuple[Step, Batch, dict[str, Tapped]]]
+"""What backward passes show of target layers: a step, this rank's micro-batch of it, layer name -> x and g"""
+
+
+def last_positions(batch: Batch) -> int:
+    """How many of the last positions hold all labels and the positions before them."""
+    chosen = (batch.labels != IGNORE).any(dim=0).nonzero()
+    length = batch.labels.shape[1]
+    return length - max(0, int(chosen[0]) - 1) if len(chosen) else 1
+
+
+def gradients_by_walk(
+    walk: BlockWalk, layers: Sequence[TargetLayer], steps: Sequence[Step], samples: Samples, loss: Loss,
+    recompute: bool, scratch: Path,
+) -> Shown:
+    """Forward and backward passes of ``steps`` together, block by block: two fetches a block for all of them.
+
+    Blocks below the lowest target have no backward pass. ``recompute``: activations are made anew, from each block's
+    input, rather than kept. Yields blocks with targets from the last to the first, and steps in order.
+    """
+    batches = [samples.batch(step.parts[rank()]) for step in steps]
+    lowest, device = min(layer.layer for layer in layers), samples.device
+    graphs: dict[tuple[int, int], tuple[Tensor, Tensor, dict[str, Tapped]]] = {}
+    hidden = HiddenStates(scratch / f"hidden_rank_{rank()}", host_memory() // 2)
+
+    def traced(index: int, number: int) -> tuple[Tensor, Tensor, dict[str, Tapped]]:
+        leaf = hidden.get((index, number), device).requires_grad_(True)
+        targets = [layer for layer in layers if layer.layer == index]
+        with torch.enable_grad(), GradientTaps(walk.model, targets) as taps:
+            return leaf, walk.run(index, leaf, batches[number]), taps.taken
+
+    try:
+        with walk.embedding(), torch.no_grad():
+            for number, batch in enumerate(batches):
+                hidden.put((0, number), walk.embed(batch))
+        for index in range(len(walk.blocks)):
+            with walk.block(index) as parameters:
+                for number, batch in enumerate(batches):
+                    if index < lowest or recompute:
+                        with torch.no_grad():
+                            after = walk.run(index, hidden.get((index, number), device), batch)
+                    else:
+                        with saved_by_reference(parameters):
+                            graphs[index, number] = traced(index, number)
+                        after = graphs[index, number][1].detach()
+                    hidden.put((index + 1, number), after)
+                    if index < lowest or not recompute:
+                        hidden.drop((index, number))
+        final, flowing = len(walk.blocks), {}
+        with walk.head(), torch.enable_grad():
+            for number, batch in enumerate(batches):
+                leaf = hidden.get((final, number), device).requires_grad_(True)
+                last = last_positions(batch)
+                loss(walk.logits(leaf, batch, last), batch, last).backward()
+                flowing[number] = leaf.grad
+                hidden.drop((final, number))
+        for index in range(final - 1, lowest - 1, -1):
+            with walk.block(index):
+                for number, batch in enumerate(batches):
+                    leaf, after, taken = traced(index, number) if recompute else graphs.pop((index, number))
+                    torch.autograd.backward(after, flowing[number])
+                    flowing[number] = leaf.grad
+                    del leaf, after
+                    if recompute:
+                        hidden.drop((index, number))
+                    if taken:
+                        yield steps[number], batch, taken
+    finally:
+        hidden.close()
+
+
+def gradients_with_hooks(
+    model: Any, blocks: Sequence[nn.Module], layers: Sequence[TargetLayer], steps: Sequence[Step], samples: Samples,
+    loss: Loss,
+) -> Shown:
+    """The same by whole passes, for models that cannot be walked."""
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, y: y.requires_grad_(True))
+    try:
+        with GradientTaps(model, layers) as taps, FetchHooks(outside(model, blocks), blocks, backward=True):
+            for step in steps:
+                batch = samples.batch(step.parts[rank()])
+                last = last_positions(batch)
+                logits = model(**batch.inputs, use_cache=False, **keep_last(model, last)).logits[:, -last:]
+                loss(logits, batch, last).backward()
+                yield step, batch, taps.taken
+    finally:
+        handle.remove()
+
+
+def steps_at_once(walk: BlockWalk, layers: Sequence[TargetLayer], steps: Sequence[Step], samples: Samples,
+                  itemsize: int) -> list[Sequence[Step]]:
+    """``steps`` cut into parts whose hidden states fit in a quarter of the host memory of every rank."""
+    budget = min(all_gather_object(host_memory())) // 4
+    depth = len(walk.blocks) - min(layer.layer for layer in layers) + 1
+    width = walk.model.get_input_embeddings().embedding_dim
+    parts: list[list[Step]] = [[]]
+    used = 0
+    for step in steps:
+        longest = max(len(part) * max((samples.counts(i) for i in part if i != EMPTY), default=1) for part in step.parts)
+        size = longest * width * itemsize * depth
+        if parts[-1] and used + size > budget:
+            parts.append([])
+            used = 0
+        parts[-1].append(step)
+        used += size
+    return [part for part in parts if part]

@@ -48,21 +48,19 @@ def choose(groups: Sequence[Sequence[Tensor]], wanted: Sequence[int]) -> list[li
 
 def _choose(groups: Sequence[Sequence[Tensor]], wanted: Sequence[int]) -> list[list[Chosen]]:
     high = _reduced([sum((high_histogram(s) for s in blocks), _zeros(blocks, HIGH)) for blocks in groups])
-    bins = [bin_of_kth(h, k) if 0 < k <= int(h.sum()) else None for h, k in zip(high, wanted, strict=True)]
+    counts = [min(k, int(h.sum())) for h, k in zip(high, wanted, strict=True)]
+    bins = [bin_of_kth(h, k) if k else (HIGH, 0) for h, k in zip(high, counts, strict=True)]
     low = _reduced([
-        sum((low_histogram(s, b[0]) for s in blocks), _zeros(blocks, LOW)) if b else torch.zeros(LOW, dtype=torch.int64)
-        for blocks, b in zip(groups, bins, strict=True)
+        sum((low_histogram(s, b) for s in blocks), _zeros(blocks, LOW))
+        for blocks, (b, _) in zip(groups, bins, strict=True)
     ])
     thresholds: list[tuple[int, int]] = []
-    for histogram, h, b, k in zip(low, high, bins, wanted, strict=True):
-        if b is None:
-            # Nothing is wanted, or more than there is: all that is above 0.
-            thresholds.append((0, 0) if k > 0 and int(h.sum()) else (NOTHING, 0))
-            continue
-        lower, above = bin_of_kth(histogram, k - b[1])
-        threshold = (b[0] << 16) | lower
-        # A threshold of 0: everything above 0 is taken, and nothing else.
-        thresholds.append((threshold, k - b[1] - above if threshold else 0))
+    for histogram, (b, above), k in zip(low, bins, counts, strict=True):
+        if k:
+            lower, above_low = bin_of_kth(histogram, k - above)
+            thresholds.append(((b << 16) | lower, k - above - above_low))
+        else:
+            thresholds.append((NOTHING, 0))
     return _share_ties(groups, thresholds)
 
 
@@ -75,8 +73,7 @@ def _share_ties(groups: Sequence[Sequence[Tensor]], thresholds: list[tuple[int, 
     position = 0
     for blocks, (threshold, left) in zip(groups, thresholds, strict=True):
         chosen = []
-        real = 0 < threshold < NOTHING
-        value = float(torch.tensor(threshold, dtype=torch.int32).view(torch.float32)) if real else None
+        value = float(torch.tensor(threshold, dtype=torch.int32).view(torch.float32)) if threshold < NOTHING else None
         for _ in blocks:
             counts = everywhere[:, position]
             before = int(counts[: rank()].sum())
