@@ -12,7 +12,7 @@ from tiny_models import SIZES, tiny_model
 from warp_ds.artifacts import BasisStore, TargetLayer, write_tensors
 from warp_ds.config import BasisArguments, ImportanceArguments
 from warp_ds.phases import importance
-from warp_ds.phases.basis import compute_basis
+from warp_ds.phases.basis import compute_basis, run_basis
 from warp_ds.phases.importance import compute_masks, importance_scores
 from warp_ds.phases.targets import find_targets
 from warp_ds.zero import collect
@@ -230,3 +230,9 @@ def stopping_masks_job(
 def owners_of(costs: list[float], ranks: int) -> list[int]:
     owners = Owners(ranks)
     return [owners.next(cost) for cost in costs]
+
+
+def run_job(*phases: Any) -> list[str]:
+    """The run directories of phases started with these arguments."""
+    run = {BasisArguments: run_basis, ImportanceArguments: importance.run_importance}
+    return [str(run[type(arguments)](arguments)) for arguments in phases]

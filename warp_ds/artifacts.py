@@ -299,8 +299,9 @@ def _summary(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def newest(output_dir: str | Path, phase: str) -> Path | None:
-    """The newest finished run of ``phase`` ('phase1') under ``output_dir``."""
-    finished = [p for p in Path(output_dir).glob("*/finished.json") if _phase_of(p.parent) == phase]
+    """The newest finished run of ``phase`` ('phase1') under ``output_dir``: itself, not the link that follows runs."""
+    found = (p for p in Path(output_dir).glob("*/finished.json") if not p.parent.is_symlink())
+    finished = [p for p in found if _phase_of(p.parent) == phase]
     return max(finished, key=lambda p: p.stat().st_mtime).parent if finished else None
 
 

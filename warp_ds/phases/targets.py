@@ -58,7 +58,9 @@ def _target(block: nn.Module, prefix: str, index: int, kind: str) -> TargetLayer
         _refuse_experts(inner, prefix, kind)
     module = inner.get(MODULES[kind])
     if module is None:
-        for other, candidate in inner.items():
+        parent = MODULES[kind].split(".")[0]
+        # What stands where the layer would be is named first.
+        for other, candidate in sorted(inner.items(), key=lambda item: item[0].split(".")[0] != parent):
             if isinstance(candidate, Conv1D):
                 raise ConfigError(f"{prefix}.{other} is a Conv1D, which stores W transposed: GPT-2's kind of model is "
                                   "not supported; use one with plain linear layers")

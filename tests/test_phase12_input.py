@@ -1,0 +1,203 @@
+"""Wrong input to phases 1 and 2: each stops before any work, with a message that names cause and cure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from phase12_jobs import (
+    FINGERPRINTS,
+    Tokenizer,
+    basis_arguments,
+    basis_job,
+    importance_arguments,
+    make_rows,
+    run_job,
+    save_model,
+)
+from ranks import run_ranks
+from tiny_models import SIZES, tiny_model, tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Phi3Config
+
+from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, newest
+from warp_ds.config import ConfigError
+from warp_ds.data.datasets import DataError
+from warp_ds.phases.basis import compute_basis, run_basis
+from warp_ds.phases.importance import compute_masks
+from warp_ds.phases.targets import find_targets
+from warp_ds.zero.model import load_model, resolve_model_dir
+
+ROWS = make_rows()
+
+
+def on_meta(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+# ---------------------------------------------------------------- target layers
+
+
+def test_targets_are_found_with_their_shapes() -> None:
+    found = find_targets(tiny_model("llama"), "all", "attn_v,ffn_down")
+    assert [(t.name, t.layer, t.type, t.m, t.n) for t in found] == [
+        ("model.layers.0.mlp.down_proj", 0, "ffn_down", 40, 51),
+        ("model.layers.0.self_attn.v_proj", 0, "attn_v", 20, 40),
+        ("model.layers.1.mlp.down_proj", 1, "ffn_down", 40, 51),
+        ("model.layers.1.self_attn.v_proj", 1, "attn_v", 20, 40),
+    ]
+    assert [t.stem for t in find_targets(tiny_model("llama"), "last", "ffn_up")] == ["layer_01_ffn_up"]
+
+
+@pytest.mark.parametrize("config,kind,named", [
+    (Phi3Config(**SIZES), "attn_q", "model.layers.0.self_attn.qkv_proj fuses"),
+    (Phi3Config(**SIZES), "ffn_up", "model.layers.0.mlp.gate_up_proj fuses"),
+    (GPT2Config(vocab_size=64, n_embd=40, n_layer=2, n_head=4), "ffn_down", "transformer.h.0.mlp.c_fc is a Conv1D"),
+    (MixtralConfig(**SIZES, num_local_experts=2), "ffn_down", "experts"),
+])
+def test_layers_that_cannot_be_rotated_are_named(config: Any, kind: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        find_targets(on_meta(config), "all", kind)
+
+
+def test_attention_of_a_mixture_of_experts_is_fine() -> None:
+    assert len(find_targets(on_meta(MixtralConfig(**SIZES, num_local_experts=2)), "all", "attn_q")) == 2
+
+
+def test_adapters_and_quantised_layers_are_named() -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.down_proj = nn.Sequential(nn.Linear(51, 40))
+    with pytest.raises(ConfigError, match="layers.0.mlp.down_proj is a Sequential of no weight, not a plain linear"):
+        find_targets(model, "all", "ffn_down")
+    with pytest.raises(ConfigError, match="has no list of"):
+        find_targets(Blockless(), "all", "ffn_down")
+
+
+class Blockless(nn.Module):
+    config = LlamaConfig(**SIZES)
+
+
+@pytest.mark.parametrize("layers,kind", [("2", "ffn_down"), ("0-2", "ffn_down"), ("1-0", "ffn_down"), ("x", "ffn_down"),
+                                         ("all", "mlp"), ("all", "")])
+def test_layers_that_are_not_there(layers: str, kind: str) -> None:
+    with pytest.raises(ConfigError, match="this model: it has 0-1|use all, early|choose from"):
+        find_targets(tiny_model("llama"), layers, kind)
+
+
+# ---------------------------------------------------------------- model
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = save_model(tmp_path_factory.mktemp("model") / "llama", "llama")
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_no_such_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="no such directory"):
+        resolve_model_dir(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="directory without config.json"):
+        resolve_model_dir(str(tmp_path))
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="somebody/nothing: no such directory here, not in the hub's cache.*hf download"):
+        resolve_model_dir("somebody/nothing")
+
+
+def test_longer_than_the_context(model_dir: Path) -> None:
+    with pytest.raises(DataError, match="--max_length 65 exceeds the model's context of 64"):
+        load_model(basis_arguments(model_dir, max_length=65), {"zero_optimization": {"stage": 3}})
+
+
+def test_a_model_without_tokenizer(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama")
+    with pytest.raises(ConfigError, match="its configuration or tokenizer cannot be read"):
+        load_model(basis_arguments(tmp_path), {"zero_optimization": {"stage": 3}})
+
+
+# ---------------------------------------------------------------- data and flags
+
+
+def test_no_token_counts(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6], "labels": [-100, -100]}]
+    model = tiny_model("llama")
+    layers = find_targets(model, "all", "ffn_down")
+    with pytest.raises(ConfigError, match="no token of the safety set counts with --token_scope response"):
+        compute_basis(model, Tokenizer(), layers, rows, basis_arguments(tmp_path, token_scope="response"), tmp_path,
+                      FINGERPRINTS)
+    with pytest.raises(ConfigError, match="no sample has a response token"):
+        compute_masks(model, Tokenizer(), layers, rows, None, importance_arguments(tmp_path), tmp_path, FINGERPRINTS)
+
+
+def test_identity_needs_no_phase_1_and_has_no_singular_values(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--basis identity needs no phase 1"):
+        run_basis(basis_arguments(tmp_path, basis="identity", output_dir=str(tmp_path), log_dir=str(tmp_path)))
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="--score singular_value needs a basis"):
+        compute_masks(model, Tokenizer(), find_targets(model, "all", "ffn_down"), ROWS, None,
+                      importance_arguments(tmp_path, basis="identity", score="singular_value"), tmp_path, FINGERPRINTS)
+
+
+@pytest.mark.parametrize("flag", [{"batch_size": 0}, {"importance_batch_size": 0}, {"keep_ratio": 1.5},
+                                  {"keep_ratio": float("nan")}, {"safety_samples": -1}, {"device": "tpu"}])
+def test_flags_out_of_range(tmp_path: Path, flag: dict[str, Any]) -> None:
+    arguments = importance_arguments(tmp_path, output_dir=str(tmp_path), log_dir=str(tmp_path), **flag)
+    with pytest.raises(ConfigError, match="--" + next(iter(flag))):
+        arguments.check()
+
+
+# ---------------------------------------------------------------- a basis for something else
+
+
+@pytest.fixture(scope="module")
+def down_basis(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("down") / "basis"
+    run_ranks(1, basis_job, [(basis_arguments(model_dir, layer_type="ffn_down"), ROWS, directory)])
+    return directory
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"fingerprint": "other"}, r"belong to the model .* \(m\), not to .* \(other\)"),
+    ({"layer_type": "attn_q"}, "has no layer model.layers.0.self_attn.q_proj: it was made for ffn_down of blocks 0-1"),
+    ({"model": True}, "belongs to another model"),
+])
+def test_a_basis_of_something_else(down_basis: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    model = tiny_model("llama")
+    if "model" in change:
+        model.config.intermediate_size = 33
+        model = AutoModelForCausalLM.from_config(model.config)
+    arguments = importance_arguments(tmp_path, layer_type=change.get("layer_type", "ffn_down"))
+    layers = find_targets(model, "all", arguments.layer_type)
+    fingerprints = {**FINGERPRINTS, "model": change.get("fingerprint", "m")}
+    with pytest.raises(ArtifactError, match=message):
+        compute_masks(model, Tokenizer(), layers, ROWS, BasisStore(down_basis), arguments, tmp_path, fingerprints)
+
+
+# ---------------------------------------------------------------- the phases as they are started
+
+
+def test_both_phases_from_flags_to_artefacts(model_dir: Path, tmp_path: Path) -> None:
+    data = tmp_path / "safety.jsonl"
+    pairs = [{"prompt": f"{a} {b}", "response": "no no"} for a in ("yes", "no") for b in ("yes", "no", "yes no")]
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    common = {"safety_data": str(data), "output_dir": str(tmp_path / "out"), "log_dir": str(tmp_path / "logs"),
+              "max_length": 32, "layer_type": "ffn_down,attn_q"}
+    basis = basis_arguments(model_dir, **common)
+    named = dataclasses.replace(basis, run_name="twice")
+    one, again = run_ranks(2, run_job, named, named)[0]
+    assert one == again and (Path(one) / "finished.json").is_file()
+    (run,) = {path for paths in run_ranks(2, run_job, importance_arguments(model_dir, keep_ratio=0.05, **common))
+              for path in paths}
+    assert Path(run) == newest(tmp_path / "out", "phase2")
+    masks = MaskStore(Path(run) / "masks")
+    store = BasisStore(newest(tmp_path / "out", "phase1") / "basis")
+    masks.check(store, masks.metadata.model_fingerprint, str(model_dir))
+    assert masks.metadata.frozen == sum(round(0.05 * m * n) for m, n in ((40, 51), (40, 40), (40, 51), (40, 40)))
+    assert store.metadata.tokens > 0 and not (Path(run) / "scores").exists()
