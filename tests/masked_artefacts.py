@@ -47,7 +47,16 @@ def nano_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     )).to(dtype)
 
 
-MODELS = {"odd": odd_model, "nano": nano_model}
+def wide_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Large enough for DeepSpeed to swap its optimizer to NVMe: sub-groups of 1 MiB on each of two ranks."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=50, hidden_size=129, intermediate_size=1401, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=2, max_position_embeddings=64, tie_word_embeddings=False,
+    )).to(dtype)
+
+
+MODELS = {"odd": odd_model, "nano": nano_model, "wide": wide_model}
 
 
 @dataclass

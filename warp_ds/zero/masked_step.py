@@ -41,6 +41,11 @@ CHUNK = 1 << 24
 COEFFICIENTS = "warp_coefficients"
 #: Where a checkpoint says who wrote it: in each of the optimizer's parameter groups.
 MARK = "warp_ds"
+NO_NVME_CHECKPOINTS = (
+    "with the optimizer on NVMe a protected run can neither save nor load DeepSpeed checkpoints: they are copies of the "
+    "swap files, which hold rotated coefficients, and DeepSpeed leaves the moments behind. Offload the optimizer to the "
+    "CPU to be able to resume; the weights can always be exported (engine.save_16bit_model)"
+)
 
 
 @dataclass
@@ -118,6 +123,8 @@ class MaskedStep:
         self._loading = False
         self.take_masters(self._pop_marks())
         self._install()
+        if internals.swaps_to_nvme(optimizer) and (not dist.is_initialized() or dist.get_rank() == 0):
+            logger.warning("%s", NO_NVME_CHECKPOINTS)
 
     # ------------------------------------------------------------ the three parts of a step
 
@@ -272,12 +279,6 @@ class MaskedStep:
     @torch.no_grad()
     def state_dict(self, original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """DeepSpeed's state with W as weights (copies on the host) and C beside the moments. Collective."""
-        if internals.swaps_to_nvme(self.optimizer):
-            raise UnsupportedSetting(
-                "DeepSpeed's checkpoints of an optimizer on NVMe are copies of its swap files, which hold rotated "
-                "coefficients, and leave its moments behind: save with the optimizer on the CPU, or export the weights "
-                "with engine.save_16bit_model"
-            )
         state = original()
         masters = list(state[internals.MASTERS])
         base = dict(state[internals.OPTIMIZER_STATE])
@@ -334,6 +335,14 @@ class MaskedStep:
 
             return hooked
 
+        def prologue(original: Callable[..., Any]) -> Callable[..., Any]:
+            def hooked() -> None:
+                if internals.swaps_to_nvme(self.optimizer):
+                    raise UnsupportedSetting(NO_NVME_CHECKPOINTS)
+                original()
+
+            return hooked
+
         hooks: dict[str, Any] = {
             "_get_norm_groups": norms,
             "_optimizer_step": step,
@@ -341,6 +350,7 @@ class MaskedStep:
             "state_dict": lambda original: lambda: self.state_dict(original),
             "load_state_dict": lambda original: lambda *a, **k: self.load_state_dict(original, *a, **k),
             "_restore_from_bit16_weights": restore,
+            "checkpoint_event_prologue": prologue,
         }
         self._undo = [internals.wrap(self.optimizer, name, make) for name, make in hooks.items()]
 
