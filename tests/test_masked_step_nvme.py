@@ -49,8 +49,6 @@ def train_on_nvme(optimizer: str, root: Path, swap: Path, options: dict[str, Any
     after = coefficients(engine, artefacts)
     with pytest.raises(UnsupportedSetting, match="swap files"):
         engine.save_checkpoint(swap / "checkpoint")
-    with pytest.raises(UnsupportedSetting, match="swap files"):
-        engine.load_checkpoint(swap / "unprotected", "here")
     result = {
         "loss": max(abs(a - b) for a, b in zip(found, losses, strict=True)),
         "weights": weight_error(engine, dense.weights()),
@@ -59,11 +57,19 @@ def train_on_nvme(optimizer: str, root: Path, swap: Path, options: dict[str, Any
         "norm": abs(float(engine.get_global_grad_norm()) - dense.norm),
         "removed": abs(protection.metrics().grad_norm_removed - dense.removed),
     }
+    engine.save_16bit_model(swap, "model.bin")
+    if runtime.rank() == 0:
+        for name, value in torch.load(swap / "model.bin", weights_only=True).items():
+            assert (value.double() - dense.weights()[name]).abs().max() < WEIGHT, f"exported {name}"
     protection.release()
     for name, param in engine.module.named_parameters():
         if name in artefacts.frozen:
             released = safe_get_full_fp32_param(param)
             assert (released.double() - dense.weights()[name]).abs().max() < WEIGHT
+    runtime.barrier()
+    protect(engine := make_engine(case), artefacts)
+    with pytest.raises(UnsupportedSetting, match="swap files"):
+        engine.load_checkpoint(swap / "unprotected", "here")
     runtime.barrier()
     engine.destroy()
     return result

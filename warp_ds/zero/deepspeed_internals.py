@@ -22,7 +22,7 @@ HOOKED = (
     "state_dict",
     "load_state_dict",
     "_restore_from_bit16_weights",  # masters made anew from the 16-bit partitions (a load without optimizer states)
-    "checkpoint_event_prologue",  # before a checkpoint is saved or loaded
+    "reset_swap_buffers",  # masters made anew from swap files (a checkpoint of an optimizer on NVMe)
 )
 OPTIMIZER_STATE, MASTERS = "optimizer_state_dict", "fp32_flat_groups"
 

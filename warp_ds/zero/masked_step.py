@@ -279,6 +279,8 @@ class MaskedStep:
     @torch.no_grad()
     def state_dict(self, original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """DeepSpeed's state with W as weights (copies on the host) and C beside the moments. Collective."""
+        if internals.swaps_to_nvme(self.optimizer):
+            raise UnsupportedSetting(NO_NVME_CHECKPOINTS)
         state = original()
         masters = list(state[internals.MASTERS])
         base = dict(state[internals.OPTIMIZER_STATE])
@@ -335,11 +337,9 @@ class MaskedStep:
 
             return hooked
 
-        def prologue(original: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(original: Callable[..., Any]) -> Callable[..., Any]:
             def hooked() -> None:
-                if internals.swaps_to_nvme(self.optimizer):
-                    raise UnsupportedSetting(NO_NVME_CHECKPOINTS)
-                original()
+                raise UnsupportedSetting(NO_NVME_CHECKPOINTS)
 
             return hooked
 
@@ -350,7 +350,7 @@ class MaskedStep:
             "state_dict": lambda original: lambda: self.state_dict(original),
             "load_state_dict": lambda original: lambda *a, **k: self.load_state_dict(original, *a, **k),
             "_restore_from_bit16_weights": restore,
-            "checkpoint_event_prologue": prologue,
+            "reset_swap_buffers": refuse,
         }
         self._undo = [internals.wrap(self.optimizer, name, make) for name, make in hooks.items()]
 
