@@ -8,9 +8,12 @@ file: it is read straight into ``ds_tensor``. A rank's peak memory is its shard 
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,7 +73,7 @@ def load_sharded(
     built: MetaModel | None = None
     plan: dict[int, TensorLocation] = {}
     reason = why_not_by_hand(ds_config or {})
-    with on_every_rank_or_none(f"opening {name}"):
+    with on_every_rank_or_none(f"opening {name}"), _no_garbage_collection():
         try:
             if reason is None:
                 reason = _why_quantised(name, hub)
@@ -86,7 +89,8 @@ def load_sharded(
 
     model = built.model
     partitioner = Partitioner(ds_config, dtype)
-    reads, whole = _replace_parameters(model, plan, partitioner)
+    with _no_garbage_collection():
+        reads, whole = _replace_parameters(model, plan, partitioner)
     for param in whole:
         partitioner.cut(param)
     with on_every_rank_or_none(f"reading {name}"), RangeReader() as reader:
@@ -163,6 +167,19 @@ def _replace_parameters(
                     whole.append(param)
             module._parameters[name] = made[id(param)]
     return reads, whole
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Each parameter is many objects: their number alone would start collections, of 0.5 s each with all that is
+    imported."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _fill(reads: list[tuple[Any, TensorLocation]], reader: RangeReader, progress: bool) -> None:
