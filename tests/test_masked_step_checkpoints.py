@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from test_masked_step import (
     WEIGHT,
     Case,
     frozen_moved,
+    gathered,
     make_engine,
     masters,
     protect,
@@ -49,14 +49,6 @@ RESUMED: list[tuple[Case, torch.dtype]] = [
     (Case("sgd", optimizer="sgd"), torch.float32),
     (Case("sgd without momentum", optimizer="sgd plain"), torch.float32),
 ]
-
-
-def gathered(engine: Any) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, param in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([param]):
-            found[name] = param.detach().clone()
-    return found
 
 
 def go_on(engine: Any, case: Case, first: int, count: int) -> list[float]:

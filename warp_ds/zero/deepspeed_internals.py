@@ -46,8 +46,9 @@ def refuse_unsupported(optimizer: Any) -> None:
             name = "DeepSpeed without ZeRO"
         known = {
             "DeepSpeedZeroOptimizer": "ZeRO stage 1 or 2",
-            "BF16_Optimizer": "bf16 without ZeRO",
-            "FP16_Optimizer": "fp16 without ZeRO",
+            "BF16_Optimizer": "bf16 without ZeRO-3",
+            "FP16_Optimizer": "16-bit training without ZeRO",
+            "FP16_UnfusedOptimizer": "16-bit training without ZeRO",
             "MiCS_Optimizer": "MiCS (mics_shard_size)",
             "SuperOffloadOptimizer_Stage3": "SuperOffload",
         }

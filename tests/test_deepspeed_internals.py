@@ -1,0 +1,122 @@
+"""Fails loudly when a new DeepSpeed has other private names, or calls them in another order, than the masked step needs."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from masked_artefacts import odd_model, read_artefacts, token_batches, write_artefacts
+from ranks import run_ranks
+from test_masked_step import Case, gathered, make_engine, masters, protect, run_all
+
+from warp_ds.zero import deepspeed_internals as internals
+
+#: Besides HOOKED: method -> parameters that are passed to it.
+CALLED = {
+    "_swappable_optimizer_subgroup": ["self", "sub_group_id"],
+    "_optimizer_states_and_gradient_swap_in": ["self", "sub_group_id", "timer_names"],
+    "_writeback_swap_state": ["self", "sub_group_id", "write_opt_state", "write_gradients"],
+    "_constant_buffered_norm2": ["self", "input", "buffer_size"],
+    "get_param_id": ["self", "param"],
+    "_get_norm_groups": ["self"],
+    "_optimizer_step": ["self", "sub_group_id"],
+    "_reassign_or_swap_out_partitioned_parameters": ["self", "sub_group_id"],
+    "state_dict": ["self"],
+    "_restore_from_bit16_weights": ["self"],
+    "reset_swap_buffers": ["self"],
+}
+#: Attributes of the ZeRO-3 optimizer that are read.
+READ = ("optimizer", "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "fp16_groups", "grad_position",
+        "sub_group_to_group_id", "swap_optimizer", "offload_optimizer", "parameter_offload", "all2all_process_group",
+        "zero_hpz_partition_size", "use_muon", "zenflow", "model_parallel_group")
+
+
+def unwrapped(method: Any) -> Any:
+    """The function inside DeepSpeed's profiling decorator, which hides its signature."""
+    inner = [cell.cell_contents for cell in method.__closure__ or () if inspect.isfunction(cell.cell_contents)]
+    return unwrapped(inner[0]) if inner else method
+
+
+def test_the_names_exist_and_take_what_they_are_given() -> None:
+    assert DeepSpeedZeroOptimizer_Stage3.__name__ == "DeepSpeedZeroOptimizer_Stage3"
+    for name in internals.HOOKED:
+        assert callable(getattr(DeepSpeedZeroOptimizer_Stage3, name, None)), f"no {name} in stage3.py"
+    for name, parameters in CALLED.items():
+        found = list(inspect.signature(unwrapped(getattr(DeepSpeedZeroOptimizer_Stage3, name))).parameters)
+        assert found == parameters, f"{name} takes {found}, not {parameters}"
+    loading = inspect.signature(DeepSpeedZeroOptimizer_Stage3.load_state_dict).parameters
+    assert "load_optimizer_states" in loading and "checkpoint_folder" in loading
+
+
+def recorded_step(root: Path, zero: dict[str, Any]) -> list[str]:
+    """The order of calls of one real, protected step, seen by a trace of every function of stage3.py."""
+    engine = make_engine(Case("recorded", groups=True, zero=zero))
+    optimizer = engine.optimizer
+    missing = [name for name in READ if not hasattr(optimizer, name)]
+    assert not missing, f"the ZeRO-3 optimizer has no {missing}"
+    if optimizer.offload_optimizer:
+        assert set(optimizer.subgroup_to_device.values()) == {"cpu"} and hasattr(optimizer, "norm_for_param_grads")
+    assert not set(internals.HOOKED) & set(vars(optimizer)), "DeepSpeed itself now replaces a method that is hooked"
+    for sub_group, params in enumerate(optimizer.fp16_groups):
+        offset = 0
+        for param in params:
+            assert internals.locate(optimizer, param) == (sub_group, offset, param.ds_tensor.numel())
+            offset += param.ds_tensor.numel()
+        flat = internals.master(optimizer, sub_group)
+        assert flat.numel() == offset and flat.dtype == torch.float32
+    saved = optimizer.state_dict()
+    assert saved[internals.MASTERS] is optimizer.fp32_partitioned_groups_flat
+    assert set(saved[internals.OPTIMIZER_STATE]) >= {"state", "param_groups"}
+    protection = protect(engine, read_artefacts(root))
+    wanted = {"step", "has_overflow", "_overflow_check_and_loss_scale_update", "_get_norm_groups", "_prepare_sub_group",
+              "unscale_and_clip_grads", "_optimizer_step", "_reassign_or_swap_out_partitioned_parameters",
+              "_release_sub_group", "_post_step", "rotate_gradients", "decay_free", "write_weights"}
+    calls: list[str] = []
+    files = (inspect.getsourcefile(DeepSpeedZeroOptimizer_Stage3), inspect.getsourcefile(type(protection)))
+
+    def trace(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename in files and frame.f_code.co_name in wanted:
+            calls.append(frame.f_code.co_name)
+
+    batch = token_batches(1)[0]
+    loss = engine(input_ids=batch, labels=batch).loss
+    engine.backward(loss)
+    before, weights = masters(protection), gathered(engine)
+    sys.setprofile(trace)
+    engine.step()
+    sys.setprofile(None)
+    assert any(not torch.equal(x, y) for x, y in zip(before, masters(protection), strict=True))
+    assert any(not torch.equal(weights[k], v) for k, v in gathered(engine).items())
+    # State of a sub-group in the base optimizer's state_dict, as DeepSpeed numbers it.
+    base = optimizer.state_dict()[internals.OPTIMIZER_STATE]["state"]
+    for sub_group in range(internals.sub_group_count(optimizer)):
+        state = base[internals.state_index(optimizer, sub_group)]
+        assert state["exp_avg"].data_ptr() == optimizer.optimizer.state[
+            internals.master(optimizer, sub_group)]["exp_avg"].data_ptr(), "sub-groups are numbered in another order"
+    count = internals.sub_group_count(optimizer)
+    engine.destroy()
+    return [str(count), *calls]
+
+
+def test_order_of_calls_in_a_step(tmp_path: Path) -> None:
+    write_artefacts(tmp_path, odd_model())
+    jobs = [("resident", recorded_step, (tmp_path, {"sub_group_size": 1000})),
+            ("offloaded", recorded_step, (tmp_path, {"sub_group_size": 1000, "offload_optimizer": {"device": "cpu"}}))]
+    for name, (count, *calls) in run_ranks(1, run_all, jobs)[0].items():
+        one = ["_prepare_sub_group", "unscale_and_clip_grads", "decay_free", "_optimizer_step",
+               "_reassign_or_swap_out_partitioned_parameters", "write_weights", "_release_sub_group"]
+        expected = ["step", "_overflow_check_and_loss_scale_update", "rotate_gradients", "_get_norm_groups",
+                    *one * int(count), "_post_step"]
+        assert int(count) > 2 and calls == expected, (name, calls)
+
+
+def test_deepspeed_is_the_version_that_was_checked() -> None:
+    """Not a promise about others: a reminder to read stage3.py again when this fails."""
+    documented = internals.__doc__ or ""
+    assert f"deepspeed {deepspeed.__version__}" in documented, (
+        f"deepspeed is {deepspeed.__version__}: read runtime/zero/stage3.py against deepspeed_internals.py, then name it there")
