@@ -203,6 +203,7 @@ class EvaluateArguments(RunArguments):
     prompt_column: str | None = flag(None, "column of the prompts; guessed where not given")
     response_column: str | None = flag(None, "column of the responses; guessed where not given")
     max_new_tokens: int = flag(256, "longest generated answer, in tokens")
+    reference_model: str | None = flag(None, "the model before training: answers that it finds unlikely are noise too")
 
     def check(self) -> None:
         super().check()

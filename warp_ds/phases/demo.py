@@ -32,14 +32,20 @@ from warp_ds.data.datasets import load_pairs, load_prompts
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
 from warp_ds.evaluation.metrics import extract_number
 from warp_ds.phases.basis import run_basis
-from warp_ds.phases.evaluate import EvaluationSets, inference_engine, measure, write_measurement
+from warp_ds.phases.evaluate import (
+    EvaluationSets,
+    NoiseRule,
+    load_engine,
+    measure,
+    noise_rule,
+    write_measurement,
+)
 from warp_ds.phases.importance import run_importance
 from warp_ds.phases.launcher import launch
 from warp_ds.phases.run import log_to_file, versions
 from warp_ds.phases.training import run_safety_tuning, run_training
 from warp_ds.report.verify import certify
 from warp_ds.zero import runtime
-from warp_ds.zero.model import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +136,7 @@ def run_demo(arguments: DemoArguments) -> None:
             [row["prompt"] for row in data["refusals_heldout"]], [row["prompt"] for row in data["harmless_heldout"]],
             data["utility_heldout"],
         )
+        noise = timed("noise rule", partial(_noise, safe, sets, arguments))
         results = []
         for arm in ARMS:
             directory = safe
@@ -138,16 +145,16 @@ def run_demo(arguments: DemoArguments) -> None:
                 settings = TrainArguments(
                     **common, model_name=str(safe), layer_type=LAYER_TYPE, train_scope=arm.train_scope,
                     masks_dir=str(masks[arm.masks] / "masks") if arm.masks else "none",
-                    utility_data=str(root / "data" / "utility_train.jsonl"), utility_samples=0, epochs=4,
-                    learning_rate=1e-3, global_batch_size=16, run_name=arm.run_name,
+                    utility_data=str(root / "data" / "utility_train.jsonl"), utility_samples=0, epochs=5,
+                    learning_rate=3e-4, global_batch_size=16, run_name=arm.run_name,
                 )
                 directory = timed(f"phase 3, {arm.name}", partial(run_training, settings)) / "model"
-            metrics = timed(f"evaluation, {arm.name}", partial(_evaluate, directory, sets, arguments))
+            metrics = timed(f"evaluation, {arm.name}", partial(_evaluate, directory, sets, arguments, noise))
             drift = runtime.on_rank_0(partial(_drift, safe, directory, masks["rotated"] / "masks", basis), "certifying")
             results.append({"name": arm.name, **metrics, "frozen_drift": drift})
         report = {"arms": results, "keep_ratio": KEEP_RATIO, "layer_type": LAYER_TYPE, "seconds": seconds,
                   "total_seconds": round(time.time() - start, 1), "world_size": runtime.world_size(),
-                  "versions": versions()}
+                  "noise_threshold": noise.threshold, "versions": versions()}
         runtime.on_rank_0(lambda: write_json(root / "report.json", report), "writing the report")
         if runtime.rank() == 0:
             print_table(report)
@@ -197,18 +204,31 @@ def _texts(arguments: DemoArguments) -> dict[str, list[dict[str, str]]]:
     return data
 
 
-def _evaluate(directory: Path, sets: EvaluationSets, arguments: DemoArguments) -> dict[str, Any]:
+def _evaluation(arguments: DemoArguments, directory: Path) -> EvaluateArguments:
+    return EvaluateArguments(
+        model_name=str(directory), dtype=arguments.dtype, device=arguments.device, deepspeed=arguments.deepspeed,
+        batch_size=50, max_length=arguments.max_length, max_new_tokens=arguments.max_new_tokens,
+    )
+
+
+def _noise(directory: Path, sets: EvaluationSets, arguments: DemoArguments) -> NoiseRule:
+    """What counts as noise, by the likelihood under the model before training."""
+    settings = _evaluation(arguments, directory)
+    engine, tokenizer = load_engine(settings)
+    return noise_rule(engine, tokenizer, sets, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens)
+
+
+def _evaluate(
+    directory: Path, sets: EvaluationSets, arguments: DemoArguments, noise: NoiseRule
+) -> dict[str, Any]:
     """The measurements of one arm; taken from its metrics.json where that exists."""
     run = directory.parent
     if runtime.on_rank_0(lambda: (run / "metrics.json").is_file(), "looking for results"):
         return runtime.on_rank_0(lambda: json.loads((run / "metrics.json").read_text()), "reading results")
-    settings = EvaluateArguments(
-        model_name=str(directory), dtype=arguments.dtype, device=arguments.device, deepspeed=arguments.deepspeed,
-        batch_size=50, max_length=arguments.max_length, max_new_tokens=arguments.max_new_tokens,
-    )
-    model, tokenizer = load_model(settings, runtime.zero3_config(settings))
-    found = measure(inference_engine(model, settings), tokenizer, sets, batch_size=settings.batch_size,
-                    max_new_tokens=settings.max_new_tokens, max_length=settings.max_length)
+    settings = _evaluation(arguments, directory)
+    engine, tokenizer = load_engine(settings)
+    found = measure(engine, tokenizer, sets, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
+                    max_length=settings.max_length, noise=noise)
     runtime.on_rank_0(lambda: write_measurement(run, found), "writing the results")
     return found.metrics
 

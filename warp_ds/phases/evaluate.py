@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ from warp_ds.artifacts import fingerprint_model, fingerprint_rows, write_json
 from warp_ds.config import ConfigError, EvaluateArguments
 from warp_ds.data.datasets import load_pairs, load_prompts
 from warp_ds.data.formats import encode
-from warp_ds.evaluation.generate import generate_greedy, loss_per_token, pad_token
+from warp_ds.evaluation.generate import (
+    answer_surprise,
+    generate_greedy,
+    loss_per_token,
+    noise_threshold,
+    pad_token,
+)
 from warp_ds.evaluation.metrics import exact_match, wilson
 from warp_ds.evaluation.verdicts import verdict
 from warp_ds.phases.run import start_run
@@ -45,11 +51,32 @@ class Measurement:
     """suite, prompt, answer, verdict or correct: every one, for a person to read."""
 
 
+@dataclass
+class NoiseRule:
+    """Answers that a reference model finds less likely than almost all scrambled ones are noise."""
+
+    reference: Any
+    """The model before training."""
+    threshold: float
+    """Nats a token (evaluation.generate.noise_threshold)."""
+
+
+def noise_rule(reference: Any, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets, *, batch_size: int,
+               max_new_tokens: int) -> NoiseRule:
+    """The rule from the reference's own answers to the held-out prompts. Collective."""
+    prompts = [*sets.harmful, *sets.harmless]
+    own = generate_greedy(reference, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                          synced=runtime.world_size() > 1, desc="reference answers")
+    return NoiseRule(reference, noise_threshold(reference, tokenizer, prompts, own, batch_size=batch_size))
+
+
 def measure(model: Any, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets, *, batch_size: int,
-            max_new_tokens: int, max_length: int, suites: Sequence[str] = SUITES) -> Measurement:
+            max_new_tokens: int, max_length: int, suites: Sequence[str] = SUITES,
+            noise: NoiseRule | None = None) -> Measurement:
     """Runs ``suites`` on a ZeRO-3 engine or partitioned model, or a plain one. Collective; same result on every rank.
 
-    Rates are over all prompts of a suite. An answer that is noise is 'incoherent', never a refusal.
+    Rates are over all prompts of a suite. An answer that is noise is 'incoherent', never a refusal: by rules on its
+    text, and, given ``noise``, by its likelihood under the reference too.
     """
     found = Measurement()
 
@@ -60,14 +87,19 @@ def measure(model: Any, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets
     for suite, prompts in (("refusal", sets.harmful), ("over_refusal", sets.harmless)):
         if suite in suites and prompts:
             texts = answers(prompts, suite)
-            verdicts = [verdict(text) for text in texts]
+            surprise: Sequence[float | None] = [None] * len(texts)
+            if noise is not None:
+                surprise = answer_surprise(noise.reference, tokenizer, prompts, texts, batch_size=batch_size)
+            limit = None if noise is None else noise.threshold
+            verdicts = [verdict(text, nll_per_token=nats, nll_threshold=limit)
+                        for text, nats in zip(texts, surprise, strict=True)]
             found.answers += [{"suite": suite, "prompt": p, "answer": t, "verdict": v}
                               for p, t, v in zip(prompts, texts, verdicts, strict=True)]
-            refused, noise = verdicts.count("refusal"), verdicts.count("incoherent")
+            refused, garbled = verdicts.count("refusal"), verdicts.count("incoherent")
             found.metrics[f"{suite}_rate"] = refused / len(prompts)
             found.metrics[f"{suite}_interval"] = wilson(refused, len(prompts))
+            found.metrics["incoherent_rate" if suite == "refusal" else "harmless_incoherent_rate"] = garbled / len(prompts)
             if suite == "refusal":
-                found.metrics["incoherent_rate"] = noise / len(prompts)
                 found.metrics["attack_success_rate"] = verdicts.count("compliance") / len(prompts)
     if "gsm8k" in suites and sets.utility:
         texts = answers([row["prompt"] for row in sets.utility], "gsm8k")
@@ -108,10 +140,14 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
     with start_run("evaluate", arguments, inputs) as run:
         if run.done:
             return run.directory
-        model, tokenizer = load_model(arguments, runtime.zero3_config(arguments))
-        engine = inference_engine(model, arguments)
-        found = measure(engine, tokenizer, sets, batch_size=arguments.batch_size,
-                        max_new_tokens=arguments.max_new_tokens, max_length=arguments.max_length, suites=suites)
+        rule = None
+        if arguments.reference_model is not None:
+            reference, reference_tokenizer = load_engine(replace(arguments, model_name=arguments.reference_model))
+            rule = noise_rule(reference, reference_tokenizer, sets, batch_size=arguments.batch_size,
+                              max_new_tokens=arguments.max_new_tokens)
+        engine, tokenizer = load_engine(arguments)
+        found = measure(engine, tokenizer, sets, batch_size=arguments.batch_size, max_length=arguments.max_length,
+                        max_new_tokens=arguments.max_new_tokens, suites=suites, noise=rule)
         runtime.on_rank_0(lambda: write_measurement(run.directory, found), "writing the results")
         for name, value in found.metrics.items():
             logger.info("%s: %s", name, value)
@@ -127,14 +163,15 @@ def write_measurement(directory: Path, found: Measurement) -> None:
     aside.replace(directory / "answers.jsonl")
 
 
-def inference_engine(model: Any, arguments: Any) -> Any:
-    """A ZeRO-3 engine without optimizer, whose forwards fetch and release the partitioned parameters."""
+def load_engine(arguments: EvaluateArguments) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A ZeRO-3 engine without optimizer, whose forwards fetch and release the partitioned parameters. Collective."""
     import deepspeed
 
-    config = {**runtime.zero3_config(arguments), "train_micro_batch_size_per_gpu": arguments.batch_size}
-    for training_only in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps",
-                          "gradient_clipping"):
+    config = runtime.zero3_config(arguments)
+    model, tokenizer = load_model(arguments, config)
+    config["train_micro_batch_size_per_gpu"] = arguments.batch_size
+    for training_only in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"):
         config.pop(training_only, None)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
-    return engine
+    return engine, tokenizer
