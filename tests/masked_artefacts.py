@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,11 +178,19 @@ class DenseAnyOptimizer:
 
 def dense_adamw(model: nn.Module, artefacts: Artefacts, clip: float, decay: float | dict[str, float], lr: float = 1e-2,
                 eps: float = 1e-4, coupled: bool = False) -> DenseAdamW:
-    named = {k: p.detach().clone() for k, p in model.named_parameters()}
+    named = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
     decays = decay if isinstance(decay, dict) else dict.fromkeys(named, decay)
     return DenseAdamW(named, artefacts.bases, artefacts.frozen, lr, eps, decays, clip, coupled=coupled)
 
 
 def reference_losses(model: nn.Module, batches: list[Tensor], optimizer: Any) -> list[float]:
     """Loss of every global batch before its step; ``optimizer`` then holds the trained weights."""
-    return train(model, [k for k, _ in model.named_parameters()], batches, optimizer, loss_of)
+    return train(model, [k for k, p in model.named_parameters() if p.requires_grad], batches, optimizer, loss_of)
+
+
+def train_only(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Turns every other parameter's requires_grad off."""
+    chosen = set(names)
+    for name, param in model.named_parameters():
+        param.requires_grad_(name in chosen)
+    return model

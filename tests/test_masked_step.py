@@ -7,7 +7,7 @@ implementations part by rounding alone (entries with gradients near zero); losse
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from masked_artefacts import (
     read_artefacts,
     reference_losses,
     token_batches,
+    train_only,
     write_artefacts,
 )
 from ranks import run_ranks
@@ -47,6 +48,8 @@ class Case:
     decay: float = 0.1
     groups: bool = False
     """Several parameter groups: other decay and other learning rate for the norms, the layers of block 1 apart."""
+    only: bool = False
+    """Nothing but the masked layers trains: their mask decides the gradient norm, and whether it is clipped."""
     accumulation: int = 1
     zero: dict[str, Any] = field(default_factory=dict, hash=False)
     worlds: tuple[int, ...] = (1, 2, 3, 4)
@@ -62,6 +65,9 @@ CASES = [
     Case("a rank of padding, offloaded", model="nano", worlds=(4,), zero={"offload_optimizer": {"device": "cpu"}}),
     Case("accumulation", accumulation=3, worlds=(1, 2, 4)),
     Case("accumulation of two", accumulation=2, worlds=(3,)),
+    Case("only masked layers", only=True, clip=0.005),
+    Case("only masked layers, offloaded", only=True, clip=0.005, worlds=(1, 2),
+         zero={"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}),
     Case("no clipping", clip=0.0, worlds=(1, 3)),
     Case("no decay", decay=0.0, worlds=(2,)),
     Case("sub-groups", zero={"sub_group_size": 100}),
@@ -114,11 +120,15 @@ def hyperparameters(case: Case, names: list[str]) -> tuple[dict[str, float], dic
 
 
 @functools.cache
-def reference(optimizer: str, model: str, basis: str, clip: float, decay: float, groups: bool, root: Path) -> Any:
-    case = Case("reference", optimizer, model, basis, clip, decay, groups)
+def reference(root: Path, optimizer: str, model: str, basis: str, clip: float, decay: float, groups: bool,
+              only: bool) -> Any:
+    """Losses, and the optimizer that holds the trained weights; one for all cases that differ in ZeRO-3 settings alone."""
+    case = Case("reference", optimizer, model, basis, clip, decay, groups, only)
     dense = MODELS[model]()
     artefacts = read_artefacts(root / model / basis)
-    named = {k: p.detach().clone() for k, p in dense.named_parameters()}
+    if only:
+        train_only(dense, artefacts.frozen)
+    named = {k: p.detach().clone() for k, p in dense.named_parameters() if p.requires_grad}
     decays, lr = hyperparameters(case, list(named))
     if optimizer == "adamw" and not groups:
         chosen: Any = dense_adamw(dense, artefacts, clip, decays)
@@ -128,11 +138,19 @@ def reference(optimizer: str, model: str, basis: str, clip: float, decay: float,
     return reference_losses(dense, token_batches(STEPS), chosen), chosen
 
 
-def make_engine(case: Case, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+def reference_of(case: Case, root: Path) -> Any:
+    return reference(root, case.optimizer, case.model, case.basis, case.clip, case.decay, case.groups, case.only)
+
+
+def make_engine(case: Case, dtype: torch.dtype = torch.float32, trained: Iterable[str] | None = None, **config: Any) -> Any:
+    """``trained`` are the names of the parameters that train; None for all."""
     model = MODELS[case.model](dtype)
-    decay, lr = hyperparameters(case, [k for k, _ in model.named_parameters()])
+    if trained is not None:
+        train_only(model, trained)
+    parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    decay, lr = hyperparameters(case, list(parameters))
     groups: dict[Any, dict[str, Any]] = {}
-    for k, p in model.named_parameters():
+    for k, p in parameters.items():
         options = {"weight_decay": decay[k], **({"lr": lr[k]} if lr else {})}
         groups.setdefault(tuple(options.items()), {"params": [], **options})["params"].append(p)
     engine, *_ = deepspeed.initialize(
@@ -182,15 +200,17 @@ def frozen_moved(protection: MaskedStep, before: list[torch.Tensor]) -> int:
 def weight_error(engine: Any, weights: dict[str, torch.Tensor]) -> float:
     worst = 0.0
     for name, param in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([param]):
-            worst = max(worst, (param.double() - weights[name]).abs().max().item())
+        if param.requires_grad:
+            with deepspeed.zero.GatheredParameters([param]):
+                worst = max(worst, (param.double() - weights[name]).abs().max().item())
     return worst
 
 
 def run_case(case: Case, root: Path) -> dict[str, float]:
-    losses, dense = reference(case.optimizer, case.model, case.basis, case.clip, case.decay, case.groups, root)
-    engine = make_engine(case)
-    protection = protect(engine, read_artefacts(root / case.model / case.basis))
+    losses, dense = reference_of(case, root)
+    artefacts = read_artefacts(root / case.model / case.basis)
+    engine = make_engine(case, trained=artefacts.frozen if case.only else None)
+    protection = protect(engine, artefacts)
     before = masters(protection)
     found = [train_step(engine, batch, case.accumulation) for batch in token_batches(STEPS)]
     metrics = protection.metrics()
@@ -198,7 +218,8 @@ def run_case(case: Case, root: Path) -> dict[str, float]:
         "loss": max(abs(a - b) for a, b in zip(found, losses, strict=True)),
         "weights": weight_error(engine, dense.weights()),
         "moved": frozen_moved(protection, before),
-        "norm": abs(float(engine.get_global_grad_norm()) - dense.norm),
+        "norm": abs(float(engine.get_global_grad_norm()) / dense.norm - 1),
+        "clipped": dense.norm / case.clip if case.clip else 0.0,
         "removed": abs(metrics.grad_norm_removed - dense.removed),
         "share": abs(metrics.masked_fraction - sum(int(f.sum()) for f in dense.frozen.values())
                      / sum(f.numel() for f in dense.frozen.values())),
@@ -295,7 +316,7 @@ def test_bf16_steps_as_the_reference_does_with_the_same_gradients(
 def run_overflow(zero: dict[str, Any], root: Path) -> dict[str, float]:
     """A step whose gradient is not finite is skipped by DeepSpeed: nothing changes, and the next ones are exact."""
     case = Case("overflow", zero=zero)
-    losses, dense = reference("adamw", "odd", "activation", case.clip, case.decay, case.groups, root)
+    losses, dense = reference_of(case, root)
     engine = make_engine(case)
     protection = protect(engine, read_artefacts(root / "odd" / "activation"))
     start, found = masters(protection), []
@@ -368,4 +389,5 @@ def test_equals_the_dense_reference(exact: Callable[[int], dict[str, Any]], worl
     assert found["moved"] == 0, f"{found['moved']} frozen coefficients moved"
     assert found["loss"] < LOSS and found["weights"] < WEIGHT, found
     assert found["norm"] < 1e-5 and found["removed"] < 1e-5 and found["share"] < 1e-9, found
+    assert found["clipped"] > 0.8 or not case.clip, "the clipping does not bind"
     assert found["trained"] > 1e-3, "the model did not train, so the comparison means little"

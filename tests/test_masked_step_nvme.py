@@ -11,7 +11,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.utils import safe_get_full_fp32_param
 from masked_artefacts import Artefacts, read_artefacts, token_batches, wide_model, write_artefacts
 from ranks import run_ranks
-from test_masked_step import LOSS, STEPS, WEIGHT, Case, make_engine, protect, reference, run_all, train_step, weight_error
+from test_masked_step import LOSS, STEPS, WEIGHT, Case, make_engine, protect, reference_of, run_all, train_step, weight_error
 
 from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import UnsupportedSetting
@@ -36,7 +36,7 @@ def train_on_nvme(optimizer: str, root: Path, swap: Path, options: dict[str, Any
     case = Case("nvme", optimizer, "wide", accumulation=2, groups=True, zero={
         "offload_optimizer": {"device": "nvme", "nvme_path": str(swap), "buffer_count": 8, **options},
     })
-    losses, dense = reference(optimizer, "wide", "activation", case.clip, case.decay, case.groups, root)
+    losses, dense = reference_of(case, root)
     artefacts = read_artefacts(root / "wide" / "activation")
     engine = make_engine(case)
     swapped = [engine.optimizer._swappable_optimizer_subgroup(i) for i in range(len(engine.optimizer.fp16_groups))]

@@ -198,13 +198,13 @@ class WarpCallback(TrainerCallback):
                logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         # Called on every rank, which the collective inside needs.
         if self.protection is not None and logs is not None and "loss" in logs:
-            logs.update(vars(self.protection.metrics()))
+            found = vars(self.protection.metrics())
+            if isinstance(self.protection, PlainMaskedStep) and self.protection.grad_norm is not None:
+                # Trainer took the norm before the mask.
+                found = {"grad_norm": self.protection.grad_norm, **found}
+            logs.update(found)
             if state.log_history:
-                state.log_history[-1].update(vars(self._last(logs)))
-
-    @staticmethod
-    def _last(logs: dict[str, Any]) -> StepMetrics:
-        return StepMetrics(*(logs[name] for name in ("masked_fraction", "grad_norm_removed", "rotate_seconds")))
+                state.log_history[-1].update(found)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                      **kwargs: Any) -> None:

@@ -40,10 +40,16 @@ class PlainMaskedStep:
         self.layers = layers
         self.max_grad_norm = 0.0
         """Clipping by the masked norm; 0 = none."""
+        self.grad_norm: float | None = None
+        """The masked norm at the last clipping, before it."""
         entries = sum(layer.target.m * layer.target.n for layer in layers)
         self.masked_fraction = sum(layer.frozen_count for layer in layers) / max(1, entries)
         self._norms, self._clock = (0.0, 0.0), Clock(layers[0].param.device)
         self._coefficients = [self._apply(layer, Rotation.rotate, layer.param.detach().float()) for layer in layers]
+        for layer in layers:
+            # A checkpoint's moments were loaded as the weights' dtype; those of C are fp32.
+            state = optimizer.state.get(layer.param, {})
+            state.update({k: v.float() for k, v in state.items() if torch.is_tensor(v) and v.is_floating_point()})
         self._decays: list[tuple[dict[str, Any], float]] = []
         self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
 
@@ -70,7 +76,8 @@ class PlainMaskedStep:
                 layer.param.grad = gradient
             self._weights = weights
             if self.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.max_grad_norm)
+                every = [p for group in optimizer.param_groups for p in group["params"]]
+                self.grad_norm = float(torch.nn.utils.clip_grad_norm_(every, self.max_grad_norm))
             self._decay(optimizer)
 
     def _decay(self, optimizer: torch.optim.Optimizer) -> None:
