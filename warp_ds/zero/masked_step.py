@@ -191,7 +191,9 @@ class MaskedStep:
         problem = "" if marks is None else self._foreign_state(marks)
         for sub_group in saved:
             with internals.resident(self.optimizer, sub_group):
-                problem = problem or self._foreign_weights(sub_group, saved[sub_group])
+                # Collective: a rank that has found a problem must not leave the others waiting.
+                found_here = self._foreign_weights(sub_group, saved[sub_group])
+                problem = problem or found_here
         _raise_together(problem)
         for sub_group, layers in self.by_sub_group.items():
             with internals.resident(self.optimizer, sub_group, weights=True):
