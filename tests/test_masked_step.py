@@ -32,7 +32,7 @@ from ranks import run_ranks
 
 import warp_ds
 from warp_ds.zero import runtime
-from warp_ds.zero.masked_step import MaskedStep
+from warp_ds.zero.masked_step import MaskedStep, decay, matmul_precision, weight_decay_kind
 
 LOSS, WEIGHT = 1e-6, 1e-5
 STEPS = 5
@@ -391,3 +391,37 @@ def test_equals_the_dense_reference(exact: Callable[[int], dict[str, Any]], worl
     assert found["norm"] < 1e-5 and found["removed"] < 1e-5 and found["share"] < 1e-9, found
     assert found["clipped"] > 0.8 or not case.clip, "the clipping does not bind"
     assert found["trained"] > 1e-3, "the model did not train, so the comparison means little"
+
+
+# ---------------------------------------------------------------- small parts
+
+
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
+def test_matmul_precision_is_set_and_given_back(before: str) -> None:
+    """Also where the newer of torch's two settings was used, as transformers' tf32 argument does."""
+    backend = torch.backends.cuda.matmul
+    backend.fp32_precision = before
+    try:
+        for dtype, inside in ((torch.float32, "ieee"), (torch.bfloat16, "tf32")):
+            with matmul_precision(dtype):
+                assert backend.fp32_precision == inside
+            assert backend.fp32_precision == before
+    finally:
+        backend.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_decay_of_free_entries_is_the_optimizers_own(kind: Any, maximize: bool) -> None:
+    c, gradient = torch.randn(2, 9, generator=torch.Generator().manual_seed(5))
+    frozen = torch.arange(9) % 3 == 0
+    own, ours = torch.nn.Parameter(c.clone()), torch.nn.Parameter(c.clone())
+    own.grad, ours.grad = gradient.clone(), gradient.masked_fill(frozen, 0.0)
+    own_optimizer, optimizer = (kind([p], lr=0.1, weight_decay=0.3, maximize=maximize) for p in (own, ours))
+    own_optimizer.step()
+    group = optimizer.param_groups[0]
+    decay(weight_decay_kind(optimizer, group), group, ours.data, ours.grad, frozen)
+    group["weight_decay"] = 0.0
+    optimizer.step()
+    assert torch.equal(ours[frozen], c[frozen])
+    assert torch.allclose(ours[~frozen], own[~frozen], atol=1e-7)

@@ -1,0 +1,154 @@
+"""The freeze certificate holds for protected training as saved, and for nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_training import complete_basis
+from masked_artefacts import Artefacts, odd_model, token_batches, write_artefacts
+from safetensors.torch import load_file, save_file
+
+import warp_ds
+from warp_ds.artifacts import ArtifactError, MaskStore, fingerprint_model
+from warp_ds.method.rotation import Rotation
+from warp_ds.report.verify import certify, write_certificate
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def trained(folder: Path, artefacts: Artefacts | None, dtype: torch.dtype, lr: float = 1e-3) -> Path:
+    """Ten AdamW steps of the model in bf16 or fp32, saved as ``dtype``; protected by ``artefacts``."""
+    model = odd_model(torch.float32 if dtype == torch.float16 else dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
+    if artefacts is not None:
+        warp_ds.protect_optimizer(model, optimizer, None, artefacts.masks)
+    for ids in token_batches(10):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=str)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder, dtype = tmp_path_factory.mktemp("verify"), request.param
+    before = folder / "before"
+    odd_model(torch.float32 if dtype == torch.float16 else dtype).save_pretrained(before)
+    artefacts = write_artefacts(folder, odd_model(), model_fingerprint=fingerprint_model(before))
+    return {"folder": folder, "dtype": dtype, "before": before, "artefacts": artefacts,
+            "protected": trained(folder / "protected", artefacts, dtype),
+            "plain": trained(folder / "plain", None, dtype)}
+
+
+def test_protected_training_keeps_it(case: dict[str, Any]) -> None:
+    found = certify(case["before"], case["protected"], case["artefacts"].masks)
+    assert found["kept"] and found["problems"] == []
+    assert found["frozen"] == sum(int(f.sum()) for f in case["artefacts"].frozen.values())
+    assert found["frozen"] + found["free"] == sum(f.numel() for f in case["artefacts"].frozen.values())
+    # In fp32, products of 21 terms; in bf16 and fp16, half a unit of the last place of weights of about 0.02.
+    assert found["frozen_drift"] < (1e-6 if case["dtype"] == torch.float32 else 4e-3)
+    for layer in found["layers"]:
+        assert layer["violations"] == 0 and layer["frozen_max"] <= layer["allowed_max"]
+        assert layer["frozen_rms"] <= layer["frozen_max"] and layer["free_rms"] <= layer["free_max"]
+        assert layer["free_max"] > 3 * layer["frozen_max"], "free coefficients should have moved far more"
+
+
+def test_moves_are_what_dense_products_say(case: dict[str, Any]) -> None:
+    found = certify(case["before"], case["protected"], case["artefacts"].masks, case["artefacts"].basis)
+    old, new = (load_file(case[k] / "model.safetensors") for k in ("before", "protected"))
+    for layer in found["layers"]:
+        name = f"{layer['layer']}.weight"
+        u, mask = case["artefacts"].bases[name], case["artefacts"].frozen[name]
+        moved = (new[name].double() - old[name].double()) @ complete_basis(u)
+        # The stored fp32 U is orthonormal within its rounding.
+        for kind, which in (("frozen", mask), ("free", ~mask)):
+            assert layer[f"{kind}_max"] == pytest.approx(float(moved[which].abs().max()), rel=1e-5, abs=1e-9)
+            assert layer[f"{kind}_rms"] == pytest.approx(float(moved[which].square().mean().sqrt()), rel=1e-5, abs=1e-9)
+
+
+def test_plain_fine_tuning_fails(case: dict[str, Any]) -> None:
+    found = certify(case["before"], case["plain"], case["artefacts"].masks)
+    assert not found["kept"]
+    assert len(found["problems"]) == len(found["layers"]) and "moved further than rounding allows" in found["problems"][0]
+    assert all(layer["violations"] > 0.2 * layer["frozen"] for layer in found["layers"])
+
+
+@pytest.mark.parametrize("layer", ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"])
+def test_one_nudged_coefficient_fails(case: dict[str, Any], layer: str, tmp_path: Path) -> None:
+    """By twice what rounding allows: W + nudge u_jᵀ, stored again."""
+    shutil.copytree(case["protected"], tmp_path / "nudged")
+    artefacts, name = case["artefacts"], f"{layer}.weight"
+    tensors = load_file(tmp_path / "nudged" / "model.safetensors")
+    row, column = artefacts.frozen[name].nonzero()[7].tolist()
+    honest = certify(case["before"], case["protected"], artefacts.masks)
+    allowed = next(c["allowed_max"] for c in honest["layers"] if c["layer"] == layer)
+    rotation = Rotation(artefacts.bases[name], tensors[name].shape[1], torch.float64)
+    nudge = torch.zeros(tensors[name].shape, dtype=torch.float64)
+    nudge[row, column] = 2 * allowed
+    tensors[name] = (tensors[name].double() + rotation.unrotate(nudge)).to(case["dtype"])
+    save_file(tensors, tmp_path / "nudged" / "model.safetensors", metadata={"format": "pt"})
+    found = certify(case["before"], tmp_path / "nudged", artefacts.masks)
+    assert not found["kept"]
+    assert [c["layer"] for c in found["layers"] if c["violations"]] == [layer]
+    assert sum(c["violations"] for c in found["layers"]) == 1
+    assert layer in found["problems"][0] and "1 of" in found["problems"][0]
+
+
+def test_swapped_directories_are_refused(case: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match="belong to the model"):
+        certify(case["protected"], case["before"], case["artefacts"].masks)
+
+
+def test_the_same_directory_twice_is_no_training(case: dict[str, Any]) -> None:
+    found = certify(case["before"], case["before"], case["artefacts"].masks)
+    assert not found["kept"] and "nothing moved at all" in found["problems"][0]
+
+
+def test_shards_read_as_one_file(case: dict[str, Any], tmp_path: Path) -> None:
+    tensors = load_file(case["protected"] / "model.safetensors")
+    shutil.copytree(case["protected"], tmp_path / "sharded", ignore=shutil.ignore_patterns("*.safetensors"))
+    names = sorted(tensors)
+    weight_map = {}
+    for index, part in enumerate((names[::2], names[1::2])):
+        save_file({k: tensors[k] for k in part}, tmp_path / "sharded" / f"model-{index}.safetensors")
+        weight_map.update(dict.fromkeys(part, f"model-{index}.safetensors"))
+    (tmp_path / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    whole, sharded = (certify(case["before"], d, case["artefacts"].masks) for d in (case["protected"], tmp_path / "sharded"))
+    assert sharded["kept"] and sharded["layers"] == whole["layers"]
+
+
+def test_other_directories_are_refused(case: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no masks in"):
+        certify(case["before"], case["protected"], tmp_path)
+    with pytest.raises(ArtifactError, match="no readable weight"):
+        shutil.copytree(case["protected"], tmp_path / "less")
+        tensors = load_file(tmp_path / "less" / "model.safetensors")
+        del tensors["model.layers.1.mlp.down_proj.weight"]
+        save_file(tensors, tmp_path / "less" / "model.safetensors")
+        certify(case["before"], tmp_path / "less", case["artefacts"].masks)
+    with pytest.raises(ArtifactError, match="were made with the basis"):
+        other = write_artefacts(tmp_path / "other", odd_model(), seed=5)
+        certify(case["before"], case["protected"], case["artefacts"].masks, other.basis)
+
+
+def test_identity_basis(case: dict[str, Any], tmp_path: Path) -> None:
+    artefacts = write_artefacts(tmp_path, odd_model(), basis="identity", model_fingerprint=fingerprint_model(case["before"]))
+    after = trained(tmp_path / "after", artefacts, case["dtype"])
+    found = certify(case["before"], after, artefacts.masks)
+    assert found["kept"] and found["basis"] is None
+    if case["dtype"] != torch.float16:  # Saved in the dtype it was trained in, nothing was rounded.
+        assert found["frozen_drift"] == 0.0
+    assert not certify(case["before"], case["plain"], artefacts.masks)["kept"]
+
+
+def test_the_certificate_is_json(case: dict[str, Any], tmp_path: Path) -> None:
+    found = certify(case["before"], case["protected"], case["artefacts"].masks)
+    write_certificate(found, tmp_path / "certificate.json")
+    assert json.loads((tmp_path / "certificate.json").read_text()) == found
+    assert found["masks_fingerprint"] == MaskStore(case["artefacts"].masks).fingerprint()
