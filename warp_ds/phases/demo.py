@@ -146,7 +146,7 @@ def run_demo(arguments: DemoArguments) -> None:
                     **common, model_name=str(safe), layer_type=LAYER_TYPE, train_scope=arm.train_scope,
                     masks_dir=str(masks[arm.masks] / "masks") if arm.masks else "none",
                     utility_data=str(root / "data" / "utility_train.jsonl"), utility_samples=0, epochs=5,
-                    learning_rate=3e-4, global_batch_size=16, run_name=arm.run_name,
+                    learning_rate=1e-3, global_batch_size=16, run_name=arm.run_name,
                 )
                 directory = timed(f"phase 3, {arm.name}", partial(run_training, settings)) / "model"
             metrics = timed(f"evaluation, {arm.name}", partial(_evaluate, directory, sets, arguments, noise))
