@@ -10,7 +10,8 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from masked_artefacts import Artefacts, odd_model, read_artefacts, write_artefacts
+import torch.distributed.fsdp
+from masked_artefacts import Artefacts, nano_model, odd_model, read_artefacts, write_artefacts
 from ranks import run_ranks
 from test_masked_step import Case, make_engine, masters, protect, run_all
 from torch import nn
@@ -96,6 +97,25 @@ def refuse_attributes(artefacts: Artefacts) -> None:
     engine.destroy()
 
 
+def refuse_checkpoints_of_partial_offload(artefacts: Artefacts, folder: Path) -> None:
+    """On a GPU, offload_optimizer.ratio below 1 leaves sub-groups there; their moments are in no checkpoint."""
+    engine = make_engine(Case("partial", optimizer="cpu adam", zero={
+        "offload_optimizer": {"device": "cpu", "ratio": 0.5}, "sub_group_size": 100}))
+    protect(engine, artefacts)
+    engine.save_checkpoint(folder, "all on the CPU")
+    engine.optimizer.subgroup_to_device[0] = "cuda"
+    refused(lambda: engine.save_checkpoint(folder, "here"), "ratio below 1", "whole optimizer to the CPU")
+    refused(lambda: engine.load_checkpoint(folder, "all on the CPU"), "ratio below 1")
+    engine.destroy()
+
+
+def refuse_fsdp(artefacts: Artefacts) -> None:
+    model = odd_model()
+    torch.distributed.fsdp.fully_shard(model)
+    refused(lambda: warp_ds.protect_optimizer(model, torch.optim.AdamW(model.parameters()), None, artefacts.masks),
+            "sharded", "FSDP")
+
+
 def refuse_optimizers(artefacts: Artefacts) -> None:
     for kind in (torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.ASGD):
         model = odd_model()
@@ -137,14 +157,13 @@ def test_refused_by_name(tmp_path: Path) -> None:
     these = write_artefacts(tmp_path / "these", odd_model())
     write_artefacts(tmp_path / "broken", odd_model())
     write_artefacts(tmp_path / "other", odd_model(), seed=2)
-    from masked_artefacts import nano_model
-
     write_artefacts(tmp_path / "nano", nano_model(), {"ffn_down": 1, "attn_q": 2})
     odd_model().save_pretrained(tmp_path / "model")
     jobs: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
         (name, refuse_stage, (config, words, these)) for name, (config, words) in STAGES.items()]
     jobs += [("attributes", refuse_attributes, (these,)), ("optimizers", refuse_optimizers, (these,)),
-             ("artefacts", refuse_artefacts, (tmp_path,))]
+             ("partial offload", refuse_checkpoints_of_partial_offload, (these, tmp_path / "partial")),
+             ("FSDP", refuse_fsdp, (these,)), ("artefacts", refuse_artefacts, (tmp_path,))]
     assert list(run_ranks(2, run_all, jobs)[0]) == [name for name, _, _ in jobs]
 
 

@@ -203,6 +203,18 @@ def without_deepspeed(root: Path, folder: Path) -> None:
     fit(artefacts, folder / "bf16", None, dtype=torch.bfloat16, resume=True, **options)
 
 
+def replicated(artefacts: Artefacts, folder: Path) -> None:
+    """Under DDP every rank takes the same step."""
+    trainer, warp, keep = fit(artefacts, folder, None, clip=0.005, only=True)
+    assert isinstance(warp.protection, PlainMaskedStep)
+    assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    expect_reference(artefacts, trainer, keep, "DDP", clip=0.005, only=True)
+
+
+def test_trainer_under_ddp(tmp_path: Path) -> None:
+    run_ranks(2, replicated, write_artefacts(tmp_path / "artefacts", odd_model()), tmp_path / "run")
+
+
 def frozen_bits_in_a_loop(root: Path) -> None:
     """Plain torch loop: frozen bits stay, the optimizer is its own afterwards, and twice is refused."""
     import warp_ds

@@ -120,10 +120,6 @@ def sub_group_count(optimizer: Any) -> int:
     return len(optimizer.fp32_partitioned_groups_flat)
 
 
-def swaps_to_nvme(optimizer: Any) -> bool:
-    return bool(optimizer.swap_optimizer)
-
-
 @contextmanager
 def resident(optimizer: Any, sub_group: int, weights: bool = False, gradients: bool = False) -> Iterator[None]:
     """A block in which ``master(optimizer, sub_group)`` and its ``.grad`` are in memory, also those kept on NVMe.
@@ -156,11 +152,18 @@ def set_gradient(optimizer: Any, param: nn.Parameter, value: Tensor) -> None:
         safe_set_local_grad(param, value)
 
 
-def stepping_group(optimizer: Any, sub_group: int) -> dict[str, Any]:
-    """The hyperparameters that the step of a sub-group reads: under partial offload a second optimizer steps some."""
+def stepping(optimizer: Any, sub_group: int) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
+    """The optimizer that steps a sub-group, and the hyperparameters it reads: under partial offload (ratio < 1) a
+    second optimizer steps the sub-groups that stay on the device."""
     on_device = optimizer.offload_optimizer and optimizer.subgroup_to_device[sub_group] != "cpu"
     steps = optimizer.backup_optimizer if on_device else optimizer.optimizer
-    return steps.param_groups[optimizer.sub_group_to_group_id[sub_group]]
+    return steps, steps.param_groups[optimizer.sub_group_to_group_id[sub_group]]
+
+
+def forgotten_by_checkpoints(optimizer: Any) -> bool:
+    """Whether moments are left behind by DeepSpeed's checkpoints: those on NVMe, and partial offload's on the device."""
+    return optimizer.swap_optimizer or (
+        optimizer.offload_optimizer and any(device != "cpu" for device in optimizer.subgroup_to_device.values()))
 
 
 def state_index(optimizer: Any, sub_group: int) -> int:

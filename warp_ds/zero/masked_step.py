@@ -41,10 +41,11 @@ CHUNK = 1 << 24
 COEFFICIENTS = "warp_coefficients"
 #: Where a checkpoint says who wrote it: in each of the optimizer's parameter groups.
 MARK = "warp_ds"
-NO_NVME_CHECKPOINTS = (
-    "with the optimizer on NVMe a protected run can neither save nor load DeepSpeed checkpoints: they are copies of the "
-    "swap files, which hold rotated coefficients, and DeepSpeed leaves the moments behind. Offload the optimizer to the "
-    "CPU to be able to resume; the weights can always be exported (engine.save_16bit_model)"
+NO_CHECKPOINTS = (
+    "with the optimizer on NVMe, or partly on the device (offload_optimizer.ratio below 1), a protected run can neither "
+    "save nor load DeepSpeed checkpoints: DeepSpeed leaves moments behind, and copies swap files, which hold rotated "
+    "coefficients. Offload the whole optimizer to the CPU to be able to resume; the weights can always be exported "
+    "(engine.save_16bit_model)"
 )
 
 
@@ -123,8 +124,8 @@ class MaskedStep:
         self._loading = False
         self.take_masters(self._pop_marks())
         self._install()
-        if internals.swaps_to_nvme(optimizer) and (not dist.is_initialized() or dist.get_rank() == 0):
-            logger.warning("%s", NO_NVME_CHECKPOINTS)
+        if internals.forgotten_by_checkpoints(optimizer) and (not dist.is_initialized() or dist.get_rank() == 0):
+            logger.warning("%s", NO_CHECKPOINTS)
 
     # ------------------------------------------------------------ the three parts of a step
 
@@ -146,13 +147,13 @@ class MaskedStep:
     @torch.no_grad()
     def decay_free(self, sub_group: int, step: Callable[[int], None]) -> None:
         """The optimizer's step of a sub-group, with weight decay applied to free entries alone."""
-        group = internals.stepping_group(self.optimizer, sub_group)
+        base, group = internals.stepping(self.optimizer, sub_group)
         weight_decay = group.get("weight_decay", 0.0)
         if not weight_decay or sub_group not in self.by_sub_group:
             step(sub_group)
             return
         flat, flat_gradient = internals.master(self.optimizer, sub_group), internals.master_gradient(self.optimizer, sub_group)
-        kind = weight_decay_kind(self.optimizer.optimizer, group)
+        kind = weight_decay_kind(base, group)
         layers = self.by_sub_group[sub_group]
         with self._clock.running():
             spans = [(self.offset[id(layer)], layer.partition.length) for layer in layers]
@@ -281,8 +282,8 @@ class MaskedStep:
     @torch.no_grad()
     def state_dict(self, original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """DeepSpeed's state with W as weights (copies on the host) and C beside the moments. Collective."""
-        if internals.swaps_to_nvme(self.optimizer):
-            raise UnsupportedSetting(NO_NVME_CHECKPOINTS)
+        if internals.forgotten_by_checkpoints(self.optimizer):
+            raise UnsupportedSetting(NO_CHECKPOINTS)
         state = original()
         masters = list(state[internals.MASTERS])
         base = dict(state[internals.OPTIMIZER_STATE])
@@ -304,6 +305,8 @@ class MaskedStep:
 
     def load_state_dict(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's load, after which the masters hold C again. Collective."""
+        if internals.forgotten_by_checkpoints(self.optimizer):
+            raise UnsupportedSetting(NO_CHECKPOINTS)
         self._loading = True
         try:
             original(*args, **kwargs)
@@ -341,7 +344,7 @@ class MaskedStep:
 
         def refuse(original: Callable[..., Any]) -> Callable[..., Any]:
             def hooked() -> None:
-                raise UnsupportedSetting(NO_NVME_CHECKPOINTS)
+                raise UnsupportedSetting(NO_CHECKPOINTS)
 
             return hooked
 
