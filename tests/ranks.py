@@ -42,7 +42,8 @@ def _rank(rank: int, world_size: int, port: int, pipe: Connection, function: Cal
             # Its waiting ranks spin, which takes the cores from those they wait for.
             deepspeed_internals.disable_shm_collective()
         torch.set_num_threads(1)
-        runtime.init_distributed("cpu", timeout_seconds=120)
+        # Long enough for the first use of a DeepSpeed operator, which one rank compiles while the others wait.
+        runtime.init_distributed("cpu", timeout_seconds=600)
         gc.freeze()  # DeepSpeed collects garbage at every engine's end: 1 s each if it walks all that was imported.
         result = function(*args)
         runtime.shutdown()
@@ -65,7 +66,7 @@ def start_ranks(world_size: int, function: Callable, *args: Any) -> tuple[list, 
     return processes, pipes
 
 
-def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 240) -> list[Any]:
+def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 900) -> list[Any]:
     """Each rank's return value, in rank order; ``function`` must be importable (module level).
 
     Fails the test with the first failing rank's traceback, or when the ranks take longer than ``timeout`` seconds.
