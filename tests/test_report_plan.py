@@ -1,0 +1,106 @@
+"""warp-ds plan: from the config alone, consistent with itself, and as far off as its record says."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from warp_ds.config import ConfigError
+from warp_ds.report import plan as module
+from warp_ds.report.plan import USABLE, Job, needs, plan, read_shape
+
+SIZES = {
+    "70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
+    "405b": dict(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128),
+}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("configs")
+    for name, sizes in SIZES.items():
+        LlamaConfig(vocab_size=128256, num_key_value_heads=8, dtype="bfloat16", **sizes).save_pretrained(root / name)
+    return root
+
+
+def test_from_a_config_alone(configs: Path) -> None:
+    """Nothing but config.json is there, and nothing of 810 GB is allocated."""
+    made = plan(str(configs / "405b" / "config.json"), nodes=32, max_rank=512)
+    assert made.shape.parameters == 405_853_388_800
+    assert made.ds_config == "zero3_70b.json"
+    assert all(phase.gpu_total > made.shape.parameters * 2 / made.job.ranks for phase in made.phases)
+
+
+def test_figures_that_are_exact(configs: Path) -> None:
+    shape = read_shape(str(configs / "70b"), "ffn_down,attn_q,attn_k,attn_v", "all")
+    assert shape.parameters == 70_553_706_496 and len(shape.targets) == 320
+    for world_size in (8, 16, 24, 64, 512):
+        job = Job(nodes=world_size // 8, tokens=128, max_rank=1024, layer_type="ffn_down,attn_q,attn_k,attn_v")
+        _, basis, importance, training = needs(shape, job, module.SHARDINGS[1])
+        # Every byte of the checkpoint is read once, and the shards hold every element once and their padding.
+        assert world_size * basis.read == 2 * 70_553_706_496
+        assert 0 <= world_size * shape.shard(world_size) - 70_553_706_496 < world_size * 723
+        # One basis of 1,024 columns a shared input; one bit a coefficient.
+        assert basis.disk == 80 * 4 * (28672 + 8192 + 2) * 1024
+        assert importance.disk == 80 * (8192 * 28672 + 8192 * 8192 + 2 * 1024 * 8192) // 8
+        # The model alone is what a finished run leaves of phase 3's files.
+        assert training.disk - training.checkpoint >= 2 * 70_553_706_496
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer", "all"])
+def test_smallest_machine(configs: Path, offload: str) -> None:
+    """Fits as said, and on fewer nodes does not."""
+    settings = dict(max_rank=256, tokens=256, gradient_checkpointing=True, offload=offload, gpu_memory=80e9)
+    made = plan(str(configs / "70b"), nodes=1, **settings)
+    least = made.smallest[offload]
+    assert least is not None
+    nodes, config = least
+    fitting = plan(str(configs / "70b"), nodes=nodes, **settings)
+    assert fitting.fits and fitting.ds_config == config
+    assert all(phase.gpu_total <= USABLE * 80e9 for phase in fitting.phases)
+    if nodes > 1:
+        assert not plan(str(configs / "70b"), nodes=nodes - 1, **settings).fits
+
+
+def test_what_does_not_fit_is_named_with_a_cure(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    status = module.run(parser.parse_args(["--model_name", str(configs / "70b"), "--nodes", "2"]))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert status == 1
+    assert "does not fit: phase 3" in printed and "lower --max_rank" in printed
+    assert "smallest with offload" in printed
+    small = ["--max_rank", "256", "--gradient_checkpointing", "--max_length", "128", "--batch_size", "1"]
+    status = module.run(parser.parse_args(["--model_name", str(configs / "70b"), "--nodes", "8", *small]))
+    assert status == 0 and "off by" in capsys.readouterr().out
+
+
+def test_memory_falls_with_more_ranks(configs: Path) -> None:
+    shape = read_shape(str(configs / "70b"), "ffn_down", "all")
+    before: list[float] | None = None
+    for nodes in (1, 2, 4, 16, 64):
+        found = [phase.gpu_total for phase in needs(shape, Job(nodes=nodes), module.SHARDINGS[1])]
+        assert before is None or all(now <= then for now, then in zip(found, before, strict=True))
+        before = found
+
+
+def test_wrong_questions() -> None:
+    with pytest.raises(ConfigError, match="--offload"):
+        plan("anything", offload="nvme")
+
+
+def test_the_record_of_runs() -> None:
+    """plan_checked.json, which benchmarks/plan_check.py writes: every figure of every phase, and none far off.
+
+    The bar is wide where data decides: a basis has at most as many columns as tokens, and repeated ones make it fewer.
+    """
+    checked = json.loads(module.CHECKED.read_text())
+    assert sorted(checked) == ["phase 0", "phase 1", "phase 2", "phase 3"]
+    for phase in checked.values():
+        assert phase.pop("where")
+        assert sorted(phase) == ["disk", "memory", "read", "sent", "written"]
+        assert all(0.9 <= ratio <= 1.4 for ratio in phase.values()), phase
