@@ -30,6 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     verify.add_argument("--output", default="certificate.json", help="where the certificate is written")
     verify.set_defaults(run=_verify)
 
+    plan = commands.add_parser("plan", help="memory, traffic and disk of every phase, from the model's config alone")
+    if "plan" in (sys.argv[1:2] if argv is None else argv[:1]):
+        from warp_ds.report import plan as planning  # imports torch: only where it is asked for
+
+        planning.add_arguments(plan)
+        plan.set_defaults(run=planning.run)
+
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "demo":
         parser.error(f"unknown arguments: {' '.join(rest)}")
