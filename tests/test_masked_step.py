@@ -44,7 +44,7 @@ class Case:
     optimizer: str = "adamw"
     model: str = "odd"
     basis: str = "activation"
-    clip: float = 0.5
+    clip: float = 0.4
     decay: float = 0.1
     groups: bool = False
     """Several parameter groups: other decay and other learning rate for the norms, the layers of block 1 apart."""
@@ -61,8 +61,8 @@ CASES = [
     Case("persistent", zero={"stage3_param_persistence_threshold": LARGE}),
     Case("some persistent", zero={"stage3_param_persistence_threshold": 100}, worlds=(2,)),
     Case("identity basis", basis="identity", worlds=(2, 3)),
-    Case("a rank of padding", model="nano", worlds=(4,)),
-    Case("a rank of padding, offloaded", model="nano", worlds=(4,), zero={"offload_optimizer": {"device": "cpu"}}),
+    Case("a rank of padding", model="nano", clip=0.15, worlds=(4,)),
+    Case("a rank of padding, offloaded", model="nano", clip=0.15, worlds=(4,), zero={"offload_optimizer": {"device": "cpu"}}),
     Case("accumulation", accumulation=3, worlds=(1, 2, 4)),
     Case("accumulation of two", accumulation=2, worlds=(3,)),
     Case("only masked layers", only=True, clip=0.005),
@@ -97,6 +97,10 @@ CASES = [
 def make_optimizer(kind: str, groups: list[dict[str, Any]], dense: bool = False) -> Any:
     """For the engine, or (``dense``) the one of torch that does the same for the reference."""
     adam: dict[str, Any] = dict(lr=1e-2, eps=1e-4)
+    if kind.startswith("fused adam"):
+        if dense:
+            return make_optimizer(kind.replace("fused adam", "cpu adam"), groups, dense)
+        return deepspeed.ops.adam.FusedAdam(groups, adam_w_mode="coupled" not in kind, **adam)
     if kind.startswith("cpu adam") and not dense:
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode="coupled" not in kind, **adam)
     if kind in ("adamw", "adam decoupled", "cpu adam"):
@@ -173,13 +177,13 @@ def protect(engine: Any, artefacts: Artefacts) -> MaskedStep:
 
 def train_step(engine: Any, batch: torch.Tensor, accumulation: int = 1) -> float:
     """One optimizer step on this rank's share of a global batch; the loss of the whole batch."""
-    mine = batch.chunk(runtime.world_size())[runtime.rank()]
-    total = torch.zeros(1, dtype=torch.float64)
+    mine = batch.chunk(runtime.world_size())[runtime.rank()].to(engine.device)
+    total = torch.zeros(1, dtype=torch.float64, device=runtime.collective_device())
     for micro in mine.chunk(accumulation):
         loss = loss_of(engine, micro)
         engine.backward(loss)
         engine.step()
-        total += loss.detach().double() / accumulation
+        total += (loss.detach().double() / accumulation).to(total.device)
     return float(runtime.all_reduce_sum(total)) / runtime.world_size()
 
 
@@ -189,10 +193,10 @@ def masters(protection: MaskedStep) -> list[torch.Tensor]:
 
 def frozen_moved(protection: MaskedStep, before: list[torch.Tensor]) -> int:
     """Frozen coefficients of all ranks of which a bit changed."""
-    moved = torch.zeros(1)
+    moved = torch.zeros(1, device=runtime.collective_device())
     for layer, old in zip(protection.layers, before, strict=True):
         new = safe_get_local_fp32_param(layer.param)
-        for piece, frozen in layer.frozen_pieces(torch.device("cpu")):
+        for piece, frozen in layer.frozen_pieces(new.device):
             moved += (new[piece].view(torch.int32) != old[piece].view(torch.int32))[frozen].sum()
     return int(runtime.all_reduce_sum(moved))
 
@@ -202,7 +206,7 @@ def weight_error(engine: Any, weights: dict[str, torch.Tensor]) -> float:
     for name, param in engine.module.named_parameters():
         if param.requires_grad:
             with deepspeed.zero.GatheredParameters([param]):
-                worst = max(worst, (param.double() - weights[name]).abs().max().item())
+                worst = max(worst, (param.double().cpu() - weights[name]).abs().max().item())
     return worst
 
 
@@ -241,29 +245,38 @@ REPLAYED = {
 }
 
 
-def run_replay(config: dict[str, Any], zero: dict[str, Any], accumulation: int, root: Path) -> dict[str, float]:
-    """The dense reference is given the very gradients of a bf16 run, so that what is compared is the step alone."""
-    case = Case("bf16", groups=True, accumulation=accumulation, zero=zero)
+def run_replay(case: Case, dtype: torch.dtype, config: dict[str, Any], root: Path, steps: int = STEPS) -> dict[str, float]:
+    """The dense reference is given the very gradients of a run, so that what is compared is the step alone.
+
+    A step that DeepSpeed skips for an overflow is skipped by the reference, and counted.
+    """
     artefacts = read_artefacts(root / "odd" / "activation")
-    engine = make_engine(case, torch.bfloat16, **config)
+    engine = make_engine(case, dtype, **config)
     protection = protect(engine, artefacts)
     params = dict(engine.module.named_parameters())
     start = masters(protection)
-    named = {k: p.detach().clone().float() for k, p in MODELS["odd"](torch.bfloat16).named_parameters()}
+    named = {k: p.detach().clone().float() for k, p in MODELS["odd"](dtype).named_parameters()}
     decay, lr = hyperparameters(case, list(named))
-    dense = DenseAnyOptimizer(named, artefacts, lambda g: make_optimizer("adamw", g), decay, case.clip, lr)
-    gradients: list[dict[str, torch.Tensor]] = []
+    dense = DenseAnyOptimizer(named, artefacts, lambda g: make_optimizer(case.optimizer, g, dense=True), decay, case.clip, lr)
+    gradients: dict[str, torch.Tensor] = {}
     inner = engine.optimizer._get_norm_groups
 
     def record() -> Any:
-        gradients.append({name: safe_get_full_grad(param).clone() for name, param in params.items()})
+        for name, param in params.items():
+            gradients[name] = safe_get_full_grad(param).to("cpu", copy=True) / engine.optimizer.loss_scale
         return inner()
 
     engine.optimizer._get_norm_groups = record
-    for batch in token_batches(STEPS):
-        train_step(engine, batch, accumulation)
-        dense.step(gradients[-1])
-    masters_error = max((safe_get_full_fp32_param(param).double() - dense.value[name]).abs().max().item()
+    skipped = 0
+    for batch in token_batches(steps):
+        before = masters(protection)
+        train_step(engine, batch, case.accumulation)
+        if engine.optimizer.overflow:
+            skipped += 1
+            assert all(torch.equal(x, y) for x, y in zip(before, masters(protection), strict=True))
+        else:
+            dense.step(gradients)
+    masters_error = max((safe_get_full_fp32_param(param).double().cpu() - dense.value[name]).abs().max().item()
                         for name, param in params.items())
     shards_differ = 0
     for sub_group in protection.by_sub_group:
@@ -271,11 +284,12 @@ def run_replay(config: dict[str, Any], zero: dict[str, Any], accumulation: int, 
         protection.write_weights(sub_group)
         shards_differ += sum(int((shard != layer.param.ds_tensor).sum())
                              for shard, layer in zip(shards, protection.by_sub_group[sub_group], strict=True))
+    half_ulp = torch.finfo(dtype).eps / 4
     result = {
-        "masters": masters_error, "moved": frozen_moved(protection, start), "shards": shards_differ,
+        "masters": masters_error, "moved": frozen_moved(protection, start), "shards": shards_differ, "skipped": skipped,
         "norm": abs(float(engine.get_global_grad_norm()) / dense.norm - 1),
-        # What the model trains on is C Uᵀ rounded once, by at most 2^-9: what is more comes of the masters.
-        "weights": max(((p.double() - dense.weights()[name]).abs() - 2.0**-9 * dense.weights()[name].abs()).max().item()
+        # What the model trains on is C Uᵀ rounded once: what is more comes of the masters.
+        "weights": max(((p.double() - dense.weights()[name]).abs() - 2 * half_ulp * dense.weights()[name].abs()).max().item()
                        for name, p in gathered(engine).items()),
     }
     engine.destroy()
@@ -287,7 +301,7 @@ def gathered(engine: Any) -> dict[str, torch.Tensor]:
     found = {}
     for name, param in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([param]):
-            found[name] = param.detach().clone()
+            found[name] = param.detach().to("cpu", copy=True)
     return found
 
 
@@ -295,7 +309,8 @@ def gathered(engine: Any) -> dict[str, torch.Tensor]:
 def replays(world_size: int, root: Path) -> dict[str, Any]:
     zeros = {"resident": ({"stage3_param_persistence_threshold": LARGE}, 1),
              "offloaded": ({"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}, 2)}
-    jobs = [(f"{kind}, {place}", run_replay, (config, zero, accumulation, root))
+    jobs = [(f"{kind}, {place}", run_replay,
+             (Case("bf16", groups=True, accumulation=accumulation, zero=zero), torch.bfloat16, config, root))
             for kind, (config, _) in REPLAYED.items() for place, (zero, accumulation) in zeros.items()]
     return run_ranks(world_size, run_all, jobs)[0]
 
@@ -389,7 +404,7 @@ def test_equals_the_dense_reference(exact: Callable[[int], dict[str, Any]], worl
     assert found["moved"] == 0, f"{found['moved']} frozen coefficients moved"
     assert found["loss"] < LOSS and found["weights"] < WEIGHT, found
     assert found["norm"] < 1e-5 and found["removed"] < 1e-5 and found["share"] < 1e-9, found
-    assert found["clipped"] > 0.8 or not case.clip, "the clipping does not bind"
+    assert found["clipped"] > 1 or not case.clip, "the clipping does not bind"
     assert found["trained"] > 1e-3, "the model did not train, so the comparison means little"
 
 
