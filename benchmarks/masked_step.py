@@ -56,6 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--train_scope", default="all", choices=["all", "warp"])
+    parser.add_argument("--basis_placement", default="auto", choices=["auto", "replicated", "owner"])
     parser.add_argument("--steps", type=int, default=9, help="timed optimizer steps of each variant")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--no_memory", action="store_true", help="leave the memory runs out")
@@ -180,7 +181,8 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.protection = None
         if variant == "masked":
-            self.protection = warp_ds.protect(self.engine, root / "basis", root / "masks")
+            self.protection = warp_ds.protect(self.engine, root / "basis", root / "masks",
+                                              basis_placement=a.basis_placement)
         generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
         self.batch = torch.randint(0, a.vocab, (a.micro_batch, a.tokens), generator=generator).to(a.device)
 
@@ -234,30 +236,71 @@ def worker(a: argparse.Namespace, root: Path) -> None:
         names = a.variants.split(",")
         trainers = {name: Trainer(a, name, root) for name in names}
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        rotate = []
+        rotate, sent = [], []
         for index in range(a.steps + 2):
             for name in names:
                 took = trainers[name].step()
                 if index >= 2:
                     seconds[name].append(took)
             if "masked" in trainers:
-                spent = trainers["masked"].protection.metrics().rotate_seconds
+                metrics = trainers["masked"].protection.metrics()
                 if index >= 2:
-                    rotate.append(spent)
-        report = {"seconds": seconds, "rotate": rotate,
+                    rotate.append(metrics.rotate_seconds)
+                    sent.append(metrics.rotate_bytes)
+        report = {"seconds": seconds, "rotate": rotate, "sent": sent,
                   "tokens": a.micro_batch * a.tokens * a.accumulation * runtime.world_size()}
         if "masked" in trainers:
             step = trainers["masked"].protection
-            shares = [layer.rotation.flops(len(layer.partition.rows) + len(layer.partition.cut_rows)) for layer in step.layers]
+            mine = [layer for layer in step.layers if layer.rotation is not None]
+            flops = sum(2 * layer.rotation.flops(rows_rotated(layer)) for layer in mine)
             report |= {
-                "rotation_flops": 2 * sum(shares),
-                "basis_bytes": sum({id(layer.rotation): layer.rotation.nbytes for layer in step.layers}.values()),
-                "cut_row_bytes": 2 * 4 * sum(len(x.partition.cut_rows) * x.target.n for x in step.layers),
+                "rotation_flops": flops,
+                "rotation_seconds_predicted": sum(2 * seconds_of_product(a, layer) for layer in mine),
+                "basis_bytes": sum({id(layer.rotation): layer.rotation.nbytes for layer in mine}.values()),
+                "bytes_predicted": bytes_predicted(step.layers),
             }
     reports = runtime.all_gather_object(report)
     if runtime.rank() == 0:
         Path(os.environ["BENCHMARK_OUT"]).write_text(json.dumps(reports))
     runtime.shutdown()
+
+
+def rows_rotated(layer: Any) -> int:
+    """Rows that this rank multiplies: its own and all cut ones, or the whole layer at its basis's owner."""
+    if layer.owner is not None:
+        return int(layer.target.m)
+    return len(layer.partition.rows) + len(layer.partition.cut_rows)
+
+
+def seconds_of_product(a: argparse.Namespace, layer: Any) -> float:
+    """A product of the rows' size on all ranks at once: what one rotation of the layer should take here."""
+    from warp_ds.zero.shard_rotation import matmul_precision
+
+    rows = torch.randn(max(1, rows_rotated(layer)), layer.target.n, device=a.device)
+    took = []
+    with matmul_precision(layer.param.dtype):
+        for _ in range(3):
+            start = time.perf_counter()
+            layer.rotation.rotate(rows)
+            if a.device == "cuda":
+                torch.cuda.synchronize()
+            took.append(time.perf_counter() - start)
+    return min(took)
+
+
+def bytes_predicted(layers: list[Any]) -> float:
+    """What DESIGN's arithmetic says that this rank sends in a step: cut rows, or shards to their owners and back."""
+    from warp_ds.zero import runtime
+
+    ranks, rank = runtime.world_size(), runtime.rank()
+    total = 0.0
+    for layer in layers:
+        if layer.owner is None:
+            # A ring's all-reduce of the cut rows; for the gradient, and for C.
+            total += 2 * 2 * 4 * len(layer.partition.cut_rows) * layer.target.n * (ranks - 1) / ranks
+        else:
+            total += 2 * 4 * layer.partition.length * (ranks - 1 if layer.owner == rank else 1)
+    return total
 
 
 def run_workers(a: argparse.Namespace, what: str, root: Path) -> list[dict[str, Any]]:
@@ -294,7 +337,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_artefacts(a, root)
-        timing = run_workers(a, "time", root)[0]
+        timings = run_workers(a, "time", root)
+        timing = timings[0]
         names = a.variants.split(",")
         memory = {} if a.no_memory else {
             name: max(r["bytes"] for r in run_workers(a, f"memory:{name}", root)) for name in names}
@@ -304,15 +348,18 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores" if a.device == "cpu" else torch.cuda.get_device_name(),
         "device": a.device, "ranks": a.ranks, "hidden": a.hidden, "ffn": a.ffn, "layers": a.layers, "dtype": a.dtype,
         "layer_type": a.layer_type, "tokens_per_step": timing["tokens"], "keep_ratio": a.keep_ratio,
-        "rank_share": a.rank_share, "train_scope": a.train_scope, "steps": a.steps,
+        "rank_share": a.rank_share, "basis_placement": a.basis_placement, "train_scope": a.train_scope, "steps": a.steps,
         "plain_seconds": statistics.median(seconds["plain"]),
     }
     if "masked" in names:
         result |= {
             "time_ratio": median_ratio(seconds["masked"], seconds["plain"]),
             "rotate_seconds": statistics.median(timing["rotate"]),
-            "rotation_flops_share": timing["rotation_flops"] / plain_flops,
-            "basis_bytes": timing["basis_bytes"], "cut_row_bytes": timing["cut_row_bytes"],
+            "rotation_flops_share": max(r["rotation_flops"] for r in timings) / plain_flops,
+            "rotate_seconds_predicted": max(r["rotation_seconds_predicted"] for r in timings),
+            "basis_bytes": max(r["basis_bytes"] for r in timings),
+            "rotate_bytes": [statistics.median(r["sent"]) for r in timings],
+            "rotate_bytes_predicted": [r["bytes_predicted"] for r in timings],
         }
     if "modules" in names:
         result["module_time_ratio"] = median_ratio(seconds["modules"], seconds["plain"])
@@ -322,7 +369,7 @@ def main() -> None:
         if name in memory:
             result[key] = memory[name] / memory["plain"]
     if "masked" in memory:
-        result["memory_ratio_without_basis"] = (memory["masked"] - timing["basis_bytes"]) / memory["plain"]
+        result["memory_ratio_without_basis"] = (memory["masked"] - result["basis_bytes"]) / memory["plain"]
         result["plain_bytes"] = memory["plain"]
     print(f"arithmetic: the rotation is {result.get('rotation_flops_share', math.nan):.3f} of the plain step's operations "
           f"on each rank (2 products of every target layer's shard with its basis, once a step)")

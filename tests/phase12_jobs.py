@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,23 @@ def masks_job(cases: list[tuple[ImportanceArguments, list[Any], Path | None, Pat
         metadata = compute_masks(model, Tokenizer(), layers, rows, store, arguments, directory, fingerprints)
         found.append(dataclasses.asdict(metadata))
     return found
+
+
+def announced_job(phase: str, begun: Path, *case: Any) -> float:
+    """One case of ``basis_job`` or ``masks_job``, which touches ``begun`` as it begins; its seconds from then."""
+    model, layers = load(case[0])
+    barrier()
+    started = time.perf_counter()
+    begun.touch()
+    if phase == "basis":
+        arguments, rows, directory = case
+        compute_basis(model, Tokenizer(), layers, rows, arguments, directory, FINGERPRINTS)
+    else:
+        arguments, rows, basis, directory = case
+        store = BasisStore(basis)
+        compute_masks(model, Tokenizer(), layers, rows, store, arguments, directory,
+                      {**FINGERPRINTS, "basis": store.fingerprint()})
+    return time.perf_counter() - started
 
 
 def whole_passes_job(cases: list[tuple[ImportanceArguments, list[Any], Path | None, Path]]) -> list[list[str]]:

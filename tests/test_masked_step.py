@@ -32,7 +32,8 @@ from ranks import run_ranks
 
 import warp_ds
 from warp_ds.zero import runtime
-from warp_ds.zero.masked_step import MaskedStep, decay, matmul_precision, weight_decay_kind
+from warp_ds.zero.masked_step import MaskedStep, decay, weight_decay_kind
+from warp_ds.zero.shard_rotation import matmul_precision
 
 LOSS, WEIGHT = 1e-6, 1e-5
 STEPS = 5
@@ -51,6 +52,8 @@ class Case:
     only: bool = False
     """Nothing but the masked layers trains: their mask decides the gradient norm, and whether it is clipped."""
     accumulation: int = 1
+    placement: str = "replicated"
+    """Of the bases: on every rank, or at an owner, to which shards are sent."""
     zero: dict[str, Any] = field(default_factory=dict, hash=False)
     worlds: tuple[int, ...] = (1, 2, 3, 4)
 
@@ -68,6 +71,13 @@ CASES = [
     Case("only masked layers", only=True, clip=0.005),
     Case("only masked layers, offloaded", only=True, clip=0.005, worlds=(1, 2),
          zero={"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}),
+    Case("bases at owners", placement="owner"),
+    Case("bases at owners, sub-groups and groups", placement="owner", groups=True, worlds=(2, 3),
+         zero={"sub_group_size": 100, "stage3_param_persistence_threshold": LARGE}),
+    Case("bases at owners, offloaded", placement="owner", worlds=(2, 4), accumulation=3,
+         zero={"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
+    Case("bases at owners, a rank of padding", placement="owner", model="nano", clip=0.15, worlds=(4,)),
+    Case("bases at owners, identity basis", placement="owner", basis="identity", worlds=(2,)),
     Case("no clipping", clip=0.0, worlds=(1, 3)),
     Case("no decay", decay=0.0, worlds=(2,)),
     Case("sub-groups", zero={"sub_group_size": 100}),
@@ -169,8 +179,9 @@ def make_engine(case: Case, dtype: torch.dtype = torch.float32, trained: Iterabl
     return engine
 
 
-def protect(engine: Any, artefacts: Artefacts) -> MaskedStep:
-    protection = warp_ds.protect(engine, None, artefacts.masks)  # The masks name their basis.
+def protect(engine: Any, artefacts: Artefacts, placement: str = "auto") -> MaskedStep:
+    # The masks name their basis.
+    protection = warp_ds.protect(engine, None, artefacts.masks, basis_placement=placement)
     assert isinstance(protection, MaskedStep)
     return protection
 
@@ -214,7 +225,10 @@ def run_case(case: Case, root: Path) -> dict[str, float]:
     losses, dense = reference_of(case, root)
     artefacts = read_artefacts(root / case.model / case.basis)
     engine = make_engine(case, trained=artefacts.frozen if case.only else None)
-    protection = protect(engine, artefacts)
+    protection = protect(engine, artefacts, case.placement)
+    if case.placement == "owner" and case.basis != "identity" and runtime.world_size() > 1:
+        assert all((layer.rotation is not None) == (layer.owner == runtime.rank()) for layer in protection.layers)
+        assert len({layer.owner for layer in protection.layers}) > 1, "one rank owns every basis"
     before = masters(protection)
     found = [train_step(engine, batch, case.accumulation) for batch in token_batches(STEPS)]
     metrics = protection.metrics()
@@ -252,7 +266,7 @@ def run_replay(case: Case, dtype: torch.dtype, config: dict[str, Any], root: Pat
     """
     artefacts = read_artefacts(root / "odd" / "activation")
     engine = make_engine(case, dtype, **config)
-    protection = protect(engine, artefacts)
+    protection = protect(engine, artefacts, case.placement)
     params = dict(engine.module.named_parameters())
     start = masters(protection)
     named = {k: p.detach().clone().float() for k, p in MODELS["odd"](dtype).named_parameters()}
@@ -310,7 +324,8 @@ def replays(world_size: int, root: Path) -> dict[str, Any]:
     zeros = {"resident": ({"stage3_param_persistence_threshold": LARGE}, 1),
              "offloaded": ({"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}, 2)}
     jobs = [(f"{kind}, {place}", run_replay,
-             (Case("bf16", groups=True, accumulation=accumulation, zero=zero), torch.bfloat16, config, root))
+             (Case("bf16", groups=True, accumulation=accumulation, zero=zero,
+                   placement="owner" if place == "offloaded" else "replicated"), torch.bfloat16, config, root))
             for kind, (config, _) in REPLAYED.items() for place, (zero, accumulation) in zeros.items()]
     return run_ranks(world_size, run_all, jobs)[0]
 

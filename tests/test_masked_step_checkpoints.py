@@ -118,7 +118,7 @@ def agrees(protection: MaskedStep) -> float:
     """How far the model's shards are from C Uᵀ."""
     worst = 0.0
     for sub_group, layers in protection.by_sub_group.items():
-        for layer, weights in protection._transform(layers, protection._coefficients, Rotation.unrotate):
+        for layer, weights in protection._rotating(layers, protection._coefficients, Rotation.unrotate):
             real = slice(0, layer.partition.stop - layer.partition.start)
             error = (weights[real] - layer.param.ds_tensor.flatten()[real].float()).abs()
             worst = max(worst, float(error.max()) if error.numel() else 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from phase12_jobs import (
+    announced_job,
     basis_arguments,
     basis_job,
     choose_job,
@@ -226,3 +229,34 @@ def test_phase_2_goes_on_with_what_is_left(
     run_ranks(ranks_after, masks_job, [(arguments, ROWS, basis, tmp_path / "killed" / "masks")])
     assert not saved.exists()
     same_files(undisturbed / "masks", tmp_path / "killed" / "masks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["basis", "masks"])
+def test_ranks_killed_at_random_moments(llama: Path, basis: Path, undisturbed: Path, tmp_path: Path, phase: str) -> None:
+    """Ten jobs, in each of which a rank is killed at random; started again, the files of an undisturbed one."""
+    ranks, chance = (3, random.Random(7)) if phase == "basis" else (2, random.Random(8))
+    arguments = (basis_arguments if phase == "basis" else importance_arguments)(llama, batch_size=1)
+
+    def job(out: Path) -> tuple[Any, ...]:
+        case = (arguments, ROWS, out) if phase == "basis" else (arguments, ROWS, basis, out)
+        return announced_job, phase, out.parent / "begun", *case
+
+    (tmp_path / "whole").mkdir()
+    length = max(run_ranks(ranks, *job(tmp_path / "whole" / phase)))
+    for attempt in range(10):
+        out = tmp_path / f"{attempt}" / phase
+        out.parent.mkdir()
+        processes, _ = start_ranks(ranks, *job(out))
+        try:
+            while not (out.parent / "begun").exists():
+                time.sleep(0.001)
+            time.sleep(chance.random() * length)
+            processes[chance.randrange(ranks)].kill()
+            time.sleep(0.2)  # A launcher takes a while to end the others.
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        run_ranks(ranks, *job(out))
+        same_files(undisturbed / phase, out)

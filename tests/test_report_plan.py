@@ -69,7 +69,8 @@ def test_smallest_machine(configs: Path, offload: str) -> None:
 def test_what_does_not_fit_is_named_with_a_cure(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
-    status = module.run(parser.parse_args(["--model_name", str(configs / "70b"), "--nodes", "2"]))
+    everywhere = ["--basis_placement", "replicated"]
+    status = module.run(parser.parse_args(["--model_name", str(configs / "70b"), "--nodes", "2", *everywhere]))
     printed = " ".join(capsys.readouterr().out.split())
     assert status == 1
     assert "does not fit: phase 3" in printed and "lower --max_rank" in printed
@@ -86,6 +87,16 @@ def test_memory_falls_with_more_ranks(configs: Path) -> None:
         found = [phase.gpu_total for phase in needs(shape, Job(nodes=nodes), module.SHARDINGS[1])]
         assert before is None or all(now <= then for now, then in zip(found, before, strict=True))
         before = found
+
+
+def test_full_bases_of_70b_fit_at_their_owners(configs: Path) -> None:
+    """On every rank they take 263 GB; at owners, two layers' at most on 64 ranks, and 80 / N rounded up on any."""
+    shape = read_shape(str(configs / "70b"), "ffn_down", "all")
+    basis = 4.0 * 28672**2
+    for placement, nodes, at_most in (("replicated", 8, 80), ("owner", 8, 2), ("owner", 3, 4), ("auto", 8, 2)):
+        job = Job(nodes=nodes, basis_placement=placement)
+        training = needs(shape, job, module.SHARDINGS[1])[3]
+        assert training.gpu["bases"] == at_most * basis
 
 
 def test_wrong_questions() -> None:

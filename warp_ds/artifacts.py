@@ -183,6 +183,13 @@ class BasisStore:
                                 f"fit a layer of {n} inputs; run phase 1 again")
         return u, s
 
+    def held(self, name: str) -> tuple[str, int]:
+        """The file of the basis of the layer called ``name``, and the bytes that its fp32 ``rotation`` takes."""
+        file = self.metadata.layers[name]["file"]
+        with _open(self.directory / file) as opened:
+            n, r = opened.get_slice("U").get_shape()
+        return file, Rotation.held_bytes(n, r)
+
     def rotation(self, name: str, dtype: torch.dtype = torch.float32) -> Rotation:
         """The complete basis of the layer called ``name``, on the CPU."""
         columns, _ = self.columns(name)

@@ -24,9 +24,10 @@ from warp_ds.artifacts import (
 from warp_ds.method.rotation import Rotation
 from warp_ds.zero import deepspeed_internals as internals
 from warp_ds.zero import runtime
-from warp_ds.zero.masked_step import MaskedStep, ProtectedLayer, StepMetrics
+from warp_ds.zero.masked_step import MaskedStep, StepMetrics
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.plain_step import PlainMaskedStep
+from warp_ds.zero.shard_rotation import ProtectedLayer, place_bases
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +44,16 @@ class Protection(Protocol):
         """Ends the protection: the optimizer is its own again; called on every rank."""
 
 
-def protect(engine: Any, basis_dir: str | Path | None, masks_dir: str | Path, *, model_dir: str | None = None) -> Protection:
+def protect(engine: Any, basis_dir: str | Path | None, masks_dir: str | Path, *, model_dir: str | None = None,
+            basis_placement: str = "auto") -> Protection:
     """Freezes the rotated coefficients that ``masks_dir`` names in every further step of a DeepSpeed engine.
 
     ``engine`` is what ``deepspeed.initialize`` returned, under ZeRO-3, before its first step, or after a checkpoint of
     a protected run has been loaded (before or after that call, it is the same). ``basis_dir`` may be None for masks of
     the identity basis, and for those that name their basis. ``model_dir`` is checked against the artefacts'
-    fingerprints where given. Called on every rank. Raises ArtifactError where the artefacts belong to another model,
+    fingerprints where given. ``basis_placement``: 'replicated' holds every basis on every rank, 'owner' each on one
+    rank, to which the layers' shards are sent, 'auto' decides by memory (``zero.shard_rotation.place_bases``). Called
+    on every rank. Raises ArtifactError where the artefacts belong to another model,
     UnsupportedSetting where the step would not be exact, ValueError where a checkpoint of another basis or of
     unprotected training was loaded before.
 
@@ -57,11 +61,13 @@ def protect(engine: Any, basis_dir: str | Path | None, masks_dir: str | Path, *,
     The model, its gathered parameters and everything that is saved are W.
     """
     internals.refuse_unsupported(engine.optimizer)
-    return protect_optimizer(engine.module, engine.optimizer, basis_dir, masks_dir, model_dir=model_dir)
+    return protect_optimizer(engine.module, engine.optimizer, basis_dir, masks_dir, model_dir=model_dir,
+                             basis_placement=basis_placement)
 
 
 def protect_optimizer(
-    model: nn.Module, optimizer: Any, basis_dir: str | Path | None, masks_dir: str | Path, *, model_dir: str | None = None
+    model: nn.Module, optimizer: Any, basis_dir: str | Path | None, masks_dir: str | Path, *, model_dir: str | None = None,
+    basis_placement: str = "auto",
 ) -> Protection:
     """As ``protect``, for a model and its optimizer: DeepSpeed's ZeRO-3 optimizer, or a plain torch one.
 
@@ -88,8 +94,9 @@ def protect_optimizer(
                 "the model is sharded, but the optimizer is not DeepSpeed's: the masked step runs under ZeRO stage 3, or "
                 "on whole parameters (one process, or DDP); not under FSDP"
             )
-        return PlainMaskedStep(optimizer, _layers(basis, masks, params, 1, 0))
-    return MaskedStep(optimizer, _layers(basis, masks, params, runtime.world_size(), runtime.rank()), mark)
+        return PlainMaskedStep(optimizer, _layers(basis, masks, params, 1, 0, "replicated"))
+    layers = _layers(basis, masks, params, runtime.world_size(), runtime.rank(), basis_placement)
+    return MaskedStep(optimizer, layers, mark)
 
 
 def _basis_of(masks: MaskStore, given: str | Path | None) -> Path:
@@ -133,26 +140,32 @@ def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> di
 
 
 def _layers(
-    basis: BasisStore | None, masks: MaskStore, params: dict[str, nn.Parameter], world_size: int, rank: int
+    basis: BasisStore | None, masks: MaskStore, params: dict[str, nn.Parameter], world_size: int, rank: int,
+    basis_placement: str,
 ) -> list[ProtectedLayer]:
     """This rank's share of every masked layer; layers with one basis share its tensors."""
-    layers, rotations = [], {}
+    layers: list[ProtectedLayer] = []
+    rotations: dict[str, Rotation | None] = {}
     with runtime.on_every_rank_or_none("reading basis and masks"):
+        # The identity rotates layers of any width; a stored basis fits one.
+        bases = {target.name: ("identity", 0) if basis is None else basis.held(target.name) for target in masks.layers}
+        owners = place_bases(basis_placement if basis is not None else "replicated", masks.layers, bases, world_size)
         for target in masks.layers:
-            param = params[target.name]
-            file = None if basis is None else basis.metadata.layers[target.name]["file"]
-            if file not in rotations:
-                rotation = Rotation(None, target.n) if basis is None else basis.rotation(target.name)
-                rotations[file] = rotation.to(_compute_device(param))
-            # The identity rotates layers of any width; a stored basis fits one.
+            param, key = params[target.name], bases[target.name][0]
+            if key not in rotations:
+                if owners[key] in (None, rank):
+                    rotation = Rotation(None, target.n) if basis is None else basis.rotation(target.name)
+                    rotations[key] = rotation.to(_compute_device(param))
+                else:
+                    rotations[key] = None
             partition = RowPartition(target.m, target.n, world_size, rank)
             rows = partition.rows
             cut = [masks.packed(target.name, row, row + 1) for row in partition.cut_rows]
             whole = masks.packed(target.name, rows.start, rows.stop)
             layers.append(ProtectedLayer(
-                target, param, rotations[file], partition, whole,
+                target, param, rotations[key], partition, whole,
                 torch.cat(cut) if cut else whole.new_zeros(0, whole.shape[1]),
-                int(masks.metadata.layers[target.name]["frozen"]),
+                int(masks.metadata.layers[target.name]["frozen"]), owners[key],
             ))
             layers[-1].whole_frozen = layers[-1].whole_frozen.to(_compute_device(param))
     return layers
@@ -170,14 +183,16 @@ class WarpCallback(TrainerCallback):
     """``Trainer(..., callbacks=[WarpCallback(basis_dir=…, masks_dir=…)])`` protects any transformers or TRL training.
 
     Works under ZeRO-3, and without DeepSpeed. Logs, where the Trainer logs: ``masked_fraction``,
-    ``grad_norm_removed``, ``rotate_seconds``. ``basis_dir`` may be left out where it is the one that the masks name.
+    ``grad_norm_removed``, ``rotate_seconds``, ``rotate_bytes``. ``basis_dir`` may be left out where it is the one that
+    the masks name. ``basis_placement`` as in ``protect``.
     """
 
     def __init__(self, basis_dir: str | Path | None = None, masks_dir: str | Path | None = None,
-                 model_dir: str | None = None):
+                 model_dir: str | None = None, basis_placement: str = "auto"):
         if masks_dir is None:
             raise ArtifactError("WarpCallback needs masks_dir, the masks/ directory of a phase 2 run")
         self.basis_dir, self.masks_dir, self.model_dir = basis_dir, masks_dir, model_dir
+        self.basis_placement = basis_placement
         self.protection: Protection | None = None
         self._clipping: float | None = None
 
@@ -185,7 +200,7 @@ class WarpCallback(TrainerCallback):
                        **kwargs: Any) -> None:
         # Trainer has loaded any checkpoint by now; MaskedStep takes the coefficients from what was loaded.
         self.protection = protect_optimizer(kwargs["model"], kwargs["optimizer"], self.basis_dir, self.masks_dir,
-                                            model_dir=self.model_dir)
+                                            model_dir=self.model_dir, basis_placement=self.basis_placement)
         if isinstance(self.protection, PlainMaskedStep):
             # Trainer would clip before the mask is applied: the masked step clips instead, by the masked norm.
             self._clipping, args.max_grad_norm = args.max_grad_norm, 0.0

@@ -47,9 +47,14 @@ class Rotation:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the stored form holds."""
+        """Bytes that the held form takes."""
         tensors = [self.matrix] if self.matrix is not None else list(self.reflectors or ())
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(t.nbytes for t in tensors if t is not None)
+
+    @staticmethod
+    def held_bytes(n: int, r: int, itemsize: int = 4) -> int:
+        """``nbytes`` of the rotation that [n, r] stored columns make, before it is made."""
+        return itemsize * (2 * n * r + r if 2 * r < n else n * n)
 
     def flops(self, rows: int) -> int:
         """Floating-point operations of one rotation of ``rows`` rows."""

@@ -26,7 +26,7 @@ from warp_ds.data.datasets import load_pairs
 from warp_ds.data.formats import encode_dataset
 from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, weight_basis
 from warp_ds.phases.run import start_run
-from warp_ds.phases.targets import find_blocks, find_targets, shared_inputs
+from warp_ds.phases.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.zero.batches import Samples
 from warp_ds.zero.collect import (
     Background,
@@ -63,6 +63,8 @@ def run_basis(arguments: BasisArguments, pairs: Any = None) -> Path:
     ds_config = zero3_config(arguments)
     pairs = safety_pairs(arguments) if pairs is None else pairs
     model_dir = resolve_model_dir(arguments.model_name)
+    with on_every_rank_or_none("looking for the layers"):
+        check_targets(model_dir, arguments.target_layers, arguments.layer_type)
     inputs = {"model": on_rank_0(lambda: fingerprint_model(model_dir), "reading the model"),
               "data": fingerprint_rows(pairs)}
     with start_run("phase1", arguments, inputs=inputs) as run:

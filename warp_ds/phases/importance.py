@@ -33,7 +33,7 @@ from warp_ds.method.mask import frozen_count, pack_bits
 from warp_ds.method.selection import random_scores
 from warp_ds.phases.basis import safety_pairs
 from warp_ds.phases.run import start_run
-from warp_ds.phases.targets import find_blocks, find_targets, shared_inputs
+from warp_ds.phases.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.collect import Background, stop_together
 from warp_ds.zero.model import context_length, load_model, resolve_model_dir
@@ -82,6 +82,8 @@ def run_importance(arguments: ImportanceArguments, pairs: Any = None) -> Path:
             basis = BasisStore(find_artifact(arguments.basis_dir, "basis", arguments.output_dir))
     pairs = safety_pairs(arguments) if pairs is None else pairs
     model_dir = resolve_model_dir(arguments.model_name)
+    with on_every_rank_or_none("looking for the layers"):
+        check_targets(model_dir, arguments.target_layers, arguments.layer_type)
     inputs = {"model": on_rank_0(lambda: fingerprint_model(model_dir), "reading the model"),
               "data": fingerprint_rows(pairs)}
     if basis is not None:

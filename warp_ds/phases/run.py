@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import datasets
 from filelock import FileLock, Timeout
 
 from warp_ds.artifacts import ArtifactError, read_json, write_json
@@ -186,7 +187,7 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def log_to_terminal(level: int = logging.INFO) -> None:
-    """Rank 0's log on standard error; the other ranks' go to their files alone."""
+    """Rank 0's log and progress bars on standard error; the other ranks' logs go to their files alone."""
     root = logging.getLogger("warp_ds")
     root.setLevel(level)
     root.propagate = False
@@ -195,6 +196,8 @@ def log_to_terminal(level: int = logging.INFO) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         root.addHandler(handler)
+    else:
+        datasets.disable_progress_bars()
 
 
 @contextmanager

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
+import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from warp_ds.artifacts import TargetLayer
@@ -49,6 +52,17 @@ def find_targets(model: nn.Module, target_layers: str, layer_type: str) -> list[
         for index in parse_target_layers(target_layers, len(blocks))
         for kind in types
     ]
+
+
+def check_targets(model_dir: Path, target_layers: str, layer_type: str) -> None:
+    """Raises what ``find_targets`` would, from the configuration in ``model_dir`` alone: before any weight is read."""
+    try:
+        config = AutoConfig.from_pretrained(model_dir)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError):
+        return  # What is wrong with the model itself is said where it is loaded.
+    find_targets(model, target_layers, layer_type)
 
 
 def _target(block: nn.Module, prefix: str, index: int, kind: str) -> TargetLayer:

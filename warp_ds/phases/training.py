@@ -43,7 +43,7 @@ from warp_ds.data.datasets import load_pairs
 from warp_ds.data.formats import encode_dataset
 from warp_ds.evaluation.generate import pad_token
 from warp_ds.phases.run import start_run
-from warp_ds.phases.targets import find_targets
+from warp_ds.phases.targets import check_targets, find_targets
 from warp_ds.protection import WarpCallback
 from warp_ds.zero import runtime
 from warp_ds.zero.model import context_length, load_model, resolve_model_dir
@@ -68,6 +68,8 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         masks_dir, basis_dir = _find_masks(arguments, inputs["model"])
         if masks_dir is not None:
             inputs["masks"] = MaskStore(masks_dir).fingerprint()
+        else:
+            check_targets(model_dir, arguments.target_layers, arguments.layer_type)
     with start_run("phase3", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
@@ -78,7 +80,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         choose_trained(model, [layer.name for layer in layers] if arguments.train_scope == "warp" else None)
         callbacks: list[TrainerCallback] = []
         if masks_dir is not None:
-            callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir)))
+            callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), arguments.basis_placement))
         trainer = fit(model, tokenizer, samples, arguments, run.directory, callbacks, passed)
         export(trainer, tokenizer, run.directory / "model", _model_card(arguments, masks_dir))
         run.finish()

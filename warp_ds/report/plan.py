@@ -22,12 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from warp_ds.artifacts import TargetLayer
 from warp_ds.config import DTYPES, BasisArguments, ConfigError, ImportanceArguments, TrainArguments
 from warp_ds.method.importance import tokens_first
+from warp_ds.method.rotation import Rotation
 from warp_ds.phases.targets import find_blocks, find_targets, shared_inputs
 from warp_ds.zero.checkpoint_index import READ_BUFFER_BYTES
 from warp_ds.zero.collect import REDUCE, route
 from warp_ds.zero.fetch import outside
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.save import GATHER_BYTES
+from warp_ds.zero.shard_rotation import CHUNK, PLACEMENTS, place_bases
 
 CHECKED = Path(__file__).with_name("plan_checked.json")
 GPU_CONTEXT = 1_500_000_000
@@ -40,7 +42,8 @@ USABLE = 0.9
 """Share of a GPU's memory that a plan fills: the rest is left to fragmentation, and to the plan's own error."""
 MOST_NODES = 1024
 CURES = {
-    "bases": "every rank holds every basis: lower --max_rank, or choose fewer --layer_type or --target_layers",
+    "bases": "use more nodes, lower --max_rank, or choose fewer --layer_type or --target_layers",
+    "rotating": "its owner rotates a layer whole: lower --max_rank, so that every rank can hold the bases",
     "decomposition": "fewer tokens than inputs are decomposed in a smaller form: fewer --safety_samples",
     "activations": "use --gradient_checkpointing, or a smaller --batch_size",
     "logits": "use a smaller --batch_size or --max_length",
@@ -95,6 +98,7 @@ class Job:
     importance_batch_size: int = ImportanceArguments.importance_batch_size
     epochs: float = TrainArguments.epochs
     max_rank: int = BasisArguments.max_rank
+    basis_placement: str = TrainArguments.basis_placement
     train_scope: str = TrainArguments.train_scope
     gradient_checkpointing: bool = TrainArguments.gradient_checkpointing
     on_gpu: bool = True
@@ -325,17 +329,28 @@ def training(shape: Shape, job: Job, sharding: Sharding, phase: str, samples: in
     passes: dict[str, float] = {"gathered": (live + max(shape.blocks)) * b, "activations": activations}
     passes["logits"] = _logits(shape, of_rank, b)
     step = {"a sub-group's step": 8.0 * min(share, sharding.sub_group_size) * (sharding.offload == "none")}
+    steps = math.ceil(job.epochs * samples / job.global_batch_size)
     if masked:
-        groups = shared_inputs(shape.targets)
-        ranks_of = [(group[0].n, _rank_of(group[0].n, job)) for group in groups]
-        # Every rank holds every basis: the masked step moves neither bases nor gradient shards.
-        found.gpu["bases"] = sum(_rotation(n, r) for n, r in ranks_of)
+        held = {layer.name: (group[0].name, Rotation.held_bytes(layer.n, _rank_of(layer.n, job)))
+                for group in shared_inputs(shape.targets) for layer in group}
+        owners = place_bases(job.basis_placement, shape.targets, held, n_ranks)
+        largest = 4.0 * max(layer.m * layer.n for layer in shape.targets)
+        of_owner: Counter[int | None] = Counter()
+        for key, nbytes in dict(held.values()).items():
+            of_owner[owners[key]] += nbytes
+        found.gpu["bases"] = float(max(of_owner.values()))
         found.gpu["masks"] = sum(layer.m * math.ceil(layer.n / 8) for layer in shape.targets) / n_ranks
-        step["rotating"] = max(3 * 4.0 * layer.m * layer.n / n_ranks for layer in shape.targets)
-        found.read += sum(4.0 * n * r for n, r in ranks_of)
+        if None in of_owner:
+            # Neither bases nor gradient shards move.
+            step["rotating"] = 3 * largest / n_ranks
+        else:
+            # An owner gets its layer whole, and gives its own shards away; one piece of rows is rotated at a time.
+            step["rotating"] = 2 * largest + 4.0 * CHUNK
+            found.sent += steps * 4 * 4.0 * sum(layer.m * layer.n for layer in shape.targets) / n_ranks * _others(n_ranks)
+        widths = {key: (layer.n, _rank_of(layer.n, job)) for layer in shape.targets for key in [held[layer.name][0]]}
+        found.read += max(sum(4.0 * n * r for key, (n, r) in widths.items() if owners[key] == owner) for owner in of_owner)
     # Passes and steps take turns.
     found.gpu.update(passes if sum(passes.values()) > sum(step.values()) else step)
-    steps = math.ceil(job.epochs * samples / job.global_batch_size)
     micro = math.ceil(job.global_batch_size / (job.train_batch_size * n_ranks))
     # Parameters stay gathered between forward and backward as far as max_live_parameters goes.
     fetches = 1 if shape.parameters <= sharding.max_live_parameters else 2
@@ -383,11 +398,6 @@ def _rank_of(n: int, job: Job) -> int:
     """Columns of a stored basis: no more than there are tokens."""
     r = min(n, job.basis_samples * job.tokens)
     return min(r, job.max_rank) if job.max_rank else r
-
-
-def _rotation(n: int, r: int) -> float:
-    """Bytes of method/rotation.py's stored form: dense, or V and V Tᵀ."""
-    return 8.0 * n * r if 2 * r < n else 4.0 * n * n
 
 
 def _decomposition(tokens: int, n: int, r: int, b: int, way: str) -> float:
@@ -473,6 +483,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--importance_batch_size", type=int, default=Job.importance_batch_size)
     parser.add_argument("--epochs", type=float, default=Job.epochs)
     parser.add_argument("--max_rank", type=int, default=Job.max_rank)
+    parser.add_argument("--basis_placement", choices=PLACEMENTS, default=Job.basis_placement)
     parser.add_argument("--train_scope", choices=("warp", "all"), default=Job.train_scope)
     parser.add_argument("--gradient_checkpointing", action="store_true")
 
@@ -487,7 +498,7 @@ def run(arguments: argparse.Namespace) -> int:
         "tokens": arguments.max_length,
     }
     same = ("offload", "dtype", "layer_type", "target_layers", "utility_samples", "global_batch_size",
-            "importance_batch_size", "epochs", "max_rank", "train_scope", "gradient_checkpointing")
+            "importance_batch_size", "epochs", "max_rank", "basis_placement", "train_scope", "gradient_checkpointing")
     given.update({name: getattr(arguments, name) for name in same})
     if arguments.safety_samples is not None:
         given.update(basis_samples=arguments.safety_samples, importance_samples=arguments.safety_samples)

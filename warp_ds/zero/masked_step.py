@@ -24,19 +24,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from warp_ds.artifacts import TargetLayer
-from warp_ds.method.mask import unpack_bits
 from warp_ds.method.rotation import Rotation
 from warp_ds.zero import deepspeed_internals as internals
 from warp_ds.zero.deepspeed_internals import UnsupportedSetting
-from warp_ds.zero.partition import RowPartition
+from warp_ds.zero.shard_rotation import ProtectedLayer, ShardRotation
 
 logger = logging.getLogger(__name__)
 
-#: Rows are rotated in pieces of at most this many elements: bounds temporary memory to 64 MB of fp32 a matrix.
-CHUNK = 1 << 24
 #: Where a checkpoint keeps C: in the optimizer's state of each sub-group, beside the moments.
 COEFFICIENTS = "warp_coefficients"
 #: Where a checkpoint says who wrote it: in each of the optimizer's parameter groups.
@@ -50,33 +46,6 @@ NO_CHECKPOINTS = (
 
 
 @dataclass
-class ProtectedLayer:
-    """One masked layer's share on this rank."""
-
-    target: TargetLayer
-    param: nn.Parameter
-    rotation: Rotation
-    partition: RowPartition
-    whole_frozen: Tensor
-    """Packed bits uint8 [whole rows here, ceil(n / 8)]."""
-    cut_frozen: Tensor
-    """Packed bits uint8 [rows cut between ranks, ceil(n / 8)], the same on every rank."""
-    frozen_count: int
-    """Frozen entries of the whole layer, all ranks."""
-
-    def frozen_pieces(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-        """(slice of the local partition, which of its entries are frozen: bool), a bounded piece at a time."""
-        n, whole = self.target.n, self.partition.whole
-        for rows in row_chunks(len(self.partition.rows), n):
-            bits = unpack_bits(self.whole_frozen[rows].to(device), n)
-            yield slice(whole.start + rows.start * n, whole.start + rows.stop * n), bits.reshape(-1)
-        if self.partition.fragments:
-            cut = unpack_bits(self.cut_frozen.to(device), n)
-            for fragment in self.partition.fragments:
-                yield fragment.local, cut[fragment.cut, fragment.columns]
-
-
-@dataclass
 class StepMetrics:
     """What the last optimizer step did."""
 
@@ -85,7 +54,9 @@ class StepMetrics:
     grad_norm_removed: float
     """Norm of the gradient that the mask removed over the norm of the masked layers' whole gradient."""
     rotate_seconds: float
-    """Seconds that this rank spent rotating, masking and exchanging cut rows."""
+    """Seconds that this rank spent rotating, masking and exchanging shards or cut rows."""
+    rotate_bytes: int = 0
+    """Bytes that this rank sent to others for that."""
 
 
 class MaskedStep:
@@ -119,6 +90,7 @@ class MaskedStep:
         self.masked_fraction = sum(layer.frozen_count for layer in self.layers) / max(1, entries)
         self.device = torch.device(get_accelerator().current_device_name())
         self._norms = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._rotating = ShardRotation(self.device)
         self._clock = Clock(self.device)
         self._undo: list[Callable[[], None]] = []
         self._loading = False
@@ -136,7 +108,7 @@ class MaskedStep:
             norms = torch.zeros(2, dtype=torch.float64, device=self.device)
             for sub_group, layers in self.by_sub_group.items():
                 with internals.resident(self.optimizer, sub_group, gradients=True):
-                    for layer, rotated in self._transform(layers, self._gradient, Rotation.rotate):
+                    for layer, rotated in self._rotating(layers, self._gradient, Rotation.rotate):
                         norms[0] += torch.linalg.vector_norm(rotated, dtype=torch.float64) ** 2
                         for piece, frozen in layer.frozen_pieces(rotated.device):
                             rotated[piece].masked_fill_(frozen, 0.0)
@@ -174,7 +146,7 @@ class MaskedStep:
         """The 16-bit (or fp32) shards of a sub-group become C Uᵀ."""
         layers = self.by_sub_group.get(sub_group, [])
         with self._clock.running():
-            for layer, weights in self._transform(layers, self._coefficients, Rotation.unrotate):
+            for layer, weights in self._rotating(layers, self._coefficients, Rotation.unrotate):
                 real = slice(0, layer.partition.stop - layer.partition.start)
                 internals.shard(layer.param)[real].copy_(weights[real])
 
@@ -202,7 +174,7 @@ class MaskedStep:
                 if sub_group in saved:
                     found = iter([(layer, self._local(saved[sub_group], layer)) for layer in layers])
                 else:
-                    found = self._transform(layers, self._coefficients, Rotation.rotate)
+                    found = self._rotating(layers, self._coefficients, Rotation.rotate)
                 for layer, c in found:
                     local = self._coefficients(layer)
                     real = slice(0, layer.partition.stop - layer.partition.start)
@@ -234,7 +206,7 @@ class MaskedStep:
         """Why the checkpoint's W are not those of its C; empty where they are. Collective."""
         problem = ""
         layers = self.by_sub_group.get(sub_group, [])
-        for layer, again in self._transform(layers, lambda layer: self._local(saved, layer), Rotation.unrotate):
+        for layer, again in self._rotating(layers, lambda layer: self._local(saved, layer), Rotation.unrotate):
             real = slice(0, layer.partition.stop - layer.partition.start)
             weights = self._coefficients(layer)[real].to(self.device)
             if not weights.numel():
@@ -291,7 +263,7 @@ class MaskedStep:
         for sub_group, layers in self.by_sub_group.items():
             coefficients = masters[sub_group].detach()
             masters[sub_group] = coefficients.to("cpu", copy=True)
-            for layer, weights in self._transform(layers, self._coefficients, Rotation.unrotate):
+            for layer, weights in self._rotating(layers, self._coefficients, Rotation.unrotate):
                 self._local(masters[sub_group], layer).copy_(weights)
             index = internals.state_index(self.optimizer, sub_group)
             # An Adam that finds anything in a state takes it as its own: without moments there is none to add C to.
@@ -367,7 +339,7 @@ class MaskedStep:
         self._undo = []
         for sub_group, layers in self.by_sub_group.items():
             with internals.resident(self.optimizer, sub_group, weights=True):
-                for layer, weights in self._transform(layers, self._coefficients, Rotation.unrotate):
+                for layer, weights in self._rotating(layers, self._coefficients, Rotation.unrotate):
                     self._coefficients(layer).copy_(weights)
 
     def metrics(self) -> StepMetrics:
@@ -377,7 +349,7 @@ class MaskedStep:
             dist.all_reduce(norms)
         whole, kept = norms.tolist()
         return StepMetrics(self.masked_fraction, (max(0.0, whole - kept) / whole) ** 0.5 if whole else 0.0,
-                           self._clock.take())
+                           self._clock.take(), self._rotating.take_sent())
 
     def _local(self, flat: Tensor, layer: ProtectedLayer) -> Tensor:
         """View of a sub-group's flat buffer: the layer's local partition, padding included."""
@@ -389,52 +361,6 @@ class MaskedStep:
 
     def _gradient(self, layer: ProtectedLayer) -> Tensor:
         return internals.get_gradient(self.optimizer, layer.param)
-
-    def _transform(
-        self, layers: list[ProtectedLayer], source: Callable[[ProtectedLayer], Tensor],
-        apply: Callable[[Rotation, Tensor], Tensor],
-    ) -> Iterator[tuple[ProtectedLayer, Tensor]]:
-        """Rotates each layer's local partition: new fp32 tensors [partition.length], padding 0. Collective.
-
-        One layer's result exists at a time. ``source`` gives a layer's flat partition, and is asked twice.
-        """
-        cuts = self._join_cut_rows(layers, source)
-        for layer, cut in zip(layers, cuts, strict=True):
-            flat = source(layer).to(self.device, torch.float32)
-            result = torch.zeros_like(flat)
-            rows, target = layer.partition.whole_rows(flat), layer.partition.whole_rows(result)
-            with matmul_precision(layer.param.dtype):
-                for chunk in row_chunks(rows.shape[0], layer.target.n):
-                    target[chunk] = apply(layer.rotation, rows[chunk])
-                if layer.partition.fragments:
-                    rotated = apply(layer.rotation, cut)
-                    for fragment in layer.partition.fragments:
-                        result[fragment.local] = rotated[fragment.cut, fragment.columns]
-            yield layer, result
-
-    def _join_cut_rows(self, layers: list[ProtectedLayer], source: Callable[[ProtectedLayer], Tensor]) -> list[Tensor]:
-        """The rows of each layer that are cut between ranks, fp32 [cut rows, n], whole, on every rank.
-
-        One all-reduce for all layers: each rank adds its pieces to zeros, which is exact even for a row on all ranks.
-        """
-        sizes = [len(layer.partition.cut_rows) * layer.target.n for layer in layers]
-        joined = torch.zeros(sum(sizes), device=self.device)
-        cuts = [part.view(-1, layer.target.n) for part, layer in zip(joined.split(sizes), layers, strict=True)]
-        for layer, cut in zip(layers, cuts, strict=True):
-            if layer.partition.fragments:
-                flat = source(layer)
-                for fragment in layer.partition.fragments:
-                    cut[fragment.cut, fragment.columns] = flat[fragment.local].to(self.device, torch.float32)
-        if joined.numel():
-            dist.all_reduce(joined)
-        return cuts
-
-
-def row_chunks(rows: int, n: int) -> Iterator[slice]:
-    """Slices of at most CHUNK elements of n columns."""
-    step = max(1, CHUNK // n)
-    return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
-
 
 def _between(spans: Iterable[tuple[int, int]], total: int) -> Iterator[slice]:
     """What of range(total) lies in none of the (offset, length) spans."""
@@ -506,29 +432,6 @@ def _raise_together(problem: str) -> None:
     first = next((text for text in problems if text), None)
     if first:
         raise ValueError(first)
-
-
-@contextmanager
-def matmul_precision(weights: torch.dtype) -> Iterator[None]:
-    """TF32 products where weights are 16-bit anyway (its error is below their rounding), full fp32 where they are not."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest" if weights == torch.float32 else "high")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    # Asking the older setting would fail where the newer has been used, as transformers' tf32 argument does.
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    befores = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee" if weights == torch.float32 else "tf32"
-    try:
-        yield
-    finally:
-        for backend, value in zip(backends, befores, strict=True):
-            backend.fp32_precision = value
 
 
 class Clock:

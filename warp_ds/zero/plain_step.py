@@ -9,15 +9,8 @@ from torch import Tensor
 
 from warp_ds.method.rotation import Rotation
 from warp_ds.zero.deepspeed_internals import UnsupportedSetting
-from warp_ds.zero.masked_step import (
-    Clock,
-    ProtectedLayer,
-    StepMetrics,
-    decay,
-    matmul_precision,
-    row_chunks,
-    weight_decay_kind,
-)
+from warp_ds.zero.masked_step import Clock, StepMetrics, decay, weight_decay_kind
+from warp_ds.zero.shard_rotation import ProtectedLayer, matmul_precision, row_chunks
 
 _PROTECTED = "_warp_ds_protected"
 
@@ -111,6 +104,7 @@ class PlainMaskedStep:
 
     @staticmethod
     def _apply(layer: ProtectedLayer, apply: Any, source: Tensor) -> Tensor:
+        assert layer.rotation is not None, "one process holds every basis"
         result = torch.empty_like(source)
         with matmul_precision(layer.param.dtype):
             for rows in row_chunks(*source.shape):
