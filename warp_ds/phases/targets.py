@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from warp_ds.artifacts import TargetLayer
 from warp_ds.config import LAYER_TYPES, ConfigError, parse_layer_types, parse_target_layers
+from warp_ds.zero.transformers_internals import zero3_hidden_from_transformers
 
 #: Where a layer type is found in a block, for Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 and all built like them.
 MODULES = {
@@ -58,7 +59,8 @@ def check_targets(model_dir: Path, target_layers: str, layer_type: str) -> None:
     """Raises what ``find_targets`` would, from the configuration in ``model_dir`` alone: before any weight is read."""
     try:
         config = AutoConfig.from_pretrained(model_dir)
-        with torch.device("meta"):
+        # A Trainer of the same process leaves its configuration behind, by which transformers would gather and fill.
+        with zero3_hidden_from_transformers(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError):
         return  # What is wrong with the model itself is said where it is loaded.
