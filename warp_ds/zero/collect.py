@@ -24,7 +24,14 @@ from warp_ds.data.collate import EMPTY
 from warp_ds.method.covariance import Covariance
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.fetch import FetchHooks, outside
-from warp_ds.zero.runtime import all_gather_object, collective_device, on_every_rank_or_none, rank, world_size
+from warp_ds.zero.runtime import (
+    all_gather_object,
+    collective_device,
+    on_every_rank_or_none,
+    rank,
+    return_freed_memory,
+    world_size,
+)
 from warp_ds.zero.walk import BlockWalk, HiddenStates, host_memory
 
 logger = logging.getLogger(__name__)
@@ -210,6 +217,7 @@ class Background:
                         torch.cuda.current_stream().synchronize()
                 else:
                     job()
+                    return_freed_memory()
         except Exception as error:  # raised on every rank by ``meet``
             self.error = error
 
@@ -332,6 +340,7 @@ def collect_by_walk(
             if index in by_block:
                 stop_together(hooks.failure(), "inputs")
                 yield from _on_every_rank(hooks, by_block[index], samples, itemsize)
+            return_freed_memory()
     finally:
         hidden.close()
 

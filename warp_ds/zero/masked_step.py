@@ -54,9 +54,9 @@ class StepMetrics:
     grad_norm_removed: float
     """Norm of the gradient that the mask removed over the norm of the masked layers' whole gradient."""
     rotate_seconds: float
-    """Seconds that this rank spent rotating, masking and exchanging shards or cut rows."""
+    """Seconds a step that this rank spent rotating, masking and exchanging shards or cut rows."""
     rotate_bytes: int = 0
-    """Bytes that this rank sent to others for that."""
+    """Bytes a step that this rank sent to others for that."""
 
 
 class MaskedStep:
@@ -92,9 +92,11 @@ class MaskedStep:
         self._norms = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._rotating = ShardRotation(self.device)
         self._clock = Clock(self.device)
+        self._steps = 0
         self._undo: list[Callable[[], None]] = []
         self._loading = False
         self.take_masters(self._pop_marks())
+        self._rotating.take_sent()  # of no step
         self._install()
         if internals.forgotten_by_checkpoints(optimizer) and (not dist.is_initialized() or dist.get_rank() == 0):
             logger.warning("%s", NO_CHECKPOINTS)
@@ -104,6 +106,7 @@ class MaskedStep:
     @torch.no_grad()
     def rotate_gradients(self) -> None:
         """Every gradient shard becomes (dL/dW) U with its frozen entries 0."""
+        self._steps += 1
         with self._clock.running():
             norms = torch.zeros(2, dtype=torch.float64, device=self.device)
             for sub_group, layers in self.by_sub_group.items():
@@ -348,8 +351,9 @@ class MaskedStep:
         if dist.is_initialized():
             dist.all_reduce(norms)
         whole, kept = norms.tolist()
+        steps, self._steps = max(1, self._steps), 0
         return StepMetrics(self.masked_fraction, (max(0.0, whole - kept) / whole) ** 0.5 if whole else 0.0,
-                           self._clock.take(), self._rotating.take_sent())
+                           self._clock.take() / steps, self._rotating.take_sent() // steps)
 
     def _local(self, flat: Tensor, layer: ProtectedLayer) -> Tensor:
         """View of a sub-group's flat buffer: the layer's local partition, padding included."""

@@ -37,7 +37,7 @@ class PlainMaskedStep:
         """The masked norm at the last clipping, before it."""
         entries = sum(layer.target.m * layer.target.n for layer in layers)
         self.masked_fraction = sum(layer.frozen_count for layer in layers) / max(1, entries)
-        self._norms, self._clock = (0.0, 0.0), Clock(layers[0].param.device)
+        self._norms, self._clock, self._steps = (0.0, 0.0), Clock(layers[0].param.device), 0
         self._coefficients = [self._apply(layer, Rotation.rotate, layer.param.detach().float()) for layer in layers]
         for layer in layers:
             # A checkpoint's moments were loaded as the weights' dtype; those of C are fp32.
@@ -48,6 +48,7 @@ class PlainMaskedStep:
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._steps += 1
         with self._clock.running():
             whole = kept = 0.0
             rotated: list[Tensor] = []
@@ -114,8 +115,9 @@ class PlainMaskedStep:
     def metrics(self) -> StepMetrics:
         """What the last step did."""
         whole, kept = self._norms
+        steps, self._steps = max(1, self._steps), 0
         return StepMetrics(self.masked_fraction, (max(0.0, whole - kept) / whole) ** 0.5 if whole else 0.0,
-                           self._clock.take())
+                           self._clock.take() / steps)
 
     def coefficients(self) -> dict[str, Tensor]:
         """C [m, n] fp32 of every masked layer, by name."""

@@ -26,11 +26,15 @@ class Chosen:
     """Bits of the lowest frozen score."""
     ties: int
     """How many of this rank's scores equal to it are frozen, the first by index."""
+    equal: int
+    """How many of this rank's scores are equal to it."""
     value: float | None
     """The lowest frozen score; None where nothing is frozen."""
 
     def mask(self, scores: Tensor) -> Tensor:
         """bool like ``scores``, the block that this was chosen from."""
+        if self.ties == self.equal and self.threshold < NOTHING:
+            return take(scores, self.threshold - 1, 0)  # every tie is taken: no need to look for the first ones
         return take(scores, self.threshold, self.ties)
 
 
@@ -76,8 +80,8 @@ def _share_ties(groups: Sequence[Sequence[Tensor]], thresholds: list[tuple[int, 
         value = float(torch.tensor(threshold, dtype=torch.int32).view(torch.float32)) if threshold < NOTHING else None
         for _ in blocks:
             counts = everywhere[:, position]
-            before = int(counts[: rank()].sum())
-            chosen.append(Chosen(threshold, max(0, min(int(counts[rank()]), left - before)), value))
+            before, equal = int(counts[: rank()].sum()), int(counts[rank()])
+            chosen.append(Chosen(threshold, max(0, min(equal, left - before)), equal, value))
             left = max(0, left - int(counts.sum()))
             position += 1
         found.append(chosen)
