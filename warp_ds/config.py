@@ -47,6 +47,7 @@ class RunArguments:
     debug: bool = flag(False, "5 samples, one layer, verbose, checks on")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, more time")
     timeout: int = flag(1800, "seconds after which a rank that waits for another gives up")
+    max_requeues: int = flag(20, "restarts of one Slurm job, by preemption, time limit or a lost node, before it stops")
     local_rank: int = flag(-1, "set by the deepspeed launcher; ignored")
 
     def check(self) -> None:
@@ -215,7 +216,7 @@ class EvaluateArguments(RunArguments):
 Arguments = TypeVar("Arguments", bound=RunArguments)
 #: Flags that do not change what a run computes: two runs that differ in these alone may resume one another.
 NOT_IDENTITY = ("output_dir", "log_dir", "run_name", "resume", "debug", "device", "timeout", "local_rank", "deepspeed",
-                "save_minutes")
+                "save_minutes", "max_requeues")
 
 
 def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:

@@ -21,11 +21,12 @@ from warp_ds.artifacts import (
     write_json,
     write_tensors,
 )
+from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.config import LAYER_TYPES, BasisArguments, ConfigError
 from warp_ds.data.datasets import load_pairs
 from warp_ds.data.formats import encode_dataset
 from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, weight_basis
-from warp_ds.phases.run import start_run
+from warp_ds.phases.run import Progress, start_run
 from warp_ds.phases.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.zero.batches import Samples
 from warp_ds.zero.collect import (
@@ -137,6 +138,7 @@ def _from_activations(
                           "scope, more samples, or a longer --max_length (responses may have been cut off)")
     entries: Entries = {}
     traffic = Traffic()
+    progress, done = Progress(directory.parent, len(layers), "layers"), 0
     with Background("decomposing the covariances", samples.device) as decompositions:
         for found in _inputs(model, layers, samples, arguments, directory):
             way = found.route
@@ -146,6 +148,9 @@ def _from_activations(
                                   "the model runs this layer more than once a pass, or not for every token")
             if delivered is not None:
                 decompositions.start(_decomposition(delivered, way, arguments, directory, entries))
+            done += len(found.layers)
+            progress.at(done)
+            leave_if_asked()  # finished bases stay: a run that goes on makes the others
         decompositions.meet()
     logger.info("this rank has sent %.3f GB of activations and covariances", traffic.bytes / 1e9)
     return entries

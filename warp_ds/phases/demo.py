@@ -259,4 +259,4 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    launch(DemoArguments, run_demo)
+    launch(DemoArguments, run_demo, stoppable=False)

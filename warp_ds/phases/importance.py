@@ -26,13 +26,14 @@ from warp_ds.artifacts import (
     write_json,
     write_tensors,
 )
+from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.config import ConfigError, ImportanceArguments
 from warp_ds.data.formats import encode_dataset
 from warp_ds.method.importance import response_loss, tokens_first
 from warp_ds.method.mask import frozen_count, pack_bits
 from warp_ds.method.selection import random_scores
 from warp_ds.phases.basis import safety_pairs
-from warp_ds.phases.run import start_run
+from warp_ds.phases.run import Progress, start_run
 from warp_ds.phases.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.collect import Background, stop_together
@@ -161,7 +162,7 @@ def importance_scores(
         of_rows = torch.tensor([[weights.get(i, 0.0)] for i in batch.samples], device=logits.device)
         return scale * response_loss(logits, batch.labels[:, -last:], of_rows.expand(-1, last))
 
-    last_save = time.monotonic()
+    last_save, progress = time.monotonic(), Progress(scratch, len(batches), "batches")
     with frozen_model(model), tqdm(total=len(batches), initial=done, desc="importance", unit="batch",
                                    disable=rank() != 0) as bar:
         for steps, shown in _passes(model, layers, batches[done:], samples, loss, arguments, scratch):
@@ -176,9 +177,12 @@ def importance_scores(
             finished = sum(last for step in steps for _, _, last in step.segments)
             done += finished
             bar.update(finished)
+            progress.at(done)
             if scores.complete and done < len(batches) and broadcast_object(time.monotonic() - last_save > SAVE_SECONDS):
                 saved.save(scores, done)
                 last_save = time.monotonic()
+            if scores.complete and done < len(batches):
+                leave_if_asked(partial(saved.save, scores, done))
     return scores.sums
 
 

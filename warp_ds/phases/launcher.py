@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from warp_ds.artifacts import ArtifactError
+from warp_ds.cluster import preemption, slurm
 from warp_ds.config import ConfigError, RunArguments, parse_arguments, parse_training
 from warp_ds.data.datasets import DataError
-from warp_ds.phases.run import log_to_terminal
+from warp_ds.phases.run import LaterFailure, log_to_terminal, note
 from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import UnsupportedSetting
 
@@ -20,13 +23,18 @@ logger = logging.getLogger(__name__)
 A = TypeVar("A", bound=RunArguments)
 
 
-def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, argv: list[str] | None = None) -> None:
+def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, argv: list[str] | None = None,
+           stoppable: bool = True) -> None:
     """Runs ``phase(arguments)`` on every rank; exit status 2 for wrong input, 1 for a failure.
 
     ``training``: further TrainingArguments flags are accepted and passed on as ``phase(arguments, passed)``.
+    ``stoppable``: the phase leaves by itself when it is asked to, having saved. Then its Slurm job is requeued (0), or the
+    exit status is 75: the same command goes on from there.
     """
     passed: dict[str, Any] = {}
     try:
+        if stoppable:
+            preemption.watch()
         if training:
             arguments, passed = parse_training(kind, argv)
         else:
@@ -36,12 +44,51 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
         log_to_terminal(logging.DEBUG if arguments.debug else logging.INFO)
         with runtime.on_every_rank_or_none("checking the flags"):
             arguments.check()
+            restarts = preemption.too_many_restarts(arguments.max_requeues)
+            if restarts:
+                raise ConfigError(restarts)
         phase(arguments, passed) if training else phase(arguments)
     except (ConfigError, ArtifactError, DataError, UnsupportedSetting, runtime.OtherRankError) as error:
         _fail(error, status=2, wrong_input=True)
+    except preemption.Preempted as stop:
+        _go_on_later(stop, arguments.max_requeues)
     except Exception as error:  # noqa: BLE001
-        _fail(error, status=1, wrong_input=False)
+        _fail(_explained(error, arguments), status=1, wrong_input=isinstance(error, LaterFailure))
     runtime.shutdown()
+
+
+def _go_on_later(stop: preemption.Preempted, max_requeues: int) -> None:
+    """Requeues the Slurm job, or says what to do; ends every rank with the same status. The run is saved and released."""
+    directory = Path(stop.__notes__[0])
+
+    def requeue() -> str | None:
+        refused = preemption.requeue(max_requeues)
+        note(directory, "requeued" if refused is None else "left", **({"reason": refused} if refused else {}))
+        logger.info(refused or f"job {slurm.job_id()} is in the queue again, and will go on in {directory}")
+        return refused
+
+    refused = runtime.on_rank_0(requeue, "requeueing")
+    runtime.shutdown()
+    sys.stdout.flush()
+    os._exit(0 if refused is None else preemption.STOPPED)
+
+
+def _explained(error: Exception, arguments: RunArguments) -> Exception:
+    """The same error, with what a user can do about it where its own text does not say."""
+    text = str(error)
+    if "Timed out waiting" in text or "timed out" in text.lower():
+        error.add_note(f"This rank waited --timeout {arguments.timeout} s for another one in a collective. The rank that "
+                       f"hangs is one whose log in {arguments.log_dir} ends earlier than the others'.")
+    elif "Connection closed by peer" in text or "Connection reset" in text:
+        error.add_note("Another rank ended without a word (killed, out of memory, its node lost): see Slurm's or the kernel's "
+                       "log of its node. The same command goes on from the last good state.")
+    elif isinstance(error, OSError) and error.errno in _DISK:
+        error.add_note(f"Free space (or write access) is needed in {arguments.output_dir} and {arguments.log_dir}; then the "
+                       "same command goes on from the last good state.")
+    return error
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def apply_debug(arguments: RunArguments) -> None:

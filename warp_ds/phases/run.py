@@ -6,8 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from filelock import FileLock, Timeout
 
 from warp_ds.artifacts import ArtifactError, read_json, write_json
+from warp_ds.cluster import slurm
+from warp_ds.cluster.preemption import Preempted
 from warp_ds.config import ConfigError, RunArguments, identity_settings
+from warp_ds.phases.lock import RunLock, alive
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
@@ -39,6 +43,11 @@ class Run:
     """Was finished before: nothing is left to do."""
     started: float
 
+    def note(self, event: str, **more: Any) -> None:
+        """One line in the run's state: what happened to it, when, in which job. Rank 0 alone writes."""
+        if runtime.rank() == 0:
+            note(self.directory, event, **more)
+
     def finish(self) -> None:
         """Marks the run finished and points ``<phase>_latest`` at it. Collective."""
         runtime.barrier()
@@ -51,6 +60,7 @@ class Run:
             aside.unlink(missing_ok=True)
             aside.symlink_to(self.directory.name)
             os.replace(aside, link)
+            self.note("finished")
             logger.info("%s finished in %.0f s: %s", self.phase, seconds, self.directory)
 
         runtime.on_rank_0(mark, "marking the run finished")
@@ -68,38 +78,114 @@ def start_run(
     """
     settings = {**identity_settings(arguments), **(passed or {})}
     identity = hashlib.sha256(json.dumps([phase, settings, inputs], sort_keys=True, default=str).encode()).hexdigest()[:16]
-    lock: FileLock | None = None
+    lock: RunLock | None = None
 
     def choose() -> dict[str, Any]:
         nonlocal lock
-        directory, resumed = _choose_directory(phase, arguments, identity, settings)
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = _lock(directory)
+        for directory, goes_on, certain in _candidates(phase, arguments, identity, settings):
+            directory.mkdir(parents=True, exist_ok=True)
+            candidate = RunLock(directory)
+            try:
+                candidate.acquire()
+            except ConfigError:
+                if certain:
+                    raise
+                continue  # another process went on with it first
+            lock, resumed = candidate, goes_on
+            break
         if not resumed:
             write_json(directory / "config.json", {
                 "phase": phase, "identity": identity, "settings": settings, "inputs": inputs,
                 "started_at": _now(), "versions": versions(), "command": sys.argv, "world_size": runtime.world_size(),
             })
+        (directory / FAILURE).unlink(missing_ok=True)
         return {"directory": str(directory), "resumed": resumed, "done": (directory / "finished.json").is_file()}
 
     try:
         chosen = runtime.on_rank_0(choose, "opening the run directory")
-        directory = Path(chosen["directory"])
-        with log_to_file(Path(arguments.log_dir), directory.name):
-            if chosen["done"]:
-                logger.info("%s is finished already: %s", phase, directory)
+        run = Run(phase, Path(chosen["directory"]), chosen["resumed"], chosen["done"], time.time())
+        with log_to_file(Path(arguments.log_dir), run.directory.name):
+            if run.done:
+                logger.info("%s is finished already: %s", phase, run.directory)
             else:
-                logger.info("%s: %s %s", phase, "going on in" if chosen["resumed"] else "writing to", directory)
-            yield Run(phase, directory, chosen["resumed"], chosen["done"], time.time())
+                logger.info("%s: %s %s", phase, "going on in" if run.resumed else "writing to", run.directory)
+                run.note("restarted" if run.resumed else "started", world_size=runtime.world_size())
+            try:
+                yield run
+            except Preempted as stop:
+                stop.add_note(str(run.directory))
+                run.note("stopped", reason=str(stop))
+                logger.info("%s: %s has come, and every rank has saved what it had", run.directory.name, stop)
+                raise
+            except Exception as error:
+                _record_failure(run, error, Path(arguments.log_dir))
+                raise
     finally:
         if lock is not None:
             lock.release()
 
 
-def _choose_directory(
+STATE, FAILURE, PROGRESS = "state.jsonl", ".failure", "progress.json"
+
+
+class Progress:
+    """How far a phase is, for ``launch/submit.py --status``: rank 0 writes it, every two seconds at most."""
+
+    def __init__(self, directory: Path, total: float, unit: str):
+        self.path, self.total, self.unit = directory / PROGRESS, total, unit
+        self._shown = -1e9
+
+    def at(self, done: float) -> None:
+        """``done`` of the total are finished."""
+        if runtime.rank() == 0 and (time.monotonic() - self._shown > 2.0 or done >= self.total):
+            self._shown = time.monotonic()
+            try:
+                write_json(self.path, {"done": done, "total": self.total, "unit": self.unit})
+            except OSError as error:
+                logger.warning("the progress could not be written: %s", error)
+
+
+def note(directory: Path, event: str, **more: Any) -> None:
+    """Appends a line to the run's state; a full disk must not end the run that would say so."""
+    line = {"at": _now(), "event": event, "job": slurm.job_id(), "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            "host": socket.gethostname(), "pid": os.getpid(), **more}
+    try:
+        with open(directory / STATE, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        logger.warning("the run's state could not be written: %s", error)
+
+
+class LaterFailure(RuntimeError):
+    """This rank failed after another one had: of the first alone the traceback is shown."""
+
+
+def _record_failure(run: Run, error: Exception, log_dir: Path) -> None:
+    """Puts the first failing rank's traceback last in rank 0's log, and a line into the run's state.
+
+    Raises LaterFailure on the ranks that fail because the first did.
+    """
+    if isinstance(error, runtime.OtherRankError):
+        return
+    try:
+        os.close(os.open(run.directory / FAILURE, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        raise LaterFailure(f"{type(error).__name__}: {error}") from error
+    except OSError:
+        pass  # a full or read-only file system: every rank says what it saw
+    note(run.directory, "failed", rank=runtime.rank(), error=f"{type(error).__name__}: {str(error)[:500]}")
+    if runtime.rank() > 0:
+        try:
+            with open(log_dir / f"{run.directory.name}.log", "a") as file:
+                file.write(f"rank {runtime.rank()} failed:\n{''.join(traceback.format_exception(error))}")
+        except OSError as full:
+            logger.warning("rank 0's log could not be written: %s", full)
+
+
+def _candidates(
     phase: str, arguments: RunArguments, identity: str, settings: dict[str, Any]
-) -> tuple[Path, bool]:
-    """(directory, whether a run is gone on with)."""
+) -> Iterator[tuple[Path, bool, bool]]:
+    """(directory, whether a run is gone on with, whether no other directory will do), the best first."""
     root = Path(arguments.output_dir)
     if arguments.resume not in ("auto", "never"):
         wanted = Path(arguments.resume) if Path(arguments.resume).is_dir() else root / arguments.resume
@@ -107,35 +193,33 @@ def _choose_directory(
             raise ConfigError(f"--resume {arguments.resume}: no run there (no config.json); use auto, never or a run's "
                               "directory")
         _check_identity(wanted, identity, settings)
-        return wanted, True
-    job = os.environ.get("SLURM_JOB_ID")
-    name = arguments.run_name or (f"{phase}_{_slurm_name(job)}" if job else None)
-    if name:
-        named = root / name
-        if not (named / "config.json").is_file():
-            return named, False
-        if arguments.resume == "never":
+        yield wanted, True, True
+        return
+    job = slurm.job_id()
+    # A requeued job keeps its id, and goes on in its own directory.
+    named = root / (arguments.run_name or f"{phase}_{job}") if arguments.run_name or job else None
+    if named is not None and (named / "config.json").is_file():
+        if arguments.resume == "never" and (arguments.run_name or not os.environ.get("SLURM_RESTART_COUNT")):
             raise ConfigError(f"--resume never, but {named} exists: choose another --run_name")
         _check_identity(named, identity, settings)
-        return named, True
-    if arguments.resume == "auto":
+        yield named, True, True
+        return
+    if arguments.resume == "auto" and not arguments.run_name:
         for path in sorted(root.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
             run = path.parent
-            if run.is_symlink() or (run / "finished.json").is_file() or _alive(run):
+            if run.is_symlink() or (run / "finished.json").is_file() or alive(run):
                 continue
             try:
                 if read_json(path).get("identity") == identity:
-                    return run, True
+                    yield run, True, False
             except ArtifactError:
                 continue
+    if named is not None:
+        yield named, False, True
+        return
     stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
     candidates = [root / f"{phase}_{stamp}"] + [root / f"{phase}_{stamp}_{i}" for i in range(2, 100)]
-    return next(path for path in candidates if not path.exists()), False
-
-
-def _slurm_name(job: str) -> str:
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else job
+    yield next(path for path in candidates if not path.exists()), False, True
 
 
 def _check_identity(run: Path, identity: str, settings: dict[str, Any]) -> None:
@@ -146,26 +230,6 @@ def _check_identity(run: Path, identity: str, settings: dict[str, Any]) -> None:
     changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
     raise ConfigError(f"{run} was started with other settings or data ({'; '.join(changed) or 'other model or data'}): "
                       "use another --run_name, or the same settings")
-
-
-def _lock(directory: Path) -> FileLock:
-    lock = FileLock(directory / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ConfigError(f"{directory} is in use by another process that still runs: wait for it, end it, or use "
-                          "another --run_name") from error
-    return lock
-
-
-def _alive(run: Path) -> bool:
-    try:
-        lock = FileLock(run / ".lock", timeout=0)
-        lock.acquire()
-        lock.release()
-        return False
-    except Timeout:
-        return True
 
 
 def _now() -> str:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -37,12 +38,13 @@ from warp_ds.artifacts import (
     fingerprint_rows,
     write_json,
 )
+from warp_ds.cluster import preemption
 from warp_ds.config import ConfigError, RunArguments, SafetyTuningArguments, TrainArguments, TrainingFlags
 from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch
 from warp_ds.data.datasets import load_pairs
 from warp_ds.data.formats import encode_dataset
 from warp_ds.evaluation.generate import pad_token
-from warp_ds.phases.run import start_run
+from warp_ds.phases.run import Progress, start_run
 from warp_ds.phases.targets import check_targets, find_targets
 from warp_ds.protection import WarpCallback
 from warp_ds.zero import runtime
@@ -143,6 +145,8 @@ def fit(
 ) -> GlobalBatchTrainer:
     """Trains ``model`` (ZeRO-3 partitioned) on ``samples`` (input_ids, labels), going on from ``directory``'s last
     whole checkpoint. AdamW over all trained parameters, one mean over the response tokens of each global batch.
+
+    Raises Preempted, with a checkpoint saved, where a rank was asked to leave.
     """
     sampler = GlobalBatchSampler(
         len(samples), arguments.global_batch_size, arguments.batch_size, runtime.world_size(), shuffle=True,
@@ -175,6 +179,8 @@ def fit(
         model=model, args=training, train_dataset=samples, tokenizer=tokenizer, sampler=sampler,
         callbacks=[*callbacks, metrics, whole],
     )
+    if runtime.rank() > 0:
+        trainer.remove_callback(PrinterCallback)  # rank 0's lines are enough
     checkpoint = runtime.on_rank_0(lambda: newest_whole_checkpoint(checkpoints), "looking for a checkpoint")
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
@@ -183,6 +189,8 @@ def fit(
                 math.ceil(arguments.epochs * sampler.steps), arguments.global_batch_size, runtime.world_size(),
                 sampler.accumulation_steps, arguments.batch_size)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if whole.stopped_by is not None:
+        raise preemption.Preempted(whole.stopped_by)
     return trainer
 
 
@@ -234,6 +242,12 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path):
         self.path = path
+        self._progress: Progress | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._progress is None:
+            self._progress = Progress(self.path.parent, state.max_steps, "steps")
+        self._progress.at(state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -243,22 +257,33 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
     def keep_until(self, checkpoint: str) -> None:
-        """Drops the lines of steps after ``checkpoint``: they will be made again."""
+        """Drops the lines of steps after ``checkpoint``, which will be made again, and summaries of runs that stopped."""
         step = int(checkpoint.rsplit("-", 1)[1])
         if self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            lines = [line for line in self.path.read_text().splitlines() if _whole_until(step, line)]
             aside = self.path.with_suffix(".tmp")
             aside.write_text("".join(f"{line}\n" for line in lines))
             aside.replace(self.path)
 
 
+def _whole_until(step: int, line: str) -> bool:
+    try:
+        logged = json.loads(line)
+    except json.JSONDecodeError:
+        return False  # the process was killed while it wrote
+    return bool(logged["step"] <= step) and "train_runtime" not in logged
+
+
 class WholeCheckpoints(TrainerCallback):
-    """Saves every ``minutes`` and marks a checkpoint once it is whole, so that a killed save is never resumed from."""
+    """Saves every ``minutes``, and where a rank is asked to leave; marks a checkpoint once it is whole, so that a killed
+    save is never resumed from."""
 
     MARK = "whole.json"
 
     def __init__(self, minutes: float):
         self.minutes = minutes
+        self.stopped_by: str | None = None
+        """The signal that ended training before its last step."""
         self._last = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
@@ -267,13 +292,15 @@ class WholeCheckpoints(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                     **kwargs: Any) -> TrainerControl:
-        if self.minutes:
-            # Clocks differ between ranks, and a save is collective: rank 0's clock decides.
-            due = torch.tensor([float(time.monotonic() - self._last > 60 * self.minutes)],
-                               device=runtime.collective_device())
-            if runtime.rank() > 0:
-                due.zero_()
-            control.should_save = control.should_save or bool(runtime.all_reduce_sum(due).item())
+        # Clocks differ between ranks, and a save is collective: rank 0's clock decides. A signal may reach any rank.
+        due = self.minutes > 0 and runtime.rank() == 0 and time.monotonic() - self._last > 60 * self.minutes
+        flags = torch.tensor([float(due), float(preemption.asked())], device=runtime.collective_device())
+        save, leave = runtime.all_reduce_sum(flags).bool().tolist()
+        if leave and state.global_step < state.max_steps:
+            self.stopped_by = runtime.broadcast_object(preemption.reason())
+            # The losses since the last line would be lost with the process.
+            control.should_training_stop = control.should_log = True
+        control.should_save = control.should_save or save or leave
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

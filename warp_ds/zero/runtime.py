@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from warp_ds.cluster.slurm import task_environment
 from warp_ds.config import ConfigError, RunArguments
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ def init_distributed(device: str, timeout_seconds: int = 1800) -> None:
         _check_compiler()
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
-        os.environ.update(_from_slurm() or {**defaults, "MASTER_PORT": str(free_port())})
+        os.environ.update(task_environment(os.environ) or {**defaults, "MASTER_PORT": str(free_port())})
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is retiring: one warning a call, thousands a run.
@@ -51,22 +52,6 @@ def init_distributed(device: str, timeout_seconds: int = 1800) -> None:
     )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-
-
-def _from_slurm() -> dict[str, str] | None:
-    """Rank, world size and address inside an srun task; None elsewhere. The batch shell itself is no task."""
-    env = os.environ
-    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env or "SLURM_NTASKS" not in env:
-        return None
-    if "MASTER_ADDR" not in env and int(env["SLURM_NTASKS"]) > 1:
-        raise ConfigError("inside srun, but MASTER_ADDR is not set: the templates in slurm/ set it; so must yours")
-    return {
-        "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": env["SLURM_NTASKS"],
-        "LOCAL_RANK": env["SLURM_LOCALID"],
-        "MASTER_ADDR": env.get("MASTER_ADDR", "127.0.0.1"),
-        "MASTER_PORT": env.get("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 12000)),
-    }
 
 
 def free_port() -> int:

@@ -1,0 +1,125 @@
+"""One process at a time in a run directory, on any number of hosts.
+
+On one host, and on file systems whose flock reaches all hosts, the kernel decides: a dead process holds nothing. Elsewhere
+the owner's heartbeat does: a number in owner.json that grows every few seconds. No clocks are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from warp_ds.artifacts import write_json
+from warp_ds.config import ConfigError
+
+logger = logging.getLogger(__name__)
+BEAT_SECONDS = 10.0
+DEAD_SECONDS = 45.0
+"""A heartbeat of another host that stands still for this long is a dead process's."""
+
+
+class RunLock:
+    """``acquire`` raises ConfigError while another process lives in ``directory``."""
+
+    def __init__(self, directory: Path, beat_seconds: float = BEAT_SECONDS, dead_seconds: float = DEAD_SECONDS):
+        self.directory, self.owner_file = directory, directory / "owner.json"
+        self.beat_seconds, self.dead_seconds = beat_seconds, dead_seconds
+        self.token = uuid.uuid4().hex
+        self._flock = FileLock(directory / ".lock", timeout=0)
+        self._stop = threading.Event()
+        self._beating: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Takes the directory; over from an owner that is dead. Waits ``dead_seconds`` to tell, for another host's."""
+        try:
+            self._flock.acquire()
+        except Timeout as error:
+            raise ConfigError(self._in_use(self._owner())) from error
+        owner = self._owner()
+        if owner is not None:
+            if owner.get("host") != socket.gethostname() and self._beats(owner):
+                self._flock.release()
+                raise ConfigError(self._in_use(owner))
+            logger.info("taking over %s from process %s on %s, which is dead", self.directory, owner.get("pid"),
+                        owner.get("host"))
+        self._beat(0)
+        self._beating = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
+        self._beating.start()
+
+    def release(self) -> None:
+        if self._beating is not None:
+            self._stop.set()
+            self._beating.join()
+            self._beating = None
+            if (self._owner() or {}).get("token") == self.token:
+                self.owner_file.unlink(missing_ok=True)
+        self._flock.release()
+
+    def _beats(self, owner: dict[str, Any]) -> bool:
+        """Whether the other host's owner still lives; False once its heartbeat has stood still long enough."""
+        logger.info("%s was left by process %s on %s without a word: watching its heartbeat for %.0f s", self.directory,
+                    owner.get("pid"), owner.get("host"), self.dead_seconds)
+        deadline = time.monotonic() + self.dead_seconds
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, self.dead_seconds / 10))
+            now = self._owner()
+            if now is None:
+                return False
+            if now != owner:
+                return True
+        return False
+
+    def _keep_beating(self) -> None:
+        beat = 0
+        while not self._stop.wait(self.beat_seconds):
+            owner = self._owner()
+            if owner is not None and owner.get("token") != self.token:
+                # This process stood still (suspended, or its host was cut off) and was taken for dead. Two must not write.
+                text = f"{self.directory} was taken over by process {owner.get('pid')} on {owner.get('host')}: leaving it"
+                logger.error(text)
+                print(f"error: {text}", file=sys.stderr, flush=True)
+                os._exit(1)
+            beat += 1
+            try:
+                self._beat(beat)
+            except OSError as error:
+                logger.warning("the heartbeat in %s could not be written: %s", self.owner_file, error)
+
+    def _beat(self, beat: int) -> None:
+        write_json(self.owner_file, {"host": socket.gethostname(), "pid": os.getpid(), "token": self.token, "beat": beat,
+                                     "job": os.environ.get("SLURM_JOB_ID")})
+
+    def _owner(self) -> dict[str, Any] | None:
+        try:
+            found = json.loads(self.owner_file.read_text())
+            return found if isinstance(found, dict) else None
+        except (OSError, json.JSONDecodeError):
+            return None
+
+    def _in_use(self, owner: dict[str, Any] | None) -> str:
+        who = "another process"
+        if owner is not None:
+            who = f"process {owner.get('pid')} on {owner.get('host')}"
+            who += f" (Slurm job {owner['job']})" if owner.get("job") else ""
+        return (f"{self.directory} is in use by {who}, which still runs: wait for it, end it, or use another --run_name")
+
+
+def alive(directory: Path) -> bool:
+    """Whether some process holds ``directory`` now, as far as flock reaches. Waits for nothing."""
+    try:
+        lock = FileLock(directory / ".lock", timeout=0)
+        lock.acquire()
+        lock.release()
+        return False
+    except Timeout:
+        return True
