@@ -111,8 +111,10 @@ def run(*command: str) -> str:
     """A Slurm command's output; SlurmError with its message where it fails or does not answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=RETRY_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise SlurmError(f"{command[0]}: {error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(f"{command[0]} does not answer within {RETRY_SECONDS} s") from error
+    except OSError as error:
+        raise SlurmError(f"{command[0]}: {error.strerror or error}") from error
     if done.returncode:
         raise SlurmError(f"{command[0]}: {done.stderr.strip() or f'exit status {done.returncode}'}")
     return done.stdout

@@ -1,0 +1,76 @@
+"""Queues phases one after another: python launch/submit.py --phases 1,2,3 --nodes 4 --gpus_per_node 8 --model_name …
+
+--status RUN shows where a chain is, --cancel RUN ends it. The same command again goes on with an unfinished chain.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from transformers import HfArgumentParser
+
+from warp_ds.artifacts import ArtifactError
+from warp_ds.cluster.chain import Chain, SubmitArguments, cancel, find_chain, status, submit
+from warp_ds.cluster.slurm import SlurmError
+from warp_ds.config import ConfigError
+
+SECONDS = 5.0
+"""Between two looks at the queue."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 2 for wrong input or a queue that does not answer, 1 for a chain that has stopped unfinished."""
+    parser = HfArgumentParser(SubmitArguments, allow_abbrev=False)  # type: ignore[arg-type]
+    arguments, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    try:
+        if arguments.status:
+            return follow(Chain.load(Path(arguments.status)))
+        if arguments.cancel:
+            ended = cancel(Chain.load(Path(arguments.cancel)))
+            print(f"ended: {', '.join(ended) or 'nothing was under way'}")
+            return 0
+        chain = find_chain(arguments, rest)
+        print(f"run: {chain.directory}", flush=True)
+        submit(chain, arguments)
+        Console().print(table(chain)[0])
+        if chain.cluster == "slurm":
+            print(f"follow it: python launch/submit.py --status {chain.directory}")
+        return 0
+    except (ConfigError, ArtifactError, SlurmError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def follow(chain: Chain) -> int:
+    """Shows the table until no job is left; once where the output is no terminal."""
+    console = Console()
+    shown, under_way = table(chain)
+    if not console.is_terminal:
+        console.print(shown)
+    else:
+        with Live(shown, console=console, auto_refresh=False) as live:
+            while under_way:
+                time.sleep(SECONDS)
+                shown, under_way = table(Chain.load(chain.directory))
+                live.update(shown, refresh=True)
+    return 0 if under_way or all(map(chain.finished, chain.flags)) else 1
+
+
+def table(chain: Chain) -> tuple[Table, bool]:
+    """(phase, job, state, progress, last line of log), and whether anything is still under way."""
+    lines, under_way = status(chain)
+    shown = Table(title=str(chain.directory), title_justify="left")
+    for name in ("phase", "job", "state", "progress", "last line of log"):
+        shown.add_column(name, overflow="fold")
+    for line in lines:
+        shown.add_row(line.phase, line.job, line.state, line.progress, line.last_line)
+    return shown, under_way
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""launch/submit.py: the chain over two nodes by submitit, its table, a requeue from outside, failures, cancelling."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from chain import ROOT, Reference, assert_as_undisturbed, events, flags
+from test_slurm_templates import in_the_middle, requeue_from_outside, warn
+from throwaway import ThrowAwaySlurm
+
+OWN = ("--output_dir", "--log_dir")
+
+
+def phase_words(reference: Reference, output: Path, phases: tuple[str, ...] = ("phase1", "phase2", "phase3")) -> list[str]:
+    """The chain's flags in launch/submit.py's spelling: each phase's own."""
+    words = []
+    for phase in phases:
+        given = flags(reference.root, output)[phase]
+        for name, value in zip(given[::2], given[1::2], strict=True):
+            if name not in OWN:
+                words += [f"--{phase}.{name[2:]}", value]
+    return words
+
+
+def launch_submit(environment: dict[str, str], *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, "launch/submit.py", *words], cwd=ROOT, text=True, capture_output=True, check=False,
+                          env={**environment, "COLUMNS": "200"})
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def jobs_of(table: str) -> dict[str, str]:
+    """phase -> job id, from the table that was printed."""
+    return dict(re.findall(r"│ (phase\d|evaluate) +│ (\d+)", table))
+
+
+def run_chain(slurm: ThrowAwaySlurm, reference: Reference, output: Path, disturb: dict) -> Path:
+    """Submits the chain and disturbs phases in their middle; prints the table at each stage."""
+    words = ["--phases", "1,2,3", "--nodes", "2", "--gpus_per_node", "1", "--hours", "0.2", "--output_dir", str(output),
+             "--run_name", "chain", *phase_words(reference, output)]
+    submitted = launch_submit(slurm.environment, *words)
+    print(submitted.stdout)
+    jobs, run = jobs_of(submitted.stdout), output / "chain"
+    assert set(jobs) == {"phase1", "phase2", "phase3"}
+    for phase, (how, after) in disturb.items():
+        in_the_middle(slurm, jobs[phase], run / phase, after)
+        how(slurm, jobs[phase])
+        print(launch_submit(slurm.environment, "--status", str(run)).stdout)
+    for phase, job in jobs.items():
+        state = slurm.wait(job)
+        assert state == "COMPLETED", (phase, state, launch_submit(slurm.environment, "--status", str(run)).stdout)
+        print(phase, assert_as_undisturbed(run / phase, reference), events(run / phase))
+        assert slurm.restarts(job) == int(phase in disturb)
+    table = launch_submit(slurm.environment, "--status", str(run)).stdout
+    print(table)
+    assert table.count("finished") >= 3
+    return run
+
+
+@pytest.mark.slow
+def test_chain_requeued_in_every_phase(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
+    run_chain(slurm, reference, tmp_path, {
+        "phase1": (requeue_from_outside, 0), "phase2": (requeue_from_outside, 0), "phase3": (warn, 2)})
+
+
+def test_a_failed_phase_ends_the_chain(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
+    words = ["--phases", "2,3", "--ranks_per_node", "2", "--hours", "0.2", "--output_dir", str(tmp_path), "--run_name", "chain",
+             *phase_words(reference, tmp_path, ("phase2", "phase3"))]
+    jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
+    assert slurm.wait(jobs["phase2"]) == "FAILED"  # no basis
+    assert slurm.wait(jobs["phase3"], seconds=60) == "CANCELLED"
+    shown = launch_submit(slurm.environment, "--status", str(tmp_path / "chain"), check=False)
+    print(shown.stdout)
+    assert shown.returncode == 1 and "FAILED" in shown.stdout and "no finished phase1" in shown.stdout
+    # A queue that does not answer kills nothing, and nothing is queued twice.
+    silent = {**slurm.environment, "SLURM_CONF": str(tmp_path / "nowhere.conf")}
+    shown = launch_submit(silent, "--status", str(tmp_path / "chain"))
+    print(shown.stdout)
+    assert "unknown" in shown.stdout
+    assert launch_submit(silent, *words, check=False).returncode == 2
+
+
+def test_cancelled_chain(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
+    words = ["--phases", "1,2", "--hours", "0.2", "--output_dir", str(tmp_path), "--run_name", "chain",
+             *phase_words(reference, tmp_path, ("phase1", "phase2"))]
+    jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
+    # The same command again finds its jobs, even those whose numbers were never written down.
+    (tmp_path / "chain" / "chain.json").unlink()
+    assert jobs_of(launch_submit(slurm.environment, *words).stdout) == jobs
+    print(launch_submit(slurm.environment, "--cancel", str(tmp_path / "chain")).stdout)
+    assert {slurm.wait(job) for job in jobs.values()} == {"CANCELLED"}
+
+
+@pytest.mark.slow
+def test_local_and_debug(reference: Reference, tmp_path: Path) -> None:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    for cluster, ranks in (("local", "2"), ("debug", "1")):
+        words = ["--phases", "1,2,3", "--cluster", cluster, "--ranks_per_node", ranks, "--output_dir", str(tmp_path),
+                 "--run_name", cluster, *phase_words(reference, tmp_path)]
+        if cluster == "local":
+            # kill -9 of the submitting program: its job lives on, and the same command goes on from it.
+            first = subprocess.Popen([sys.executable, "launch/submit.py", *words], cwd=ROOT, env=environment)
+            deadline = time.monotonic() + 120
+            while not (tmp_path / cluster / "phase1" / "config.json").is_file() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            first.kill()
+            first.wait()
+        print(launch_submit(environment, *words).stdout)
+        for phase in ("phase1", "phase2", "phase3"):
+            print(phase, assert_as_undisturbed(tmp_path / cluster / phase, reference))
+            assert events(tmp_path / cluster / phase) == ["started", "finished"]

@@ -1,0 +1,419 @@
+"""A chain of phases in one run directory, queued by submitit: each phase's job starts when the one before has finished.
+
+    checkpoints/chain_20260101_120000/
+        chain.json                  what was asked for, and every job that was submitted for it
+        phase1/ phase2/ phase3/ …   the phases' own run directories, with state.jsonl and progress.json
+        logs/                       rank 0's log of each phase, the other ranks' beside it
+        submitit/                   submitit's own files: scripts, and each task's output
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import submitit
+from filelock import FileLock
+from transformers import TrainingArguments
+
+from warp_ds.artifacts import ArtifactError, read_json, write_json
+from warp_ds.cluster import slurm
+from warp_ds.config import (
+    BasisArguments,
+    ConfigError,
+    EvaluateArguments,
+    ImportanceArguments,
+    RunArguments,
+    SafetyTuningArguments,
+    TrainArguments,
+    flag,
+    parse_arguments,
+    parse_training,
+)
+
+PHASES: dict[str, type[RunArguments]] = {
+    "phase0": SafetyTuningArguments, "phase1": BasisArguments, "phase2": ImportanceArguments, "phase3": TrainArguments,
+    "evaluate": EvaluateArguments,
+}
+TRAINING = ("phase0", "phase3")
+
+
+@dataclass
+class SubmitArguments:
+    """What is queued, and where; every other flag goes to the phases that have it."""
+
+    phases: str = flag("1,2,3", "which phases, comma-separated: 0, 1, 2, 3, evaluate")
+    cluster: str = flag("slurm", "slurm, local (ranks of this machine) or debug (one rank, in this process)",
+                        choices=["slurm", "local", "debug"])
+    nodes: int = flag(1, "nodes of each job")
+    gpus_per_node: int = flag(0, "GPUs of each node; one rank each")
+    ranks_per_node: int = flag(0, "ranks of each node where they are not its GPUs (CPU nodes)")
+    cpus_per_rank: int = flag(0, "cores of each rank; 0 leaves it to Slurm")
+    hours: float = flag(8.0, "time limit of each job; a job that reaches it saves, and goes on in another")
+    warning_seconds: int = flag(120, "how long before the time limit the ranks are told to save")
+    partition: str | None = flag(None, "Slurm partition")
+    account: str | None = flag(None, "Slurm account")
+    slurm: list[str] = field(default_factory=list, metadata={"help": "further sbatch options, as NAME=VALUE or NAME"})
+    setup: list[str] = field(default_factory=list, metadata={
+        "help": "shell lines before the ranks start, such as 'module load cuda'"})
+    python: str | None = flag(None, "what starts Python in the job: 'apptainer exec --nv image.sif python'; else this one")
+    output_dir: str = flag("checkpoints", "where the chain's directory is made")
+    run_name: str | None = flag(None, "its name; else by time, or the newest unfinished one of the same command")
+    status: str | None = flag(None, "show a chain's state, following it, and do nothing else")
+    cancel: str | None = flag(None, "end a chain's jobs, and do nothing else")
+
+
+@dataclass
+class Chain:
+    """One run directory with its phases and their jobs."""
+
+    directory: Path
+    cluster: str
+    flags: dict[str, list[str]]
+    """phase -> its flags, in order"""
+    jobs: dict[str, list[str]] = field(default_factory=dict)
+    """phase -> ids of the jobs submitted for it, the newest last (Slurm's, or the local controller's process)"""
+
+    def save(self) -> None:
+        write_json(self.directory / "chain.json", {"cluster": self.cluster, "flags": self.flags, "jobs": self.jobs})
+
+    @staticmethod
+    def load(directory: Path) -> Chain:
+        if not (directory / "chain.json").is_file():
+            raise ConfigError(f"{directory} is no chain of launch/submit.py (no chain.json there)")
+        return Chain(directory, **read_json(directory / "chain.json"))
+
+    def finished(self, phase: str) -> bool:
+        return (self.directory / phase / "finished.json").is_file()
+
+    def job(self, phase: str) -> str | None:
+        return self.jobs[phase][-1] if self.jobs.get(phase) else None
+
+    def mark(self, phase: str) -> str:
+        """The comment of the phase's job: by it a job is found whose id was never written down."""
+        return f"warp_ds:{hashlib.sha256(str(self.directory.resolve()).encode()).hexdigest()[:16]}:{phase}"
+
+    def states(self) -> dict[str, str]:
+        """phase -> its job's state, 'finished' where nothing is left to do. SlurmError where Slurm does not answer."""
+        left = {phase: self.job(phase) for phase in self.flags if not self.finished(phase)}
+        found = {phase: "finished" for phase in self.flags if phase not in left}
+        if self.cluster == "slurm":
+            known = slurm.job_states([job for job in left.values() if job])
+            found.update({phase: known.get(job or "", "GONE" if job else "NOT SUBMITTED") for phase, job in left.items()})
+        else:
+            found.update({phase: "RUNNING" if job and _local_alive(job) else "STOPPED" if job else "WAITING"
+                          for phase, job in left.items()})
+        return found
+
+
+def find_chain(arguments: SubmitArguments, rest: Sequence[str]) -> Chain:
+    """The chain of these flags: the one named, the newest unfinished one of the same command, or a new one."""
+    phases = parse_phases(arguments.phases)
+    root = Path(arguments.output_dir)
+    if arguments.run_name:
+        directory = root / arguments.run_name
+    else:
+        directory = root / f"chain_{datetime.now():%Y%m%d_%H%M%S}"
+        for path in sorted(root.glob("*/chain.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+            try:
+                found = Chain.load(path.parent)
+            except (ArtifactError, TypeError):
+                continue
+            if (found.flags == phase_flags(phases, rest, path.parent) and found.cluster == arguments.cluster
+                    and not all(map(found.finished, phases))):
+                directory = path.parent
+                break
+    chain = Chain(directory, arguments.cluster, phase_flags(phases, rest, directory))
+    check_flags(chain.flags)
+    if (directory / "chain.json").is_file():
+        before = Chain.load(directory)
+        if before.flags != chain.flags or before.cluster != chain.cluster:
+            raise ConfigError(f"{directory} holds a chain of another command: use another --run_name, or the same flags")
+        return before
+    return chain
+
+
+def parse_phases(text: str) -> list[str]:
+    """'1,2,evaluate' -> ['phase1', 'phase2', 'evaluate'], in the order of the job."""
+    given = [part.strip() for part in text.split(",") if part.strip()]
+    names = [part if part in PHASES else f"phase{part}" for part in given]
+    unknown = [part for part, name in zip(given, names, strict=True) if name not in PHASES]
+    if unknown or not names:
+        raise ConfigError(f"--phases {text!r}: a comma-separated list of 0, 1, 2, 3, evaluate")
+    return [phase for phase in PHASES if phase in names]
+
+
+def phase_flags(phases: Sequence[str], rest: Sequence[str], directory: Path) -> dict[str, list[str]]:
+    """Each phase's flags: those of ``rest`` that it has, and where it reads and writes within ``directory``.
+
+    ``--phase3.batch_size 2`` is for one phase alone. ConfigError for a flag that no phase has.
+    """
+    groups: list[list[str]] = []
+    for word in rest:
+        if word.startswith("--"):
+            groups.append(word.split("=", 1))
+        elif groups:
+            groups[-1].append(word)
+        else:
+            raise ConfigError(f"{word!r} belongs to no flag")
+    has = {phase: {f.name for f in dataclasses.fields(PHASES[phase])} | (
+        {f.name for f in dataclasses.fields(TrainingArguments)} if phase in TRAINING else set()) for phase in phases}
+    found: dict[str, list[str]] = {phase: [] for phase in phases}
+    for name, *values in groups:
+        only, _, own = name[2:].rpartition(".")
+        takers = [phase for phase in phases if own in has[phase] and only in ("", phase, phase.removeprefix("phase"))]
+        if not takers or own in ("run_name", "log_dir", "resume"):
+            raise ConfigError(f"{name}: no phase of {', '.join(phases)} has this flag"
+                              + (" here: the chain sets it" if takers else ""))
+        for phase in takers:
+            found[phase] += [f"--{own}", *values]
+    for phase, words in found.items():
+        words += ["--output_dir", str(directory), "--log_dir", str(directory / "logs"), "--run_name", phase]
+        # What a phase before it in the chain makes, it takes.
+        if phase == "evaluate" and "phase3" in phases:
+            words += ["--model_name", str(directory / "phase3" / "model")]
+        elif "phase0" in phases and phase != "phase0":
+            words += ["--model_name", str(directory / "phase0" / "model")]
+    return found
+
+
+def check_flags(flags: dict[str, list[str]]) -> None:
+    """What can be known before anything is queued; argparse ends the program for a value that it cannot read."""
+    for phase, words in flags.items():
+        parse = parse_training if phase in TRAINING else parse_arguments
+        parsed: Any = parse(PHASES[phase], words)
+        arguments = parsed[0] if phase in TRAINING else parsed
+        if arguments.device == "cuda":
+            arguments.device = "auto"  # a login node has no GPU
+        arguments.check()
+
+
+def submit(chain: Chain, arguments: SubmitArguments) -> None:
+    """Queues (slurm), or runs one after the other (local, debug), every phase that is neither finished nor under way."""
+    chain.directory.mkdir(parents=True, exist_ok=True)
+    # Two submitting programs would queue each phase twice.
+    with FileLock(chain.directory / ".submit.lock", timeout=60):
+        if (chain.directory / "chain.json").is_file():
+            chain.jobs = Chain.load(chain.directory).jobs
+        chain.save()
+        if chain.cluster == "slurm":
+            _submit_slurm(chain, arguments)
+        else:
+            _submit_here(chain, arguments)
+
+
+def _submit_slurm(chain: Chain, arguments: SubmitArguments) -> None:
+    marked = _marked_jobs()
+    for phase in chain.flags:
+        lost = marked.get(chain.mark(phase))
+        if lost is not None and lost not in chain.jobs.get(phase, []):
+            chain.jobs.setdefault(phase, []).append(lost)
+    states = chain.states()
+    before: str | None = None
+    again = False
+    for phase in chain.flags:
+        if states[phase] == "finished":
+            continue
+        job = chain.job(phase)
+        if job is not None and states[phase] in slurm.ALIVE:
+            if not again:
+                before = job
+                continue
+            slurm.cancel([job])  # it waits for a job that is dead
+        again = True
+        chain.jobs.setdefault(phase, []).append(_slurm_job(chain, phase, arguments, before))
+        chain.save()
+        before = chain.job(phase)
+    chain.save()
+
+
+def _slurm_job(chain: Chain, phase: str, arguments: SubmitArguments, after: str | None) -> str:
+    """Submits one phase; its job's id."""
+    executor = submitit.AutoExecutor(chain.directory / "submitit", cluster="slurm", slurm_python=arguments.python)
+    more: dict[str, Any] = {"requeue": True, "comment": chain.mark(phase)}
+    for option in arguments.slurm:
+        name, _, value = option.lstrip("-").partition("=")
+        more[name.replace("_", "-")] = value or True
+    if after is not None:
+        more.update({"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"})
+    settings: dict[str, Any] = {
+        "name": phase, "timeout_min": max(1, round(60 * arguments.hours)), "nodes": arguments.nodes,
+        "tasks_per_node": arguments.ranks_per_node or arguments.gpus_per_node or 1,
+        "slurm_signal_delay_s": arguments.warning_seconds, "slurm_additional_parameters": more,
+        # submitit starts each task with srun: one rank's failure ends all of them.
+        "slurm_srun_args": ["--kill-on-bad-exit=1"], "slurm_setup": arguments.setup or None, "stderr_to_stdout": True,
+        "slurm_partition": arguments.partition, "slurm_account": arguments.account,
+        "gpus_per_node": arguments.gpus_per_node or None, "cpus_per_task": arguments.cpus_per_rank or None,
+    }
+    executor.update_parameters(**{name: value for name, value in settings.items() if value is not None})
+    return str(executor.submit(run_phase, phase, chain.flags[phase]).job_id)
+
+
+def _marked_jobs() -> dict[str, str]:
+    """comment -> id, of this user's jobs in the queue."""
+    lines = slurm.run("squeue", "--me", "--noheader", "--format=%i|%k").splitlines()
+    return {comment: job for job, _, comment in (line.partition("|") for line in lines)}
+
+
+def _submit_here(chain: Chain, arguments: SubmitArguments) -> None:
+    executor = submitit.AutoExecutor(chain.directory / "submitit", cluster=chain.cluster)
+    if chain.cluster == "local":
+        if arguments.nodes != 1:
+            raise ConfigError("--cluster local is this machine alone: leave --nodes out")
+        settings: dict[str, Any] = {"tasks_per_node": arguments.ranks_per_node or arguments.gpus_per_node or 1,
+                                    "timeout_min": 60 * arguments.hours, "stderr_to_stdout": True}
+        if arguments.gpus_per_node:
+            settings["gpus_per_node"] = arguments.gpus_per_node
+        executor.update_parameters(**settings)
+    for phase in chain.flags:
+        if chain.finished(phase):
+            continue
+        job = chain.job(phase)
+        if chain.cluster == "debug":
+            executor.submit(run_directly, phase, chain.flags[phase]).result()
+        elif job is None or not _local_alive(job):
+            submitted = executor.submit(run_phase, phase, chain.flags[phase])
+            job = str(submitted.job_id)
+            chain.jobs.setdefault(phase, []).append(job)
+            chain.save()
+        if job is not None:
+            while _local_alive(job):  # it outlives this program, whose next start waits for it again
+                time.sleep(0.5)
+        if not chain.finished(phase):
+            raise ConfigError(f"{phase} did not finish: see {chain.directory / 'logs' / f'{phase}.log'} and "
+                              f"{chain.directory / 'submitit'}; the same command goes on from there")
+
+
+def _local_alive(job: str) -> bool:
+    """Whether submitit's local controller of this number still runs on this machine."""
+    try:
+        os.waitpid(int(job), os.WNOHANG)  # our own child, once ended, is no controller any more
+    except ChildProcessError:
+        pass
+    try:
+        return b"submitit.local._local" in Path(f"/proc/{job}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def cancel(chain: Chain) -> list[str]:
+    """Ends every job of the chain; their ids. What they have saved stays."""
+    jobs = [job for phase in chain.flags if not chain.finished(phase) for job in chain.jobs.get(phase, [])]
+    if chain.cluster == "slurm":
+        states = slurm.job_states(jobs)
+        jobs = [job for job in jobs if states.get(job) in slurm.ALIVE]
+        slurm.cancel(list(reversed(jobs)))
+        return jobs
+    jobs = [job for job in jobs if _local_alive(job)]
+    for number, patience in ((signal.SIGTERM, 60.0), (signal.SIGKILL, 5.0)):
+        for job in filter(_local_alive, jobs):
+            os.kill(int(job), number)
+        deadline = time.monotonic() + patience
+        while any(map(_local_alive, jobs)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    return jobs
+
+
+# ---------------------------------------------------------------- in the job
+
+
+def run_phase(phase: str, words: list[str]) -> None:
+    """What each task of a job runs: the phase, as launch/<phase>.py does it."""
+    from warp_ds.phases.launcher import launch
+
+    if "SUBMITIT_LOCAL_NTASKS" in os.environ and os.environ.get("SUBMITIT_EXECUTOR") == "local":
+        job = submitit.JobEnvironment()
+        for name in [name for name in os.environ if name.startswith("SLURM_")]:
+            del os.environ[name]  # of the job that the submitting program runs in
+        os.environ.update(RANK=str(job.global_rank), LOCAL_RANK=str(job.local_rank), WORLD_SIZE=str(job.num_tasks),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + int(job.job_id) % 12000))
+    launch(PHASES[phase], phase_function(phase), training=phase in TRAINING, argv=words, stoppable=phase != "evaluate")
+
+
+def run_directly(phase: str, words: list[str]) -> None:
+    """The phase in this process, one rank; its errors are raised."""
+    from warp_ds.zero.runtime import init_distributed
+
+    parsed: Any = (parse_training if phase in TRAINING else parse_arguments)(PHASES[phase], words)
+    arguments = parsed[0] if phase in TRAINING else parsed
+    init_distributed(arguments.resolved_device, arguments.timeout)
+    phase_function(phase)(*(parsed if phase in TRAINING else (parsed,)))
+
+
+def phase_function(phase: str) -> Any:
+    from warp_ds.phases import basis, evaluate, importance, training
+
+    return {"phase0": training.run_safety_tuning, "phase1": basis.run_basis, "phase2": importance.run_importance,
+            "phase3": training.run_training, "evaluate": evaluate.run_evaluation}[phase]
+
+
+# ---------------------------------------------------------------- its state
+
+
+@dataclass
+class PhaseState:
+    """One line of the status table."""
+
+    phase: str
+    job: str
+    state: str
+    progress: str
+    last_line: str
+
+
+def status(chain: Chain) -> tuple[list[PhaseState], bool]:
+    """(every phase's line, whether any of its jobs may still do something). Where Slurm does not answer, none is dead."""
+    try:
+        states, unknown = chain.states(), ""
+    except slurm.SlurmError as error:
+        unknown = f"unknown ({str(error)[:60]})"
+        states = {phase: "finished" if chain.finished(phase) else unknown for phase in chain.flags}
+    lines = []
+    for phase, state in states.items():
+        events = _events(chain.directory / phase)
+        restarts = sum(event["event"] == "restarted" for event in events)
+        last = events[-1] if events else {}
+        if state not in ("finished", unknown, *slurm.ALIVE) and last.get("event") in ("failed", "left"):
+            state = f"{state}: {last.get('error') or last.get('reason')}"
+        progress = _progress(chain.directory / phase)
+        if restarts:
+            progress += f" ({restarts} restart{'s' if restarts > 1 else ''})"
+        lines.append(PhaseState(phase, chain.job(phase) or "-", state, progress.strip(),
+                                _last_line(chain.directory / "logs" / f"{phase}.log")
+                                or _last_line(chain.directory / "submitit" / f"{chain.job(phase)}_0_log.out")))
+    under_way = bool(unknown) or any(state in (*slurm.ALIVE, "WAITING") for state in states.values())
+    return lines, under_way
+
+
+def _events(run: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in (run / "state.jsonl").read_text().splitlines()]
+    except (OSError, json.JSONDecodeError):
+        return []
+
+
+def _progress(run: Path) -> str:
+    try:
+        found = json.loads((run / "progress.json").read_text())
+        return f"{found['done']:g} of {found['total']:g} {found['unit']}"
+    except (OSError, json.JSONDecodeError, KeyError):
+        return ""
+
+
+def _last_line(log: Path) -> str:
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 4096))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
+    except OSError:
+        return ""
