@@ -37,8 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         planning.add_arguments(plan)
         plan.set_defaults(run=planning.run)
 
+    commands.add_parser("doctor", help="whether this machine can do the job that the flags name; a cure for each failing line",
+                        add_help=False).set_defaults(run=_doctor)
+
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command != "demo":
+    if rest and arguments.command not in ("demo", "doctor"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     arguments.rest = rest
     return int(arguments.run(arguments))
@@ -54,6 +57,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(arguments.ranks), "--master_port",
                str(_free_port()), "--module", "warp_ds.phases.demo", *arguments.rest]
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from warp_ds.cluster.doctor import main as doctor
+
+    return doctor(arguments.rest)
 
 
 def _free_port() -> int:

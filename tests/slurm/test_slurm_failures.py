@@ -39,8 +39,7 @@ def test_a_rank_that_raises_hangs_or_dies(slurm: ThrowAwaySlurm, reference: Refe
     ):
         begun = time.monotonic()
         job = job or phase3(slurm, reference, tmp_path, "--timeout", "15", fault=fault)
-        in_the_middle(slurm, job, run, after=1)
-        assert slurm.wait(job, seconds=60) in ("FAILED", "NODE_FAIL"), fault
+        assert slurm.wait(job, seconds=90) in ("FAILED", "NODE_FAIL"), fault
         print(fault, f"ended after {time.monotonic() - begun:.0f} s in all;", "last lines of the job's output:")
         print("\n".join(printed(tmp_path, job).splitlines()[-6:]))
         assert seen in printed(tmp_path, job), printed(tmp_path, job)
@@ -48,7 +47,6 @@ def test_a_rank_that_raises_hangs_or_dies(slurm: ThrowAwaySlurm, reference: Refe
             log = (tmp_path / "logs" / f"{run.name}.log").read_text().rstrip()
             assert log.endswith(seen), log
             assert printed(tmp_path, job).count("Traceback (most recent call last)") == 1
-        (run / "progress.json").unlink()
     # The same command again goes on in the same run.
     last = phase3(slurm, reference, tmp_path, "--timeout", "15")
     assert slurm.wait(last) == "COMPLETED", printed(tmp_path, last)

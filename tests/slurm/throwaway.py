@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "srun", "sbatch", "scon
 NODES = ("n1", "n2")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL")
 # Debian's daemons lie in /usr/sbin, which is not on every user's PATH.
-PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
 def missing_programs() -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from warp_ds.artifacts import ArtifactError
 from warp_ds.cluster import preemption, slurm
+from warp_ds.cluster.doctor import start_checks
 from warp_ds.config import ConfigError, RunArguments, parse_arguments, parse_training
 from warp_ds.data.datasets import DataError
 from warp_ds.phases.run import LaterFailure, log_to_terminal, note
@@ -20,6 +21,8 @@ from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import UnsupportedSetting
 
 logger = logging.getLogger(__name__)
+PHASE_OF = {"SafetyTuningArguments": "phase0", "BasisArguments": "phase1", "ImportanceArguments": "phase2",
+            "TrainArguments": "phase3"}
 A = TypeVar("A", bound=RunArguments)
 
 
@@ -47,6 +50,7 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
             restarts = preemption.too_many_restarts(arguments.max_requeues)
             if restarts:
                 raise ConfigError(restarts)
+        start_checks(arguments, PHASE_OF.get(kind.__name__, ""))
         phase(arguments, passed) if training else phase(arguments)
     except (ConfigError, ArtifactError, DataError, UnsupportedSetting, runtime.OtherRankError) as error:
         _fail(error, status=2, wrong_input=True)
