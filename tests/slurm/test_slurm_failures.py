@@ -39,7 +39,7 @@ def test_a_rank_that_raises_hangs_or_dies(slurm: ThrowAwaySlurm, reference: Refe
     ):
         begun = time.monotonic()
         job = job or phase3(slurm, reference, tmp_path, "--timeout", "15", fault=fault)
-        assert slurm.wait(job, seconds=90) in ("FAILED", "NODE_FAIL"), fault
+        assert slurm.wait(job) in ("FAILED", "NODE_FAIL"), fault
         print(fault, f"ended after {time.monotonic() - begun:.0f} s in all;", "last lines of the job's output:")
         print("\n".join(printed(tmp_path, job).splitlines()[-6:]))
         assert seen in printed(tmp_path, job), printed(tmp_path, job)
@@ -59,11 +59,11 @@ def test_one_run_directory_two_jobs(slurm: ThrowAwaySlurm, reference: Reference,
     first = phase3(slurm, reference, tmp_path, *name, fault="slow:3", nodes=1)
     in_the_middle(slurm, first, run)
     second = phase3(slurm, reference, tmp_path, *name, nodes=1)
-    assert slurm.wait(second, seconds=60) == "FAILED"
+    assert slurm.wait(second) == "FAILED"
     print(printed(tmp_path, second).splitlines()[-5:])
     assert f"in use by process" in printed(tmp_path, second) and f"(Slurm job {first})" in printed(tmp_path, second)  # noqa: F541
     slurm.run("scancel", first)
-    assert slurm.wait(first, seconds=60) == "CANCELLED" and slurm.restarts(first) == 0
+    assert slurm.wait(first) == "CANCELLED" and slurm.restarts(first) == 0
     third = phase3(slurm, reference, tmp_path, *name, nodes=1)
     assert slurm.wait(third) == "COMPLETED", printed(tmp_path, third)
     print(events(run), assert_as_undisturbed(run, reference))
@@ -74,7 +74,7 @@ def test_time_limit_in_the_middle(slurm: ThrowAwaySlurm, reference: Reference, t
     # Twelve steps of at least 6 s do not fit into a minute. Slurm looks at time limits twice a minute.
     job = phase3(slurm, reference, tmp_path, fault="slow:6", options=("--time=1", "--signal=USR2@15"))
     run = tmp_path / f"phase3_{job}"
-    state = slurm.wait(job, seconds=400)
+    state = slurm.wait(job)
     print(state, events(run), [json.loads(x).get("reason") for x in (run / "state.jsonl").read_text().splitlines()])
     assert state == "COMPLETED", printed(tmp_path, job)
     print(assert_as_undisturbed(run, reference), slurm.restarts(job), "restarts")
@@ -86,7 +86,7 @@ def test_no_more_requeues_than_asked(slurm: ThrowAwaySlurm, reference: Reference
     run = tmp_path / f"phase3_{job}"
     in_the_middle(slurm, job, run)
     slurm.run("scancel", "--signal=USR2", job)
-    assert slurm.wait(job, seconds=60) == "FAILED"
+    assert slurm.wait(job) == "FAILED"
     assert "--max_requeues 0" in printed(tmp_path, job)
     assert events(run) == ["started", "stopped", "left"]
 
@@ -98,17 +98,17 @@ def test_lost_node(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) 
     in_the_middle(slurm, job, run, after=2)
     slurm.kill_node("n2")
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while slurm.job(job)["JobState"] == "RUNNING" and time.monotonic() < deadline:
             time.sleep(0.5)
         print(f"{slurm.job(job)['JobState']} {time.monotonic() - begun:.0f} s after the kill, n2 {slurm.node_state('n2')}")
     finally:
         slurm.start_node("n2")
-    state = slurm.wait(job, seconds=240)
+    state = slurm.wait(job)
     if state in ENDED and state != "COMPLETED":
         print("ended as", state, ": the same command again")
         job = phase3(slurm, reference, tmp_path)
-        state = slurm.wait(job, seconds=120)
+        state = slurm.wait(job)
     assert state == "COMPLETED", printed(tmp_path, job)
     print(events(run), assert_as_undisturbed(run, reference))
 

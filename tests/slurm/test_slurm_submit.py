@@ -75,7 +75,7 @@ def test_a_failed_phase_ends_the_chain(slurm: ThrowAwaySlurm, reference: Referen
              *phase_words(reference, tmp_path, ("phase2", "phase3"))]
     jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
     assert slurm.wait(jobs["phase2"]) == "FAILED"  # no basis
-    assert slurm.wait(jobs["phase3"], seconds=60) == "CANCELLED"
+    assert slurm.wait(jobs["phase3"]) == "CANCELLED"
     shown = launch_submit(slurm.environment, "--status", str(tmp_path / "chain"), check=False)
     print(shown.stdout)
     assert shown.returncode == 1 and "FAILED" in shown.stdout and "no finished phase1" in shown.stdout
@@ -107,7 +107,7 @@ def test_local_and_debug(reference: Reference, tmp_path: Path) -> None:
         if cluster == "local":
             # kill -9 of the submitting program: its job lives on, and the same command goes on from it.
             first = subprocess.Popen([sys.executable, "launch/submit.py", *words], cwd=ROOT, env=environment)
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 600
             while not (tmp_path / cluster / "phase1" / "config.json").is_file() and time.monotonic() < deadline:
                 time.sleep(0.2)
             first.kill()

@@ -18,7 +18,7 @@ def submit(slurm: ThrowAwaySlurm, phase: str, reference: Reference, output: Path
                         f"slurm/{phase}.sbatch", *flags(reference.root, output)[phase], *more, cwd=ROOT)
 
 
-def in_the_middle(slurm: ThrowAwaySlurm, job: str, run: Path, after: float = 0, seconds: float = 120) -> None:
+def in_the_middle(slurm: ThrowAwaySlurm, job: str, run: Path, after: float = 0, seconds: float = 600) -> None:
     """Returns once the phase's own progress says that it has begun (and passed ``after``) and is not at its end."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -107,7 +107,7 @@ class ThrowAwaySlurm:
         text = self.run("scontrol", "-o", "show", "job", job)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait(self, job: str, *states: str, seconds: float = 240) -> str:
+    def wait(self, job: str, *states: str, seconds: float = 600) -> str:
         """The job's state, once it is among ``states`` (default: ended). A requeued job does not wait its time out."""
         wanted, deadline, state = states or ENDED, time.monotonic() + seconds, ""
         while time.monotonic() < deadline:

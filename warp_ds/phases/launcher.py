@@ -113,8 +113,7 @@ def _fail(error: BaseException, status: int, wrong_input: bool) -> None:
     """
     text = f"error: {error}" if wrong_input else "".join(traceback.format_exception(error))
     logger.error("rank %d failed: %s", runtime.rank(), text)
-    quiet = wrong_input and (runtime.rank() > 0 or _on_terminal())
-    if not quiet:
+    if not _on_terminal() and not (wrong_input and runtime.rank() > 0):
         print(f"rank {runtime.rank()}: {text}", file=sys.stderr, flush=True)
     logging.shutdown()
     sys.stdout.flush()

@@ -161,25 +161,33 @@ class LaterFailure(RuntimeError):
 
 
 def _record_failure(run: Run, error: Exception, log_dir: Path) -> None:
-    """Puts the first failing rank's traceback last in rank 0's log, and a line into the run's state.
+    """Puts a traceback last in this rank's log, and the first failing rank's in rank 0's too and into the run's state.
 
     Raises LaterFailure on the ranks that fail because the first did.
     """
     if isinstance(error, runtime.OtherRankError):
         return
+    text = f"rank {runtime.rank()} failed:\n{''.join(traceback.format_exception(error))}"
+    own, main = (_log_file(log_dir, run.directory.name, rank) for rank in (runtime.rank(), 0))
     try:
         os.close(os.open(run.directory / FAILURE, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
+        if own != main:
+            _append(own, text)
         raise LaterFailure(f"{type(error).__name__}: {error}") from error
     except OSError:
         pass  # a full or read-only file system: every rank says what it saw
     note(run.directory, "failed", rank=runtime.rank(), error=f"{type(error).__name__}: {str(error)[:500]}")
-    if runtime.rank() > 0:
-        try:
-            with open(log_dir / f"{run.directory.name}.log", "a") as file:
-                file.write(f"rank {runtime.rank()} failed:\n{''.join(traceback.format_exception(error))}")
-        except OSError as full:
-            logger.warning("rank 0's log could not be written: %s", full)
+    for log in {own, main}:
+        _append(log, text)
+
+
+def _append(log: Path, text: str) -> None:
+    try:
+        with open(log, "a") as file:
+            file.write(text)
+    except OSError as full:
+        logger.warning("%s could not be written: %s", log, full)
 
 
 def _candidates(
@@ -261,15 +269,19 @@ def log_to_terminal(level: int = logging.INFO) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         root.addHandler(handler)
     else:
+        root.addHandler(logging.NullHandler())
         datasets.disable_progress_bars()
+
+
+def _log_file(log_dir: Path, name: str, rank: int) -> Path:
+    return log_dir / f"{name}{f'.rank{rank}' if rank else ''}.log"
 
 
 @contextmanager
 def log_to_file(log_dir: Path, name: str) -> Iterator[None]:
     """This rank's log file: logs/<run>.log for rank 0, logs/<run>.rank<r>.log beside it for the others."""
     log_dir.mkdir(parents=True, exist_ok=True)
-    suffix = "" if runtime.rank() == 0 else f".rank{runtime.rank()}"
-    handler = logging.FileHandler(log_dir / f"{name}{suffix}.log")
+    handler = logging.FileHandler(_log_file(log_dir, name, runtime.rank()))
     handler.setFormatter(logging.Formatter(_FORMAT))
     root = logging.getLogger("warp_ds")
     root.addHandler(handler)
