@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from warp_ds.config import BasisArguments, ImportanceArguments, TrainArguments
+from warp_ds.config import BasisArguments, ImportanceArguments, TrainArguments, parse_arguments, parse_training
 from warp_ds.data.synthetic import demo_data, train_tokenizer
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.importance import run_importance
@@ -69,11 +69,11 @@ def flags(root: Path, output: Path, steps: int = STEPS) -> dict[str, list[str]]:
             for phase, values in settings.items()}
 
 
-def undisturbed(root: Path, output: Path, steps: int = STEPS) -> dict[str, str]:
-    """The three phases one after another on this process's ranks; phase -> run directory."""
-    from warp_ds.config import parse_arguments, parse_training
-
-    given = flags(root, output, steps)
+def undisturbed(
+    root: Path, output: Path, steps: int = STEPS, more: dict[str, list[str]] | None = None
+) -> dict[str, str]:
+    """The three phases one after another on this process's ranks, with ``more`` flags each; phase -> run directory."""
+    given = {phase: words + (more or {}).get(phase, []) for phase, words in flags(root, output, steps).items()}
     runs = {"phase1": run_basis(parse_arguments(BasisArguments, given["phase1"])),
             "phase2": run_importance(parse_arguments(ImportanceArguments, given["phase2"])),
             "phase3": run_training(*parse_training(TrainArguments, given["phase3"]))}
