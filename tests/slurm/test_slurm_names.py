@@ -1,0 +1,48 @@
+"""Rank and address from Slurm's variables; the chain's flags; no cluster needed, but scontrol checks where there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from throwaway import ThrowAwaySlurm
+
+from warp_ds.cluster.chain import parse_phases, phase_flags
+from warp_ds.cluster.slurm import first_host, task_environment
+from warp_ds.config import ConfigError
+
+TASK = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "12345",
+        "SLURM_STEP_NODELIST": "n[1-2]", "MASTER_ADDR": "10.0.0.1"}
+
+
+def test_first_host_is_scontrols(slurm: ThrowAwaySlurm) -> None:
+    for nodelist in ("n[1-2]", "n1", "gpu[03-05,9],cpu1", "a,b", "rack[2-3]node[07-09]", "n[007]"):
+        assert first_host(nodelist) == slurm.run("scontrol", "show", "hostnames", nodelist).split()[0]
+
+
+def test_task_environment() -> None:
+    found = task_environment(TASK)
+    assert found == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "20345"}
+    # The batch shell has SLURM_PROCID=0, but is no task.
+    assert task_environment({k: v for k, v in TASK.items() if k != "SLURM_STEP_ID"}) is None
+    assert task_environment({}) is None
+    ports = {task_environment({**TASK, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})["MASTER_PORT"]  # type: ignore[index]
+             for job in range(100, 110) for step in range(3)}
+    assert len(ports) == 30 and all(20000 <= int(port) < 32000 for port in ports)
+
+
+def test_flags_go_to_the_phases_that_have_them() -> None:
+    words = ["--model_name", "m", "--keep_ratio", "0.2", "--phase3.batch_size", "1", "--lr_scheduler_type=cosine", "--debug"]
+    found = phase_flags(parse_phases("3,evaluate,0,2"), words, Path("r"))
+    where = ["--output_dir", "r", "--log_dir", "r/logs", "--run_name"]
+    assert list(found) == ["phase0", "phase2", "phase3", "evaluate"]
+    assert found["phase0"] == ["--model_name", "m", "--lr_scheduler_type", "cosine", "--debug", *where, "phase0"]
+    assert found["phase2"] == ["--model_name", "m", "--keep_ratio", "0.2", "--debug", *where, "phase2", "--model_name",
+                               "r/phase0/model"]
+    assert found["phase3"][:6] == ["--model_name", "m", "--batch_size", "1", "--lr_scheduler_type", "cosine"]
+    assert found["evaluate"][-2:] == ["--model_name", "r/phase3/model"]
+    for wrong in (["--no_such_flag", "1"], ["--phase1.batch_size", "1"], ["--log_dir", "x"], ["word"]):
+        with pytest.raises(ConfigError):
+            phase_flags(["phase2"], wrong, Path("r"))
+    with pytest.raises(ConfigError):
+        parse_phases("4")
