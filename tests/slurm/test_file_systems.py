@@ -50,7 +50,7 @@ def test_full_and_read_only_disk(reference: Reference, small_disk: Path) -> None
     print(text[-700:])
     whole = sorted(p.parent.name for p in small_disk.glob("mine/trainer/*/whole.json"))
     print("whole checkpoints:", whole, "events:", events(small_disk / "mine"))
-    assert status == 1 and "space" in text and "the same command goes on from the last good state" in text
+    assert status == 1 and "Is there space" in text and "the same command goes on from the last good state" in text
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     status, text = run("phase3", *words)
     print(text[-300:])

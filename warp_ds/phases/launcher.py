@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -16,7 +15,7 @@ from warp_ds.cluster import preemption, slurm
 from warp_ds.cluster.doctor import start_checks
 from warp_ds.config import ConfigError, RunArguments, parse_arguments, parse_training
 from warp_ds.data.datasets import DataError
-from warp_ds.phases.run import LaterFailure, log_to_terminal, note
+from warp_ds.phases.run import LaterFailure, explain, log_to_terminal, note
 from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import UnsupportedSetting
 
@@ -35,6 +34,7 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
     exit status is 75: the same command goes on from there.
     """
     passed: dict[str, Any] = {}
+    arguments: A | None = None
     try:
         if stoppable:
             preemption.watch()
@@ -55,9 +55,12 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
     except (ConfigError, ArtifactError, DataError, UnsupportedSetting, runtime.OtherRankError) as error:
         _fail(error, status=2, wrong_input=True)
     except preemption.Preempted as stop:
+        assert arguments is not None
         _go_on_later(stop, arguments.max_requeues)
     except Exception as error:  # noqa: BLE001
-        _fail(_explained(error, arguments), status=1, wrong_input=isinstance(error, LaterFailure))
+        if arguments is not None:
+            explain(error, arguments)
+        _fail(error, status=1, wrong_input=isinstance(error, LaterFailure))
     runtime.shutdown()
 
 
@@ -75,24 +78,6 @@ def _go_on_later(stop: preemption.Preempted, max_requeues: int) -> None:
     runtime.shutdown()
     sys.stdout.flush()
     os._exit(0 if refused is None else preemption.STOPPED)
-
-
-def _explained(error: Exception, arguments: RunArguments) -> Exception:
-    """The same error, with what a user can do about it where its own text does not say."""
-    text = str(error)
-    if "Timed out waiting" in text or "timed out" in text.lower():
-        error.add_note(f"This rank waited --timeout {arguments.timeout} s for another one in a collective. The rank that "
-                       f"hangs is one whose log in {arguments.log_dir} ends earlier than the others'.")
-    elif "Connection closed by peer" in text or "Connection reset" in text:
-        error.add_note("Another rank ended without a word (killed, out of memory, its node lost): see Slurm's or the kernel's "
-                       "log of its node. The same command goes on from the last good state.")
-    elif isinstance(error, OSError) and error.errno in _DISK:
-        error.add_note(f"Free space (or write access) is needed in {arguments.output_dir} and {arguments.log_dir}; then the "
-                       "same command goes on from the last good state.")
-    return error
-
-
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def apply_debug(arguments: RunArguments) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -118,6 +119,7 @@ def start_run(
                 logger.info("%s: %s has come, and every rank has saved what it had", run.directory.name, stop)
                 raise
             except Exception as error:
+                explain(error, arguments)
                 _record_failure(run, error, Path(arguments.log_dir))
                 raise
     finally:
@@ -158,6 +160,27 @@ def note(directory: Path, event: str, **more: Any) -> None:
 
 class LaterFailure(RuntimeError):
     """This rank failed after another one had: of the first alone the traceback is shown."""
+
+
+def explain(error: Exception, arguments: RunArguments) -> None:
+    """Notes on ``error`` what a user can do about it, where its own text does not say."""
+    if getattr(error, "__notes__", None) or isinstance(error, LaterFailure):
+        return
+    text = str(error)
+    if "timed out" in text.lower():
+        error.add_note(f"This rank waited --timeout {arguments.timeout} s for another one in a collective. The rank that "
+                       f"hangs is one whose log in {arguments.log_dir} ends earlier than the others'.")
+    elif "Connection closed by peer" in text or "Connection reset" in text:
+        error.add_note("Another rank ended without a word (killed, out of memory, its node lost): see Slurm's or the kernel's "
+                       "log of its node. The same command goes on from the last good state.")
+    elif getattr(error, "errno", None) in _DISK_ERRORS or any(words in text for words in _DISK_WORDS):
+        error.add_note(f"Is there space, and write access, in {arguments.output_dir} and {arguments.log_dir}? Once there is, "
+                       "the same command goes on from the last good state.")
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+#: How safetensors and torch.save say the same.
+_DISK_WORDS = ("No space left", "os error 28", "Disk quota", "PytorchStreamWriter failed", "inline_container.cc")
 
 
 def _record_failure(run: Run, error: Exception, log_dir: Path) -> None:

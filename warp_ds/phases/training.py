@@ -317,7 +317,10 @@ class WholeCheckpoints(TrainerCallback):
 
 
 def newest_whole_checkpoint(directory: Path) -> str | None:
-    """Path of the newest checkpoint that was written to its end."""
+    """Path of the newest checkpoint that was written to its end; what was not takes space, and is removed."""
+    for path in directory.glob("checkpoint-*"):
+        if not (path / WholeCheckpoints.MARK).is_file():
+            shutil.rmtree(path, ignore_errors=True)
     found = [p.parent for p in directory.glob(f"checkpoint-*/{WholeCheckpoints.MARK}")]
     return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
 
