@@ -26,10 +26,10 @@ demo: $(READY)
 	$(BIN)/warp-ds demo
 
 test: $(READY)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not slow"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -m "not slow"
 
 test-slow: $(READY)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m slow
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -26,7 +26,8 @@ from warp_ds.config import LAYER_TYPES, BasisArguments, ConfigError
 from warp_ds.data.datasets import load_pairs
 from warp_ds.data.formats import encode_dataset
 from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, weight_basis
-from warp_ds.phases.run import Progress, start_run
+from warp_ds.phases.run import start_run
+from warp_ds.phases.state import Progress
 from warp_ds.phases.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.zero.batches import Samples
 from warp_ds.zero.collect import (

@@ -33,7 +33,8 @@ from warp_ds.method.importance import response_loss, tokens_first
 from warp_ds.method.mask import frozen_count, pack_bits
 from warp_ds.method.selection import random_scores
 from warp_ds.phases.basis import safety_pairs
-from warp_ds.phases.run import Progress, start_run
+from warp_ds.phases.run import start_run
+from warp_ds.phases.state import Progress
 from warp_ds.phases.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.collect import Background, stop_together

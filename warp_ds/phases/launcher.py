@@ -15,7 +15,9 @@ from warp_ds.cluster import preemption, slurm
 from warp_ds.cluster.doctor import start_checks
 from warp_ds.config import ConfigError, RunArguments, parse_arguments, parse_training
 from warp_ds.data.datasets import DataError
-from warp_ds.phases.run import LaterFailure, explain, log_to_terminal, note
+from warp_ds.phases.failures import LaterFailure, explain
+from warp_ds.phases.run import log_to_terminal
+from warp_ds.phases.state import note
 from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import UnsupportedSetting
 

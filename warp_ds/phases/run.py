@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
-import socket
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +22,9 @@ from warp_ds.artifacts import ArtifactError, read_json, write_json
 from warp_ds.cluster import slurm
 from warp_ds.cluster.preemption import Preempted
 from warp_ds.config import ConfigError, RunArguments, identity_settings
+from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
 from warp_ds.phases.lock import RunLock, alive
+from warp_ds.phases.state import note, now
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ class Run:
 
         def mark() -> None:
             seconds = round(time.time() - self.started, 1)
-            write_json(self.directory / "finished.json", {"finished_at": _now(), "seconds": seconds})
+            write_json(self.directory / "finished.json", {"finished_at": now(), "seconds": seconds})
             link = self.directory.parent / f"{self.phase}_latest"
             aside = link.with_name(f".{link.name}.{os.getpid()}")
             aside.unlink(missing_ok=True)
@@ -97,7 +96,7 @@ def start_run(
         if not resumed:
             write_json(directory / "config.json", {
                 "phase": phase, "identity": identity, "settings": settings, "inputs": inputs,
-                "started_at": _now(), "versions": versions(), "command": sys.argv, "world_size": runtime.world_size(),
+                "started_at": now(), "versions": versions(), "command": sys.argv, "world_size": runtime.world_size(),
             })
         (directory / FAILURE).unlink(missing_ok=True)
         return {"directory": str(directory), "resumed": resumed, "done": (directory / "finished.json").is_file()}
@@ -120,97 +119,11 @@ def start_run(
                 raise
             except Exception as error:
                 explain(error, arguments)
-                _record_failure(run, error, Path(arguments.log_dir))
+                record_failure(run.directory, error, Path(arguments.log_dir))
                 raise
     finally:
         if lock is not None:
             lock.release()
-
-
-STATE, FAILURE, PROGRESS = "state.jsonl", ".failure", "progress.json"
-
-
-class Progress:
-    """How far a phase is, for ``launch/submit.py --status``: rank 0 writes it, every two seconds at most."""
-
-    def __init__(self, directory: Path, total: float, unit: str):
-        self.path, self.total, self.unit = directory / PROGRESS, total, unit
-        self._shown = -1e9
-
-    def at(self, done: float) -> None:
-        """``done`` of the total are finished."""
-        if runtime.rank() == 0 and (time.monotonic() - self._shown > 2.0 or done >= self.total):
-            self._shown = time.monotonic()
-            try:
-                write_json(self.path, {"done": done, "total": self.total, "unit": self.unit})
-            except OSError as error:
-                logger.warning("the progress could not be written: %s", error)
-
-
-def note(directory: Path, event: str, **more: Any) -> None:
-    """Appends a line to the run's state; a full disk must not end the run that would say so."""
-    line = {"at": _now(), "event": event, "job": slurm.job_id(), "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-            "host": socket.gethostname(), "pid": os.getpid(), **more}
-    try:
-        with open(directory / STATE, "a") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        logger.warning("the run's state could not be written: %s", error)
-
-
-class LaterFailure(RuntimeError):
-    """This rank failed after another one had: of the first alone the traceback is shown."""
-
-
-def explain(error: Exception, arguments: RunArguments) -> None:
-    """Notes on ``error`` what a user can do about it, where its own text does not say."""
-    if getattr(error, "__notes__", None) or isinstance(error, LaterFailure):
-        return
-    text = str(error)
-    if "timed out" in text.lower():
-        error.add_note(f"This rank waited --timeout {arguments.timeout} s for another one in a collective. The rank that "
-                       f"hangs is one whose log in {arguments.log_dir} ends earlier than the others'.")
-    elif "Connection closed by peer" in text or "Connection reset" in text:
-        error.add_note("Another rank ended without a word (killed, out of memory, its node lost): see Slurm's or the kernel's "
-                       "log of its node. The same command goes on from the last good state.")
-    elif getattr(error, "errno", None) in _DISK_ERRORS or any(words in text for words in _DISK_WORDS):
-        error.add_note(f"Is there space, and write access, in {arguments.output_dir} and {arguments.log_dir}? Once there is, "
-                       "the same command goes on from the last good state.")
-
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-#: How safetensors and torch.save say the same.
-_DISK_WORDS = ("No space left", "os error 28", "Disk quota", "PytorchStreamWriter failed", "inline_container.cc")
-
-
-def _record_failure(run: Run, error: Exception, log_dir: Path) -> None:
-    """Puts a traceback last in this rank's log, and the first failing rank's in rank 0's too and into the run's state.
-
-    Raises LaterFailure on the ranks that fail because the first did.
-    """
-    if isinstance(error, runtime.OtherRankError):
-        return
-    text = f"rank {runtime.rank()} failed:\n{''.join(traceback.format_exception(error))}"
-    own, main = (_log_file(log_dir, run.directory.name, rank) for rank in (runtime.rank(), 0))
-    try:
-        os.close(os.open(run.directory / FAILURE, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        if own != main:
-            _append(own, text)
-        raise LaterFailure(f"{type(error).__name__}: {error}") from error
-    except OSError:
-        pass  # a full or read-only file system: every rank says what it saw
-    note(run.directory, "failed", rank=runtime.rank(), error=f"{type(error).__name__}: {str(error)[:500]}")
-    for log in {own, main}:
-        _append(log, text)
-
-
-def _append(log: Path, text: str) -> None:
-    try:
-        with open(log, "a") as file:
-            file.write(text)
-    except OSError as full:
-        logger.warning("%s could not be written: %s", log, full)
 
 
 def _candidates(
@@ -263,10 +176,6 @@ def _check_identity(run: Path, identity: str, settings: dict[str, Any]) -> None:
                       "use another --run_name, or the same settings")
 
 
-def _now() -> str:
-    return datetime.now().isoformat(timespec="seconds")
-
-
 def versions() -> dict[str, str]:
     """Versions of what decides a result."""
     found = {"python": sys.version.split()[0]}
@@ -296,15 +205,11 @@ def log_to_terminal(level: int = logging.INFO) -> None:
         datasets.disable_progress_bars()
 
 
-def _log_file(log_dir: Path, name: str, rank: int) -> Path:
-    return log_dir / f"{name}{f'.rank{rank}' if rank else ''}.log"
-
-
 @contextmanager
 def log_to_file(log_dir: Path, name: str) -> Iterator[None]:
     """This rank's log file: logs/<run>.log for rank 0, logs/<run>.rank<r>.log beside it for the others."""
     log_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(_log_file(log_dir, name, runtime.rank()))
+    handler = logging.FileHandler(log_file(log_dir, name, runtime.rank()))
     handler.setFormatter(logging.Formatter(_FORMAT))
     root = logging.getLogger("warp_ds")
     root.addHandler(handler)

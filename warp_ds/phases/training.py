@@ -44,7 +44,8 @@ from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pa
 from warp_ds.data.datasets import load_pairs
 from warp_ds.data.formats import encode_dataset
 from warp_ds.evaluation.generate import pad_token
-from warp_ds.phases.run import Progress, start_run
+from warp_ds.phases.run import start_run
+from warp_ds.phases.state import Progress
 from warp_ds.phases.targets import check_targets, find_targets
 from warp_ds.protection import WarpCallback
 from warp_ds.zero import runtime
