@@ -71,8 +71,8 @@ def test_one_run_directory_two_jobs(slurm: ThrowAwaySlurm, reference: Reference,
 
 
 def test_time_limit_in_the_middle(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
-    # Twelve steps of at least 6 s do not fit into a minute. Slurm looks at time limits twice a minute.
-    job = phase3(slurm, reference, tmp_path, fault="slow:6", options=("--time=1", "--signal=USR2@15"))
+    # Twelve steps of at least 14 s do not fit into two minutes.
+    job = phase3(slurm, reference, tmp_path, fault="slow:14", options=("--time=2", "--signal=USR2@20"))
     run = tmp_path / f"phase3_{job}"
     state = slurm.wait(job)
     print(state, events(run), [json.loads(x).get("reason") for x in (run / "state.jsonl").read_text().splitlines()])

@@ -45,6 +45,9 @@ def init_distributed(device: str, timeout_seconds: int = 1800) -> None:
     warnings.filterwarnings("ignore", message=r".*is deprecated. Please use `torch\.distributed", category=FutureWarning)
     import deepspeed
 
+    from warp_ds.zero.torch_internals import survive_kills_while_loading_operators
+
+    survive_kills_while_loading_operators()
     deepspeed.init_distributed(
         dist_backend="nccl" if device == "cuda" else "gloo",
         auto_mpi_discovery=False,

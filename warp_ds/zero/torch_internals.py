@@ -1,0 +1,70 @@
+"""PyTorch's private parts that we touch, each in one place.
+
+Loading a compiled operator (DeepSpeed's, on CPUs and with offload) takes a lock that is a file's existence: a process
+killed meanwhile leaves it, and every later run on that machine, or of that home directory, waits for it without end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from typing import Any
+
+from torch.utils import cpp_extension
+from torch.utils.file_baton import FileBaton
+
+_OURS = b"held by a warp_ds process as long as it is flocked\n"
+
+
+class MortalBaton(FileBaton):
+    """The same lock, so that other programs respect it; one of ours whose maker is dead is taken away."""
+
+    def try_acquire(self) -> bool:
+        """Makes the lock's file, already flocked; False while another process holds it."""
+        aside = f"{self.lock_file_path}.{os.getpid()}"
+        fd = os.open(aside, os.O_CREAT | os.O_RDWR | os.O_TRUNC)
+        try:
+            os.write(fd, _OURS)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.ftruncate(fd, 0)  # no flock here: then nobody can tell whether this process is dead
+            self._remove_dead()
+            os.link(aside, self.lock_file_path)
+            self.fd = fd
+            return True
+        except FileExistsError:
+            os.close(fd)
+            return False
+        finally:
+            os.unlink(aside)
+
+    def wait(self) -> None:
+        """Returns once the holder has released the lock, or has died."""
+        while os.path.exists(self.lock_file_path):
+            self._remove_dead()
+            time.sleep(self.wait_seconds)
+
+    def _remove_dead(self) -> None:
+        try:
+            fd = os.open(self.lock_file_path, os.O_RDWR)
+        except FileNotFoundError:
+            return
+        try:
+            if os.read(fd, len(_OURS)) == _OURS:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(fd).st_ino == os.stat(self.lock_file_path).st_ino:
+                    os.unlink(self.lock_file_path)
+        except (BlockingIOError, FileNotFoundError):
+            pass  # its holder lives, or somebody else has taken it away
+        finally:
+            os.close(fd)
+
+
+def survive_kills_while_loading_operators() -> None:
+    """Operators that are compiled or loaded from now on are locked by MortalBaton."""
+    module: Any = cpp_extension
+    if not issubclass(module.FileBaton, FileBaton):
+        raise RuntimeError("torch.utils.cpp_extension.FileBaton is no longer torch.utils.file_baton.FileBaton")
+    module.FileBaton = MortalBaton
