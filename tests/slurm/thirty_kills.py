@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import pytest  # noqa: E402
 from chain import TOLERANCES, differences, make_inputs, undisturbed  # noqa: E402
 from ranks import run_ranks, start_ranks  # noqa: E402
 
@@ -50,7 +51,7 @@ def run_kills(root: Path, kills: int, seed: int = 0) -> int:
             found = {k: v for phase in reference for k, v in differences(Path(again[phase]), Path(reference[phase])).items()}
             fine = all(value <= TOLERANCES[kind] for kind, value in found.items())
             text = ", ".join(f"{kind} {value:.1g}" for kind, value in found.items())
-        except BaseException as error:  # pytest.fail, too: the next chain is started all the same
+        except (Exception, pytest.fail.Exception) as error:  # the next chain is started all the same
             fine, text = False, f"{type(error).__name__}: {str(error)[-600:]}"
         right += fine
         print(f"{number + 1:2d}: {'both ranks' if both else 'one rank'} at {moment:.1f} s ({at}): "

@@ -7,6 +7,7 @@ killed meanwhile leaves it, and every later run on that machine, or of that home
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import time
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
+logger = logging.getLogger(__name__)
+WARN_SECONDS = 60.0
 _OURS = b"held by a warp_ds process as long as it is flocked\n"
 
 
@@ -41,9 +44,14 @@ class MortalBaton(FileBaton):
             os.unlink(aside)
 
     def wait(self) -> None:
-        """Returns once the holder has released the lock, or has died."""
+        """Returns once the holder has released the lock, or has died; another program's death cannot be told."""
+        deadline = time.monotonic() + WARN_SECONDS
         while os.path.exists(self.lock_file_path):
             self._remove_dead()
+            if time.monotonic() > deadline:
+                deadline = float("inf")
+                logger.warning("still waiting for %s: some program compiles or loads an operator; if none does (it was "
+                               "killed), remove that file", self.lock_file_path)
             time.sleep(self.wait_seconds)
 
     def _remove_dead(self) -> None:
