@@ -40,30 +40,31 @@ def warn(slurm: ThrowAwaySlurm, job: str) -> None:
     slurm.run("scancel", "--signal=USR2", job)
 
 
-DISTURBED: list[tuple[str, Callable[[ThrowAwaySlurm, str], None], float]] = [
-    ("phase1", requeue_from_outside, 0), ("phase2", warn, 0), ("phase3", requeue_from_outside, 2)]
-
-
-def test_disturbed_phases_end_as_undisturbed_ones(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
-    for phase, disturb, after in DISTURBED:
-        job = submit(slurm, phase, reference, tmp_path)
-        run = tmp_path / f"{phase}_{job}"
-        in_the_middle(slurm, job, run, after)
-        disturb(slurm, job)
-        state = slurm.wait(job)
-        log = (tmp_path / f"{phase}_{job}.out").read_text()
-        assert state == "COMPLETED", log
-        print(phase, disturb.__name__, assert_as_undisturbed(run, reference), events(run))
-        assert events(run)[:2] == ["started", "stopped"] and events(run)[-2:] == ["restarted", "finished"], events(run)
-        assert slurm.restarts(job) == 1, "requeued more than once"
+@pytest.mark.parametrize(("phase", "disturb", "after"), [
+    pytest.param("phase1", requeue_from_outside, 0, marks=pytest.mark.slow),
+    ("phase2", warn, 0),
+    ("phase3", requeue_from_outside, 2),
+])
+def test_disturbed_phase_ends_as_an_undisturbed_one(
+    slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path, phase: str, disturb: Callable[[ThrowAwaySlurm, str], None],
+    after: float,
+) -> None:
+    artefacts = {"phase2": ("--basis_dir", f"{reference.runs['phase1']}/basis"),
+                 "phase3": ("--masks_dir", f"{reference.runs['phase2']}/masks")}
+    job = submit(slurm, phase, reference, tmp_path, *artefacts.get(phase, ()))
+    run = tmp_path / f"{phase}_{job}"
+    in_the_middle(slurm, job, run, after)
+    disturb(slurm, job)
+    state = slurm.wait(job)
+    assert state == "COMPLETED", (tmp_path / f"{phase}_{job}.out").read_text()
+    print(phase, disturb.__name__, assert_as_undisturbed(run, reference), events(run))
+    assert events(run)[:2] == ["started", "stopped"] and events(run)[-2:] == ["restarted", "finished"], events(run)
+    assert slurm.restarts(job) == 1, "requeued more than once"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["phase1", "phase2", "phase3"])
-def test_template_undisturbed(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path, phase: str) -> None:
-    for earlier in ("phase1", "phase2", "phase3"):
-        job = submit(slurm, earlier, reference, tmp_path)
-        assert slurm.wait(job) == "COMPLETED", (tmp_path / f"{earlier}_{job}.out").read_text()
-        print(earlier, assert_as_undisturbed(tmp_path / f"{earlier}_{job}", reference))
-        if earlier == phase:
-            return
+def test_chain_of_templates(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
+    for phase in ("phase1", "phase2", "phase3"):
+        job = submit(slurm, phase, reference, tmp_path)
+        assert slurm.wait(job) == "COMPLETED", (tmp_path / f"{phase}_{job}.out").read_text()
+        print(phase, assert_as_undisturbed(tmp_path / f"{phase}_{job}", reference))
