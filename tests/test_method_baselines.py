@@ -1,0 +1,120 @@
+"""Each baseline against its paper's formula, written out in numpy or by brute force on a tiny layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from warp_ds.method.baselines import (
+    attention_neurons,
+    linear_neurons,
+    resta,
+    robust_neurons,
+    safe_delta,
+    safety_hessian,
+    safety_share,
+    top_share,
+)
+
+M, N, T = 5, 7, 40
+
+
+@pytest.fixture()
+def layer() -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(T, N, generator=draw, dtype=torch.float64) * torch.linspace(0.3, 2.0, N, dtype=torch.float64)
+    values, columns = torch.linalg.eigh(x.T @ x / T)
+    aligned = torch.randn(M, N, generator=draw)
+    return {"x": x, "values": values.flip(0), "columns": columns.flip(1), "aligned": aligned,
+            "tuned": aligned + 0.1 * torch.randn(M, N, generator=draw)}
+
+
+def test_safeinstr_mixes_a_tenth() -> None:
+    assert [safety_share(n, 0.1) for n in (0, 1, 10, 1000, 1001)] == [0, 1, 1, 100, 101]
+
+
+def test_resta_adds_the_safety_vector() -> None:
+    tuned, aligned, unaligned = (torch.tensor([[float(v)]]) for v in (3, 2, 5))
+    assert resta(tuned, aligned, unaligned, 0.3).item() == pytest.approx(3 + 0.3 * (2 - 5))
+
+
+def test_safe_delta_hessian_is_that_of_the_safety_inputs(layer: dict[str, torch.Tensor]) -> None:
+    x = layer["x"].numpy()
+    h = 2 * x.T @ x / T
+    expected = h + 0.01 * np.mean(np.diag(h)) * np.eye(N)
+    np.testing.assert_allclose(safety_hessian(layer["columns"], layer["values"]).numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("s", [0.0, 20.0, 60.0, 1e9])
+def test_safe_delta_is_the_papers_selection_and_compensation(layer: dict[str, torch.Tensor], s: float) -> None:
+    hessian = safety_hessian(layer["columns"], layer["values"])
+    found, kept = safe_delta(layer["aligned"], layer["tuned"], hessian, s)
+    h = hessian.numpy()
+    w, target = layer["aligned"].double().numpy(), layer["tuned"].double().numpy()
+    # Selection, entry by entry: by the ratio of utility to safety, largest first, until the budget is spent.
+    diagonal = np.diag(np.linalg.inv(h))
+    budget = s * M / 4096 * np.mean(1 / (2 * diagonal))
+    chosen, spent = np.zeros((M, N), bool), 0.0
+    entries = sorted(((i, j) for i in range(M) for j in range(N)), key=lambda e: (-2 * diagonal[e[1]], e))
+    for i, j in entries:
+        spent += (target[i, j] - w[i, j]) ** 2 / (2 * diagonal[j])
+        if spent > budget:
+            break
+        chosen[i, j] = True
+    assert np.array_equal(kept.numpy(), chosen)
+    assert chosen.sum() == {0.0: 0, 1e9: M * N}.get(s, chosen.sum()) and (s not in (20.0, 60.0) or 0 < chosen.sum() < M * N)
+    # Compensation: with columns up to j fixed, the open ones go where ½ δᵀ H δ is least (a linear system, not OBS).
+    expected = w.copy()
+    for i in range(M):
+        for j in range(N):
+            change = target[i, j] - expected[i, j] if chosen[i, j] else 0.0
+            expected[i, j] += change
+            if j + 1 < N:
+                expected[i, j + 1:] -= np.linalg.solve(h[j + 1:, j + 1:], h[j + 1:, j] * change)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(found.numpy()[chosen], target[chosen], atol=1e-6)
+
+
+def test_compensation_lowers_the_safety_loss(layer: dict[str, torch.Tensor]) -> None:
+    found, kept = safe_delta(layer["aligned"], layer["tuned"], safety_hessian(layer["columns"], layer["values"]), 60.0)
+    plain = torch.where(kept, layer["tuned"], layer["aligned"])
+
+    def loss(w: torch.Tensor) -> float:
+        return float((layer["x"] @ (w - layer["aligned"]).double().T).square().sum())
+
+    assert loss(found) < loss(plain)
+
+
+def test_linear_neurons_are_what_switching_off_does() -> None:
+    draw = torch.Generator().manual_seed(1)
+    h, w = torch.randn(T, N, generator=draw), torch.randn(M, N, generator=draw)
+    for k, importance in enumerate(linear_neurons(h, w)):
+        without = h.clone()
+        without[:, k] = 0
+        assert float(importance) == pytest.approx(float(torch.linalg.norm(h @ w.T - without @ w.T)), rel=1e-5)
+
+
+def test_attention_neurons_are_what_switching_off_does() -> None:
+    draw = torch.Generator().manual_seed(2)
+    q, k = torch.randn(6, 4, generator=draw), torch.randn(6, 4, generator=draw)
+    ones = torch.ones(1, 1, 6, 1)
+
+    def attention(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        # The rows of the attention matrix, read off PyTorch's own attention by its values.
+        value = torch.eye(6).expand(1, 1, 6, 6) * ones
+        return torch.nn.functional.scaled_dot_product_attention(q[None, None], k[None, None], value, is_causal=True)[0, 0]
+
+    found = attention_neurons(q, k)
+    for c in range(4):
+        off = q.clone()
+        off[:, c] = 0
+        assert float(found[c]) == pytest.approx(float(torch.linalg.norm(attention(q, k) - attention(off, k))), abs=1e-5)
+
+
+def test_safety_neurons_matter_for_every_input_and_robust_ones_are_not_foundational() -> None:
+    importance = torch.tensor([[3.0, 1.0, 9.0, 2.0], [3.0, 5.0, 0.1, 2.5]])
+    safety = top_share(importance.min(0).values, 0.5)
+    assert safety.tolist() == [True, False, False, True]
+    foundation = torch.tensor([True, True, False, False])
+    assert robust_neurons(safety, foundation).tolist() == [False, False, False, True]
