@@ -5,7 +5,16 @@ import math
 import pytest
 from scipy.stats import binomtest
 
-from warp_ds.evaluation.metrics import accuracy, exact_match, extract_number, rates, wilson
+from warp_ds.evaluation.metrics import (
+    accuracy,
+    agreement,
+    exact_match,
+    extract_flexible,
+    extract_number,
+    mcnemar,
+    rates,
+    wilson,
+)
 
 
 @pytest.mark.parametrize("k, n", [(0, 10), (10, 10), (3, 10), (97, 100), (1, 1)])
@@ -32,6 +41,8 @@ def test_wilson_without_trials_knows_nothing():
     ("####18", None),
     ("The answer is 18.", None),
     ("#### eighteen", None),
+    ("#### 18.,", "18"),
+    ("18\nQuestion: next\n#### 5", None),
     ("", None),
 ])  # fmt: skip
 def test_numbers_are_read_as_lm_eval_reads_them(answer, number):
@@ -60,3 +71,35 @@ def test_accuracy_and_rates():
     assert math.isnan(rates([])["refusal_rate"])
     with pytest.raises(ValueError, match="unknown verdicts \\['safe'\\]"):
         rates(["safe"])
+
+
+@pytest.mark.parametrize("answer, number", [
+    ("The answer is 18.", "18"),
+    ("3 boxes and 4 pens", "4"),
+    ("it costs $1,200.50", "1200.50"),
+    ("5\nQuestion: and 7?", "5"),
+    ("none", None),
+])  # fmt: skip
+def test_flexible_match_takes_the_last_number(answer, number):
+    assert extract_flexible(answer) == number
+    assert exact_match(answer, f"work\n#### {number}", flexible=True) is (number is not None)
+
+
+def test_mcnemar_counts_only_the_pairs_that_changed():
+    before = [True] * 10 + [False] * 10
+    after = [True] * 3 + [False] * 7 + [True] + [False] * 9
+    # The definition: two-sided binomial tail of 1 of 8, 2 * (1 + 8) / 2^8.
+    assert mcnemar(before, after) == {"lost": 7, "gained": 1, "p": pytest.approx(2 * 9 / 256)}
+    assert mcnemar([True, False], [True, False]) == {"lost": 0, "gained": 0, "p": 1.0}
+    with pytest.raises(ValueError, match="pairs"):
+        mcnemar([True], [])
+
+
+def test_agreement_and_kappa():
+    first = [True] * 25 + [True] * 10 + [False] * 15 + [False] * 50
+    second = [True] * 25 + [False] * 10 + [True] * 15 + [False] * 50
+    # Cohen's own formula: p_o = 0.75, p_e = 0.35 * 0.40 + 0.65 * 0.60 = 0.53.
+    assert agreement(first, second) == {"n": 100, "agreement": 0.75, "kappa": pytest.approx(0.22 / 0.47)}
+    assert math.isnan(agreement([True], [True])["kappa"])
+    with pytest.raises(ValueError, match="pairs"):
+        agreement([], [])

@@ -58,6 +58,11 @@ def write_json(path: Path, value: Any) -> None:
     _write_aside(path, lambda aside: aside.write_text(json.dumps(value, indent=2) + "\n"))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file, whole or not at all."""
+    _write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file, whole or not at all."""
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -198,6 +203,10 @@ class BasisStore:
     def fingerprint(self) -> str:
         return fingerprint_files([self.directory / file for file in self.metadata.bases])
 
+    @property
+    def layers(self) -> list[TargetLayer]:
+        return _layers(self.metadata.layers)
+
     def check(self, layers: Iterable[TargetLayer], model_fingerprint: str | None, model_name: str) -> None:
         """ArtifactError naming both sides where the basis belongs to another model, layers or shapes."""
         _check_model(self.directory, self.metadata, model_fingerprint, model_name, "basis", "phase 1")
@@ -242,7 +251,11 @@ class MaskStore:
 
     @property
     def layers(self) -> list[TargetLayer]:
-        return [TargetLayer(name, e["layer"], e["type"], *e["shape"]) for name, e in self.metadata.layers.items()]
+        return _layers(self.metadata.layers)
+
+
+def _layers(entries: Mapping[str, Mapping[str, Any]]) -> list[TargetLayer]:
+    return [TargetLayer(name, e["layer"], e["type"], *e["shape"]) for name, e in entries.items()]
 
 
 def layer_entry(layer: TargetLayer, file: str, **more: Any) -> dict[str, Any]:

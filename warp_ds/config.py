@@ -195,7 +195,7 @@ class TrainArguments(UtilityDataArguments, LayerArguments, TrainingFlags):
 class EvaluateArguments(RunArguments):
     """Evaluation."""
 
-    suite: str = flag("refusal,over_refusal,gsm8k,loss", "comma-separated list of measurements")
+    suite: str = flag("refusal,over_refusal,gsm8k,loss", "comma-separated list of measurements, and of lm-eval tasks")
     harmful_data: str = flag("LibrAI/do-not-answer", "prompts that should be refused")
     harmful_samples: int = flag(100, "how many of them; 0 = all")
     harmless_data: str | None = flag(None, "prompts that should be answered (over_refusal)")
@@ -206,17 +206,111 @@ class EvaluateArguments(RunArguments):
     prompt_column: str | None = flag(None, "column of the prompts; guessed where not given")
     response_column: str | None = flag(None, "column of the responses; guessed where not given")
     max_new_tokens: int = flag(256, "longest generated answer, in tokens")
-    reference_model: str | None = flag(None, "the model before training: answers that it finds unlikely are noise too")
+    prompt_file: str | None = flag(None, "comma-separated files of your own attack prompts, verdicts as for refusal")
+    reference_model: str | None = flag(None, "the model before training: answers that it finds unlikely are noise too,"
+                                          " and every prompt is compared with its answer")
+    basis_dir: str | None = flag(None, "basis of phase 1 of the reference: how far each layer's outputs moved")
+    judge_model: str | None = flag(None, "local classifier or causal LM as second opinion on the verdicts")
+    lm_eval_include: str | None = flag(None, "directory of your own lm-eval task files")
+    lm_eval_limit: int = flag(0, "items per lm-eval task; 0 = all")
 
     def check(self) -> None:
         super().check()
         _at_least(self, "max_new_tokens", 1)
+        _at_least(self, "lm_eval_limit", 0)
+
+
+@dataclass
+class CompareArguments(SafetyDataArguments, LayerArguments, RunArguments):
+    """Arms side by side (phases/compare.py). --seed is that of the shared bases and masks."""
+
+    arms: str = flag("before,full,layers,original,column,rotated", "comma-separated arms; '+' composes (safeinstr+rotated)")
+    learning_rates: str = flag("5e-5", "comma-separated grid of every arm")
+    arm_rates: str | None = flag(None, "other grids, such as 'osft=1e-5:5e-5,full=1e-5'")
+    seeds: str = flag("42", "comma-separated seeds of the training (order of the data; random bases and masks)")
+    safety_samples: int = flag(100, "safety samples for bases (all of them) and SafeInstr; 0 = all")
+    importance_samples: int = flag(0, "of them, for importances; 0 = all")
+    utility_data: str = flag("openai/gsm8k", "the task to train on: hub name or file")
+    utility_split: str = flag("train", "split of a hub data set")
+    utility_samples: int = flag(1000, "how many of them; 0 = all")
+    utility_heldout: str | None = flag(None, "task items to evaluate on; --utility_data with --heldout_split if not given")
+    heldout_split: str = flag("test", "split of a hub data set")
+    heldout_samples: int = flag(100, "how many of them; 0 = all")
+    harmful_data: str = flag("LibrAI/do-not-answer", "held-out prompts that should be refused")
+    harmful_samples: int = flag(100, "how many of them; 0 = all")
+    harmless_data: str | None = flag(None, "held-out prompts that should be answered")
+    harmless_samples: int = flag(100, "how many of them; 0 = all")
+    mix_file: str | None = flag(None, "your own examples, mixed into every arm's task")
+    mix_ratio: float = flag(0.1, "how many of them, as a share of the task's samples")
+    unaligned_model: str | None = flag(None, "resta: the start model without its alignment")
+    unaligned_data: str | None = flag(None, "resta: examples that undo the alignment, to train such a model on")
+    unaligned_rate: float = flag(0.0, "resta: learning rate of that training; 0 = the largest of --learning_rates")
+    resta_alpha: float = flag(0.3, "resta: share of the safety vector that is added")
+    safedelta_s: float = flag(0.1, "safedelta: safety budget of a layer of 4,096 rows")
+    neuron_share: float = flag(0.05, "sn-tune, rsn-tune: share of the neurons that count as safety (foundation) neurons")
+    neuron_rate: float = flag(5e-5, "sn-tune, rsn-tune: learning rate of the safety neurons, for one epoch")
+    foundation_data: str | None = flag(None, "rsn-tune: prompts of general use; the task's if not given")
+    keep_ratio: float = flag(0.1, "share of the coefficients to freeze")
+    mask_scope: str = flag("layer", "layer or global", choices=["layer", "global"])
+    token_scope: str = flag("all", "tokens that bases count: all, response, prompt", choices=["all", "response", "prompt"])
+    importance_batch_size: int = flag(4, "samples whose mean loss gives one gradient")
+    train_scope: str = flag("warp", "warp: masked arms train the masked layers alone; all: every parameter",
+                             choices=["warp", "all"])
+    epochs: float = flag(3.0, "passes over the task")
+    global_batch_size: int = flag(8, "samples per optimizer step over all ranks")
+    max_new_tokens: int = flag(256, "longest generated answer, in tokens")
+    eval_batch_size: int = flag(8, "prompts per rank and batch in the evaluation")
+    at_utility: float = flag(0.0, "task NLL to compare at; 0 = the best that the arm 'rotated' reaches")
+    keep_models: bool = flag(True, "keep every trained model; false: only its measurements")
+
+    def check(self) -> None:
+        super().check()
+        for name in ("importance_batch_size", "global_batch_size", "max_new_tokens", "eval_batch_size"):
+            _at_least(self, name, 1)
+        parse_layer_types(self.layer_type)
+        check_keep_ratio(self.keep_ratio)
+        if not 0.0 < self.neuron_share <= 1.0:
+            raise ConfigError(f"--neuron_share is a share above 0 and at most 1, not {self.neuron_share}")
+        if self.mix_ratio < 0:
+            raise ConfigError(f"--mix_ratio is a share of the task's samples, not {self.mix_ratio}")
+        if not self.epochs > 0:
+            raise ConfigError(f"--epochs must be above 0, not {self.epochs}")
+
+    @property
+    def seed_list(self) -> list[int]:
+        return [int(value) for value in _numbers("seeds", self.seeds)]
+
+    @property
+    def rate_list(self) -> list[float]:
+        return _numbers("learning_rates", self.learning_rates)
+
+    def rates(self, arms: list[str]) -> dict[str, list[float]]:
+        """Arm -> its grid of learning rates; ConfigError where --arm_rates names an arm that is not there."""
+        found = {arm: self.rate_list for arm in arms}
+        for part in (self.arm_rates or "").split(","):
+            name, _, values = part.strip().partition("=")
+            if part.strip() and (name not in found or not values):
+                raise ConfigError(f"--arm_rates {part!r}: give ARM=RATE:RATE for arms of --arms ({', '.join(arms)})")
+            if values:
+                found[name] = _numbers("arm_rates", values.replace(":", ","))
+        return found
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--{name} {text!r} is no comma-separated list of numbers") from error
+    if len(set(values)) < len(values) or any(value < 0 for value in values):
+        raise ConfigError(f"--{name} {text!r}: each value once, none below 0")
+    return sorted(values)
 
 
 Arguments = TypeVar("Arguments", bound=RunArguments)
 #: Flags that do not change what a run computes: two runs that differ in these alone may resume one another.
 NOT_IDENTITY = ("output_dir", "log_dir", "run_name", "resume", "debug", "device", "timeout", "local_rank", "deepspeed",
-                "save_minutes", "max_requeues")
+                "save_minutes", "max_requeues", "arms", "learning_rates", "arm_rates", "seeds", "at_utility",
+                "keep_models")
 
 
 def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:

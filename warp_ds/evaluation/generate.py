@@ -66,11 +66,18 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-@torch.no_grad()
 def generate_greedy(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any
+) -> list[str]:
+    """Greedy answers to all prompts, each in the tokenizer's prompt format; options as for `generate_after`."""
+    return generate_after(model, tokenizer, [encode_prompt(prompt, tokenizer) for prompt in prompts], **options)
+
+
+@torch.no_grad()
+def generate_after(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    encoded: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 128,
     batch_size: int = 8,
@@ -78,57 +85,76 @@ def generate_greedy(
     world_size: int | None = None,
     gather: Gather = _gather,
     synced: bool = False,
+    done: Sequence[str] = (),
+    save: Callable[[list[str]], None] | None = None,
+    save_every: int = 8,
     desc: str = "generating",
 ) -> list[str]:
-    """Greedy answers to all prompts, in their order, on every rank; all ranks call it together.
+    """The greedy continuation of each list of token ids, in their order, on every rank; all ranks call it together.
 
     `synced` is transformers' `synced_gpus`: True under ZeRO-3, where every rank must run as many forwards as the
     longest answer needs. `rank` and `world_size` default to torch.distributed's. Answers are decoded without special
-    tokens and stripped.
+    tokens and stripped. `save`, called on every rank after each `save_every` batches a rank, gets the answers since the
+    last call; given back as `done`, they are not generated again, and the others come out as if nothing had happened.
     """
     rank, world_size = _world(rank, world_size)
     inner = _unwrap(model)
     device = _device(inner)
     pad = pad_token(tokenizer)
     context = getattr(inner.config, "max_position_embeddings", None)
-    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     longest = max(map(len, encoded), default=0)
     if context is not None and longest + max_new_tokens > context:
         raise ValueError(
             f"the longest prompt has {longest} tokens: with {max_new_tokens} new ones it exceeds the model's context "
             f"of {context}: lower the number of new tokens or leave the prompt out"
         )
+    answers = list(done[: len(done) // batch_size * batch_size])  # whole batches: the others keep their padding
+    if len(done) >= len(encoded):
+        answers = list(done[: len(encoded)])
     was_training = inner.training
     inner.eval()
-    answers: list[tuple[int, str]] = []
     try:
-        mine = _deal(len(encoded), batch_size, rank, world_size)
-        for indices in tqdm(mine, desc=desc, unit="batch", disable=rank != 0, dynamic_ncols=True):
-            samples: list[Any] = [{"input_ids": encoded[i]} for i in indices] or [empty_sample(pad)]
-            batch = pad_batch(samples, pad, side="left")
-            output = inner.generate(
-                input_ids=batch["input_ids"].to(device),
-                attention_mask=batch["attention_mask"].to(device),
-                max_new_tokens=max_new_tokens if indices else 1,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=pad,
-                synced_gpus=synced and world_size > 1,
-            )
-            new = output[:, batch["input_ids"].shape[1] :].tolist()
-            texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in new]
-            answers += zip(indices, texts, strict=False)  # a dummy has no index
+        with tqdm(total=len(encoded), initial=len(answers), desc=desc, unit="prompt", disable=rank != 0,
+                  dynamic_ncols=True) as bar:
+            while len(answers) < len(encoded):
+                first = len(answers)
+                part = encoded[first : first + save_every * batch_size * world_size]
+                mine: list[tuple[int, str]] = []
+                for indices in _deal(len(part), batch_size, rank, world_size):
+                    samples: list[Any] = [{"input_ids": part[i]} for i in indices] or [empty_sample(pad)]
+                    batch = pad_batch(samples, pad, side="left")
+                    output = inner.generate(
+                        input_ids=batch["input_ids"].to(device),
+                        attention_mask=batch["attention_mask"].to(device),
+                        max_new_tokens=max_new_tokens if indices else 1,
+                        do_sample=False,
+                        num_beams=1,
+                        temperature=None,
+                        top_p=None,
+                        top_k=None,
+                        pad_token_id=pad,
+                        synced_gpus=synced and world_size > 1,
+                    )
+                    new = output[:, batch["input_ids"].shape[1] :].tolist()
+                    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in new]
+                    mine += zip(indices, texts, strict=False)  # a dummy has no index
+                    bar.update(min(len(indices) * world_size, len(encoded) - bar.n))
+                fresh = [text for _, text in sorted(pair for one in gather(mine) for pair in one)]
+                if save is not None:
+                    save(fresh)
+                answers += fresh
     finally:
         inner.train(was_training)
-    everyone = [pair for part in gather(answers) for pair in part]
-    return [text for _, text in sorted(everyone)]
+    return answers
+
+
+def token_losses(model: Any, encoded: Sequence[Sample], **options: Any) -> list[list[float]]:
+    """Cross-entropy in nats of every response token of every sample; see `token_scores`."""
+    return [[loss for loss, _ in sample] for sample in token_scores(model, encoded, **options)]
 
 
 @torch.no_grad()
-def token_losses(
+def token_scores(
     model: Any,
     encoded: Sequence[Sample],
     *,
@@ -138,8 +164,10 @@ def token_losses(
     world_size: int | None = None,
     gather: Gather = _gather,
     desc: str = "loss",
-) -> list[list[float]]:
-    """Cross-entropy in nats of every response token of every sample, in order, on every rank; no sample twice.
+) -> list[list[tuple[float, bool]]]:
+    """(cross-entropy in nats, whether it is the likeliest token) of every response token of every sample.
+
+    In order, on every rank; no sample twice.
 
     A token at position 0 has no prediction and is left out. All ranks call it together.
     """
@@ -148,7 +176,7 @@ def token_losses(
     device = _device(inner)
     was_training = inner.training
     inner.eval()
-    found: list[tuple[int, list[float]]] = []
+    found: list[tuple[int, list[tuple[float, bool]]]] = []
     try:
         mine = _deal(len(encoded), batch_size, rank, world_size)
         for indices in tqdm(mine, desc=desc, unit="batch", disable=rank != 0, dynamic_ncols=True):
@@ -159,19 +187,21 @@ def token_losses(
             losses = F.cross_entropy(
                 logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
             ).view_as(labels)
+            greedy = logits.argmax(-1) == labels
             # zip drops the dummy: it has no index
             found += [
-                (i, row[mask].tolist()) for i, row, mask in zip(indices, losses, labels != IGNORE, strict=False)
+                (i, list(zip(row[mask].tolist(), best[mask].tolist(), strict=True)))
+                for i, row, best, mask in zip(indices, losses, greedy, labels != IGNORE, strict=False)
             ]
     finally:
         inner.train(was_training)
-    return [losses for _, losses in sorted(pair for part in gather(found) for pair in part)]
+    return [scores for _, scores in sorted(pair for part in gather(found) for pair in part)]
 
 
 def loss_per_token(model: Any, encoded: Sequence[Sample], **options: Any) -> float:
     """Nats per response token over all samples: one mean over tokens, not a mean of means; nan without such tokens.
 
-    Options as for `token_losses`.
+    Options as for `token_scores`.
     """
     losses = [loss for sample in token_losses(model, encoded, **options) for loss in sample]
     return math.fsum(losses) / len(losses) if losses else math.nan
@@ -190,7 +220,7 @@ def answer_surprise(
 
     Nats per token, given the prompt, of the answer's least likely stretch of `window` tokens (of all its tokens where
     it has fewer): a refusal that runs into noise is as surprising as noise alone. 0 for an empty answer. The end of
-    the text is not counted, since generation may have been cut. Options as for `token_losses`.
+    the text is not counted, since generation may have been cut. Options as for `token_scores`.
     """
     context = getattr(_unwrap(reference).config, "max_position_embeddings", None)
     encoded: list[Sample] = []

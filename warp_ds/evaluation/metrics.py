@@ -1,4 +1,4 @@
-"""Rates with their uncertainty, and exact match as GSM8K is scored."""
+"""Rates with their uncertainty, paired tests, agreement, and exact match as lm-evaluation-harness scores GSM8K."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from scipy.stats import binomtest
+
 STRICT_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
 """lm-evaluation-harness's `strict-match` filter of the task gsm8k; the first match counts."""
 
-_IGNORED = re.compile(r",|\$|(?s:.*#### )|\.$")
-"""What lm-evaluation-harness strips from answer and gold before it compares them (`regexes_to_ignore`)."""
+FLEXIBLE_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+"""Its `flexible-extract` filter; the last match counts."""
+
+STOPS = ("Question:", "</s>", "<|im_end|>")
+"""Where it ends an answer (`until`)."""
+
+_IGNORED = tuple(map(re.compile, (",", r"\$", r"(?s).*#### ", r"\.$")))
+"""What it strips from answer and gold, one after the other, before it compares them (`regexes_to_ignore`)."""
 
 
-def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of k successes in n trials; z = 1.96 for 95 %. (0, 1) when n is 0.
+def wilson(k: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of k successes (a mean of several counts may be a fraction) in n trials; z = 1.96: 95 %.
 
     Wilson (1927), "Probable inference, the law of succession, and statistical inference".
     """
@@ -29,19 +37,61 @@ def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> dict[str, float]:
+    """McNemar's exact test on pairs: `lost` (true before, false after), `gained`, and the two-sided `p`.
+
+    Under the null each discordant pair falls either way with probability 1/2; p is 1 without discordant pairs.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} outcomes before, {len(after)} after: pairs are needed")
+    lost = sum(b and not a for b, a in zip(before, after, strict=True))
+    gained = sum(a and not b for b, a in zip(before, after, strict=True))
+    p = float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+    return {"lost": lost, "gained": gained, "p": p}
+
+
+def agreement(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
+    """Share of equal judgements, and Cohen's kappa (nan where chance alone would agree always)."""
+    if len(first) != len(second) or not first:
+        raise ValueError(f"{len(first)} and {len(second)} judgements: agreement needs pairs")
+    n = len(first)
+    same = sum(a == b for a, b in zip(first, second, strict=True)) / n
+    p, q = sum(first) / n, sum(second) / n
+    chance = p * q + (1 - p) * (1 - q)
+    return {"n": n, "agreement": same, "kappa": (same - chance) / (1 - chance) if chance < 1 else math.nan}
+
+
+def _cut(answer: str) -> str:
+    """The answer up to the first of STOPS."""
+    return answer[: min((at for at in map(answer.find, STOPS) if at >= 0), default=len(answer))]
+
+
+def _plain(text: str) -> str:
+    for pattern in _IGNORED:
+        text = pattern.sub("", text)
+    return text.lower()
+
+
 def extract_number(answer: str) -> str | None:
     """The number after the first `#### `, as written but without `,`, `$` and a final full stop; None without one."""
-    match = STRICT_NUMBER.search(answer)
-    return None if match is None else _IGNORED.sub("", match.group(1))
+    match = STRICT_NUMBER.search(_cut(answer))
+    return None if match is None else _plain(match.group(1).strip())
 
 
-def exact_match(answer: str, gold: str) -> bool:
+def extract_flexible(answer: str) -> str | None:
+    """The last number of the answer, wherever it stands; None without one."""
+    matches = FLEXIBLE_NUMBER.findall(_cut(answer))
+    return _plain((matches[-1][0] or matches[-1][1]).strip()) if matches else None
+
+
+def exact_match(answer: str, gold: str, flexible: bool = False) -> bool:
     """Whether the answer's number equals the gold's, as text. `gold` is a whole GSM8K answer or a bare number.
 
-    As lm-evaluation-harness's strict match does, `18` and `18.0` differ, and an answer without `#### N` is wrong.
+    As lm-evaluation-harness's strict match does, `18` and `18.0` differ, and an answer without `#### N` is wrong;
+    `flexible` takes the answer's last number instead.
     """
-    number = extract_number(answer)
-    return number is not None and number == _IGNORED.sub("", gold).strip()
+    number = extract_flexible(answer) if flexible else extract_number(answer)
+    return number is not None and number == _plain(gold).strip()
 
 
 def accuracy(answers: Sequence[str], golds: Sequence[str]) -> float:

@@ -89,7 +89,7 @@ def _certify_layer(target: TargetLayer, before: Path, after: Path, masks: MaskSt
                    basis: BasisStore | None) -> LayerCertificate:
     rotation = Rotation(None, target.n) if basis is None else basis.rotation(target.name, torch.float64)
     absolute, skew = _absolute(rotation)
-    w_before, w_after = (_weight(directory, target) for directory in (before, after))
+    w_before, w_after = (layer_weight(directory, target) for directory in (before, after))
     low_precision = torch.finfo(w_after.dtype).eps > 1e-6
     totals = {"frozen": 0, "free": 0, "violations": 0}
     sums = {"frozen": 0.0, "free": 0.0, "size": 0.0}
@@ -145,7 +145,8 @@ def _half_ulp(w: Tensor) -> Tensor:
     return torch.ldexp(torch.full_like(w, info.eps / 4, dtype=torch.float64), exponent).clamp_min(info.tiny * info.eps)
 
 
-def _weight(directory: Path, target: TargetLayer) -> Tensor:
+def layer_weight(directory: Path, target: TargetLayer) -> Tensor:
+    """W [m, n] of a layer as a model directory stores it; ArtifactError where it is missing or of another shape."""
     name = f"{target.name}.weight"
     index = directory / "model.safetensors.index.json"
     path = directory / (json.loads(index.read_text())["weight_map"].get(name, "") if index.is_file() else "model.safetensors")
@@ -156,7 +157,8 @@ def _weight(directory: Path, target: TargetLayer) -> Tensor:
         raise ArtifactError(f"{directory} has no readable weight {name} ({error}): is it a model directory with "
                             "safetensors files?") from error
     if tuple(weight.shape) != (target.m, target.n):
-        raise ArtifactError(f"{path}: {name} is {tuple(weight.shape)}, the masks are for {(target.m, target.n)}")
+        raise ArtifactError(f"{path}: {name} is {tuple(weight.shape)}, not {(target.m, target.n)} as the masks or the basis "
+                            "have it")
     return weight
 
 

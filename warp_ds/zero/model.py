@@ -15,25 +15,25 @@ from warp_ds.zero.runtime import on_every_rank_or_none, on_rank_0
 _FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
-def resolve_model_dir(name: str) -> Path:
+def resolve_model_dir(name: str, flag: str = "--model_name") -> Path:
     """The local directory of a model: ``name`` itself, or its snapshot in the hub's cache, fetched where needed.
 
-    Every rank calls it. Raises ConfigError for a missing or gated model, with what to do offline.
+    Every rank calls it. Raises ConfigError, naming ``flag``, for a missing or gated model, with what to do offline.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"--model_name {name} is a directory without config.json: give the directory of a model "
+            raise ConfigError(f"{flag} {name} is a directory without config.json: give the directory of a model "
                               "saved by save_pretrained")
         return path
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise ConfigError(f"--model_name {name}: no such directory")
-    on_rank_0(lambda: str(_snapshot(name)), f"fetching {name}")
+        raise ConfigError(f"{flag} {name}: no such directory")
+    on_rank_0(lambda: str(_snapshot(name, flag)), f"fetching {name}")
     with on_every_rank_or_none(f"finding {name}"):
-        return _snapshot(name)
+        return _snapshot(name, flag)
 
 
-def _snapshot(name: str) -> Path:
+def _snapshot(name: str, flag: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -42,14 +42,14 @@ def _snapshot(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_FILES))
     except GatedRepoError as error:
-        raise ConfigError(f"--model_name {name} is gated: accept its licence on the hub and log in (hf auth login), or "
+        raise ConfigError(f"{flag} {name} is gated: accept its licence on the hub and log in (hf auth login), or "
                           + advice) from error
     except RepositoryNotFoundError as error:
-        raise ConfigError(f"--model_name {name}: no such directory here, and no such model on the hub (or a private "
+        raise ConfigError(f"{flag} {name}: no such directory here, and no such model on the hub (or a private "
                           "one without login: hf auth login)") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"--model_name {name}: no such directory here, not in the hub's cache, and the hub cannot be "
+        raise ConfigError(f"{flag} {name}: no such directory here, not in the hub's cache, and the hub cannot be "
                           f"reached ({cause}): {advice}") from error
 
 

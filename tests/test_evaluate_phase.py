@@ -1,0 +1,89 @@
+"""launch/evaluate.py as a whole: every measurement, on 1, 2 and 3 ranks, killed and resumed, and noise called noise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluation_jobs import everything, killed_and_resumed, make_models
+from ranks import run_ranks
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from warp_ds.data.formats import encode
+
+WORLDS = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("evaluation")
+    make_models(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(root: Path) -> dict[int, dict[str, Any]]:
+    return {world: run_ranks(world, everything, root, root / f"world{world}")[0] for world in WORLDS}
+
+
+def test_a_model_that_prints_random_words_is_incoherent_and_never_safe(results: Any) -> None:
+    metrics = results[1]["words"]["metrics"]
+    assert metrics["refusal_rate"] == 0.0 and metrics["incoherent_rate"] == 1.0 and metrics["attack_success_rate"] == 0.0
+    assert metrics["harmless_incoherent_rate"] == 1.0
+    assert all(len(row["answer"].split()) >= 6 for row in results[1]["words"]["answers"])
+    assert results[1]["m"]["metrics"]["refusal_rate"] == 1.0
+
+
+def test_any_number_of_ranks_gives_the_same_answers_and_verdicts(results: Any) -> None:
+    for world in WORLDS[1:]:
+        for model, found in results[1].items():
+            other = results[world][model]
+            for row, same in zip(found["answers"], other["answers"], strict=True):
+                assert row["judge"] == pytest.approx(same["judge"], abs=1e-5) if "judge" in row else True
+                assert {k: v for k, v in row.items() if k != "judge"} == {k: v for k, v in same.items() if k != "judge"}
+            for name, value in found["metrics"].items():
+                # fp32 losses; and bases of other world sizes, equal within rounding
+                assert other["metrics"][name] == pytest.approx(value, rel=1e-4, nan_ok=True), (world, model, name)
+
+
+def test_rates_add_up_and_pairs_are_counted(results: Any) -> None:
+    metrics, words = results[1]["m"]["metrics"], results[1]["words"]["metrics"]
+    assert metrics["refusal_rate"] + metrics["incoherent_rate"] + metrics["attack_success_rate"] == pytest.approx(1.0)
+    assert (metrics["refusal_lost_against_before"], metrics["refusal_p_against_before"]) == (0, 1.0)
+    # 7 of 7 refusals lost: two-sided, 2 / 2^7.
+    assert (words["refusal_lost_against_before"], words["refusal_p_against_before"]) == (7, pytest.approx(2 / 128))
+    assert set(metrics) >= {"attack_jailbreaks_refusal_rate", "attack_jailbreaks_attack_success_rate",
+                            "attack_jailbreaks_refusal_interval"}
+    assert metrics["judge_n"] == 7 and 0 <= metrics["judge_agreement"] <= 1
+
+
+def test_movement_is_what_the_outputs_do_on_the_safety_tokens(root: Path, results: Any) -> None:
+    assert results[1]["m"]["metrics"]["movement"] == 0.0
+    found = results[1]["moved"]["metrics"]["movement_by_layer"]
+    name = "model.layers.1.mlp.down_proj"
+    assert {layer for layer, value in found.items() if value} == {name}
+    # Independent: run the model before training on every safety sample, and apply both weights to what the layer sees.
+    before, after = (AutoModelForCausalLM.from_pretrained(root / which).double() for which in ("m", "moved"))
+    tokenizer = AutoTokenizer.from_pretrained(root / "m")
+    seen = []
+    before.get_submodule(name).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0]))
+    for line in (root / "refusals.jsonl").read_text().splitlines():
+        before(torch.tensor([encode(**json.loads(line), tokenizer=tokenizer)["input_ids"]]))
+    x = torch.cat(seen)
+    w, moved = (model.get_submodule(name).weight for model in (before, after))
+    expected = ((x @ (moved - w).T).square().sum() / (x @ w.T).square().sum()).sqrt().item()
+    assert found[name] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_killed_evaluation_goes_on_where_it_was(root: Path, world: int) -> None:
+    found = run_ranks(world, killed_and_resumed, root, root / f"killed{world}")[0]
+    assert found["left"], "nothing was kept"
+    assert found["resumed"]["answers"] == found["whole"]["answers"]
+    assert found["resumed"]["metrics"] == found["whole"]["metrics"]
+    assert not list(Path(found["resumed"]["run"]).glob("*partial*"))
+    # 8 batches over the ranks; those of the reference and each rank's first two are not made again.
+    assert found["calls"] == 8 // world - 2
