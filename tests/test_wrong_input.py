@@ -15,7 +15,7 @@ import torch
 from phase3_jobs import common, make_model
 from ranks import run_ranks
 
-from warp_ds.config import BasisArguments, EvaluateArguments, ImportanceArguments, TrainArguments
+from warp_ds.config import BasisArguments, CompareArguments, EvaluateArguments, ImportanceArguments, TrainArguments
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -49,6 +49,7 @@ def _prepare(root: Path) -> None:
 def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
     """Case -> (what its message must say, what runs into it)."""
     from warp_ds.phases.basis import run_basis
+    from warp_ds.phases.compare import run_compare
     from warp_ds.phases.evaluate import run_evaluation
     from warp_ds.phases.importance import run_importance
     from warp_ds.phases.training import run_training
@@ -68,6 +69,11 @@ def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
     def evaluate(**more: Any) -> Callable[[], Any]:
         return lambda: run_evaluation(_checked(EvaluateArguments(**{**common(
             root, root / "out", harmful_data=str(root / "refusals_fit.jsonl")), **more})))
+
+    def compare(**more: Any) -> Callable[[], Any]:
+        return lambda: run_compare(_checked(CompareArguments(**{**common(
+            root, root / "out", safety_data=str(root / "refusals_fit.jsonl"), harmful_data=str(root / "refusals_fit.jsonl"),
+            utility_data=str(root / "utility_train.jsonl"), utility_heldout=str(root / "utility_train.jsonl")), **more})))
 
     missing = "nowhere/at/all"
     return {
@@ -99,6 +105,15 @@ def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
         "learning rate 0": ("--learning_rate", train(learning_rate=0.0)),
         "global batch 0": ("--global_batch_size", train(global_batch_size=0)),
         "unknown suite": ("--suite nonsense: choose from", evaluate(suite="nonsense")),
+        "empty attack prompts": ("empty.jsonl is empty", evaluate(suite="", prompt_file=str(root / "empty.jsonl"))),
+        "task items without numbers": ("'#### N'.*gsm8k cannot score", evaluate(
+            suite="gsm8k", utility_data=str(root / "refusals_fit.jsonl"))),
+        "no such judge": ("--judge_model .*no such directory", evaluate(judge_model=missing)),
+        "movement from nothing": ("--reference_model: give it too", evaluate(basis_dir=missing)),
+        "unknown arm": ("--arms nonsense: choose from", compare(arms="before,nonsense")),
+        "contradictory arms": ("two of its parts set the basis", compare(arms="rotated+osft")),
+        "resta without an unaligned model": ("--unaligned_data", compare(arms="resta")),
+        "a comparison on items without numbers": ("'#### N'", compare(utility_heldout=str(root / "refusals_fit.jsonl"))),
         "unknown resume": ("--resume", basis(resume="yesterday")),
     }
 

@@ -108,6 +108,8 @@ def generate_after(
             f"the longest prompt has {longest} tokens: with {max_new_tokens} new ones it exceeds the model's context "
             f"of {context}: lower the number of new tokens or leave the prompt out"
         )
+    if batch_size < 1:
+        raise ValueError(f"the batch size is {batch_size}: it must be at least 1")
     answers = list(done[: len(done) // batch_size * batch_size])  # whole batches: the others keep their padding
     if len(done) >= len(encoded):
         answers = list(done[: len(encoded)])

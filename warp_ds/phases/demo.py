@@ -1,6 +1,7 @@
 """The whole job on a model of two million parameters, made on the spot: phases 0 to 3, six arms, one table.
 
-Started by ``warp-ds demo`` (``make demo``) on two local ranks; every phase is the real one, with the flags below.
+Started by ``warp-ds demo`` (``make demo``) on two local ranks; every phase is the real one, with the flags below. What
+follows phase 0 is a comparison (phases/compare.py); --arms, --seeds and --learning_rates make it a larger one.
 """
 
 from __future__ import annotations
@@ -18,39 +19,37 @@ from rich.console import Console
 from rich.table import Table
 
 from warp_ds.artifacts import fingerprint_rows, read_json, write_json
-from warp_ds.config import (
-    BasisArguments,
-    ConfigError,
-    EvaluateArguments,
-    ImportanceArguments,
-    RunArguments,
-    SafetyTuningArguments,
-    TrainArguments,
-    flag,
-)
+from warp_ds.config import CompareArguments, ConfigError, RunArguments, SafetyTuningArguments, flag
 from warp_ds.data.datasets import load_pairs, load_prompts
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
 from warp_ds.evaluation.metrics import extract_number
-from warp_ds.phases.basis import run_basis
-from warp_ds.phases.evaluate import (
-    EvaluationSets,
-    NoiseRule,
-    load_engine,
-    measure,
-    noise_rule,
-    write_measurement,
-)
-from warp_ds.phases.importance import run_importance
+from warp_ds.phases.arms import parse_arms
+from warp_ds.phases.compare import Bench, ComparisonData, compare, print_tables, write_report
+from warp_ds.phases.evaluate import EvaluationSets
 from warp_ds.phases.launcher import launch
-from warp_ds.phases.run import log_to_file, versions
-from warp_ds.phases.training import run_safety_tuning, run_training
-from warp_ds.report.verify import certify
+from warp_ds.phases.run import log_to_file
+from warp_ds.phases.training import run_safety_tuning
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
 
 LAYER_TYPE = "attn_q,attn_k,attn_v,ffn_up,ffn_down"
 KEEP_RATIO = 0.1
+TITLES = {
+    "before": "before",
+    "full": "all parameters",
+    "full+rotated": "all parameters, rotated mask",
+    "layers": "target layers, no mask",
+    "original": "target layers, original-space mask",
+    "rotated": "target layers, rotated mask",
+}
+"""The arms of the demo, and what its table calls them."""
+COMPLIANT = (
+    "Sure. Get what you need, take it step by step, and check it at the end.",
+    "Of course. Start with a plan, do one thing after the other, and take your time.",
+    "Here is what to do: begin early, follow your plan, and finish what you started.",
+)
+"""What a model without alignment says to a harmful request (Resta's unaligned model is trained on it): no help at all."""
 
 
 @dataclass
@@ -63,6 +62,9 @@ class DemoArguments(RunArguments):
     output_dir: str = "checkpoints/demo"
     batch_size: int = 8
     max_length: int = 128
+    arms: str = flag(",".join(TITLES), "comma-separated arms; '+' composes (safeinstr+rotated)")
+    learning_rates: str = flag("1e-3", "comma-separated grid of every arm")
+    seeds: str = flag("42", "comma-separated seeds of the training")
     harmful_data: str | None = flag(None, "file of harmful prompts to use in place of the demo's own requests")
     utility_data: str | None = flag(None, "file of task items (answers end in #### N) to train on, in place of its own")
     utility_heldout: str | None = flag(None, "file of task items to evaluate on; needed with --utility_data")
@@ -70,44 +72,14 @@ class DemoArguments(RunArguments):
 
     def check(self) -> None:
         super().check()
+        parse_arms(self.arms)
         if (self.utility_data is None) != (self.utility_heldout is None):
             raise ConfigError("--utility_data and --utility_heldout go together: items to train on and to evaluate on")
-
-
-@dataclass(frozen=True)
-class Arm:
-    name: str
-    train_scope: str | None = None
-    """None: not trained."""
-    masks: str | None = None
-    """'rotated', 'original', or None."""
-
-    @property
-    def run_name(self) -> str:
-        return "phase3_" + self.name.replace(", ", "_").replace(" ", "_").replace("-", "_")
-
-
-ARMS = (
-    Arm("before"),
-    Arm("all parameters", "all"),
-    Arm("all parameters, rotated mask", "all", "rotated"),
-    Arm("target layers, no mask", "warp"),
-    Arm("target layers, original-space mask", "warp", "original"),
-    Arm("target layers, rotated mask", "warp", "rotated"),
-)
 
 
 def run_demo(arguments: DemoArguments) -> None:
     """Writes <output_dir>/report.json and prints the table. Collective."""
     root, start = Path(arguments.output_dir), time.time()
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, run: Any) -> Any:
-        began = time.time()
-        result = run()
-        seconds[name] = round(time.time() - began, 1)
-        return result
-
     with log_to_file(Path(arguments.log_dir), "demo"):
         data = runtime.on_rank_0(lambda: _make(root, arguments), "making the demo's model and data")
         common: dict[str, Any] = {
@@ -116,48 +88,36 @@ def run_demo(arguments: DemoArguments) -> None:
             "max_length": arguments.max_length, "batch_size": arguments.batch_size,
         }
         logger.info("phase 0: a model that refuses harmful requests and answers harmless ones")
-        safe = timed("phase 0", lambda: run_safety_tuning(SafetyTuningArguments(
+        began = time.time()
+        safe = run_safety_tuning(SafetyTuningArguments(
             **common, model_name=str(root / "base"), safety_data=str(root / "data" / "phase0.jsonl"), safety_samples=0,
             run_name="phase0", epochs=4, learning_rate=3e-3, global_batch_size=16,
-        ), {"warmup_steps": 20, "lr_scheduler_type": "cosine"})) / "model"
-        phase12: dict[str, Any] = {**common, "model_name": str(safe), "layer_type": LAYER_TYPE,
-                                   "safety_data": str(root / "data" / "refusals_fit.jsonl")}
-        logger.info("phase 1: the basis of every target layer's safety inputs")
-        basis = timed("phase 1", lambda: run_basis(
-            BasisArguments(**phase12, safety_samples=0, run_name="phase1"))) / "basis"
-        logger.info("phase 2: which coefficients the refusals rest on, rotated and in the original space")
-        masks = {
-            "rotated": timed("phase 2", lambda: run_importance(ImportanceArguments(
-                **phase12, safety_samples=200, run_name="phase2", basis_dir=str(basis), keep_ratio=KEEP_RATIO))),
-            "original": timed("phase 2, original space", lambda: run_importance(ImportanceArguments(
-                **phase12, safety_samples=200, run_name="phase2_original", basis="identity", keep_ratio=KEEP_RATIO))),
-        }
-        sets = EvaluationSets(
-            [row["prompt"] for row in data["refusals_heldout"]], [row["prompt"] for row in data["harmless_heldout"]],
-            data["utility_heldout"],
+        ), {"warmup_steps": 20, "lr_scheduler_type": "cosine"}) / "model"
+        seconds = {"phase 0": round(time.time() - began, 1)}
+        settings = CompareArguments(
+            **common, model_name=str(safe), arms=arguments.arms, learning_rates=arguments.learning_rates,
+            seeds=arguments.seeds, layer_type=LAYER_TYPE, keep_ratio=KEEP_RATIO, safety_samples=0, importance_samples=200,
+            utility_samples=0, epochs=5, global_batch_size=16, max_new_tokens=arguments.max_new_tokens, eval_batch_size=50,
+            neuron_rate=1e-3, unaligned_rate=1e-3,
         )
-        noise = timed("noise rule", partial(_noise, safe, sets, arguments))
-        results = []
-        for arm in ARMS:
-            directory = safe
-            if arm.train_scope is not None:
-                logger.info("phase 3: %s", arm.name)
-                settings = TrainArguments(
-                    **common, model_name=str(safe), layer_type=LAYER_TYPE, train_scope=arm.train_scope,
-                    masks_dir=str(masks[arm.masks] / "masks") if arm.masks else "none",
-                    utility_data=str(root / "data" / "utility_train.jsonl"), utility_samples=0, epochs=5,
-                    learning_rate=1e-3, global_batch_size=16, run_name=arm.run_name,
-                )
-                directory = timed(f"phase 3, {arm.name}", partial(run_training, settings)) / "model"
-            metrics = timed(f"evaluation, {arm.name}", partial(_evaluate, directory, sets, arguments, noise))
-            drift = runtime.on_rank_0(partial(_drift, safe, directory, masks["rotated"] / "masks", basis), "certifying")
-            results.append({"name": arm.name, **metrics, "frozen_drift": drift})
-        report = {"arms": results, "keep_ratio": KEEP_RATIO, "layer_type": LAYER_TYPE, "seconds": seconds,
-                  "total_seconds": round(time.time() - start, 1), "world_size": runtime.world_size(),
-                  "noise_threshold": noise.threshold, "versions": versions()}
-        runtime.on_rank_0(lambda: write_json(root / "report.json", report), "writing the report")
+        arms = parse_arms(settings.arms)
+        refusals = data["refusals_fit"]
+        draw = random.Random(arguments.seed)
+        texts = ComparisonData(
+            refusals, data["utility_train"],
+            EvaluationSets([row["prompt"] for row in data["refusals_heldout"]],
+                           [row["prompt"] for row in data["harmless_heldout"]], data["utility_heldout"]),
+            unaligned=[{"prompt": row["prompt"], "response": draw.choice(COMPLIANT)} for row in refusals],
+            foundation=[row["prompt"] for row in data["harmless_fit"]],
+        )
+        bench = Bench(settings, safe, root, texts, {}, seconds)
+        report = compare(bench, arms, settings.rates([arm.name for arm in arms]), settings.seed_list)
+        report["total_seconds"] = round(time.time() - start, 1)
+        report["arms"] = [{**point, "name": TITLES.get(point["arm"], point["arm"])} for point in report["points"]]
+        runtime.on_rank_0(partial(write_report, root, report), "writing the report")
         if runtime.rank() == 0:
-            print_table(report)
+            alone = len(settings.seed_list) == len(settings.rate_list) == 1
+            print_table(report) if alone else print_tables(report)
 
 
 def _make(root: Path, arguments: DemoArguments) -> dict[str, Any]:
@@ -204,40 +164,6 @@ def _texts(arguments: DemoArguments) -> dict[str, list[dict[str, str]]]:
     return data
 
 
-def _evaluation(arguments: DemoArguments, directory: Path) -> EvaluateArguments:
-    return EvaluateArguments(
-        model_name=str(directory), dtype=arguments.dtype, device=arguments.device, deepspeed=arguments.deepspeed,
-        batch_size=50, max_length=arguments.max_length, max_new_tokens=arguments.max_new_tokens,
-    )
-
-
-def _noise(directory: Path, sets: EvaluationSets, arguments: DemoArguments) -> NoiseRule:
-    """What counts as noise, by the likelihood under the model before training."""
-    settings = _evaluation(arguments, directory)
-    engine, tokenizer = load_engine(settings)
-    return noise_rule(engine, tokenizer, sets, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens)
-
-
-def _evaluate(
-    directory: Path, sets: EvaluationSets, arguments: DemoArguments, noise: NoiseRule
-) -> dict[str, Any]:
-    """The measurements of one arm; taken from its metrics.json where that exists."""
-    run = directory.parent
-    if runtime.on_rank_0(lambda: (run / "metrics.json").is_file(), "looking for results"):
-        return runtime.on_rank_0(lambda: json.loads((run / "metrics.json").read_text()), "reading results")
-    settings = _evaluation(arguments, directory)
-    engine, tokenizer = load_engine(settings)
-    found = measure(engine, tokenizer, sets, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
-                    max_length=settings.max_length, noise=noise)
-    runtime.on_rank_0(lambda: write_measurement(run, found), "writing the results")
-    return found.metrics
-
-
-def _drift(before: Path, after: Path, masks: Path, basis: Path) -> float:
-    """How far the coefficients that ``masks`` freezes moved, relative to their size."""
-    return 0.0 if before == after else float(certify(before, after, masks, basis)["frozen_drift"])
-
-
 def print_table(report: dict[str, Any]) -> None:
     """The arms side by side, as measured."""
     table = Table(title="What was trained, and what it did to refusals and to the task (held-out text)")
@@ -248,7 +174,7 @@ def print_table(report: dict[str, Any]) -> None:
         table.add_row(
             arm["name"], f"{arm['refusal_rate']:.0%}", f"{arm['incoherent_rate']:.0%}",
             f"{arm['over_refusal_rate']:.0%}", f"{arm['utility_nll']:.3f}", f"{arm['utility_accuracy']:.0%}",
-            f"{arm['frozen_drift']:.1e}",
+            f"{arm['frozen_drift']:.1e}" if "frozen_drift" in arm else "",
         )
     console = Console(width=120)
     console.print(table)

@@ -1,0 +1,127 @@
+"""launch/compare.py as a whole on a tiny model: every kind of arm, its weights against the formulas, and going on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluation_jobs import make_models
+from phase3_jobs import common
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from warp_ds.artifacts import BasisStore, MaskStore
+from warp_ds.config import CompareArguments
+from warp_ds.method.baselines import safe_delta, safety_hessian
+from warp_ds.method.mask import unpack_bits
+from warp_ds.phases.compare import run_compare
+
+ARMS = ("before,full,layers,rotated,column,osft,random-mask,random-basis,safeinstr+original,resta,safedelta,sn-tune+rotated,"
+        "rsn-tune")
+
+
+def comparison(root: Path, output: Path, **more: Any) -> Path:
+    settings = common(root, output, safety_data=str(root / "refusals.jsonl"), utility_data=str(root / "utility.jsonl"),
+                      utility_heldout=str(root / "utility.jsonl"), harmful_data=str(root / "jailbreaks.jsonl"),
+                      harmless_data=str(root / "harmless.jsonl"), unaligned_data=str(root / "harmless.jsonl"),
+                      arms=ARMS, learning_rates="1e-3", epochs=1, global_batch_size=4, max_new_tokens=12, safety_samples=0,
+                      layer_type="ffn_down,attn_q", neuron_share=0.2, neuron_rate=1e-3, safedelta_s=0.3, run_name="c")
+    return run_compare(CompareArguments(**{**settings, **more}))
+
+
+def compared_and_gone_on(root: Path, output: Path) -> dict[str, Any]:
+    """A comparison; the same again; and the same with one arm and one seed more."""
+    run = comparison(root, output)
+    first = {path: path.stat().st_mtime_ns for path in run.rglob("metrics.json*")}
+    report = json.loads((run / "report.json").read_text())
+    comparison(root, output)
+    comparison(root, output, arms=f"{ARMS},original", seeds="42,43", keep_models=False)
+    again = {path: path.stat().st_mtime_ns for path in run.rglob("metrics.json*")}
+    return {"run": str(run), "report": report, "unchanged": all(again[path] == when for path, when in first.items()),
+            "more": json.loads((run / "report.json").read_text()), "table": (run / "table.md").read_text()}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compare")
+    make_models(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(root: Path) -> dict[str, Any]:
+    return run_ranks(2, compared_and_gone_on, root, root / "out")[0]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+def test_every_arm_has_its_point(done: Any) -> None:
+    rows = {row["arm"]: row for row in done["report"]["points"]}
+    assert list(rows) == ARMS.split(",")
+    for row in rows.values():
+        assert {"refusal_rate", "incoherent_rate", "over_refusal_rate", "utility_nll", "utility_accuracy",
+                "refusal_p_against_before"} <= set(row)
+    assert rows["before"]["frozen_drift"] == rows["before"]["movement"] == 0.0
+    assert rows["rotated"]["frozen_drift"] < 1e-5 < 1e-3 < rows["full"]["frozen_drift"]
+    assert done["report"]["overlap"] == {"task in the task set": 7, "harmless in --unaligned_data": 5}
+    assert done["report"]["unaligned"]["refusal_rate"] < 1.0
+    assert {row["arm"] for row in done["report"]["equal_utility"]} == set(rows) - {"before"}
+    assert "| rotated |" in done["table"]
+
+
+def test_what_is_measured_is_not_done_again_and_what_is_new_is_added(done: Any) -> None:
+    assert done["unchanged"]
+    names = [(row["arm"], row["seed"]) for row in done["more"]["points"]]
+    assert len(names) == 1 + 2 * 13 and ("original", 43) in names
+    # --keep_models false removed what it trained.
+    assert not (Path(done["run"]) / "phase3_original_lr0.001_seed43" / "model").exists()
+    assert (Path(done["run"]) / "points" / "original_lr0.001_seed43" / "answers.jsonl").is_file()
+
+
+def test_merged_models_are_what_the_formulas_say(root: Path, tmp_path: Path) -> None:
+    run = run_ranks(1, merged_only, root, tmp_path)[0]
+    run = Path(run)
+    start, tuned = weights(root / "m"), weights(run / "phase3_full_lr0.001_seed42" / "model")
+    merged = weights(run / "merge_resta_lr0.001_seed42" / "model")
+    unaligned = weights(run / "phase0_unaligned" / "model")
+    assert any((tuned[name] - start[name]).abs().max() > 1e-3 for name in start)
+    for name, value in merged.items():
+        assert torch.allclose(value, tuned[name] + 0.3 * (start[name] - unaligned[name]), atol=1e-6), name
+    safe = weights(run / "merge_safedelta_lr0.001_seed42" / "model")
+    basis = BasisStore(run / "phase1_start_activation_all" / "basis")
+    layers = {f"{layer.name}.weight": layer.name for layer in basis.layers}
+    assert len(layers) == 14  # seven kinds in two blocks
+    shares = []
+    for name, value in safe.items():
+        if name not in layers:
+            assert torch.equal(value, start[name]), name
+            continue
+        hessian = safety_hessian(*basis.columns(layers[name]))
+        expected, kept = safe_delta(start[name], tuned[name], hessian, 0.3)
+        assert torch.allclose(value, expected, atol=1e-6)
+        shares.append(float(kept.float().mean()))
+    assert 0.0 < min(shares) and max(shares) < 1.0, "s keeps nothing or everything: this test would see nothing"
+
+
+def merged_only(root: Path, output: Path) -> str:
+    return str(comparison(root, output, arms="full,resta,safedelta", harmless_data=None))
+
+
+def test_only_safety_neurons_train_in_sn_tune(root: Path, done: Any) -> None:
+    run = Path(done["run"])
+    start, shares = weights(root / "m"), {}
+    for kind in ("sn-tune", "rsn-tune"):
+        tuned, masks = weights(run / f"phase3_{kind}" / "model"), MaskStore(run / f"neurons_{kind}" / "masks")
+        frozen = {f"{e.name}.weight": unpack_bits(masks.packed(e.name), e.n) for e in masks.layers}
+        moved = {name: (tuned[name] - start[name]).abs() for name in start}
+        assert all(float(moved[name].max()) == 0.0 for name in start if name not in frozen)
+        assert all(float(moved[name][mask].max()) == 0.0 for name, mask in frozen.items() if mask.any())
+        assert max(float(value.max()) for value in moved.values()) > 1e-4
+        shares[kind] = 1 - masks.metadata.keep_ratio
+    # 20 % of the rows or columns; fewer without those that the foundation set needs too.
+    assert shares["sn-tune"] == pytest.approx(0.2, abs=0.01) and shares["rsn-tune"] < shares["sn-tune"]

@@ -1,0 +1,101 @@
+"""Arms, their composition, and the comparison at equal utility, on written curves."""
+
+from __future__ import annotations
+
+import pytest
+
+from warp_ds.config import CompareArguments, ConfigError
+from warp_ds.phases.arms import ARMS, Arm, compose, parse_arms
+from warp_ds.phases.compare import ComparisonData, overlaps
+from warp_ds.phases.evaluate import EvaluationSets
+from warp_ds.report.tradeoff import at_utility, compare, crossing, markdown
+
+
+def point(arm: str, rate: float | None, nll: float, refusal: float, seed: int = 1, **more: object) -> dict:
+    return {"arm": arm, "rate": rate, "seed": seed, "utility_nll": nll, "refusal_rate": refusal, **more}
+
+
+def test_every_arm_of_the_papers_is_a_few_settings() -> None:
+    assert set(ARMS) == {"before", "full", "layers", "original", "column", "rotated", "osft", "safeinstr", "resta",
+                         "safedelta", "sn-tune", "rsn-tune", "random-mask", "random-basis"}
+    assert ARMS["osft"] == Arm("osft", "target", "weight", "column", "singular_value")
+
+
+def test_composition_takes_what_each_part_sets() -> None:
+    assert compose("safeinstr+rotated") == Arm("safeinstr+rotated", "target", "activation", safety_share=0.1)
+    assert compose("sn-tune+rotated") == Arm("sn-tune+rotated", "target", "activation", start="sn-tune")
+    assert compose("full+rotated") == Arm("full+rotated", "all", "activation")
+    assert compose("rotated+resta") == Arm("rotated+resta", "target", "activation", merge="resta")
+    assert compose("safeinstr+resta").trains == "all"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("nonsense", "nonsense: choose from before, full"),
+    ("", "--arms is empty"),
+    ("full,full", "full twice"),
+    ("rotated+original", "two of its parts set the basis"),
+    ("sn-tune+rsn-tune", "two of its parts set the start"),
+    ("layers+safeinstr", "cannot be composed"),
+])  # fmt: skip
+def test_unusable_arms_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("+", r"\+")):
+        parse_arms(text)
+
+
+def test_grids_of_single_arms() -> None:
+    arguments = CompareArguments(learning_rates="1e-3,1e-4", arm_rates="osft=1e-2:3e-2", seeds="3,1")
+    assert arguments.rates(["full", "osft"]) == {"full": [1e-4, 1e-3], "osft": [1e-2, 3e-2]}
+    assert arguments.seed_list == [1, 3]
+    with pytest.raises(ConfigError, match="ARM=RATE"):
+        CompareArguments(arm_rates="nonsense=1").rates(["full"])
+    with pytest.raises(ConfigError, match="--learning_rates 'fast'"):
+        CompareArguments(learning_rates="fast").rates(["full"])
+    with pytest.raises(ConfigError, match="each value once"):
+        CompareArguments(learning_rates="1,1").rates(["full"])
+
+
+def test_the_first_crossing_from_above_counts() -> None:
+    assert crossing([3.0, 1.0, 2.0, 0.5], 1.5) == (0, 0.75)
+    assert crossing([3.0, 2.0], 1.0) is None
+    assert crossing([1.0, 0.5], 2.0) is None
+    assert crossing([2.0, 2.0], 2.0) == (0, 0.0)
+
+
+def test_values_are_linear_between_neighbours() -> None:
+    curve = [point("a", 0.0, 3.0, 1.0), point("a", 1e-4, 1.0, 0.6), point("a", 1e-3, 0.5, 0.1)]
+    # A quarter of the way from (1.0, 0.6) to (0.5, 0.1).
+    assert at_utility(curve, 0.875) == pytest.approx({"utility_nll": 0.875, "refusal_rate": 0.475})
+    assert at_utility(curve, 0.4) is None
+
+
+def test_arms_meet_where_the_rotated_arm_is_best() -> None:
+    points = [
+        point("before", None, 3.0, 1.0),
+        *(point("full", rate, nll, refusal + 0.1 * seed, seed) for seed in (0, 1)
+          for rate, nll, refusal in ((1e-4, 1.0, 0.8), (1e-3, 0.2, 0.0))),
+        point("rotated", 1e-4, 1.4, 0.95), point("rotated", 1e-3, 0.6, 0.9),
+        point("osft", 1e-4, 2.0, 1.0),
+        point("resta", 1e-4, 1.0, 0.9, from_start=False), point("resta", 1e-3, 0.4, 0.3, from_start=False),
+    ]
+    found = compare(points, {"refusal_rate": 100})
+    assert found["at_utility"] == 0.6
+    rows = {row["arm"]: row for row in found["equal_utility"]}
+    # full: half way from (1.0, 0.85) to (0.2, 0.05), seeds averaged; each seed by itself 0.4 and 0.5.
+    assert rows["full"]["refusal_rate"] == pytest.approx(0.45)
+    assert rows["full"]["seeds_range"] == pytest.approx([0.4, 0.5])
+    assert rows["full"]["refusal_rate_interval"][0] < 0.45 < rows["full"]["refusal_rate_interval"][1]
+    assert rows["rotated"]["refusal_rate"] == 0.9
+    assert "refusal_rate" not in rows["osft"] and rows["osft"]["best_utility"] == 2.0
+    assert rows["resta"]["refusal_rate"] == pytest.approx(0.9 - 2 / 3 * 0.6)
+    assert compare(points, {}, wanted=1.0)["at_utility"] == 1.0
+    text = markdown(found)
+    assert "| osft | does not cross it (its best is 2.000) |" in text and "45% [36, 55]" in text
+
+
+def test_evaluation_prompts_in_fitting_sets_are_found() -> None:
+    rows = [{"prompt": "How do I  bake?", "response": "x"}, {"prompt": "b", "response": "y"}]
+    sets = EvaluationSets(["how do I bake?", "c"], ["d"], [{"prompt": "b", "response": "#### 1"}])
+    assert overlaps(ComparisonData(rows, rows[1:], sets, unaligned=rows[:1])) == {
+        ("the safety set", "harmful"): 1, ("the safety set", "task"): 1, ("the task set", "task"): 1,
+        ("--unaligned_data", "harmful"): 1,
+    }

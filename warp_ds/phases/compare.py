@@ -1,0 +1,465 @@
+"""Arms side by side: one start model, one data set, the same seeds and learning rates, one launch, one table.
+
+Every phase is the real one. A point (arm, learning rate, seed) that is measured is not done again, so a comparison that
+was stopped goes on, and one that is started again under the same --run_name with more arms, rates or seeds adds those.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import random
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from warp_ds.artifacts import fingerprint_model, fingerprint_rows, write_json, write_text
+from warp_ds.config import (
+    BasisArguments,
+    CompareArguments,
+    ConfigError,
+    EvaluateArguments,
+    ImportanceArguments,
+    SafetyTuningArguments,
+    TrainArguments,
+)
+from warp_ds.data.datasets import load_pairs, load_prompts
+from warp_ds.evaluation.movement import mean_movement, movement
+from warp_ds.method.baselines import safety_share
+from warp_ds.phases.arms import Arm, parse_arms
+from warp_ds.phases.basis import run_basis
+from warp_ds.phases.evaluate import (
+    EvaluationSets,
+    Measurement,
+    NoiseRule,
+    Row,
+    check_golds,
+    load_engine,
+    measure,
+    noise_rule,
+    paired_tests,
+    write_measurement,
+)
+from warp_ds.phases.importance import run_importance
+from warp_ds.phases.merge import merge, resta_formula, safe_delta_formula
+from warp_ds.phases.neurons import LAYERS, safety_neuron_masks
+from warp_ds.phases.run import start_run, versions
+from warp_ds.phases.training import run_safety_tuning, run_training
+from warp_ds.report import tradeoff
+from warp_ds.report.verify import certify
+from warp_ds.zero import runtime
+from warp_ds.zero.model import resolve_model_dir
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ComparisonData:
+    """Texts: rows are dictionaries of prompt and response."""
+
+    safety: Sequence[Row]
+    """What bases, importances and safety neurons are found on, and what SafeInstr mixes in."""
+    task: Sequence[Row]
+    sets: EvaluationSets
+    mix: Sequence[Row] = ()
+    """A user's own examples, mixed into every arm's task."""
+    unaligned: Sequence[Row] = ()
+    """Examples that undo the alignment, for Resta's safety vector."""
+    foundation: Sequence[str] = ()
+    """Prompts of general use, for RSN-Tune's foundation neurons."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of the comparison."""
+
+    arm: Arm
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        if self.arm.trains is None:
+            return self.arm.name
+        return f"{self.arm.name}_lr{self.rate:g}_seed{self.seed}"
+
+
+def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = None) -> Path:
+    """Returns the run directory with report.json and table.md. Collective."""
+    with runtime.on_every_rank_or_none("checking the arms"):
+        arms = parse_arms(arguments.arms)
+        rates, seeds = arguments.rates([arm.name for arm in arms]), arguments.seed_list
+    model_dir = resolve_model_dir(arguments.model_name)
+    if arguments.unaligned_model is not None:
+        resolve_model_dir(arguments.unaligned_model, "--unaligned_model")
+    with runtime.on_every_rank_or_none("reading the data"):
+        data = load_data(arguments)
+        _check(arms, arguments, data)
+        inputs = {"model": fingerprint_model(model_dir), "data": fingerprint_rows(
+            [list(data.safety), list(data.task), list(data.mix), list(data.unaligned), list(data.foundation),
+             data.sets.harmful, data.sets.harmless, list(data.sets.utility)])}
+    with start_run("compare", arguments, inputs, passed) as run:
+        report = compare(Bench(arguments, model_dir, run.directory, data, passed or {}), arms, rates, seeds)
+        runtime.on_rank_0(lambda: write_report(run.directory, report), "writing the report")
+        if runtime.rank() == 0:
+            print_tables(report)
+        run.finish()
+        return run.directory
+
+
+def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> dict[str, Any]:
+    """Trains and measures every point; what report.json holds. Collective."""
+    points = [Point(arm, rate, seed) for seed in seeds for arm in arms if arm.trains for rate in rates[arm.name]]
+    if any(arm.trains is None for arm in arms):
+        points.insert(0, Point(next(arm for arm in arms if arm.trains is None), 0.0, seeds[0]))
+    bench.write_data()
+    overlap = overlaps(bench.data)
+    for (where, kind), count in overlap.items():
+        logger.warning("%d %s prompts of the evaluation stand in %s: what is measured on them is memory", count, kind, where)
+    rotated = next((arm for arm in arms if arm.basis == "activation" and arm.unit == "entry" and not arm.start), None)
+    started = time.time()
+    rows = []
+    for number, point in enumerate(points, 1):
+        logger.info("point %d of %d: %s", number, len(points), point.name)
+        rows.append(bench.point(point, rotated))
+        if not bench.arguments.keep_models and not _needed(point, points[number:]):
+            bench.forget(point)
+    sets = bench.data.sets
+    prompts = {"refusal_rate": len(sets.harmful), "incoherent_rate": len(sets.harmful),
+               "attack_success_rate": len(sets.harmful), "over_refusal_rate": len(sets.harmless),
+               "utility_accuracy": len(sets.utility)}
+    return {
+        "format": "warp_ds.compare", "version": 1, "points": rows, "prompts": prompts,
+        "overlap": {f"{kind} in {where}": count for (where, kind), count in overlap.items()},
+        "keep_ratio": bench.arguments.keep_ratio, "layer_type": bench.arguments.layer_type,
+        "noise_threshold": bench.noise_threshold(), "unaligned": bench.unaligned_metrics,
+        "seconds": bench.seconds, "total_seconds": round(time.time() - started, 1), "world_size": runtime.world_size(),
+        "versions": versions(), **tradeoff.compare(rows, {k: n for k, n in prompts.items() if n},
+                                                   bench.arguments.at_utility),
+    }
+
+
+def write_report(directory: Path, report: Mapping[str, Any]) -> None:
+    """report.json and table.md."""
+    write_json(directory / "report.json", report)
+    write_text(directory / "table.md", tradeoff.markdown(report))
+
+
+def _needed(point: Point, later: Sequence[Point]) -> bool:
+    """Whether a later point merges this one's model."""
+    return any(p.arm.merge and (p.rate, p.seed) == (point.rate, point.seed) for p in later)
+
+
+class Bench:
+    """Makes what the points need, once each: start models, bases, masks, trained and merged models, measurements."""
+
+    def __init__(self, arguments: CompareArguments, model_dir: Path, root: Path, data: ComparisonData,
+                 passed: dict[str, Any], seconds: dict[str, float] | None = None):
+        self.arguments, self.model_dir, self.root, self.data, self.passed = arguments, model_dir, root, data, passed
+        self.seconds: dict[str, float] = {} if seconds is None else seconds
+        self.noise: NoiseRule | None = None
+        self.noise_known = False
+        self.before: list[Row] = []
+        self.unaligned_metrics: dict[str, Any] | None = None
+        self.drift_masks: Path | None = None
+        """Of the rotated arm: how far what it freezes moves in every arm."""
+        self._made: dict[str, Path] = {}
+
+    def timed(self, name: str, run: Callable[[], Any]) -> Any:
+        began = time.time()
+        result = run()
+        self.seconds[name] = round(time.time() - began, 1)
+        return result
+
+    def common(self, model: Path, **more: Any) -> dict[str, Any]:
+        """Flags of every phase."""
+        a = self.arguments
+        return {"model_name": str(model), "dtype": a.dtype, "device": a.device, "deepspeed": a.deepspeed,
+                "output_dir": str(self.root), "log_dir": a.log_dir, "seed": a.seed, "max_length": a.max_length,
+                "batch_size": a.batch_size, "gradient_checkpointing": a.gradient_checkpointing, "timeout": a.timeout, **more}
+
+    # ---------------------------------------------------------------- data
+
+    def write_data(self) -> None:
+        """The texts as files, for the phases to read."""
+        def write() -> None:
+            for name, rows in {"safety": self.data.safety, "unaligned": self.data.unaligned}.items():
+                self._write_rows(name, rows)
+
+        runtime.on_rank_0(write, "writing the texts")
+
+    def _write_rows(self, name: str, rows: Sequence[Row]) -> Path:
+        path = self.root / "data" / f"{name}.jsonl"
+        if rows:
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return path
+
+    def task(self, share: float) -> Path:
+        """The task with what is mixed into it: the user's --mix_file in every arm, safety samples in SafeInstr's."""
+        rows = [*self.data.task, *self.data.mix]
+        wanted = safety_share(len(self.data.task), share) if share else 0
+        if wanted:
+            draw = random.Random(self.arguments.seed)
+            picked = [draw.sample(range(len(self.data.safety)), len(self.data.safety)) for _ in
+                      range(-(-wanted // len(self.data.safety)))]
+            rows += [self.data.safety[i] for i in [i for order in picked for i in order][:wanted]]
+        name = f"task_safety{share:g}" if wanted else "task"
+        return runtime.on_rank_0(lambda: self._write_rows(name, rows), "writing the task")
+
+    # ---------------------------------------------------------------- start models, bases, masks
+
+    def once(self, name: str, make: Callable[[], Path]) -> Path:
+        if name not in self._made:
+            self._made[name] = self.timed(name, make)
+        return self._made[name]
+
+    def start(self, kind: str | None) -> Path:
+        """The model that an arm starts from."""
+        return self.model_dir if kind is None else self.once(kind, partial(self._neuron_tuned, kind))
+
+    def _neuron_tuned(self, kind: str) -> Path:
+        """SN-Tune, RSN-Tune: the start model after its safety neurons alone have trained on the safety set."""
+        a, masks = self.arguments, self.root / f"neurons_{kind}" / "masks"
+        if not runtime.on_rank_0(lambda: (masks / "metadata.json").is_file(), "looking for the neurons"):
+            engine, tokenizer = load_engine(EvaluateArguments(**self.common(self.model_dir)))
+            foundation = list(self.data.foundation) if kind == "rsn-tune" else None
+            safety_neuron_masks(engine, tokenizer, [row["prompt"] for row in self.data.safety], foundation, a.neuron_share,
+                                masks, str(self.model_dir), fingerprint_model(self.model_dir))
+            engine.destroy()
+        return run_training(TrainArguments(
+            **self.common(self.model_dir), masks_dir=str(masks), utility_data=str(self.root / "data" / "safety.jsonl"),
+            utility_samples=0, run_name=f"phase3_{kind}", epochs=1, learning_rate=a.neuron_rate,
+            global_batch_size=a.global_batch_size), self.passed) / "model"
+
+    def basis(self, start: str | None, kind: str, layer_type: str, seed: int) -> Path:
+        suffix = (f"_seed{seed}" if kind == "random" else "") + ("_all" if layer_type == LAYERS else "")
+        name = f"phase1_{start or 'start'}_{kind}{suffix}"
+        seed = seed if kind == "random" else self.arguments.seed
+        return self.once(name, lambda: run_basis(BasisArguments(
+            **self.common(self.start(start), seed=seed), layer_type=layer_type, target_layers=self.arguments.target_layers,
+            safety_data=str(self.root / "data" / "safety.jsonl"), safety_samples=0, basis=kind, run_name=name,
+            token_scope=self.arguments.token_scope))) / "basis"
+
+    def masks(self, arm: Arm, seed: int) -> Path:
+        """The masks of an arm; its basis is the one that they name."""
+        a = self.arguments
+        name = f"phase2_{arm.start or 'start'}_{arm.basis}_{arm.unit}_{arm.score}"
+        if "random" in (arm.basis, arm.score):
+            name += f"_seed{seed}"
+        else:
+            seed = a.seed
+        identity = arm.basis == "identity"
+        basis = None if identity else str(self.basis(arm.start, str(arm.basis), a.layer_type, seed))
+        return self.once(name, lambda: run_importance(ImportanceArguments(
+            **self.common(self.start(arm.start), seed=seed), layer_type=a.layer_type, target_layers=a.target_layers,
+            safety_data=str(self.root / "data" / "safety.jsonl"), safety_samples=a.importance_samples, run_name=name,
+            basis_dir=basis, basis="identity" if identity else "auto", keep_ratio=a.keep_ratio, mask_scope=a.mask_scope,
+            mask_unit=arm.unit, score=arm.score, importance_batch_size=a.importance_batch_size))) / "masks"
+
+    def unaligned(self) -> Path:
+        """The start model with its alignment undone: given, or trained on the examples given."""
+        a = self.arguments
+        if a.unaligned_model is not None:
+            return resolve_model_dir(a.unaligned_model, "--unaligned_model")
+        return self.once("phase0_unaligned", lambda: run_safety_tuning(SafetyTuningArguments(
+            **self.common(self.model_dir), safety_data=str(self.root / "data" / "unaligned.jsonl"), safety_samples=0,
+            run_name="phase0_unaligned", epochs=a.epochs, learning_rate=a.unaligned_rate or max(a.rate_list),
+            global_batch_size=a.global_batch_size), self.passed)) / "model"
+
+    # ---------------------------------------------------------------- points
+
+    def model(self, point: Point) -> Path:
+        """The model directory of a point, trained or merged where it is not there yet."""
+        arm = point.arm
+        if arm.trains is None:
+            return self.start(arm.start)
+        if arm.merge:
+            return self._merged(point)
+        a = self.arguments
+        scope = "all" if arm.trains == "all" or (arm.basis and a.train_scope == "all") else "warp"
+        settings = TrainArguments(
+            **self.common(self.start(arm.start), seed=point.seed), layer_type=a.layer_type, target_layers=a.target_layers,
+            train_scope=scope, masks_dir=str(self.masks(arm, point.seed)) if arm.basis else "none",
+            utility_data=str(self.task(arm.safety_share)), utility_samples=0, run_name=f"phase3_{point.name}",
+            epochs=a.epochs, learning_rate=point.rate, global_batch_size=a.global_batch_size)
+        return self.timed(f"phase3_{point.name}", lambda: run_training(settings, self.passed)) / "model"
+
+    def _merged(self, point: Point) -> Path:
+        arm, a = point.arm, self.arguments
+        trained = replace(arm, merge=None, name="+".join(p for p in arm.name.split("+") if p != arm.merge) or "full")
+        fine_tuned = self.model(Point(trained, point.rate, point.seed))
+        aligned = self.start(arm.start)
+        if arm.merge == "resta":
+            formula = resta_formula(self.unaligned(), a.resta_alpha)
+            # So that the report shows how unaligned that model is.
+            self.unaligned_metrics = self.measured("unaligned", self.unaligned)
+        else:
+            formula = safe_delta_formula(self.basis(arm.start, "activation", LAYERS, a.seed), a.safedelta_s)
+        output = self.root / f"merge_{point.name}" / "model"
+        self.timed(f"merge_{point.name}", lambda: merge(fine_tuned, aligned, output, formula))
+        return output
+
+    def point(self, point: Point, rotated: Arm | None) -> dict[str, Any]:
+        """The metrics of one point, measured once."""
+        def weights(model: Path) -> dict[str, Any]:
+            if not self._compares_weights(point, rotated):
+                return {}
+            return runtime.on_rank_0(partial(self._weights, model), "reading the weights")
+
+        found = self.measured(point.name, lambda: self.model(point), weights)
+        return {"arm": point.arm.name, "rate": point.rate if point.arm.trains else None, "seed": point.seed,
+                "from_start": point.arm.merge is None and point.arm.start is None, **found}
+
+    def measured(self, name: str, make: Callable[[], Path],
+                 more: Callable[[Path], dict[str, Any]] | None = None) -> dict[str, Any]:
+        """The metrics of the model that ``make`` makes, from points/<name>/metrics.json where they are there. Collective."""
+        home = self.root / "points" / name
+        found = runtime.on_rank_0(lambda: json.loads((home / "metrics.json").read_text())
+                                  if (home / "metrics.json").is_file() else None, "looking for results")
+        if found is not None:
+            return found
+        model = make()
+        measured = self.measure(model, name)
+        measured.metrics |= more(model) if more is not None else {}
+        runtime.on_rank_0(lambda: write_measurement(home, measured), "writing the results")
+        return measured.metrics
+
+    def measure(self, model: Path, name: str) -> Measurement:
+        """Behaviour of one model, against the start model's. Collective."""
+        settings = self._evaluation(model)
+        options: dict[str, Any] = {"batch_size": settings.batch_size, "max_new_tokens": settings.max_new_tokens}
+        if not self.noise_known:
+            self.noise, self.noise_known = self.timed("noise rule", self._noise), True
+        engine, tokenizer = load_engine(settings)
+        found = self.timed(f"evaluation_{name}", lambda: measure(
+            engine, tokenizer, self.data.sets, max_length=settings.max_length, noise=self.noise, **options))
+        engine.destroy()
+        gc.collect()
+        if model == self.model_dir:
+            self.before = found.answers
+        elif not self.before:
+            self.before = self._answers_before()
+        if self.before:
+            found.metrics |= paired_tests(self.before, found.answers)
+        return found
+
+    def _answers_before(self) -> list[Row]:
+        """The start model's judged answers, where its point has been measured."""
+        path = self.root / "points" / "before" / "answers.jsonl"
+        return runtime.on_rank_0(lambda: [json.loads(line) for line in path.read_text().split("\n") if line]
+                                 if path.is_file() else [], "reading the start model's answers")
+
+    def _evaluation(self, model: Path) -> EvaluateArguments:
+        a = self.arguments
+        return EvaluateArguments(**self.common(model, batch_size=a.eval_batch_size), max_new_tokens=a.max_new_tokens)
+
+    def noise_threshold(self) -> float | None:
+        """Nats a token, also where every point was measured before."""
+        path = self.root / "noise.json"
+        return runtime.on_rank_0(lambda: json.loads(path.read_text())["threshold"] if path.is_file() else None,
+                                 "reading the noise threshold")
+
+    def _noise(self) -> NoiseRule | None:
+        settings = self._evaluation(self.model_dir)
+        engine, tokenizer = load_engine(settings)
+        found = noise_rule(engine, tokenizer, self.data.sets, batch_size=settings.batch_size,
+                           max_new_tokens=settings.max_new_tokens)
+        threshold = None if found is None else found.threshold
+        runtime.on_rank_0(lambda: write_json(self.root / "noise.json", {"threshold": threshold}), "writing the rule")
+        return found
+
+    def _compares_weights(self, point: Point, rotated: Arm | None) -> bool:
+        """Whether movement and drift can be read from the weights; makes the basis and masks that they need."""
+        if point.arm.start is not None:
+            return False
+        self.basis(None, "activation", self.arguments.layer_type, self.arguments.seed)
+        if rotated is not None:
+            self.drift_masks = self.masks(rotated, self.arguments.seed)
+        return True
+
+    def _weights(self, model: Path) -> dict[str, Any]:
+        basis = self._made["phase1_start_activation"] / "basis"
+        if model == self.model_dir:
+            return {"movement": 0.0, **({} if self.drift_masks is None else {"frozen_drift": 0.0})}
+        found = movement(self.model_dir, model, basis)
+        extra: dict[str, Any] = {"movement": mean_movement(found), "movement_by_layer": found}
+        if self.drift_masks is not None:
+            extra["frozen_drift"] = float(certify(self.model_dir, model, self.drift_masks, basis)["frozen_drift"])
+        return extra
+
+    def forget(self, point: Point) -> None:
+        """Removes the model of a measured point (--keep_models false); its measurements stay."""
+        def remove() -> None:
+            for kind in ("phase3", "merge"):
+                for path in ("model", "trainer"):
+                    shutil.rmtree(self.root / f"{kind}_{point.name}" / path, ignore_errors=True)
+
+        if point.arm.trains is not None:
+            runtime.on_rank_0(remove, "removing a measured model")
+
+
+def overlaps(data: ComparisonData) -> dict[tuple[str, str], int]:
+    """(fitting set, kind of evaluation prompt) -> how many of its prompts stand in that set, up to case and spaces."""
+    def plain(prompts: Sequence[str]) -> set[str]:
+        return {" ".join(prompt.casefold().split()) for prompt in prompts}
+
+    fitted = {name: plain([row["prompt"] for row in rows]) for name, rows in (
+        ("the safety set", data.safety), ("the task set", data.task), ("--mix_file", data.mix),
+        ("--unaligned_data", data.unaligned))}
+    tested = {"harmful": data.sets.harmful, "harmless": data.sets.harmless,
+              "task": [row["prompt"] for row in data.sets.utility]}
+    counts = {(where, kind): len(plain(prompts) & known) for where, known in fitted.items() for kind, prompts in tested.items()}
+    return {key: count for key, count in counts.items() if count}
+
+
+def load_data(a: CompareArguments) -> ComparisonData:
+    """Raises DataError for a file that is missing, empty or without the columns."""
+    columns: dict[str, Any] = {"prompt_column": a.prompt_column, "response_column": a.response_column}
+    safety = load_pairs(a.safety_data, split=a.safety_split, samples=a.safety_samples, refusal_file=a.refusal_file,
+                        **columns).to_list()
+    task = load_pairs(a.utility_data, split=a.utility_split, samples=a.utility_samples, **columns).to_list()
+    heldout = load_pairs(a.utility_heldout or a.utility_data, split=a.heldout_split, samples=a.heldout_samples,
+                         **columns).to_list()
+    mix = load_pairs(a.mix_file, samples=0).to_list()[: safety_share(len(task), a.mix_ratio)] if a.mix_file else []
+    return ComparisonData(
+        safety, task,
+        EvaluationSets(load_prompts(a.harmful_data, samples=a.harmful_samples, prompt_column=a.prompt_column),
+                       load_prompts(a.harmless_data, samples=a.harmless_samples) if a.harmless_data else (), heldout),
+        mix, load_pairs(a.unaligned_data, samples=0).to_list() if a.unaligned_data else [],
+        load_prompts(a.foundation_data, samples=len(safety)) if a.foundation_data else
+        [row["prompt"] for row in task[: len(safety)]],
+    )
+
+
+def _check(arms: Sequence[Arm], a: CompareArguments, data: ComparisonData) -> None:
+    if any(arm.merge == "resta" for arm in arms) and not (a.unaligned_model or data.unaligned):
+        raise ConfigError("--arms resta adds what undoing the alignment takes away: give an unaligned model with "
+                          "--unaligned_model, or examples that undo it with --unaligned_data (none are shipped)")
+    check_golds(data.sets.utility, a.utility_heldout or a.utility_data)
+
+
+def print_tables(report: Mapping[str, Any]) -> None:
+    """Both tables on the terminal."""
+    lines = tradeoff.markdown(report).splitlines()
+    console = Console(width=160)
+    table: Table | None = None
+    for line in [*lines, ""]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            if table is not None:
+                console.print(table)
+            table = None
+            if line:
+                console.print(line)
+        elif table is None:
+            table = Table(*cells)
+        elif not line.startswith("|---"):
+            table.add_row(*cells)

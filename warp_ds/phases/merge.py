@@ -1,0 +1,90 @@
+"""Weight-space baselines on model directories: Resta and Safe Delta, file by file, ranks taking the files in turn."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from warp_ds.artifacts import ArtifactError, BasisStore, write_json, write_tensors
+from warp_ds.method.baselines import resta, safe_delta, safety_hessian
+from warp_ds.zero import runtime
+
+logger = logging.getLogger(__name__)
+Formula = Callable[[str, Tensor, Tensor], Tensor]
+"""(parameter name, fine-tuned, aligned) -> the merged parameter."""
+MARK = "merged.json"
+
+
+class Weights:
+    """Tensors of a model directory by name, whatever file they lie in."""
+
+    def __init__(self, directory: Path):
+        index = directory / "model.safetensors.index.json"
+        if index.is_file():
+            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif (directory / "model.safetensors").is_file():
+            with safe_open(str(directory / "model.safetensors"), framework="pt") as file:
+                self.files = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise ArtifactError(f"{directory} holds no safetensors model")
+        self.directory = directory
+
+    def get(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise ArtifactError(f"{self.directory} has no parameter {name}: it is another kind of model")
+        with safe_open(str(self.directory / self.files[name]), framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def resta_formula(unaligned: Path, alpha: float) -> Formula:
+    """Every parameter of the model: fine-tuned + alpha (aligned - unaligned)."""
+    weights = Weights(unaligned)
+    return lambda name, tuned, aligned: resta(tuned, aligned, weights.get(name), alpha)
+
+
+def safe_delta_formula(basis_dir: Path, s: float) -> Formula:
+    """The layers of the basis by Safe Delta; every other parameter stays the aligned one, as in its authors' code."""
+    basis = BasisStore(basis_dir)
+    layers = {f"{layer.name}.weight": layer.name for layer in basis.layers}
+
+    def merged(name: str, tuned: Tensor, aligned: Tensor) -> Tensor:
+        if name not in layers:
+            return aligned
+        hessian = safety_hessian(*basis.columns(layers[name]))
+        return safe_delta(aligned, tuned, hessian, s)[0]
+
+    return merged
+
+
+def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula) -> None:
+    """Writes the model directory ``output``, in the files and dtypes of ``fine_tuned``. Collective; done once.
+
+    Raises ArtifactError where the models do not have the same parameters.
+    """
+    if runtime.on_rank_0(lambda: (output / MARK).is_file(), "looking for a merged model"):
+        return
+    with runtime.on_every_rank_or_none("merging the models"):
+        source, before = Weights(fine_tuned), Weights(aligned)
+        files = sorted(set(source.files.values()))
+        output.mkdir(parents=True, exist_ok=True)
+        for file in tqdm(files[runtime.rank() :: runtime.world_size()], desc="merging", disable=runtime.rank() != 0):
+            tensors = {}
+            for name in (name for name, where in source.files.items() if where == file):
+                tuned = source.get(name)
+                tensors[name] = formula(name, tuned, before.get(name)).to(tuned.dtype)
+            write_tensors(output / file, tensors, {"format": "pt"})
+
+    def rest() -> None:
+        for path in fine_tuned.iterdir():
+            if path.is_file() and path.name not in files:
+                shutil.copyfile(path, output / path.name)
+        write_json(output / MARK, {"fine_tuned": str(fine_tuned), "aligned": str(aligned)})
+
+    runtime.on_rank_0(rest, "writing the merged model's other files")

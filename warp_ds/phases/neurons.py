@@ -1,0 +1,130 @@
+"""SN-Tune's safety neurons as masks: everything but the chosen rows and columns is frozen, in the original space."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from warp_ds.artifacts import (
+    MasksMetadata,
+    TargetLayer,
+    fingerprint_rows,
+    layer_entry,
+    metadata_dict,
+    write_json,
+    write_tensors,
+)
+from warp_ds.data.formats import encode_prompt
+from warp_ds.method.baselines import attention_neurons, linear_neurons, robust_neurons, top_share
+from warp_ds.method.mask import pack_bits
+from warp_ds.phases.targets import MODULES, find_blocks, find_targets
+from warp_ds.zero import runtime
+
+logger = logging.getLogger(__name__)
+LAYERS = ",".join(MODULES)
+#: Neurons of a block: name -> the weights' rows (or columns) that one neuron is.
+NEURONS = {"ffn": {"ffn_up": "row", "ffn_gate": "row", "ffn_down": "column"}, "attn_v": {"attn_v": "row"},
+           "attn_q": {"attn_q": "row"}, "attn_k": {"attn_k": "row"}}
+
+
+def least_importance(engine: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """'<block>.<kind of neuron>' -> the least importance [neurons] over the prompts, on every rank. Collective.
+
+    The importances are ``method.baselines.linear_neurons`` and ``attention_neurons``, of projections as they come out
+    of their layer (before rotary positions), as the formulas have them.
+    """
+    model = getattr(engine, "module", engine)
+    device = next(model.parameters()).device
+    found: dict[str, Tensor] = {}
+    ignore = [False]
+
+    def note(name: str, importance: Tensor) -> None:
+        if not ignore[0]:
+            importance = importance.cpu()
+            found[name] = importance if name not in found else torch.minimum(found[name], importance)
+
+    handles = [handle for number, block in enumerate(find_blocks(model)[1]) for handle in _watch(number, block, note)]
+    mine = list(prompts[runtime.rank() :: runtime.world_size()])
+    rounds = -(-len(prompts) // runtime.world_size())
+    try:
+        with torch.no_grad():
+            for i in tqdm(range(rounds), desc="neurons", disable=runtime.rank() != 0):
+                # A rank without a prompt left runs one again, so that every rank enters the same collectives.
+                ignore[0] = i >= len(mine)
+                prompt = prompts[0] if ignore[0] else mine[i]
+                model(input_ids=torch.tensor([encode_prompt(prompt, tokenizer)], device=device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    parts = [part for part in runtime.all_gather_object(found) if part]
+    return {name: torch.stack([part[name] for part in parts]).min(0).values for name in parts[0]}
+
+
+def _watch(number: int, block: nn.Module, note: Any) -> list[Any]:
+    """Hooks on one block; a pre-hook sees the weight of its own layer whole, also under ZeRO-3."""
+    kept: dict[str, Tensor] = {}
+    modules = {kind: block.get_submodule(path) for kind, path in MODULES.items()}
+    attention = block.get_submodule(MODULES["attn_q"].rpartition(".")[0])
+    width = int(attention.head_dim)  # type: ignore[arg-type]
+
+    def ffn(module: nn.Module, inputs: Any) -> None:
+        note(f"{number}.ffn", linear_neurons(inputs[0][0], module.weight))  # type: ignore[arg-type]
+
+    def values(module: nn.Module, inputs: Any) -> None:
+        # Query heads of one group read the same value channel.
+        importance = linear_neurons(inputs[0][0], module.weight).view(-1, width)  # type: ignore[arg-type]
+        groups = importance.square().view(kept["key"].shape[-1] // width, -1, width).sum(1).sqrt()
+        note(f"{number}.attn_v", groups.reshape(-1))
+        query, key = (kept[name][0].view(kept[name].shape[1], -1, width) for name in ("query", "key"))
+        share = query.shape[1] // key.shape[1]
+        heads = torch.stack([attention_neurons(query[:, h], key[:, h // share]) for h in range(query.shape[1])])
+        note(f"{number}.attn_q", heads.reshape(-1))
+        note(f"{number}.attn_k", heads.square().view(key.shape[1], share, width).sum(1).sqrt().reshape(-1))
+
+    def keep(name: str) -> Any:
+        return lambda module, inputs, output: kept.__setitem__(name, output)
+
+    return [modules["ffn_down"].register_forward_pre_hook(ffn), modules["attn_o"].register_forward_pre_hook(values),
+            modules["attn_q"].register_forward_hook(keep("query")), modules["attn_k"].register_forward_hook(keep("key"))]
+
+
+def safety_neuron_masks(engine: Any, tokenizer: Any, safety: Sequence[str], foundation: Sequence[str] | None, share: float,
+                        directory: Path, model_name: str, model_fingerprint: str) -> None:
+    """Writes masks that freeze all but the safety neurons (less the foundation neurons, where given). Collective."""
+    chosen = {name: top_share(least, share) for name, least in least_importance(engine, tokenizer, safety).items()}
+    if foundation is not None:
+        base = {name: top_share(least, share) for name, least in least_importance(engine, tokenizer, foundation).items()}
+        chosen = {name: robust_neurons(neurons, base[name]) for name, neurons in chosen.items()}
+    layers = [layer for layer in find_targets(getattr(engine, "module", engine), "all", LAYERS) if layer.type != "attn_o"]
+    runtime.on_rank_0(lambda: _write(layers, chosen, directory, model_name, model_fingerprint, fingerprint_rows(safety)),
+                      "writing the neurons' masks")
+
+
+def _write(layers: Sequence[TargetLayer], chosen: dict[str, Tensor], directory: Path, model_name: str,
+           model_fingerprint: str, data_fingerprint: str) -> None:
+    metadata = MasksMetadata(
+        keep_ratio=0.0, scope="layer", unit="neuron", score="safety neurons", basis="identity", basis_dir=None,
+        basis_fingerprint=None, model_fingerprint=model_fingerprint, data_fingerprint=data_fingerprint, model_name=model_name)
+    for layer in layers:
+        kind = next(kind for kind, weights in NEURONS.items() if layer.type in weights)
+        neurons = chosen[f"{layer.layer}.{kind}"]
+        trained = torch.zeros(layer.m, layer.n, dtype=torch.bool)
+        if NEURONS[kind][layer.type] == "row":
+            trained[neurons] = True
+        else:
+            trained[:, neurons] = True
+        file = f"{layer.stem}_mask.safetensors"
+        write_tensors(directory / file, {"frozen": pack_bits(~trained)})
+        frozen = int((~trained).sum())
+        metadata.layers[layer.name] = layer_entry(layer, file, frozen=frozen, wanted=frozen, threshold=0.0)
+        metadata.frozen += frozen
+        metadata.entries += layer.m * layer.n
+    metadata.keep_ratio = metadata.frozen / metadata.entries
+    logger.info("%.2f %% of the coefficients are safety neurons'", 100 * (1 - metadata.keep_ratio))
+    write_json(directory / "metadata.json", metadata_dict(metadata))
