@@ -1,0 +1,115 @@
+"""Ablations of the rotated arm: one setting at a time is changed, everything else stays what a comparison has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from warp_ds.artifacts import fingerprint_model, fingerprint_rows
+from warp_ds.config import CompareArguments, ConfigError, check_keep_ratio, flag, parse_layer_types
+from warp_ds.phases.arms import ARMS, Arm
+from warp_ds.phases.compare import Bench, compare, load_data, print_tables, write_report
+from warp_ds.phases.run import start_run
+from warp_ds.report import tradeoff
+from warp_ds.zero import runtime
+from warp_ds.zero.model import resolve_model_dir
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SweepArguments(CompareArguments):
+    """The flags of a comparison are the middle of the sweep; each list is one axis through it."""
+
+    keep_ratios: str = flag("0.01,0.05,0.1,0.2,0.4", "shares of frozen coefficients")
+    layer_type_sets: str | None = flag(None, "semicolon-separated sets, such as 'ffn_down;attn_q,attn_k,attn_v'")
+    layer_ranges: str | None = flag(None, "comma-separated --target_layers, such as 'early,middle,late'")
+    sample_counts: str | None = flag(None, "comma-separated numbers of safety samples (0 = all)")
+    bases: str | None = flag(None, "comma-separated: activation, identity, weight, random")
+    units: str | None = flag(None, "comma-separated: entry, column, row")
+    scopes: str | None = flag(None, "comma-separated: layer, global")
+
+
+def settings(a: SweepArguments) -> Iterator[tuple[str, Arm, dict[str, Any]]]:
+    """(label, arm, changed flags) of every run, the middle first; ConfigError for a value that cannot be."""
+    middle = replace(ARMS["rotated"], name="middle")
+    yield "middle", middle, {}
+
+    def values(name: str, separator: str = ",") -> list[str]:
+        return [part.strip() for part in (getattr(a, name) or "").split(separator) if part.strip()]
+
+    def checked(name: str, choices: Sequence[str]) -> list[str]:
+        for value in values(name):
+            if value not in choices:
+                raise ConfigError(f"--{name} {value}: choose from {', '.join(choices)}")
+        return values(name)
+
+    try:
+        ratios, counts = [float(v) for v in values("keep_ratios")], [int(v) for v in values("sample_counts")]
+    except ValueError as error:
+        raise ConfigError(f"--keep_ratios and --sample_counts are comma-separated numbers: {error}") from error
+    for ratio in ratios:
+        check_keep_ratio(ratio)
+        if ratio != a.keep_ratio:
+            yield f"keep_ratio {ratio:g}", middle, {"keep_ratio": ratio}
+    for types in values("layer_type_sets", ";"):
+        yield types, middle, {"layer_type": ",".join(parse_layer_types(types))}
+    for layers in values("layer_ranges"):
+        yield f"layers {layers}", middle, {"target_layers": layers}
+    for count in counts:
+        yield f"{count or 'all'} samples", middle, {"safety_samples": count}
+    for basis in checked("bases", ("activation", "identity", "weight", "random")):
+        yield f"basis {basis}", replace(middle, basis=basis), {}
+    for unit in checked("units", ("entry", "column", "row")):
+        yield f"unit {unit}", replace(middle, unit=unit), {}
+    for scope in checked("scopes", ("layer", "global")):
+        yield f"scope {scope}", middle, {"mask_scope": scope}
+
+
+def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -> Path:
+    """Returns the run directory with report.json, table.md and the front. Collective."""
+    with runtime.on_every_rank_or_none("checking the settings"):
+        wanted = list(settings(arguments))
+    model_dir = resolve_model_dir(arguments.model_name)
+    with runtime.on_every_rank_or_none("reading the data"):
+        data = {count: load_data(replace(arguments, safety_samples=count))
+                for count in {change.get("safety_samples", arguments.safety_samples) for _, _, change in wanted}}
+        middle = data[arguments.safety_samples]
+        inputs = {"model": fingerprint_model(model_dir), "data": fingerprint_rows(
+            [list(middle.safety), list(middle.task), middle.sets.harmful, middle.sets.harmless, list(middle.sets.utility)])}
+    with start_run("sweep", arguments, inputs, passed) as run:
+        points, report, noise = [], {}, None
+        for number, (label, arm, change) in enumerate(wanted, 1):
+            logger.info("setting %d of %d: %s", number, len(wanted), label)
+            a = replace(arguments, **change)
+            slug = "".join(c if c.isalnum() or c in ".-" else "_" for c in label)
+            bench = Bench(a, model_dir, run.directory / slug, data[a.safety_samples], passed or {})
+            if noise is not None:
+                bench.noise, bench.noise_known = noise, True
+            arms = [ARMS["before"], arm] if label == "middle" else [arm]
+            report = compare(bench, arms, {arm.name: a.rate_list}, a.seed_list)
+            noise = bench.noise
+            points += [row | {"arm": label if row["arm"] == "middle" else row["arm"]} for row in report["points"]]
+        found = {**report, "points": points, "front": front(points),
+                 **tradeoff.compare(points, {k: n for k, n in report["prompts"].items() if n},
+                                    arguments.at_utility, "middle")}
+        runtime.on_rank_0(lambda: write_report(run.directory, found), "writing the report")
+        if runtime.rank() == 0:
+            print_tables(found)
+        run.finish()
+        return run.directory
+
+
+def front(points: Sequence[dict[str, Any]]) -> list[list[Any]]:
+    """[setting, rate] of the averaged points that no other beats in task loss and refusals both, best task first."""
+    rows = [row for curve in tradeoff.by_arm(points).values() for row in curve]
+    best: list[list[Any]] = []
+    most = -1.0
+    for row in sorted(rows, key=lambda r: (r[tradeoff.UTILITY], -r["refusal_rate"])):
+        if row["refusal_rate"] > most:
+            best.append([row["arm"], row["rate"]])
+            most = row["refusal_rate"]
+    return best
