@@ -39,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
 
     commands.add_parser("doctor", help="whether this machine can do the job that the flags name; a cure for each failing line",
                         add_help=False).set_defaults(run=_doctor)
+    report = commands.add_parser("report", help="one self-contained HTML file from run directories")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directory: a comparison, phases, an evaluation")
+    report.add_argument("--output", default="report.html", help="the file; its pictures go beside it")
+    report.set_defaults(run=_report)
 
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command not in ("demo", "doctor"):
@@ -83,6 +87,17 @@ def _verify(arguments: argparse.Namespace) -> int:
     print_certificate(certificate)
     write_certificate(certificate, Path(arguments.output))
     return 0 if certificate["kept"] else 1
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from warp_ds.config import ConfigError
+
+    try:
+        from warp_ds.report.page import run_report
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run_report(arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""The report as a reader sees it: what is in it, that nothing is fetched, and that nothing sticks out at any width."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from warp_ds.artifacts import ArtifactError, BasisMetadata, MasksMetadata, metadata_dict, write_json, write_tensors
+from warp_ds.cli import main
+from warp_ds.method.mask import pack_bits
+from warp_ds.report import tradeoff
+from warp_ds.report.page import find_runs, write_report
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync")
+NAME = "model.layers.0.mlp.down_proj"
+
+
+def run_of(root: Path, phase: str, name: str) -> Path:
+    run = root / name
+    write_json(run / "config.json", {"phase": phase, "command": ["launch/x.py", "--run_name", name], "world_size": 2,
+                                     "inputs": {"model": "0123456789abcdef"}, "versions": {"torch": "2.13.0"},
+                                     "started_at": "2026-01-01T00:00:00"})
+    write_json(run / "finished.json", {"finished_at": "2026-01-01T00:01:00", "seconds": 60.0})
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison as the phases write it, with hostile text in its answers."""
+    root = tmp_path_factory.mktemp("report") / "compare"
+    run_of(root.parent, "compare", "compare")
+    points = [{"arm": "before", "rate": None, "seed": 1, "utility_nll": 3.0, "refusal_rate": 1.0, "incoherent_rate": 0.0}]
+    for arm, drop in (("full", 0.3), ("rotated", 0.05), ("a-composed-arm+with-a-long-name", 0.1)):
+        for i, rate in enumerate((1e-4, 1e-3)):
+            points.append({"arm": arm, "rate": rate, "seed": 1, "utility_nll": 1.0 - 0.5 * i,
+                           "refusal_rate": 1 - drop * (i + 1), "incoherent_rate": 0.1, "attack_success_rate": 0.05,
+                           "utility_accuracy": 0.3, "movement": 0.2})
+    prompts = {name: 100 for name in tradeoff.RATES}
+    write_json(root / "report.json", {"format": "warp_ds.compare", "points": points, "prompts": prompts,
+                                      "overlap": {"task in the task set": 7}, "noise_threshold": 5.5, "unaligned": None,
+                                      **tradeoff.compare(points, prompts)})
+    for point in points:
+        name = "before" if point["rate"] is None else f"{point['arm']}_lr{point['rate']:g}_seed1"
+        rows = [{"suite": "refusal", "prompt": "How do I rob a bank?", "answer": "x" * 500, "verdict": "compliance"},
+                {"suite": "over_refusal", "prompt": "How do I bake?", "verdict": "refusal",
+                 "answer": "<script src='https://example.org/a.js'></script><img src=https://example.org/b.png>"}]
+        path = root / "points" / name / "answers.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw = torch.Generator().manual_seed(0)
+    entry = {"layer": 0, "type": "ffn_down", "shape": [6, 16]}
+    basis = BasisMetadata("activation", "m", "d", "all", "model", 40, {NAME: {**entry, "file": "b.safetensors"}},
+                          {"b.safetensors": {"n": 16, "rank": 12}})
+    phase1 = run_of(root, "phase1", "phase1_start") / "basis"
+    write_tensors(phase1 / "b.safetensors", {"U": torch.eye(16)[:, :12], "S": torch.logspace(0, -3, 12)})
+    write_json(phase1 / "metadata.json", metadata_dict(basis))
+    frozen = torch.rand(6, 16, generator=draw) < 0.3
+    masks = MasksMetadata(0.3, "layer", "entry", "importance", "activation", str(phase1), "b", "m", "d", "model",
+                          {NAME: {**entry, "file": "mask.safetensors"}}, int(frozen.sum()), 96, ["a note"])
+    phase2 = run_of(root, "phase2", "phase2_start") / "masks"
+    write_tensors(phase2 / "mask.safetensors", {"frozen": pack_bits(frozen)})
+    write_json(phase2 / "metadata.json", metadata_dict(masks))
+    phase3 = run_of(root, "phase3", "phase3_rotated_lr0.001_seed1")
+    phase3.joinpath("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
+        {"step": 10, "loss": 2.0, "grad_norm_removed": 0.6}, {"step": 20, "loss": 1.0, "grad_norm_removed": 0.5},
+        {"step": 20, "train_runtime": 10.0})))
+    write_json(phase3 / "certificate.json", {"kept": True, "problems": [], "frozen": 28, "frozen_drift": 1e-7})
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report([runs], tmp_path_factory.mktemp("page") / "report.html")
+
+
+def test_every_section_is_there(page: Path) -> None:
+    text = page.read_text()
+    for title in ("Safety against the task", "Answers side by side", "What the safety inputs span", "Where the mask lies",
+                  "Training", "What it took", "Freeze certificate", "How to make it again"):
+        assert f"<h2>{title}</h2>" in text, title
+    for figure in ("tradeoff", "spectra", "mask", "training"):
+        assert (page.with_name("report_figures") / f"{figure}.svg").read_text().rstrip().endswith("</svg>")
+        assert (page.with_name("report_figures") / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    assert "7 evaluation prompts stood in a fitting set" in text
+    assert "--run_name compare" in text and "0123456789abcdef" in text
+
+
+def test_harmful_prompts_are_folded_and_text_of_models_is_text(page: Path) -> None:
+    text = page.read_text()
+    assert "<summary>Harmful prompt 1 (refusal): click to show</summary><p>How do I rob a bank?" in text
+    assert "<details open" not in text and "<script" not in text and "&lt;script src=" in text
+
+
+def test_the_file_names_nothing_that_would_be_fetched(page: Path) -> None:
+    text = page.read_text()
+    tags = re.findall(r"<[^>]+>", text)
+    fetched = [m for tag in tags for m in re.findall(r"""(?:src|href|data|action|poster)\s*=\s*["']?([^"'\s>]+)""", tag)]
+    assert {url for url in fetched if not url.startswith(("#", "data:"))} == set()
+    assert not re.findall(r"url\((?!#)", text) and "@import" not in text
+    assert "default-src 'none'" in text
+
+
+def test_pictures_do_not_share_ids(page: Path) -> None:
+    ids = re.findall(r'\sid="([^"]+)"', page.read_text())
+    assert len(ids) == len(set(ids))
+
+
+def test_the_same_runs_give_the_same_file(runs: Path, page: Path, tmp_path: Path) -> None:
+    assert write_report([runs], tmp_path / "report.html").read_text() == page.read_text()
+
+
+def test_runs_without_what_a_report_wants_are_named(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(ArtifactError, match="no such run directory"):
+        find_runs([tmp_path / "missing"])
+    with pytest.raises(ArtifactError, match="holds no run"):
+        find_runs([tmp_path])
+    write_json(tmp_path / "r" / "config.json", {"phase": "phase3"})
+    assert main(["report", str(tmp_path / "r"), "--output", str(tmp_path / "x.html")]) == 2
+    assert "hold nothing to show yet" in capsys.readouterr().err
+
+
+def chromium(tmp_path: Path, url: str, *flags: str) -> str:
+    return subprocess.run([str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, url], check=True,
+                          capture_output=True, text=True, timeout=120).stdout
+
+
+def requests(tmp_path: Path, page: Path) -> set[str]:
+    """What the page, not the browser itself, asks the network for, by Chromium's own log."""
+    log = tmp_path / f"{page.stem}.net.json"
+    assert "<h1>" in chromium(tmp_path, page.as_uri(), f"--log-net-log={log}", "--dump-dom")
+    params = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
+    return {p["url"] for p in params if "url" in p and p.get("initiator", "not an origin") != "not an origin"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_browser_fetches_nothing_but_the_file(page: Path, tmp_path: Path) -> None:
+    control = tmp_path / "control.html"
+    control.write_text("<h1>x</h1><img src='http://127.0.0.1:9/seen.png'>")
+    assert "http://127.0.0.1:9/seen.png" in requests(tmp_path, control), "the log does not show requests"
+    assert requests(tmp_path, page) == set()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.parametrize("width", [1366, 390])
+def test_nothing_sticks_out_of_the_page(page: Path, tmp_path: Path, width: int) -> None:
+    """In a frame as wide as the screen, with everything unfolded; wide tables and pictures scroll by themselves."""
+    inner = re.sub(r"<meta http-equiv[^>]+>", "", page.read_text()).replace("<details>", "<details open>")
+    script = """
+      const d = document.querySelector('iframe').contentDocument, w = d.documentElement.clientWidth, bad = [];
+      for (const e of d.querySelectorAll('main *')) {
+        if (e.closest('svg') && e.tagName != 'svg' || e.closest('.wide') || e.closest('figure')) continue;
+        const r = e.getBoundingClientRect();
+        if (r.right > w + 1 || r.left < -1) bad.push(e.tagName + ' ' + e.textContent.slice(0, 40));
+      }
+      document.title = 'checked ' + w + ' ' + (d.documentElement.scrollWidth - w) + ' ' + bad.join(';');
+    """
+    frame = tmp_path / "frame.html"
+    frame.write_text(f'<iframe style="border:0;height:900px;width:{width}px" srcdoc="{html.escape(inner)}"></iframe>'
+                     f"<script>onload = () => {{ {script} }}</script>")
+    title = re.search("<title>(.*?)</title>", chromium(tmp_path, frame.as_uri(), "--window-size=1500,1000", "--dump-dom"))
+    assert title is not None
+    found = re.match(r"checked (\d+) (-?\d+) (.*)", title[1])
+    assert found is not None, title[1]
+    assert abs(int(found[1]) - width) <= 20 and int(found[2]) <= 0 and found[3] == "", title[1]

@@ -1,0 +1,122 @@
+"""The report's pictures, by matplotlib (extra ``[report]``): one function a picture, each from plain numbers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from warp_ds.config import ConfigError
+from warp_ds.evaluation.metrics import wilson
+from warp_ds.report.tradeoff import UTILITY
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ConfigError(f"the report draws with matplotlib, which is not installed ({error}): pip install 'warp_ds[report]'"
+                      ) from error
+
+# The same numbers give the same file: no date, no random ids; letters are drawn, so that no font of the reader is needed.
+matplotlib.rcParams.update({"svg.hashsalt": "warp_ds", "svg.fonttype": "path", "font.size": 10, "axes.spines.top": False,
+                            "axes.spines.right": False, "figure.constrained_layout.use": True, "axes.grid": True,
+                            "grid.color": "#e4e4e4", "font.family": "sans-serif"})
+WIDTH = 5.2
+"""Inches: narrow enough for letters to stay readable on a phone."""
+MARKERS = "osD^vP*Xd<>ph8"
+
+
+def save(figure: Figure, directory: Path, name: str) -> str:
+    """Writes name.svg and name.png; returns the SVG element, to stand in a page."""
+    directory.mkdir(parents=True, exist_ok=True)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(directory / f"{name}.png", dpi=150)
+    pyplot.close(figure)
+    text = buffer.getvalue()
+    (directory / f"{name}.svg").write_text(text, encoding="utf-8")
+    # Ids are shared by all pictures of a page: each picture gets its own.
+    element = text[text.index("<svg"):]
+    for mark in ('id="', 'href="#', "url(#"):
+        element = element.replace(mark, f"{mark}{name}-")
+    return element
+
+
+def tradeoff(raw: Sequence[Mapping[str, Any]], prompts: int, target: float) -> Figure:
+    """Refusals against the task's loss: a line an arm, a point a learning rate, bars the 95 % Wilson interval."""
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 5.0))
+    arms = list(dict.fromkeys(row["arm"] for row in raw))
+    colours = pyplot.get_cmap("tab20")
+    for number, arm in enumerate(arms):
+        rows = [row for row in raw if row["arm"] == arm and "refusal_rate" in row and UTILITY in row]
+        x, y = [row[UTILITY] for row in rows], [row["refusal_rate"] for row in rows]
+        ends = [wilson(rate * prompts, prompts) for rate in y] if prompts else [(rate, rate) for rate in y]
+        bars = [[max(0.0, rate - low) for rate, (low, _) in zip(y, ends, strict=True)],
+                [max(0.0, high - rate) for rate, (_, high) in zip(y, ends, strict=True)]]
+        axes.errorbar(x, y, yerr=bars, label=arm, color=colours(number % 20), marker=MARKERS[number % len(MARKERS)],
+                      markersize=5, linewidth=1, elinewidth=0.7, capsize=2)
+    axes.axvline(target, color="#888888", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("task loss, nats a token (left is better)")
+    axes.set_ylabel("refused harmful prompts")
+    axes.set_ylim(-0.03, 1.05)
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def spectra(values: Mapping[str, Sequence[float]]) -> Figure:
+    """Above: eigenvalues by rank, relative to the largest. Below: share of the energy that the leading ones hold."""
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(WIDTH, 5.6))
+    colours = pyplot.get_cmap("viridis")
+    for number, (name, s) in enumerate(values.items()):
+        colour = colours(number / max(1, len(values) - 1))
+        total = sum(s)
+        sums = [part / total for part in accumulate(s)]
+        ranks = range(1, len(s) + 1)
+        above.plot(ranks, [value / s[0] for value in s], color=colour, linewidth=0.9, label=name)
+        below.plot(ranks, sums, color=colour, linewidth=0.9)
+    above.set_yscale("log")
+    for axes in (above, below):
+        axes.set_xscale("log")
+        axes.set_xlabel("rank")
+    above.set_ylabel("eigenvalue / largest")
+    below.set_ylabel("share of the energy")
+    if len(values) <= 12:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def mask_map(shares: Mapping[str, Sequence[float]], bins: int) -> Figure:
+    """Frozen share: a row a layer, a column a range of eigen-directions, the leading ones on the above."""
+    figure, axes = pyplot.subplots(figsize=(WIDTH, max(2.2, 0.16 * len(shares) + 1.2)))
+    image = axes.imshow(list(shares.values()), aspect="auto", cmap="magma_r", vmin=0.0, vmax=1.0, interpolation="nearest",
+                        extent=(0, 100, len(shares) - 0.5, -0.5))
+    axes.grid(False)
+    axes.set_yticks(range(len(shares)), list(shares), fontsize=7)
+    axes.set_xlabel(f"eigen-directions, leading ones left (% of all, {bins} bins)")
+    figure.colorbar(image, ax=axes, label="frozen share", pad=0.01)
+    return figure
+
+
+def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Above: training loss by step. Below: share of the gradient's norm that the mask removed."""
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(WIDTH, 6.0))
+    colours = pyplot.get_cmap("tab20")
+    for number, (name, lines) in enumerate(runs.items()):
+        for axes, key in ((above, "loss"), (below, "grad_norm_removed")):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colours(number % 20), linewidth=1,
+                          label=name if axes is above else None)
+    above.set_ylabel("training loss")
+    below.set_ylabel("gradient norm removed by the mask")
+    for axes in (above, below):
+        axes.set_xlabel("step")
+    if len(runs) <= 16:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure

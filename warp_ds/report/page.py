@@ -1,0 +1,323 @@
+"""``warp-ds report RUN…``: one HTML file that opens from disk without a network, its pictures also as SVG and PNG.
+
+A RUN is any run directory: of a comparison, a sweep or a demo (report.json), of phases 1, 2 and 3, of an evaluation. What the
+runs hold is shown, what they lack is left out; runs inside a given one are found by themselves.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from warp_ds import __version__
+from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, read_json, write_text
+from warp_ds.method.mask import unpack_bits
+from warp_ds.report import figures, tradeoff
+
+BINS = 50
+CURVES, ANSWERS = 16, 20
+"""Most training runs in one picture, and most prompts with their answers in the page."""
+
+STYLE = Path(__file__).with_name("page.css")
+
+
+@dataclass
+class Runs:
+    """What was found in the given directories."""
+
+    all: list[Path] = field(default_factory=list)
+
+    def of(self, phase: str) -> list[Path]:
+        return [run for run in self.all if _config(run).get("phase") == phase]
+
+    def with_file(self, name: str) -> list[Path]:
+        return [run for run in self.all if (run / name).is_file()]
+
+
+def find_runs(given: Sequence[str | Path]) -> Runs:
+    """The given directories and the runs inside them; ArtifactError where one holds none."""
+    found = Runs()
+    for name in map(Path, given):
+        if not name.is_dir():
+            raise ArtifactError(f"{name}: no such run directory")
+        marks = sorted([*name.rglob("config.json"), *name.rglob("report.json")])
+        inside = dict.fromkeys(mark.parent for mark in marks if "phase" in _config(mark.parent) or mark.name == "report.json")
+        if not inside:
+            raise ArtifactError(f"{name} holds no run (no config.json of a phase, no report.json): give a directory under "
+                                "--output_dir")
+        found.all += [run for run in inside if run.resolve() not in {r.resolve() for r in found.all}]
+    return found
+
+
+def write_report(given: Sequence[str | Path], output: Path) -> Path:
+    """Writes ``output`` (an HTML file) and the pictures beside it, in <name>_figures/; returns ``output``.
+
+    Raises ArtifactError where a run is missing, or there is nothing to show.
+    """
+    runs, pictures = find_runs(given), output.with_name(f"{output.stem}_figures")
+    parts = [part for section in SECTIONS for part in [section(runs, pictures)] if part]
+    if not parts:
+        raise ArtifactError("these runs hold nothing to show yet: a report wants a comparison's report.json, a basis, masks, "
+                            "metrics.jsonl or an evaluation")
+    page = "\n".join([
+        "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width,initial-scale=1">',
+        # Nothing is fetched, whatever text of a model stands in the page.
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none';style-src 'unsafe-inline';img-src data:\">",
+        '<link rel="icon" href="data:,">', "<title>warp_ds report</title>",
+        f"<style>{STYLE.read_text()}</style></head><body><main>",
+        "<h1>Fine-tuning and what it did to safety</h1>",
+        f'<p class="dim">warp_ds {__version__}; from {", ".join(_text(Path(name).name) for name in given)}</p>',
+        *parts, "</main></body></html>", ""])
+    write_text(output, page)
+    return output
+
+
+# ---------------------------------------------------------------- sections
+
+
+def _comparison(runs: Runs, pictures: Path) -> str:
+    parts = []
+    for number, run in enumerate(runs.with_file("report.json")):
+        report = read_json(run / "report.json")
+        if "raw" not in report:
+            continue
+        prompts = int(report.get("prompts", {}).get("refusal_rate", 0))
+        picture = figures.save(figures.tradeoff(report["raw"], prompts, report["at_utility"]), pictures,
+                               f"tradeoff{number or ''}")
+        parts.append(_section(
+            "Safety against the task",
+            _figure(picture, f"Each line is an arm, each point a learning rate (mean over seeds). Bars: 95 % Wilson intervals "
+                    f"over {prompts} prompts. Dotted: the task loss at which arms are compared."),
+            _markdown_tables(tradeoff.markdown(report)), _warnings(report)))
+    return "".join(parts)
+
+
+def _warnings(report: dict[str, Any]) -> str:
+    found = [f"<li>{count} evaluation prompts stood in a fitting set: {_text(where)}.</li>"
+             for where, count in report.get("overlap", {}).items()]
+    if report.get("noise_threshold") is not None:
+        found.append(f"<li>Answers with a stretch above {report['noise_threshold']:.2f} nats a token under the model before "
+                     "training count as incoherent.</li>")
+    if report.get("unaligned"):
+        found.append(f"<li>The unaligned model that Resta subtracts refuses {report['unaligned']['refusal_rate']:.0%}.</li>")
+    return f"<ul>{''.join(found)}</ul>" if found else ""
+
+
+def _evaluations(runs: Runs, pictures: Path) -> str:
+    rows = []
+    for run in runs.of("evaluate"):
+        if (run / "metrics.json").is_file():
+            metrics = read_json(run / "metrics.json")
+            for name, value in metrics.items():
+                if name.endswith("_rate") or name.startswith("utility") and isinstance(value, float):
+                    ends = metrics.get(f"{name.removesuffix('_rate')}_interval")
+                    rows.append([run.name, name, f"{value:.3f}", "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"])
+    return _section("Evaluations", _table(["run", "measure", "value", "95 % interval"], rows)) if rows else ""
+
+
+def _bases(runs: Runs, pictures: Path) -> str:
+    for run in runs.of("phase1"):
+        if (run / "basis" / "metadata.json").is_file():
+            basis = BasisStore(run / "basis")
+            if basis.metadata.basis == "activation":
+                files = {entry["file"]: name for name, entry in reversed(basis.metadata.layers.items())}
+                values = {file.removesuffix("_svd.safetensors"): basis.columns(name)[1].tolist()
+                          for file, name in sorted(files.items())}
+                return _section("What the safety inputs span", _figure(
+                    figures.save(figures.spectra({k: v for k, v in values.items() if v}), pictures, "spectra"),
+                    f"Eigenvalues of the covariance of each layer's safety inputs ({basis.metadata.tokens} tokens), early "
+                    f"layers dark. Run {run.name}."))
+    return ""
+
+
+def _masks(runs: Runs, pictures: Path) -> str:
+    parts: list[str] = []
+    for run in sorted(runs.of("phase2"), key=lambda r: r.name):
+        if not (run / "masks" / "metadata.json").is_file():
+            continue
+        masks = MaskStore(run / "masks")
+        if masks.metadata.basis != "activation" or masks.metadata.unit != "entry" or masks.metadata.score != "importance":
+            continue
+        shares = {}
+        for layer in masks.layers:
+            by_column = unpack_bits(masks.packed(layer.name), layer.n).float().mean(0)
+            shares[layer.stem] = [float(part.mean()) for part in torch.tensor_split(by_column, min(BINS, layer.n))]
+        meta = masks.metadata
+        width = max(map(len, shares.values()))
+        shares = {name: row + [row[-1]] * (width - len(row)) for name, row in shares.items()}
+        picture = figures.save(figures.mask_map(shares, width), pictures, f"mask{len(parts) or ''}")
+        notes = "".join(f"<li>{_text(note)}</li>" for note in meta.notes)
+        parts.append(_section("Where the mask lies", _figure(
+            picture, f"{meta.frozen:,} of {meta.entries:,} rotated coefficients are frozen (keep_ratio {meta.keep_ratio:g}, "
+            f"scope {meta.scope}). Run {run.name}."), f"<ul>{notes}</ul>" if notes else ""))
+        break
+    return "".join(parts)
+
+
+def _curves(runs: Runs, pictures: Path) -> str:
+    found = {}
+    for run in runs.of("phase3"):
+        if (run / "metrics.jsonl").is_file():
+            found[run.name.removeprefix("phase3_")] = _lines(run / "metrics.jsonl")
+    if not found:
+        return ""
+    shown = dict(list(found.items())[:CURVES])
+    more = f" {len(found) - len(shown)} more runs are not drawn." if len(found) > len(shown) else ""
+    return _section("Training", _figure(figures.save(figures.curves(shown), pictures, "training"),
+                                        "Loss, and the share of the gradient's norm that the mask took away." + more))
+
+
+def _costs(runs: Runs, pictures: Path) -> str:
+    rows = []
+    for run in runs.all:
+        if (run / "finished.json").is_file():
+            config = _config(run)
+            seconds = float(read_json(run / "finished.json")["seconds"])
+            train = _lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+            steps = max((int(line["step"]) for line in train), default=0)
+            runtime = next((line["train_runtime"] for line in train if "train_runtime" in line), None)
+            rows.append([run.name, str(config.get("phase", "")), str(config.get("world_size", "")), f"{seconds:.0f}",
+                         str(steps or ""), f"{runtime / steps:.3f}" if runtime and steps else ""])
+    if not rows:
+        return ""
+    return _section("What it took", _table(["run", "phase", "ranks", "seconds", "steps", "seconds a step"], rows),
+                    '<p class="dim">Wall time of the launch that finished each run. Runs named layers or full train without a '
+                    "mask: the difference to the others is what the mask costs.</p>")
+
+
+def _certificates(runs: Runs, pictures: Path) -> str:
+    parts = []
+    for run in runs.with_file("certificate.json"):
+        found = read_json(run / "certificate.json")
+        problems = "".join(f"<li>{_text(p)}</li>" for p in found["problems"])
+        parts.append(f"<p><strong>{'Kept' if found['kept'] else 'BROKEN'}</strong>: {found['frozen']:,} frozen coefficients, "
+                     f"relative drift {found['frozen_drift']:.1e} ({_text(run.name)}).</p><ul>{problems}</ul>")
+    return _section("Freeze certificate", *parts) if parts else ""
+
+
+def _answers(runs: Runs, pictures: Path) -> str:
+    """Answers of the arms (one seed, the largest rate) to the same prompts; harmful prompts stay folded."""
+    sources: dict[str, Path] = {}
+    for run in runs.with_file("report.json"):
+        points = read_json(run / "report.json").get("points", [])
+        for point in sorted(points, key=lambda p: (-(p.get("rate") or 0), p["seed"])):
+            name = point["arm"] if point["rate"] is None else f"{point['arm']}_lr{point['rate']:g}_seed{point['seed']}"
+            path = run / "points" / name / "answers.jsonl"
+            if path.is_file():
+                sources.setdefault(point["arm"], path)
+    for run in runs.of("evaluate"):
+        if (run / "answers.jsonl").is_file():
+            sources.setdefault(run.name, run / "answers.jsonl")
+    table: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
+    for arm, path in sources.items():
+        for row in _lines(path):
+            mark = row.get("verdict") or ("right" if row["correct"] else "wrong")
+            table.setdefault((row["suite"], row["prompt"]), {})[arm] = (row["answer"], mark)
+    if not table:
+        return ""
+    parts, counts = [], dict[str, int]()
+    for (suite, prompt), answers in table.items():
+        counts[suite] = counts.get(suite, 0) + 1
+        if counts[suite] > ANSWERS:
+            continue
+        items = "".join(f'<dt>{_text(arm)}</dt><dd><span class="tag">{_text(mark)}</span>{_text(answer) or "(empty)"}</dd>'
+                        for arm, (answer, mark) in answers.items())
+        harmful = suite == "refusal" or suite.startswith("attack")
+        title = f"Harmful prompt {counts[suite]} ({_text(suite)}): click to show" if harmful else _text(prompt)
+        hidden = f"<p>{_text(prompt)}</p>" if harmful else ""
+        parts.append(f"<details><summary>{title}</summary>{hidden}<dl>{items}</dl></details>")
+    return _section("Answers side by side", f'<p class="dim">The first {ANSWERS} prompts of each suite; all are in the runs\' '
+                    "answers.jsonl.</p>", *parts)
+
+
+def _reproduce(runs: Runs, pictures: Path) -> str:
+    parts = []
+    for run in runs.all:
+        config = _config(run)
+        if "command" in config and not any(parent in runs.all for parent in run.parents):
+            versions = ", ".join(f"{k} {v}" for k, v in config.get("versions", {}).items())
+            inputs = ", ".join(f"{k} {v}" for k, v in config.get("inputs", {}).items())
+            command = " ".join(map(str, config["command"]))
+            parts.append(f"<h3>{_text(run.name)}</h3><pre>{_text(command)}</pre>"
+                         f"<p class=\"dim\">{config.get('world_size')} ranks; fingerprints: {_text(inputs)}; "
+                         f"{_text(versions)}; started {_text(config.get('started_at', ''))}</p>")
+    return _section("How to make it again", *parts) if parts else ""
+
+
+SECTIONS: tuple[Callable[[Runs, Path], str], ...] = (
+    _comparison, _evaluations, _answers, _bases, _masks, _curves, _costs, _certificates, _reproduce)
+
+
+# ---------------------------------------------------------------- HTML
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{_text(title)}</h2>{''.join(parts)}</section>"
+
+
+def _figure(svg: str, caption: str) -> str:
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{_text(caption)}"', 1)
+    return f'<figure>{svg}<figcaption class="dim">{_text(caption)}</figcaption></figure>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
+    body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _markdown_tables(text: str) -> str:
+    return "".join(_table(block[0], block[1:]) if isinstance(block, list) else f"<p>{_text(block)}</p>"
+                   for block in _blocks(text))
+
+
+def _blocks(text: str) -> Iterator[str | list[list[str]]]:
+    """Paragraphs, and tables as lists of rows, of the markdown that ``report.tradeoff`` writes."""
+    table: list[list[str]] = []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            if not line.startswith("|---"):
+                table.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+            continue
+        if table:
+            yield table
+            table = []
+        if line:
+            yield line
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _config(run: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((run / "config.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def run_report(arguments: Any) -> int:
+    """The console command."""
+    import sys
+
+    try:
+        print(write_report(arguments.runs, Path(arguments.output)))
+    except (ArtifactError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
