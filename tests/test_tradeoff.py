@@ -27,6 +27,8 @@ def test_composition_takes_what_each_part_sets() -> None:
     assert compose("full+rotated") == Arm("full+rotated", "all", "activation")
     assert compose("rotated+resta") == Arm("rotated+resta", "target", "activation", merge="resta")
     assert compose("safeinstr+resta").trains == "all"
+    assert compose("safedelta@10") == Arm("safedelta@10", merge="safedelta", strength=10.0)
+    assert compose("rotated+resta@0.5") == Arm("rotated+resta@0.5", "target", "activation", merge="resta", strength=0.5)
 
 
 @pytest.mark.parametrize("text, message", [
@@ -35,6 +37,8 @@ def test_composition_takes_what_each_part_sets() -> None:
     ("full,full", "full twice"),
     ("rotated+original", "two of its parts set the basis"),
     ("sn-tune+rsn-tune", "two of its parts set the start"),
+    ("rotated@3", "only resta and safedelta take a strength"),
+    ("resta@much", "written resta@0.5"),
     ("layers+safeinstr", "cannot be composed"),
 ])  # fmt: skip
 def test_unusable_arms_are_refused(text: str, message: str) -> None:

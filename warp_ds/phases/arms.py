@@ -24,6 +24,8 @@ class Arm:
     """How the start model is changed first: 'sn-tune' or 'rsn-tune'."""
     merge: str | None = None
     """What is done to the weights afterwards: 'resta' or 'safedelta'."""
+    strength: float | None = None
+    """Of the merge: alpha or s; None: as --resta_alpha and --safedelta_s say."""
 
 
 ARMS = {arm.name: arm for arm in (
@@ -56,15 +58,20 @@ def parse_arms(text: str) -> list[Arm]:
 
 
 def compose(name: str) -> Arm:
-    """The arm of a name, or of several joined by '+'. Composed with 'full', a masked arm trains every parameter."""
-    parts = name.split("+")
+    """The arm of a name, or of several joined by '+'. Composed with 'full', a masked arm trains every parameter.
+
+    A merge takes its strength after '@': safedelta@10.
+    """
+    pieces = [part.partition("@") for part in name.split("+")]
+    parts = [part for part, _, _ in pieces]
     unknown = [part for part in parts if part not in ARMS]
     if unknown:
         raise ConfigError(f"--arms {', '.join(unknown)}: choose from {', '.join(ARMS)}, and compositions such as "
                           "safeinstr+rotated")
+    arms = [replace(ARMS[part], name=name, strength=_strength(name, ARMS[part], value) if mark else None)
+            for part, mark, value in pieces]
     if len(parts) == 1:
-        return ARMS[name]
-    arms = [ARMS[part] for part in parts]
+        return arms[0]
     if "before" in parts or "layers" in parts:
         raise ConfigError(f"--arms {name}: before and layers cannot be composed")
     for setting in ("basis", "start", "merge", "safety_share"):
@@ -75,4 +82,14 @@ def compose(name: str) -> Arm:
         masked, name=name, trains="all" if "full" in parts else masked.trains,
         safety_share=max(arm.safety_share for arm in arms), start=next((arm.start for arm in arms if arm.start), None),
         merge=next((arm.merge for arm in arms if arm.merge), None),
+        strength=next((arm.strength for arm in arms if arm.merge), None),
     )
+
+
+def _strength(name: str, arm: Arm, value: str) -> float:
+    try:
+        if arm.merge is None:
+            raise ValueError("only resta and safedelta take a strength")
+        return float(value)
+    except ValueError as error:
+        raise ConfigError(f"--arms {name}: {error}; a strength is written resta@0.5 or safedelta@10") from error

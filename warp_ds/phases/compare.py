@@ -294,15 +294,17 @@ class Bench:
 
     def _merged(self, point: Point) -> Path:
         arm, a = point.arm, self.arguments
-        trained = replace(arm, merge=None, name="+".join(p for p in arm.name.split("+") if p != arm.merge) or "full")
+        rest = "+".join(part for part in arm.name.split("+") if part.partition("@")[0] != arm.merge)
+        trained = replace(arm, merge=None, strength=None, name=rest or "full")
         fine_tuned = self.model(Point(trained, point.rate, point.seed))
         aligned = self.start(arm.start)
         if arm.merge == "resta":
-            formula = resta_formula(self.unaligned(), a.resta_alpha)
+            formula = resta_formula(self.unaligned(), a.resta_alpha if arm.strength is None else arm.strength)
             # So that the report shows how unaligned that model is.
             self.unaligned_metrics = self.measured("unaligned", self.unaligned)
         else:
-            formula = safe_delta_formula(self.basis(arm.start, "activation", LAYERS, a.seed), a.safedelta_s)
+            formula = safe_delta_formula(self.basis(arm.start, "activation", LAYERS, a.seed),
+                                         a.safedelta_s if arm.strength is None else arm.strength)
         output = self.root / f"merge_{point.name}" / "model"
         self.timed(f"merge_{point.name}", lambda: merge(fine_tuned, aligned, output, formula))
         return output
