@@ -35,7 +35,7 @@ class MortalBaton(FileBaton):
                 os.ftruncate(fd, 0)  # no flock here: then nobody can tell whether this process is dead
             self._remove_dead()
             os.link(aside, self.lock_file_path)
-            self.fd = fd
+            self.fd = fd  # type: ignore[assignment]  # torch declares None
             return True
         except FileExistsError:
             os.close(fd)
