@@ -71,7 +71,7 @@ def test_every_arm_has_its_point(done: Any) -> None:
     assert done["report"]["overlap"] == {"task in the task set": 7, "harmless in --unaligned_data": 5}
     assert "refusal_rate" in done["report"]["unaligned"]
     assert {row["arm"] for row in done["report"]["equal_utility"]} == set(rows) - {"before"}
-    assert "| rotated |" in done["table"]
+    assert "| random-mask |" in done["table"]
 
 
 def test_what_is_measured_is_not_done_again_and_what_is_new_is_added(done: Any) -> None:
