@@ -68,8 +68,12 @@ def test_the_first_crossing_from_above_counts() -> None:
 def test_values_are_linear_between_neighbours() -> None:
     curve = [point("a", 0.0, 3.0, 1.0), point("a", 1e-4, 1.0, 0.6), point("a", 1e-3, 0.5, 0.1)]
     # A quarter of the way from (1.0, 0.6) to (0.5, 0.1).
-    assert at_utility(curve, 0.875) == pytest.approx({"utility_nll": 0.875, "refusal_rate": 0.475})
+    found = at_utility(curve, 0.875)
+    assert found is not None and found.pop("between") == [1e-4, 1e-3]
+    assert found == pytest.approx({"utility_nll": 0.875, "refusal_rate": 0.475})
     assert at_utility(curve, 0.4) is None
+    exact = at_utility(curve, 0.5)
+    assert exact is not None and exact["between"] == [1e-3]
 
 
 def test_arms_meet_where_the_rotated_arm_is_best() -> None:
@@ -93,6 +97,8 @@ def test_arms_meet_where_the_rotated_arm_is_best() -> None:
     assert rows["resta"]["refusal_rate"] == pytest.approx(0.9 - 2 / 3 * 0.6)
     assert compare(points, {}, wanted=1.0)["at_utility"] == 1.0
     text = markdown(found)
+    assert "the start model" not in text
+    assert "read between the start model and its first point" in markdown(compare(points, {}, wanted=1.2))
     assert "| osft | does not cross it (its best is 2.000) |" in text and "45% [36, 55]" in text
 
 

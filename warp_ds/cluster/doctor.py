@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -221,15 +221,15 @@ def needs(arguments: Any, directory: Path, nodes: int, ranks_per_node: int, phas
     from warp_ds.report import plan as planning
 
     gpu = torch.cuda.is_available() and arguments.resolved_device == "cuda"
-    job = planning.Job(
-        nodes=nodes, gpus_per_node=ranks_per_node, dtype=arguments.dtype, tokens=arguments.max_length, on_gpu=gpu,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        **{name: getattr(arguments, name) for name in ("layer_type", "target_layers", "train_scope")
-           if hasattr(arguments, name)})
-    if arguments.deepspeed is not None:
-        offloaded = [part for part in ("offload_param", "offload_optimizer") if part in Path(arguments.deepspeed).read_text()]
-        job = replace(job, offload={0: "none", 1: "optimizer", 2: "all"}[len(offloaded)])
     try:
+        zero = runtime.zero3_config(arguments)["zero_optimization"]
+        offloaded = [part for part in ("offload_param", "offload_optimizer")
+                     if zero.get(part, {}).get("device", "none") != "none"]
+        job = planning.Job(
+            nodes=nodes, gpus_per_node=ranks_per_node, dtype=arguments.dtype, tokens=arguments.max_length, on_gpu=gpu,
+            gradient_checkpointing=arguments.gradient_checkpointing, offload=("none", "optimizer", "all")[len(offloaded)],
+            **{name: getattr(arguments, name) for name in ("layer_type", "target_layers", "train_scope")
+               if hasattr(arguments, name)})
         shape = planning.read_shape(str(directory), job.layer_type, job.target_layers)
         counted = planning.needs(shape, job, planning._sharding(shape, job))
     except (ConfigError, ValueError, OSError, KeyError, AttributeError) as error:
@@ -290,9 +290,9 @@ def start_checks(arguments: RunArguments, phase: str) -> None:
     if runtime.rank() == 0:
         logger.info("%d ranks on %d host%s meet: 4 MB all-reduced in %.0f ms", len(ranks), hosts, "s" * (hosts > 1),
                     1000 * (time.monotonic() - begun))
-        path = Path(arguments.model_name).expanduser()
-        if path.is_dir():
-            _warn(needs(arguments, path, hosts, -(-len(ranks) // hosts), phase))
+    path = Path(arguments.model_name).expanduser()
+    if path.is_dir():
+        runtime.on_rank_0(lambda: _warn(needs(arguments, path, hosts, -(-len(ranks) // hosts), phase)), "counting the needs")
 
 
 def _of_this_rank(arguments: RunArguments, mark: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +95,20 @@ class AnswerLog:
                     continue  # the line that was being written when the job died
                 if row["suite"] == suite:
                     found[row["number"]] = row["answer"]
-        return [found[i] for i in range(len(found)) if i in found]
+        # A later answer than the first one missing is no use: its prompt would be another's.
+        return [found[i] for i in takewhile(found.__contains__, count())]
 
     def append(self, suite: str, first: int, answers: Sequence[str]) -> None:
         if self.path is not None and runtime.rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a+b") as file:
+                # A line that was cut off must not spoil the next one.
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                cut = file.read(1) not in (b"", b"\n")
+                file.write(b"\n" * cut)
                 for number, answer in enumerate(answers, first):
                     row = {"suite": suite, "number": number, "answer": answer}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def collect_answers(model: Any, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets, *, batch_size: int,

@@ -1,7 +1,8 @@
 """Arms at equal utility: a comparison of safety means something only where the task was learnt equally well.
 
 An arm's curve joins the start model and its points in the order of their learning rates, seeds averaged; between
-neighbours everything is linear in the utility. What is read off at a common utility is an interpolation, and is called so.
+neighbours everything is linear in the utility. What is read off at a common utility is an interpolation, and names the
+points that it lies between.
 """
 
 from __future__ import annotations
@@ -52,14 +53,18 @@ def crossing(utilities: Sequence[float], target: float) -> tuple[int, float] | N
 
 
 def at_utility(curve: Sequence[Point], target: float) -> dict[str, Any] | None:
-    """The metrics of a curve where its utility is ``target``, by linear interpolation; None where it does not get there."""
+    """The metrics of a curve where its utility is ``target``, by linear interpolation; None where it does not get there.
+
+    ``between`` gives the rates of the one or two points that they come from; None is the start model.
+    """
     found = crossing([p[UTILITY] for p in curve], target)
     if found is None:
         return None
     i, share = found
     first, second = curve[i], curve[i + 1]
-    return {name: first[name] + share * (second[name] - first[name])
-            for name in (UTILITY, *RATES, *OTHERS) if name in first and name in second}
+    read: dict[str, Any] = {name: first[name] + share * (second[name] - first[name])
+                            for name in (UTILITY, *RATES, *OTHERS) if name in first and name in second}
+    return read | {"between": [p["rate"] for p, weight in ((first, 1.0 - share), (second, share)) if weight]}
 
 
 def common_utility(curves: Mapping[str, Sequence[Point]], wanted: float, reference: str) -> float:
@@ -120,21 +125,27 @@ def markdown(found: Mapping[str, Any]) -> str:
         return [_percent(row, name) for name in columns] + [_plain(row, "movement")]
 
     head = [*columns.values(), "moved"]
-    lines = [f"At equal utility (task NLL {found['at_utility']:.3f} nats a token, interpolated between learning rates):", "",
-             "| arm | " + " | ".join(head) + " | refuses, by seed |", "|" + "---|" * (len(head) + 2)]
+    lines = [f"At equal utility (task NLL {found['at_utility']:.3f} nats a token, linear between the points named last):", "",
+             "| arm | " + " | ".join(head) + " | refuses, by seed | read between |", "|" + "---|" * (len(head) + 3)]
     for row in found["equal_utility"]:
         if "refusal_rate" in row:
             low, high = row["seeds_range"] or (math.nan, math.nan)
-            lines.append(f"| {row['arm']} | " + " | ".join(cells(row)) + f" | {low:.0%} to {high:.0%} ({row['seeds_reached']} "
-                         f"of {row['seeds']} get there) |")
+            seeds = f"{low:.0%} to {high:.0%}" + ("" if row["seeds_reached"] == row["seeds"] else
+                                                  f" (of {row['seeds_reached']}; {row['seeds'] - row['seeds_reached']} more "
+                                                  "do not get there)")
+            ends = " and ".join("the start model" if rate is None else f"{rate:g}" for rate in row["between"])
+            lines.append(f"| {row['arm']} | " + " | ".join(cells(row)) + f" | {seeds} | {ends} |")
         else:
             lines.append(f"| {row['arm']} | does not cross it (its best is {row['best_utility']:.3f}) |"
-                         + " |" * len(head))
+                         + " |" * (len(head) + 1))
     lines += ["", "Measured points (means over seeds):", "",
               "| arm | rate | task NLL | " + " | ".join(head) + " |", "|" + "---|" * (len(head) + 3)]
     for row in found["raw"]:
         rate = "" if row["rate"] is None else f"{row['rate']:g}"
         lines.append(f"| {row['arm']} | {rate} | {_plain(row, UTILITY)} | " + " | ".join(cells(row)) + " |")
+    if any(None in row.get("between", ()) for row in found["equal_utility"]):
+        lines += ["", "An arm read between the start model and its first point has no measured point on one side: give it "
+                  "smaller --learning_rates before believing that row."]
     lines += ["", "In brackets: 95 % Wilson intervals over the prompts."]
     return "\n".join(lines) + "\n"
 
