@@ -8,6 +8,8 @@ Known to hold for DeepSpeed 0.19; on other versions ``check_layout`` compares a 
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from enum import Enum
 from typing import Any
 
@@ -89,6 +91,8 @@ class Partitioner:
         piece: Any = torch.empty(place.length, dtype=like.dtype, device=device)
         if device == OffloadDeviceEnum.cpu and init.pin_memory:
             piece = get_accelerator().pin_memory(piece)
+        elif piece.device.type == "cpu":
+            prefer_huge_pages(piece)
         piece[place.stop - place.start :].zero_()
         piece.ds_numel = place.length
         piece.status = PartitionedParamStatus.AVAILABLE
@@ -101,6 +105,15 @@ class Partitioner:
     def cut(self, param: nn.Parameter) -> None:
         """Partition a whole parameter in place, with rank 0's values; collective."""
         self.init._convert_to_zero_parameters([param])
+
+
+def prefer_huge_pages(tensor: torch.Tensor) -> None:
+    """Asks Linux for 2 MB pages under a CPU tensor not yet written to: filling it then takes 512 times fewer page faults."""
+    huge, advice = 2 << 20, getattr(mmap, "MADV_HUGEPAGE", None)
+    first = -(-tensor.data_ptr() // huge) * huge
+    length = (tensor.data_ptr() + tensor.nbytes - first) // huge * huge
+    if advice is not None and length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice)  # advice: a refusal is no matter
 
 
 def own_range(param: Any) -> RowPartition:
