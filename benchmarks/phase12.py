@@ -400,7 +400,7 @@ def ranks_of(arguments: Any, ranks: int, job: dict[str, Any]) -> list[dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--worker", json.dumps({**shapes, **job, "folder": folder})]
         env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-               "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(ranks)}
+               "OMP_NUM_THREADS": "1"}
         processes = [
             subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True) for r in range(ranks)

@@ -31,6 +31,7 @@ from masked_artefacts import (
 from ranks import run_ranks
 
 import warp_ds
+from warp_ds.method.rotation import Rotation
 from warp_ds.zero import runtime
 from warp_ds.zero.masked_step import MaskedStep, decay, weight_decay_kind
 from warp_ds.zero.shard_rotation import matmul_precision
@@ -432,12 +433,47 @@ def test_matmul_precision_is_set_and_given_back(before: str) -> None:
     backend = torch.backends.cuda.matmul
     backend.fp32_precision = before
     try:
-        for dtype, inside in ((torch.float32, "ieee"), (torch.bfloat16, "tf32")):
+        for dtype, inside in ((torch.float32, "ieee"), (torch.bfloat16, "tf32"), (torch.float16, "ieee")):
             with matmul_precision(dtype):
                 assert backend.fp32_precision == inside
             assert backend.fp32_precision == before
     finally:
         backend.fp32_precision = "none"
+
+
+def test_only_what_is_rounded_to_bf16_is_rotated_in_tf32(tmp_path: Path) -> None:
+    """Gradients and 16-bit shards are; masters, checkpoints and the weights given back are not."""
+    write_artefacts(tmp_path / "artefacts", MODELS["odd"]())
+    chosen = run_ranks(1, precisions_used, tmp_path / "artefacts")[0]
+    assert chosen == {"entering": {"ieee"}, "step": {"tf32"}, "saving": {"ieee"}, "releasing": {"ieee"}}
+
+
+def precisions_used(root: Path) -> dict[str, set[str]]:
+    seen: set[str] = set()
+    found: dict[str, set[str]] = {}
+    def watched(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def watching(self: Rotation, rows: torch.Tensor) -> torch.Tensor:
+            seen.add(torch.backends.cuda.matmul.fp32_precision)
+            return original(self, rows)
+
+        return watching
+
+    Rotation.rotate, Rotation.unrotate = watched(Rotation.rotate), watched(Rotation.unrotate)  # type: ignore
+
+    def end_of(what: str) -> None:
+        found[what] = set(seen)
+        seen.clear()
+
+    engine = make_engine(Case("bf16"), torch.bfloat16)
+    protection = protect(engine, read_artefacts(root))
+    end_of("entering")
+    train_step(engine, token_batches(1)[0])
+    end_of("step")
+    engine.optimizer.state_dict()
+    end_of("saving")
+    protection.release()
+    end_of("releasing")
+    return found
 
 
 @pytest.mark.parametrize("maximize", [False, True])

@@ -33,6 +33,16 @@ from warp_ds.zero.plain_step import PlainMaskedStep
 STEPS, LR, EPS, DECAY, CLIP = 5, 1e-2, 1e-4, 0.1, 0.5
 
 
+class Reporter(TrainerCallback):
+    """Stands where TensorBoard's and W&B's callbacks stand: among the Trainer's own, before those it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.seen.append(dict(logs))
+
+
 class Keep(TrainerCallback):
     """The model that is trained, whole, at the end."""
 
@@ -73,7 +83,13 @@ def fit(artefacts: Artefacts, folder: Path, zero: dict[str, Any] | None, resume:
             report_to="none", disable_tqdm=True, deepspeed=deepspeed, bf16=dtype == torch.bfloat16 and zero is not None,
             **{"save_strategy": "no", "weight_decay": DECAY, **more},
         ))
+    reporter = Reporter()
+    trainer.callback_handler.callbacks.insert(1, reporter)
+    if protected:
+        warp.before_reporters(trainer)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
+    if protected:
+        assert all("grad_norm_removed" in logs for logs in reporter.seen if "loss" in logs)
     return trainer, warp, keep
 
 
@@ -199,8 +215,14 @@ def without_deepspeed(root: Path, folder: Path) -> None:
         assert (kept_again.weights[name] - value).abs().max() < WEIGHT, name
 
     # A pure bf16 model: C and its moments are fp32 all the same, and a resumed run gets its moments back as bf16.
-    fit(artefacts, folder / "bf16", None, dtype=torch.bfloat16, **options)
-    fit(artefacts, folder / "bf16", None, dtype=torch.bfloat16, resume=True, **options)
+    whole, _, kept = fit(artefacts, folder / "bf16", None, dtype=torch.bfloat16, **options)
+    again, warp, kept_again = fit(artefacts, folder / "bf16", None, dtype=torch.bfloat16, resume=True, **options)
+    assert isinstance(warp.protection, PlainMaskedStep)
+    # C starts again from weights of 8 bits: half a unit of the largest weights, and what three steps make of it.
+    for line, expected in zip(lines(again), lines(whole), strict=True):
+        assert abs(line["loss"] - expected["loss"]) < 2e-2
+    for name, value in kept.weights.items():
+        assert (kept_again.weights[name].float() - value.float()).abs().max() < 2**-7 * max(1.0, float(value.abs().max()))
 
 
 def replicated(artefacts: Artefacts, folder: Path) -> None:
@@ -245,9 +267,36 @@ def frozen_bits_in_a_loop(root: Path) -> None:
         protection.optimizer.step()
 
 
+def overflow_in_a_loop(root: Path) -> None:
+    """A GradScaler that finds an overflow leaves a fused optimizer to skip the step: nothing moves, decay included."""
+    import warp_ds
+
+    artefacts, model = read_artefacts(root), odd_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY, fused=True)
+    protection = warp_ds.protect_optimizer(model, optimizer, None, artefacts.masks)
+    assert isinstance(protection, PlainMaskedStep)
+    protection.max_grad_norm = CLIP
+    ids = token_batches(1)[0]
+    before = {k: v.clone() for k, v in protection.coefficients().items()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for scale in (float("inf"), 1.0):
+        scaler.scale(model(input_ids=ids, labels=ids).loss * scale).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved = any(not torch.equal(after, before[name]) for name, after in protection.coefficients().items())
+        assert moved == (scale == 1.0)
+        assert optimizer.param_groups[0]["weight_decay"] == DECAY
+    scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
+    with pytest.raises(ValueError, match="still scaled"):
+        scaler.step(optimizer)
+
+
 def test_trainer_without_deepspeed(tmp_path: Path) -> None:
     write_artefacts(tmp_path / "artefacts", odd_model())
     # In a process of its own: Trainer's state is global.
     with ProcessPoolExecutor(1, mp_context=ranks._context) as alone:
         alone.submit(without_deepspeed, tmp_path / "artefacts", tmp_path).result()
         alone.submit(frozen_bits_in_a_loop, tmp_path / "artefacts").result()
+        alone.submit(overflow_in_a_loop, tmp_path / "artefacts").result()

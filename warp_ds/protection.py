@@ -196,6 +196,11 @@ class WarpCallback(TrainerCallback):
         self.protection: Protection | None = None
         self._clipping: float | None = None
 
+    def before_reporters(self, trainer: Any) -> None:
+        """Moves this callback before the Trainer's reporters (TensorBoard, W&B, ...), which then see what it logs."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop(callbacks.index(self)))
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                        **kwargs: Any) -> None:
         # Trainer has loaded any checkpoint by now; MaskedStep takes the coefficients from what was loaded.

@@ -36,6 +36,7 @@ from warp_ds.artifacts import (
     find_artifact,
     fingerprint_model,
     fingerprint_rows,
+    read_json,
     write_json,
 )
 from warp_ds.cluster import preemption
@@ -180,10 +181,14 @@ def fit(
         model=model, args=training, train_dataset=samples, tokenizer=tokenizer, sampler=sampler,
         callbacks=[*callbacks, metrics, whole],
     )
+    for callback in callbacks:
+        if isinstance(callback, WarpCallback):
+            callback.before_reporters(trainer)
     if runtime.rank() > 0:
         trainer.remove_callback(PrinterCallback)  # rank 0's lines are enough
     checkpoint = runtime.on_rank_0(lambda: newest_whole_checkpoint(checkpoints), "looking for a checkpoint")
     if checkpoint is not None:
+        _check_world_size(Path(checkpoint))
         logger.info("going on from %s", checkpoint)
         runtime.on_rank_0(lambda: metrics.keep_until(checkpoint), "trimming the metrics")
     logger.info("training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %d)", len(samples),
@@ -193,6 +198,14 @@ def fit(
     if whole.stopped_by is not None:
         raise preemption.Preempted(whole.stopped_by)
     return trainer
+
+
+def _check_world_size(checkpoint: Path) -> None:
+    """ConfigError where another number of ranks wrote the checkpoint: DeepSpeed would stop in the middle of loading."""
+    wrote = runtime.on_rank_0(lambda: read_json(checkpoint / WholeCheckpoints.MARK).get("world_size"), "reading a checkpoint")
+    if wrote not in (None, runtime.world_size()):
+        raise ConfigError(f"{checkpoint} was written by {wrote} ranks, and these are {runtime.world_size()}: start again on "
+                          f"{wrote}, or start the training anew with --resume never")
 
 
 def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, directory: Path, model_card: str) -> None:
@@ -310,7 +323,7 @@ class WholeCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             root = Path(args.output_dir or ".")
             directory = root / f"checkpoint-{state.global_step}"
-            write_json(directory / self.MARK, {"step": state.global_step})
+            write_json(directory / self.MARK, {"step": state.global_step, "world_size": runtime.world_size()})
             for older in root.glob("checkpoint-*"):
                 # One whole checkpoint is kept unless the user asked for more.
                 if older != directory and args.save_total_limit is None:

@@ -49,6 +49,12 @@ class PlainMaskedStep:
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1
+        # torch's GradScaler leaves scale and overflow to optimizers that can take them (fused AdamW).
+        scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        if scale is not None:
+            raise UnsupportedSetting("the gradients are still scaled by a GradScaler, so neither clipping nor decay would "
+                                     "be right: call scaler.unscale_(optimizer) before the step, or use bf16")
+        skipped = overflow is not None and bool(overflow)
         with self._clock.running():
             whole = kept = 0.0
             rotated: list[Tensor] = []
@@ -69,6 +75,9 @@ class PlainMaskedStep:
                 layer.param.data = c
                 layer.param.grad = gradient
             self._weights = weights
+            self._decays = []
+            if skipped:
+                return
             if self.max_grad_norm:
                 every = [p for group in optimizer.param_groups for p in group["params"]]
                 self.grad_norm = float(torch.nn.utils.clip_grad_norm_(every, self.max_grad_norm))
@@ -76,7 +85,6 @@ class PlainMaskedStep:
 
     def _decay(self, optimizer: torch.optim.Optimizer) -> None:
         masked = {id(layer.param): layer for layer in self.layers}
-        self._decays = []
         for group in optimizer.param_groups:
             weight_decay = group.get("weight_decay", 0.0)
             if not weight_decay or not any(id(p) in masked for p in group["params"]):

@@ -200,6 +200,9 @@ def zero3_config(arguments: RunArguments, for_trainer: bool = False) -> dict[str
     if wanted == ["fp16"] and arguments.resolved_device == "cpu":
         raise ConfigError("--dtype float16 needs a GPU: DeepSpeed refuses it on CPUs; use bfloat16 or float32")
     config.pop("_comment", None)
+    if wanted:
+        # DeepSpeed would sum micro-batches in 16 bits, so that the sum depended on how many of them a step has.
+        config["data_types"] = {"grad_accum_dtype": "fp32", **config.get("data_types", {})}
     if for_trainer:
         return config
     for training_only in ("optimizer", "scheduler"):

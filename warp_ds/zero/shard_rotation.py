@@ -68,15 +68,16 @@ class ShardRotation:
 
     def __call__(
         self, layers: list[ProtectedLayer], source: Callable[[ProtectedLayer], Tensor],
-        apply: Callable[[Rotation, Tensor], Tensor],
+        apply: Callable[[Rotation, Tensor], Tensor], fast: bool = False,
     ) -> Iterator[tuple[ProtectedLayer, Tensor]]:
         """(layer, its local partition rotated: new fp32 tensor [partition.length], padding 0), in any order.
 
         Collective, with the same layers on every rank; one layer's whole result, over all ranks, exists at a time.
-        ``source`` gives a layer's flat partition, and is asked twice.
+        ``source`` gives a layer's flat partition, and is asked twice. ``fast``: the result is a gradient or is rounded
+        to the weights' dtype, so TF32 products will do where that dtype is coarser (see ``matmul_precision``).
         """
-        yield from self._in_place([layer for layer in layers if layer.owner is None], source, apply)
-        yield from self._at_owners([layer for layer in layers if layer.owner is not None], source, apply)
+        yield from self._in_place([layer for layer in layers if layer.owner is None], source, apply, fast)
+        yield from self._at_owners([layer for layer in layers if layer.owner is not None], source, apply, fast)
 
     def take_sent(self) -> int:
         """Bytes that this rank sent to others since last asked (an all-reduce counted as a ring's)."""
@@ -85,7 +86,7 @@ class ShardRotation:
 
     def _in_place(
         self, layers: list[ProtectedLayer], source: Callable[[ProtectedLayer], Tensor],
-        apply: Callable[[Rotation, Tensor], Tensor],
+        apply: Callable[[Rotation, Tensor], Tensor], fast: bool,
     ) -> Iterator[tuple[ProtectedLayer, Tensor]]:
         cuts = self._join_cut_rows(layers, source)
         for layer, cut in zip(layers, cuts, strict=True):
@@ -93,7 +94,7 @@ class ShardRotation:
             flat = source(layer).to(self.device, torch.float32)
             result = torch.zeros_like(flat)
             rows, target = layer.partition.whole_rows(flat), layer.partition.whole_rows(result)
-            with matmul_precision(layer.param.dtype):
+            with matmul_precision(layer.param.dtype if fast else torch.float32):
                 for chunk in row_chunks(rows.shape[0], layer.target.n):
                     target[chunk] = apply(layer.rotation, rows[chunk])
                 if layer.partition.fragments:
@@ -123,7 +124,7 @@ class ShardRotation:
 
     def _at_owners(
         self, layers: list[ProtectedLayer], source: Callable[[ProtectedLayer], Tensor],
-        apply: Callable[[Rotation, Tensor], Tensor],
+        apply: Callable[[Rotation, Tensor], Tensor], fast: bool,
     ) -> Iterator[tuple[ProtectedLayer, Tensor]]:
         """In waves of one layer an owner, so that all of them rotate at once.
 
@@ -142,7 +143,7 @@ class ShardRotation:
                 assert mine.rotation is not None
                 m, n = mine.target.m, mine.target.n
                 rows = whole[: m * n].view(m, n)
-                with matmul_precision(mine.param.dtype):
+                with matmul_precision(mine.param.dtype if fast else torch.float32):
                     for chunk in row_chunks(m, n):
                         rows[chunk] = apply(mine.rotation, rows[chunk])
                 whole[m * n :] = 0.0
@@ -196,10 +197,13 @@ def row_chunks(rows: int, n: int) -> Iterator[slice]:
 
 @contextmanager
 def matmul_precision(weights: torch.dtype) -> Iterator[None]:
-    """TF32 products where weights are 16-bit anyway (its error is below their rounding), full fp32 where they are not."""
+    """TF32 products where what they make is rounded to bf16, which keeps 8 bits to TF32's 11; full fp32 elsewhere.
+
+    fp16 keeps 11 bits itself, so TF32's error would be as large as its rounding.
+    """
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
         before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest" if weights == torch.float32 else "high")
+        torch.set_float32_matmul_precision("high" if weights == torch.bfloat16 else "highest")
         try:
             yield
         finally:
@@ -209,7 +213,7 @@ def matmul_precision(weights: torch.dtype) -> Iterator[None]:
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     befores = [backend.fp32_precision for backend in backends]
     for backend in backends:
-        backend.fp32_precision = "ieee" if weights == torch.float32 else "tf32"
+        backend.fp32_precision = "tf32" if weights == torch.bfloat16 else "ieee"
     try:
         yield
     finally:
