@@ -17,13 +17,14 @@ FAILURE = ".failure"
 """Made by the first rank that fails, so that the others know that they are not."""
 
 
-class LaterFailure(RuntimeError):
-    """This rank failed after another one had: of the first alone the traceback is shown."""
+def is_later(error: BaseException) -> bool:
+    """Whether this rank failed after another one had: of the first alone the traceback is shown."""
+    return getattr(error, "_warp_ds_later", False) is True
 
 
 def explain(error: Exception, arguments: RunArguments) -> None:
     """Notes on ``error`` what a user can do about it, where its own text does not say."""
-    if getattr(error, "__notes__", None) or isinstance(error, LaterFailure):
+    if getattr(error, "__notes__", None) or is_later(error):
         return
     text = str(error)
     if "timed out" in text.lower():
@@ -45,7 +46,7 @@ _DISK_WORDS = ("No space left", "os error 28", "Disk quota", "PytorchStreamWrite
 def record_failure(directory: Path, error: Exception, log_dir: Path) -> None:
     """Puts a traceback last in this rank's log, and the first failing rank's in rank 0's too and into the run's state.
 
-    Raises LaterFailure on the ranks that fail because the first did.
+    The errors of the ranks that fail after it are marked (``is_later``).
     """
     if isinstance(error, runtime.OtherRankError):
         return
@@ -56,7 +57,8 @@ def record_failure(directory: Path, error: Exception, log_dir: Path) -> None:
     except FileExistsError:
         if own != main:
             _append(own, text)
-        raise LaterFailure(f"{type(error).__name__}: {error}") from error
+        error._warp_ds_later = True  # type: ignore[attr-defined]
+        return
     except OSError:
         pass  # a full or read-only file system: every rank says what it saw
     note(directory, "failed", rank=runtime.rank(), error=f"{type(error).__name__}: {str(error)[:500]}")

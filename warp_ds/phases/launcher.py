@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ from warp_ds.cluster import preemption, slurm
 from warp_ds.cluster.doctor import start_checks
 from warp_ds.config import ConfigError, RunArguments, parse_arguments, parse_training
 from warp_ds.data.datasets import DataError
-from warp_ds.phases.failures import LaterFailure, explain
+from warp_ds.phases.failures import explain, is_later
 from warp_ds.phases.run import log_to_terminal
 from warp_ds.phases.state import note
 from warp_ds.zero import runtime
@@ -33,7 +34,7 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
 
     ``training``: further TrainingArguments flags are accepted and passed on as ``phase(arguments, passed)``.
     ``stoppable``: the phase leaves by itself when it is asked to, having saved. Then its Slurm job is requeued (0), or the
-    exit status is 75: the same command goes on from there.
+    exit status is 75: the same command goes on from there. Ends the process.
     """
     passed: dict[str, Any] = {}
     arguments: A | None = None
@@ -62,8 +63,13 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
     except Exception as error:  # noqa: BLE001
         if arguments is not None:
             explain(error, arguments)
-        _fail(error, status=1, wrong_input=isinstance(error, LaterFailure))
+        _fail(error, status=1, wrong_input=is_later(error))
     runtime.shutdown()
+    # Gloo's threads sometimes abort an interpreter that ends while they do, and the finished job would count as failed.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _go_on_later(stop: preemption.Preempted, max_requeues: int) -> None:

@@ -217,4 +217,7 @@ def log_to_file(log_dir: Path, name: str) -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-        handler.close()
+        try:
+            handler.close()
+        except OSError:
+            pass  # a full disk: the error that says so is on its way already
