@@ -98,7 +98,8 @@ def start_run(
                 "phase": phase, "identity": identity, "settings": settings, "inputs": inputs,
                 "started_at": now(), "versions": versions(), "command": sys.argv, "world_size": runtime.world_size(),
             })
-        (directory / FAILURE).unlink(missing_ok=True)
+        for left in (directory / FAILURE, *directory.glob("**/.*.tmp")):
+            left.unlink(missing_ok=True)  # by a process that was killed
         return {"directory": str(directory), "resumed": resumed, "done": (directory / "finished.json").is_file()}
 
     try:
