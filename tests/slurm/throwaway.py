@@ -171,6 +171,7 @@ class ThrowAwaySlurm:
         return found
 
     def _configuration(self) -> str:
+        """slurm.conf. Job ids start where no other cluster's on this machine do: ports follow them."""
         user, host, ports = getpass.getuser(), socket.gethostname().split(".")[0], _free_ports(3)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
         nodes = "\n".join(
@@ -205,6 +206,7 @@ MinJobAge=3600
 SchedulerParameters=sched_interval=5,bf_interval=5,batch_sched_delay=0
 GresTypes=gpu
 MaxArraySize=100
+FirstJobId={1 + os.getpid() % 50_000}
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
