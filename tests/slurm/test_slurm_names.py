@@ -31,6 +31,19 @@ def test_task_environment() -> None:
     assert len(ports) == 30 and all(20000 <= int(port) < 32000 for port in ports)
 
 
+def test_local_rank_is_the_device_that_the_task_sees() -> None:
+    """As Slurm 22.05 sets these variables for the second of two tasks of a node."""
+    for visible, on_node, device in (
+        ("0,1", "2", "1"),  # --gpus-per-node=2: both tasks see both
+        ("1", "2", "0"),  # --gpus-per-task=1, --gpu-bind=single:1: its own one, whatever its number
+        ("0", "2", "0"),  # the same where cgroups hide the other
+        ("0", "1", "1"),  # one GPU for two tasks: the doctor refuses
+        ("", "2", "1"),
+    ):
+        found = task_environment({**TASK, "CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": on_node})
+        assert found is not None and found["LOCAL_RANK"] == device, (visible, on_node)
+
+
 def test_flags_go_to_the_phases_that_have_them() -> None:
     words = ["--model_name", "m", "--keep_ratio", "0.2", "--phase3.batch_size", "1", "--lr_scheduler_type=cosine", "--debug"]
     found = phase_flags(parse_phases("3,evaluate,0,2"), words, Path("r"))

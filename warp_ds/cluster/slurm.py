@@ -29,10 +29,17 @@ def task_environment(env: Mapping[str, str]) -> dict[str, str] | None:
     # Below the ephemeral range; another one for every job, and for every step of it.
     port = 20000 + (int(env["SLURM_JOB_ID"]) + 997 * int(env["SLURM_STEP_ID"])) % 12000
     return {
-        "RANK": env["SLURM_PROCID"], "WORLD_SIZE": str(tasks), "LOCAL_RANK": env["SLURM_LOCALID"],
+        "RANK": env["SLURM_PROCID"], "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": "0" if _has_own_gpu(env) else env["SLURM_LOCALID"],
         "MASTER_ADDR": env.get("MASTER_ADDR") or ("127.0.0.1" if tasks == 1 else address_of_first(env)),
         "MASTER_PORT": env.get("MASTER_PORT", str(port)),
     }
+
+
+def _has_own_gpu(env: Mapping[str, str]) -> bool:
+    """Whether the task sees one of the node's GPUs alone, as its device 0 (--gpus-per-task=1, --gpu-bind=single:1)."""
+    visible = env.get("CUDA_VISIBLE_DEVICES", "")
+    return visible != "" and "," not in visible and int(env.get("SLURM_GPUS_ON_NODE", "1")) > 1
 
 
 def address_of_first(env: Mapping[str, str]) -> str:
