@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -23,6 +26,14 @@ RunLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(1000)
 """
+
+
+NO_FLOCK = """
+import fcntl
+def flock(fd, kind): raise OSError({number}, "no flock")
+fcntl.flock = flock
+"""
+"""A file system without flock, as a process sees it: there is none to mount here without being root."""
 
 
 def other_host(directory: Path, beat: int) -> None:
@@ -77,6 +88,43 @@ def test_another_hosts_heartbeat_decides(tmp_path: Path) -> None:
         time.sleep(0.02)
     assert json.loads((tmp_path / "owner.json").read_text())["beat"] > before["beat"]
     lock.release()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_flock_the_heartbeat_decides_on_one_host_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    script = NO_FLOCK.format(number=number) + HOLD.replace("(Path(sys.argv[1]))", "(Path(sys.argv[1]), beat_seconds=0.1)")
+
+    def flock(fd: int, kind: int) -> None:
+        raise OSError(number, "no flock")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"in use by process {holder.pid} on {socket.gethostname()}"):
+            RunLock(tmp_path, dead_seconds=60.0).acquire()
+    finally:
+        holder.kill()
+        holder.wait()
+    assert not alive(tmp_path)
+    lock = RunLock(tmp_path, dead_seconds=1.0)
+    lock.acquire()
+    lock.release()
+    assert not (tmp_path / "owner.json").exists()
+
+
+def test_a_look_in_passing_turns_nobody_away(tmp_path: Path) -> None:
+    looking = os.open(tmp_path / ".lock", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(looking, fcntl.LOCK_SH)  # what ``alive`` holds for a moment
+    assert not alive(tmp_path)
+    threading.Timer(0.3, os.close, [looking]).start()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert alive(tmp_path)
+    lock.release()
+    assert not alive(tmp_path)
 
 
 def test_an_owner_that_was_taken_for_dead_leaves(tmp_path: Path) -> None:

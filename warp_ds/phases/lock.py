@@ -2,10 +2,14 @@
 
 On one host, and on file systems whose flock reaches all hosts, the kernel decides: a dead process holds nothing. Elsewhere
 the owner's heartbeat does: a number in owner.json that grows every few seconds. No clocks are compared.
+
+fcntl's flock and not filelock's, which where flock is missing makes a lock of a file's existence: that outlives kill -9.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -17,8 +21,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from warp_ds.artifacts import write_json
 from warp_ds.config import ConfigError
 
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 BEAT_SECONDS = 10.0
 DEAD_SECONDS = 45.0
 """A heartbeat of another host that stands still for this long is a dead process's."""
+NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""How a file system says that it has no flock, or that its lock server does not answer."""
 
 
 class RunLock:
@@ -35,20 +39,25 @@ class RunLock:
         self.directory, self.owner_file = directory, directory / "owner.json"
         self.beat_seconds, self.dead_seconds = beat_seconds, dead_seconds
         self.token = uuid.uuid4().hex
-        self._flock = FileLock(directory / ".lock", timeout=0)
+        self._fd: int | None = None
         self._stop = threading.Event()
         self._beating: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Takes the directory; over from an owner that is dead. Waits ``dead_seconds`` to tell, for another host's."""
-        try:
-            self._flock.acquire()
-        except Timeout as error:
-            raise ConfigError(self._in_use(self._owner())) from error
+        """Takes the directory; over from an owner that is dead. Waits ``dead_seconds`` to tell, where flock does not."""
+        self._fd = os.open(self.directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        free = _flock(self._fd, fcntl.LOCK_EX)
+        deadline = time.monotonic() + 1.0  # ``alive`` holds it for a moment
+        while free is False and time.monotonic() < deadline:
+            time.sleep(0.05)
+            free = _flock(self._fd, fcntl.LOCK_EX)
+        if free is False:
+            self._unlock()
+            raise ConfigError(self._in_use(self._owner()))
         owner = self._owner()
         if owner is not None:
-            if owner.get("host") != socket.gethostname() and self._beats(owner):
-                self._flock.release()
+            if (free is None or owner.get("host") != socket.gethostname()) and self._beats(owner):
+                self._unlock()
                 raise ConfigError(self._in_use(owner))
             logger.info("taking over %s from process %s on %s, which is dead", self.directory, owner.get("pid"),
                         owner.get("host"))
@@ -63,10 +72,15 @@ class RunLock:
             self._beating = None
             if (self._owner() or {}).get("token") == self.token:
                 self.owner_file.unlink(missing_ok=True)
-        self._flock.release()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
     def _beats(self, owner: dict[str, Any]) -> bool:
-        """Whether the other host's owner still lives; False once its heartbeat has stood still long enough."""
+        """Whether that owner still lives; False once its heartbeat has stood still long enough."""
         logger.info("%s was left by process %s on %s without a word: watching its heartbeat for %.0f s", self.directory,
                     owner.get("pid"), owner.get("host"), self.dead_seconds)
         deadline = time.monotonic() + self.dead_seconds
@@ -116,10 +130,21 @@ class RunLock:
 
 def alive(directory: Path) -> bool:
     """Whether some process holds ``directory`` now, as far as flock reaches. Waits for nothing."""
+    fd = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     try:
-        lock = FileLock(directory / ".lock", timeout=0)
-        lock.acquire()
-        lock.release()
-        return False
-    except Timeout:
+        return _flock(fd, fcntl.LOCK_SH) is False  # shared: two that look do not take each other for an owner
+    finally:
+        os.close(fd)
+
+
+def _flock(fd: int, kind: int) -> bool | None:
+    """Whether the lock was free, and is held now until ``fd`` is closed; None where this file system has no flock."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
         return True
+    except OSError as error:
+        if error.errno in NO_FLOCK:
+            return None
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
