@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import socket
 import subprocess
 import sys
 import threading
@@ -48,6 +49,19 @@ def test_another_programs_lock_is_respected(tmp_path: Path) -> None:
     assert not MortalBaton(str(tmp_path / "lock")).try_acquire()
     other.release()
     assert MortalBaton(str(tmp_path / "lock")).try_acquire()
+
+
+def test_another_hosts_lock_is_respected(tmp_path: Path) -> None:
+    """A home directory that hosts share, whose flock does not reach beyond each: to this one it looks free."""
+    mine = MortalBaton(str(tmp_path / "mine"))
+    assert mine.try_acquire()
+    words = (tmp_path / "mine").read_text()
+    mine.release()
+    host = socket.gethostname()
+    (tmp_path / "lock").write_text(words)
+    assert MortalBaton(str(tmp_path / "lock")).try_acquire()  # this host's, and not flocked: its maker is dead
+    (tmp_path / "lock").write_text(words.replace(host, f"not-{host}"))
+    assert not MortalBaton(str(tmp_path / "lock")).try_acquire()
 
 
 def test_torch_loads_operators_under_this_lock() -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import socket
 import time
+import uuid
 from typing import Any
 
 from torch.utils import cpp_extension
@@ -17,18 +19,17 @@ from torch.utils.file_baton import FileBaton
 
 logger = logging.getLogger(__name__)
 WARN_SECONDS = 60.0
-_OURS = b"held by a warp_ds process as long as it is flocked\n"
 
 
 class MortalBaton(FileBaton):
-    """The same lock, so that other programs respect it; one of ours whose maker is dead is taken away."""
+    """The same lock, so that other programs respect it; one of ours, of this host, whose maker is dead is taken away."""
 
     def try_acquire(self) -> bool:
         """Makes the lock's file, already flocked; False while another process holds it."""
-        aside = f"{self.lock_file_path}.{os.getpid()}"
+        aside = f"{self.lock_file_path}.{uuid.uuid4().hex}"  # process ids repeat among hosts and containers
         fd = os.open(aside, os.O_CREAT | os.O_RDWR | os.O_TRUNC)
         try:
-            os.write(fd, _OURS)
+            os.write(fd, _ours())
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -60,7 +61,7 @@ class MortalBaton(FileBaton):
         except FileNotFoundError:
             return
         try:
-            if os.read(fd, len(_OURS)) == _OURS:
+            if os.read(fd, 1024) == _ours():
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(fd).st_ino == os.stat(self.lock_file_path).st_ino:
                     os.unlink(self.lock_file_path)
@@ -68,6 +69,11 @@ class MortalBaton(FileBaton):
             pass  # its holder lives, or somebody else has taken it away
         finally:
             os.close(fd)
+
+
+def _ours() -> bytes:
+    """What this host's locks say. flock may not reach another's, so whether that one lives cannot be told."""
+    return f"held by a warp_ds process of {socket.gethostname()} as long as it is flocked\n".encode()
 
 
 def survive_kills_while_loading_operators() -> None:
