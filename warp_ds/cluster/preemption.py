@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 
 import torch
@@ -80,6 +80,16 @@ def too_many_restarts(max_requeues: int) -> str | None:
             "its log for what ends it each time; start the same command again to go on from the last good state")
 
 
+def being_cancelled(job: Mapping[str, str]) -> bool:
+    """Whether ``scancel`` ends this job, by ``scontrol show job``: requeued now, it would rise again.
+
+    While its processes save, a cancelled job is COMPLETING, as one is that has reached its time limit or that a partition's
+    PreemptMode=CANCEL ends; those two say so in Reason and PreemptTime.
+    """
+    return job["JobState"] == "CANCELLED" or (
+        job["JobState"] == "COMPLETING" and job.get("Reason") != "TimeLimit" and job.get("PreemptTime", "None") == "None")
+
+
 def requeue(max_requeues: int) -> str | None:
     """Puts this Slurm job back into the queue, unless Slurm does so already; why it was not done, or None. On one rank.
 
@@ -97,7 +107,7 @@ def requeue(max_requeues: int) -> str | None:
         try:
             found = slurm.job_fields(job)
             state, here = found["JobState"], int(found.get("Restarts", restarts))
-            if state == "CANCELLED":
+            if here == restarts and being_cancelled(found):
                 return f"job {job} was cancelled: start the same command again to go on"
             if here > restarts or state in ("PENDING", "REQUEUED", "PREEMPTED"):
                 return None  # by somebody else, or by Slurm: a second time would cost another restart
