@@ -297,7 +297,7 @@ class WholeCheckpoints(TrainerCallback):
     def __init__(self, minutes: float):
         self.minutes = minutes
         self.stopped_by: str | None = None
-        """The signal that ended training before its last step."""
+        """The signal that ended training, with a checkpoint; after the last step too, as writing the model takes long."""
         self._last = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
@@ -310,7 +310,7 @@ class WholeCheckpoints(TrainerCallback):
         due = self.minutes > 0 and runtime.rank() == 0 and time.monotonic() - self._last > 60 * self.minutes
         flags = torch.tensor([float(due), float(preemption.asked())], device=runtime.collective_device())
         save, leave = runtime.all_reduce_sum(flags).bool().tolist()
-        if leave and state.global_step < state.max_steps:
+        if leave:
             self.stopped_by = runtime.broadcast_object(preemption.reason())
             # The losses since the last line would be lost with the process.
             control.should_training_stop = control.should_log = True
