@@ -5,4 +5,4 @@ from warp_ds.phases.evaluate import run_evaluation
 from warp_ds.phases.launcher import launch
 
 if __name__ == "__main__":
-    launch(EvaluateArguments, run_evaluation, stoppable=False)
+    launch(EvaluateArguments, run_evaluation)

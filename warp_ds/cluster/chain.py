@@ -336,7 +336,7 @@ def run_phase(phase: str, words: list[str]) -> None:
             del os.environ[name]  # of the job that the submitting program runs in
         os.environ.update(RANK=str(job.global_rank), LOCAL_RANK=str(job.local_rank), WORLD_SIZE=str(job.num_tasks),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + int(job.job_id) % 12000))
-    launch(PHASES[phase], phase_function(phase), training=phase in TRAINING, argv=words, stoppable=phase != "evaluate")
+    launch(PHASES[phase], phase_function(phase), training=phase in TRAINING, argv=words)
 
 
 def run_directly(phase: str, words: list[str]) -> None:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from warp_ds.artifacts import fingerprint_model, fingerprint_rows, write_json, write_text
+from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.config import (
     BasisArguments,
     CompareArguments,
@@ -128,6 +129,7 @@ def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[floa
     started = time.time()
     rows = []
     for number, point in enumerate(points, 1):
+        leave_if_asked()
         logger.info("point %d of %d: %s", number, len(points), point.name)
         rows.append(bench.point(point, rotated))
         if not bench.arguments.keep_models and not _needed(point, points[number:]):

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from warp_ds.artifacts import find_artifact, fingerprint_model, fingerprint_rows, write_json, write_text
+from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.config import ConfigError, EvaluateArguments
 from warp_ds.data.datasets import DataError, load_pairs, load_prompts
 from warp_ds.data.formats import encode
@@ -127,6 +128,7 @@ def collect_answers(model: Any, tokenizer: PreTrainedTokenizerBase, sets: Evalua
         def save(fresh: list[str], suite: str = suite, written: list[int] = written) -> None:
             log.append(suite, written[0], fresh)
             written[0] += len(fresh)
+            leave_if_asked()  # every rank saves after the same batches
 
         answers = generate_greedy(model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=batch_size,
                                   synced=runtime.world_size() > 1, done=done, save=save, desc=suite)
@@ -228,6 +230,7 @@ def measure(model: Any, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets
     rows = collect_answers(model, tokenizer, sets, batch_size=batch_size, max_new_tokens=max_new_tokens, suites=suites,
                            log=log)
     judge_answers(rows, tokenizer, batch_size=batch_size, noise=noise, judge=judge)
+    leave_if_asked()
     found = Measurement(summarise(rows), rows)
     if "loss" in suites and sets.utility:
         encoded = [encode(row["prompt"], row["response"], tokenizer, max_length) for row in sets.utility]
@@ -274,6 +277,7 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
         if tasks:
             from warp_ds.evaluation.lm_eval_tasks import run_tasks
 
+            leave_if_asked()  # the harness cannot be stopped between its requests
             harness = run_tasks(engine, tokenizer, tasks, include=arguments.lm_eval_include, limit=arguments.lm_eval_limit,
                                 **options)
             found.metrics["lm_eval"] = harness["results"]
@@ -347,9 +351,13 @@ def write_measurement(directory: Path, found: Measurement) -> None:
 
 
 def load_engine(arguments: EvaluateArguments) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A ZeRO-3 engine without optimizer, whose forwards fetch and release the partitioned parameters. Collective."""
+    """A ZeRO-3 engine without optimizer, whose forwards fetch and release the partitioned parameters. Collective.
+
+    A safe place to leave: raises Preempted.
+    """
     import deepspeed
 
+    leave_if_asked()
     config = runtime.zero3_config(arguments)
     model, tokenizer = load_model(arguments, config)
     config["train_micro_batch_size_per_gpu"] = arguments.batch_size

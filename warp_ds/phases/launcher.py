@@ -74,7 +74,7 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
 
 def _go_on_later(stop: preemption.Preempted, max_requeues: int) -> None:
     """Requeues the Slurm job, or says what to do; ends every rank with the same status. The run is saved and released."""
-    directory = Path(stop.__notes__[0])
+    directory = Path(stop.__notes__[-1])  # a comparison's, rather than that of the phase in it
 
     def requeue() -> str | None:
         refused = preemption.requeue(max_requeues)
