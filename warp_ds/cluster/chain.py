@@ -414,6 +414,8 @@ def _last_line(log: Path) -> str:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - 4096))
             lines = file.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else ""
+        # What srun says after a rank has failed is not why.
+        own = [line for line in lines if not line.startswith(("srun: ", "slurmstepd: "))]
+        return (own or lines or [""])[-1]
     except OSError:
         return ""
