@@ -14,6 +14,7 @@ from warp_ds.config import BasisArguments, EvaluateArguments
 from warp_ds.data.formats import encode
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
 from warp_ds.evaluation import generate
+from warp_ds.phases import evaluate as phase
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.evaluate import run_evaluation
 from warp_ds.zero import runtime
@@ -95,8 +96,10 @@ class Killed(Exception):
 
 
 def killed_and_resumed(root: Path, output: Path) -> dict[str, Any]:
-    """An undisturbed evaluation, and one that dies in its third batch and is started again."""
-    options = {"batch_size": 2, "suite": "refusal,gsm8k"}
+    """An undisturbed evaluation; and one that dies in its third batch, is started again, and dies as the answers are there."""
+    basis = run_basis(BasisArguments(**common(root, output, layer_type=LAYERS, safety_data=str(root / "refusals.jsonl"),
+                                              safety_samples=0)))
+    options = {"batch_size": 2, "suite": "refusal,gsm8k", "basis_dir": str(basis)}
     whole = evaluate(root, output / "whole", "moved", **options)
     calls, pad = [0], generate.pad_batch
 
@@ -117,9 +120,20 @@ def killed_and_resumed(root: Path, output: Path) -> dict[str, Any]:
         generate.pad_batch = pad
     calls[0] = 100
     generate.pad_batch = dying
+
+    def out_of_memory(*arguments: Any) -> Any:
+        raise Killed
+
+    measured, phase.movement_metrics = phase.movement_metrics, out_of_memory
+    try:
+        evaluate(root, output / "resumed", "moved", **options)
+        raise AssertionError("was not killed")
+    except Killed:
+        written = sorted(p.name for p in (output / "resumed").glob("*/*") if p.name in ("metrics.json", "answers.jsonl"))
+        phase.movement_metrics = measured
     try:
         resumed = evaluate(root, output / "resumed", "moved", **options)
     finally:
         generate.pad_batch = pad
         generate.generate_after.__wrapped__.__kwdefaults__["save_every"] = every
-    return {"whole": whole, "resumed": resumed, "left": left, "calls": calls[0] - 100}
+    return {"whole": whole, "resumed": resumed, "left": left, "written": written, "calls": calls[0] - 100}

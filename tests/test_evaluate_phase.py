@@ -82,6 +82,7 @@ def test_movement_is_what_the_outputs_do_on_the_safety_tokens(root: Path, result
 def test_a_killed_evaluation_goes_on_where_it_was(root: Path, world: int) -> None:
     found = run_ranks(world, killed_and_resumed, root, root / f"killed{world}")[0]
     assert found["left"], "nothing was kept"
+    assert found["written"] == ["answers.jsonl", "metrics.json"], "what was measured waits for the movement"
     assert found["resumed"]["answers"] == found["whole"]["answers"]
     assert found["resumed"]["metrics"] == found["whole"]["metrics"]
     assert not list(Path(found["resumed"]["run"]).glob("*partial*"))

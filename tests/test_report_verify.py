@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import warp_ds
 from warp_ds.artifacts import ArtifactError, MaskStore, fingerprint_model
+from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.method.rotation import Rotation
 from warp_ds.report.verify import certify, write_certificate
 
@@ -53,6 +54,10 @@ def test_protected_training_keeps_it(case: dict[str, Any]) -> None:
     assert found["frozen"] + found["free"] == sum(f.numel() for f in case["artefacts"].frozen.values())
     # In fp32, products of 21 terms; in bf16 and fp16, half a unit of the last place of weights of about 0.02.
     assert found["frozen_drift"] < (1e-6 if case["dtype"] == torch.float32 else 4e-3)
+    for model in ("protected", "plain"):  # the same sums in another order
+        drift = frozen_drift(case["before"], case[model], case["artefacts"].masks, case["artefacts"].basis)
+        certified = certify(case["before"], case[model], case["artefacts"].masks)["frozen_drift"]
+        assert drift == pytest.approx(certified, rel=1e-9)
     for layer in found["layers"]:
         assert layer["violations"] == 0 and layer["frozen_max"] <= layer["allowed_max"]
         assert layer["frozen_rms"] <= layer["frozen_max"] and layer["free_rms"] <= layer["free_max"]

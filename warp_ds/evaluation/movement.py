@@ -7,13 +7,18 @@ are those of the model before training: what its own layers do to them, not what
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from warp_ds.artifacts import ArtifactError, BasisStore, fingerprint_model
-from warp_ds.report.verify import layer_weight
+from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, TargetLayer, fingerprint_model
+from warp_ds.report.verify import layer_drift, layer_weight, relative_drift
+from warp_ds.zero import runtime
+
+T = TypeVar("T")
 
 
 def relative_movement(before: Tensor, after: Tensor, columns: Tensor, values: Tensor) -> float:
@@ -39,12 +44,40 @@ def open_basis(before: Path, after: Path, basis_dir: str | Path) -> BasisStore:
 def movement(before: Path, after: Path, basis_dir: str | Path) -> dict[str, float]:
     """Layer name -> ``relative_movement`` between two model directories, on the inputs that the basis was made from.
 
-    ``basis_dir``: of phase 1 with --basis activation on ``before``. One layer is in memory at a time. ArtifactError as
-    ``open_basis``.
+    ``basis_dir``: of phase 1 with --basis activation on ``before``. Collective: the layers are dealt out over the ranks,
+    one at a time on each. ArtifactError as ``open_basis``.
     """
-    basis = open_basis(before, after, basis_dir)
-    return {layer.name: relative_movement(layer_weight(before, layer), layer_weight(after, layer),
-                                          *basis.columns(layer.name)) for layer in basis.layers}
+    with runtime.on_every_rank_or_none("opening the basis"):
+        basis = open_basis(before, after, basis_dir)
+    moved = layer_by_layer(basis.layers, lambda layer: relative_movement(
+        layer_weight(before, layer), layer_weight(after, layer), *basis.columns(layer.name)), "measuring the movement")
+    return {layer.name: value for layer, value in zip(basis.layers, moved, strict=True)}
+
+
+def frozen_drift(before: Path, after: Path, masks_dir: str | Path, basis_dir: str | Path) -> float:
+    """How far the coefficients that the masks freeze moved, ‖ΔC‖ / ‖C‖, as ``report.verify.certify`` has it. Collective.
+
+    ``basis_dir`` is the one that the masks were made with, on ``before``; ArtifactError where it is not.
+    """
+    with runtime.on_every_rank_or_none("opening the masks"):
+        masks, basis = MaskStore(masks_dir), BasisStore(basis_dir)
+        masks.check(basis, fingerprint_model(before), str(before))
+    return relative_drift(layer_by_layer(masks.layers, lambda layer: layer_drift(layer, before, after, masks, basis),
+                                         "measuring the drift"))
+
+
+def layer_by_layer(layers: Sequence[TargetLayer], measure: Callable[[TargetLayer], T], what: str) -> list[T]:
+    """``measure`` of every layer, on every rank; each rank takes its share of the layers. Collective.
+
+    The ranks meet after every layer, so that none waits for another longer than one layer takes.
+    """
+    found: list[T] = []
+    for first in range(0, len(layers), runtime.world_size()):
+        mine = layers[first + runtime.rank() : first + runtime.rank() + 1]
+        with runtime.on_every_rank_or_none(what):
+            values = [measure(layer) for layer in mine]
+        found += [value for part in runtime.all_gather_object(values) for value in part]
+    return found
 
 
 def mean_movement(found: dict[str, float]) -> float:

@@ -33,7 +33,7 @@ from warp_ds.config import (
     TrainArguments,
 )
 from warp_ds.data.datasets import load_pairs, load_prompts
-from warp_ds.evaluation.movement import mean_movement, movement
+from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.method.baselines import safety_share
 from warp_ds.phases.arms import Arm, parse_arms
 from warp_ds.phases.basis import run_basis
@@ -45,6 +45,7 @@ from warp_ds.phases.evaluate import (
     check_golds,
     load_engine,
     measure,
+    movement_metrics,
     noise_rule,
     paired_tests,
     write_measurement,
@@ -55,7 +56,6 @@ from warp_ds.phases.neurons import LAYERS, safety_neuron_masks
 from warp_ds.phases.run import start_run, versions
 from warp_ds.phases.training import run_safety_tuning, run_training
 from warp_ds.report import tradeoff
-from warp_ds.report.verify import certify
 from warp_ds.zero import runtime
 from warp_ds.zero.model import resolve_model_dir
 
@@ -171,8 +171,6 @@ class Bench:
         self.noise_known = False
         self.before: list[Row] = []
         self.unaligned_metrics: dict[str, Any] | None = None
-        self.drift_masks: Path | None = None
-        """Of the rotated arm: how far what it freezes moves in every arm."""
         self._made: dict[str, Path] = {}
 
     def timed(self, name: str, run: Callable[[], Any]) -> Any:
@@ -313,11 +311,8 @@ class Bench:
 
     def point(self, point: Point, rotated: Arm | None) -> dict[str, Any]:
         """The metrics of one point, measured once."""
-        def weights(model: Path) -> dict[str, Any]:
-            if not self._compares_weights(point, rotated):
-                return {}
-            return runtime.on_rank_0(partial(self._weights, model), "reading the weights")
-
+        # How far a model is from another start model says nothing.
+        weights = partial(self._weights, rotated) if point.arm.start is None else None
         found = self.measured(point.name, lambda: self.model(point), weights)
         return {"arm": point.arm.name, "rate": point.rate if point.arm.trains else None, "seed": point.seed,
                 "from_start": point.arm.merge is None and point.arm.start is None, **found}
@@ -328,13 +323,16 @@ class Bench:
         home = self.root / "points" / name
         found = runtime.on_rank_0(lambda: json.loads((home / "metrics.json").read_text())
                                   if (home / "metrics.json").is_file() else None, "looking for results")
-        if found is not None:
-            return found
-        model = make()
-        measured = self.measure(model, name)
-        measured.metrics |= more(model) if more is not None else {}
-        runtime.on_rank_0(lambda: write_measurement(home, measured), "writing the results")
-        return measured.metrics
+        model = None
+        if found is None:
+            model = make()
+            measured = self.measure(model, name)
+            runtime.on_rank_0(lambda: write_measurement(home, measured), "writing the results")
+            found = measured.metrics
+        if more is not None and "movement" not in found:
+            found |= more(model or make())
+            runtime.on_rank_0(lambda: write_json(home / "metrics.json", found), "writing the results")
+        return found
 
     def measure(self, model: Path, name: str) -> Measurement:
         """Behaviour of one model, against the start model's. Collective."""
@@ -380,24 +378,14 @@ class Bench:
         runtime.on_rank_0(lambda: write_json(self.root / "noise.json", {"threshold": threshold}), "writing the rule")
         return found
 
-    def _compares_weights(self, point: Point, rotated: Arm | None) -> bool:
-        """Whether movement and drift can be read from the weights; makes the basis and masks that they need."""
-        if point.arm.start is not None:
-            return False
-        self.basis(None, "activation", self.arguments.layer_type, self.arguments.seed)
-        if rotated is not None:
-            self.drift_masks = self.masks(rotated, self.arguments.seed)
-        return True
-
-    def _weights(self, model: Path) -> dict[str, Any]:
-        basis = self._made["phase1_start_activation"] / "basis"
+    def _weights(self, rotated: Arm | None, model: Path) -> dict[str, Any]:
+        """Movement, and drift of what the rotated arm freezes, from the weights. Collective."""
+        basis = self.basis(None, "activation", self.arguments.layer_type, self.arguments.seed)
+        masks = None if rotated is None else self.masks(rotated, self.arguments.seed)
         if model == self.model_dir:
-            return {"movement": 0.0, **({} if self.drift_masks is None else {"frozen_drift": 0.0})}
-        found = movement(self.model_dir, model, basis)
-        extra: dict[str, Any] = {"movement": mean_movement(found), "movement_by_layer": found}
-        if self.drift_masks is not None:
-            extra["frozen_drift"] = float(certify(self.model_dir, model, self.drift_masks, basis)["frozen_drift"])
-        return extra
+            return {"movement": 0.0, **({} if masks is None else {"frozen_drift": 0.0})}
+        drift = {} if masks is None else {"frozen_drift": frozen_drift(self.model_dir, model, masks, basis)}
+        return movement_metrics(self.model_dir, model, basis) | drift
 
     def forget(self, point: Point) -> None:
         """Removes the model of a measured point (--keep_models false); its measurements stay."""

@@ -250,8 +250,10 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
         sets = _sets(arguments, suites)
         inputs = {"model": fingerprint_model(model_dir), "data": fingerprint_rows(
             [sets.harmful, sets.harmless, list(sets.utility), sorted(sets.attacks.items())])}
+        basis = None
         if start is not None and arguments.basis_dir is not None:
-            open_basis(start, model_dir, find_artifact(arguments.basis_dir, "basis", arguments.output_dir))
+            basis = find_artifact(arguments.basis_dir, "basis", arguments.output_dir)
+            open_basis(start, model_dir, basis)
     with start_run("evaluate", arguments, inputs) as run:
         if run.done:
             return run.directory
@@ -272,8 +274,8 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
         found = measure(engine, tokenizer, sets, max_length=arguments.max_length, suites=suites, noise=rule, judge=judge,
                         log=AnswerLog(run.directory / "answers.partial.jsonl"), **options)
         found.metrics |= paired_tests(before.answers, found.answers)
-        if start is not None and arguments.basis_dir is not None:
-            found.metrics |= runtime.on_rank_0(partial(_movement, arguments, start, model_dir), "measuring the movement")
+        # What follows may fail, or be cut off: the answers stay, and a run that goes on makes none again.
+        runtime.on_rank_0(lambda: write_measurement(run.directory, found, last=False), "writing the results")
         if tasks:
             from warp_ds.evaluation.lm_eval_tasks import run_tasks
 
@@ -283,6 +285,8 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
             found.metrics["lm_eval"] = harness["results"]
             runtime.on_rank_0(lambda: write_text(run.directory / "lm_eval_samples.json", json.dumps(
                 harness["samples"], ensure_ascii=False, default=str)), "writing the harness's samples")
+        if start is not None and basis is not None:
+            found.metrics |= movement_metrics(start, model_dir, basis)
         runtime.on_rank_0(lambda: write_measurement(run.directory, found), "writing the results")
         for name, value in found.metrics.items():
             logger.info("%s: %s", name, value)
@@ -337,16 +341,17 @@ def check_golds(items: Sequence[Mapping[str, str]], source: str) -> None:
                         "--response_column")
 
 
-def _movement(arguments: EvaluateArguments, before: Path, after: Path) -> dict[str, Any]:
-    found = movement(before, after, find_artifact(arguments.basis_dir, "basis", arguments.output_dir))
+def movement_metrics(before: Path, after: Path, basis_dir: Path) -> dict[str, Any]:
+    """Collective."""
+    found = movement(before, after, basis_dir)
     return {"movement": mean_movement(found), "movement_by_layer": found}
 
 
-def write_measurement(directory: Path, found: Measurement) -> None:
-    """metrics.json and answers.jsonl; what was kept for a run that goes on is removed."""
-    write_json(directory / "metrics.json", found.metrics)
+def write_measurement(directory: Path, found: Measurement, last: bool = True) -> None:
+    """answers.jsonl and metrics.json; the ``last`` time, what was kept for a run that goes on is removed."""
     write_text(directory / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.answers))
-    for partial_file in directory.glob("*answers.partial.jsonl"):
+    write_json(directory / "metrics.json", found.metrics)
+    for partial_file in directory.glob("*answers.partial.jsonl") if last else ():
         partial_file.unlink()
 
 

@@ -10,7 +10,7 @@ stored U is orthonormal to fp32 only.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,15 +74,28 @@ def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_
         "basis": None if basis is None else str(basis.directory),
         "before_fingerprint": fingerprint_model(before), "after_fingerprint": fingerprint_model(after),
         "masks_fingerprint": masks.fingerprint(), "frozen": frozen, "free": sum(c.free for c in layers),
-        "frozen_drift": _relative(layers), "layers": [asdict(c) for c in layers],
+        "frozen_drift": relative_drift([(c.frozen * c.frozen_rms**2, c.frozen * c.coefficient_rms**2) for c in layers]),
+        "layers": [asdict(c) for c in layers],
     }
 
 
-def _relative(layers: list[LayerCertificate]) -> float:
-    """‖ΔC‖ / ‖C‖ over all frozen coefficients."""
-    moved = sum(c.frozen * c.frozen_rms**2 for c in layers)
-    size = sum(c.frozen * c.coefficient_rms**2 for c in layers)
+def relative_drift(layers: Sequence[tuple[float, float]]) -> float:
+    """‖ΔC‖ / ‖C‖ over all frozen coefficients, from each layer's ``layer_drift``."""
+    moved, size = (sum(part) for part in zip(*layers, strict=True)) if layers else (0.0, 0.0)
     return (moved / size) ** 0.5 if size else 0.0
+
+
+def layer_drift(target: TargetLayer, before: Path, after: Path, masks: MaskStore, basis: BasisStore) -> tuple[float, float]:
+    """‖ΔC‖² and ‖C‖² of one layer's frozen coefficients, without what a certificate asks besides."""
+    rotation = basis.rotation(target.name, torch.float64)
+    w_before, w_after = (layer_weight(directory, target) for directory in (before, after))
+    moved = size = 0.0
+    for rows in _chunks(target.m, target.n):
+        frozen = unpack_bits(masks.packed(target.name, rows.start, rows.stop), target.n)
+        old = w_before[rows].double()
+        moved += float(rotation.rotate(w_after[rows].double() - old)[frozen].square().sum())
+        size += float(rotation.rotate(old)[frozen].square().sum())
+    return moved, size
 
 
 def _certify_layer(target: TargetLayer, before: Path, after: Path, masks: MaskStore,
