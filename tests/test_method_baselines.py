@@ -76,6 +76,15 @@ def test_safe_delta_is_the_papers_selection_and_compensation(layer: dict[str, to
     np.testing.assert_allclose(found.numpy()[chosen], target[chosen], atol=1e-6)
 
 
+@pytest.mark.parametrize("block", [2, 3, 7])
+def test_safe_delta_in_blocks_of_columns_is_the_same(layer: dict[str, torch.Tensor], block: int) -> None:
+    hessian = safety_hessian(layer["columns"], layer["values"])
+    one, kept = safe_delta(layer["aligned"], layer["tuned"], hessian, 60.0, block=1)
+    found, same = safe_delta(layer["aligned"], layer["tuned"], hessian, 60.0, block=block)
+    assert torch.equal(kept, same) and 0 < kept.sum() < kept.numel()
+    torch.testing.assert_close(found, one, rtol=1e-6, atol=1e-6)  # fp64 inside, fp32 as returned
+
+
 def test_compensation_lowers_the_safety_loss(layer: dict[str, torch.Tensor]) -> None:
     found, kept = safe_delta(layer["aligned"], layer["tuned"], safety_hessian(layer["columns"], layer["values"]), 60.0)
     plain = torch.where(kept, layer["tuned"], layer["aligned"])

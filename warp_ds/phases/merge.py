@@ -64,22 +64,28 @@ def safe_delta_formula(basis_dir: Path, s: float) -> Formula:
 
 
 def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula) -> None:
-    """Writes the model directory ``output``, in the files and dtypes of ``fine_tuned``. Collective; done once.
+    """Writes the model directory ``output``, in the files and dtypes of ``fine_tuned``. Collective; each file is made once.
 
     Raises ArtifactError where the models do not have the same parameters.
     """
     if runtime.on_rank_0(lambda: (output / MARK).is_file(), "looking for a merged model"):
         return
-    with runtime.on_every_rank_or_none("merging the models"):
+    with runtime.on_every_rank_or_none("opening the models"):
         source, before = Weights(fine_tuned), Weights(aligned)
         files = sorted(set(source.files.values()))
-        output.mkdir(parents=True, exist_ok=True)
-        for file in tqdm(files[runtime.rank() :: runtime.world_size()], desc="merging", disable=runtime.rank() != 0):
-            tensors = {}
-            for name in (name for name, where in source.files.items() if where == file):
-                tuned = source.get(name)
-                tensors[name] = formula(name, tuned, before.get(name)).to(tuned.dtype)
-            write_tensors(output / file, tensors, {"format": "pt"})
+    # A file is written aside and renamed: one that is there is whole.
+    left = runtime.on_rank_0(lambda: [file for file in files if not (output / file).is_file()], "looking for merged files")
+    world = runtime.world_size()
+    for first in tqdm(range(0, len(left), world), desc="merging", disable=runtime.rank() != 0):
+        # The ranks meet after every file: none waits for another longer than one takes.
+        with runtime.on_every_rank_or_none("merging the models"):
+            output.mkdir(parents=True, exist_ok=True)
+            for file in left[first : first + world][runtime.rank() : runtime.rank() + 1]:
+                tensors = {}
+                for name in (name for name, where in source.files.items() if where == file):
+                    tuned = source.get(name)
+                    tensors[name] = formula(name, tuned, before.get(name)).to(tuned.dtype)
+                write_tensors(output / file, tensors, {"format": "pt"})
 
     def rest() -> None:
         for path in fine_tuned.iterdir():
