@@ -38,10 +38,16 @@ def compared_and_gone_on(root: Path, output: Path) -> dict[str, Any]:
     first = {path: path.stat().st_mtime_ns for path in run.rglob("metrics.json*")}
     report = json.loads((run / "report.json").read_text())
     comparison(root, output)
+    resumed = json.loads((run / "report.json").read_text())
     comparison(root, output, arms="before,random-mask,original", seeds="42,43", keep_models=False)
+    more, table = json.loads((run / "report.json").read_text()), (run / "table.md").read_text()
+    gone = not (run / "phase3_original_lr0.001_seed43" / "model").exists()
+    # A merge of a model that was removed once it was measured.
+    comparison(root, output, arms="before,original+safedelta", seeds="43", keep_models=False)
     again = {path: path.stat().st_mtime_ns for path in run.rglob("metrics.json*")}
     return {"run": str(run), "report": report, "unchanged": all(again[path] == when for path, when in first.items()),
-            "more": json.loads((run / "report.json").read_text()), "table": (run / "table.md").read_text()}
+            "resumed": resumed, "more": more, "table": table, "gone": gone,
+            "merged": json.loads((run / "report.json").read_text())}
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +85,10 @@ def test_what_is_measured_is_not_done_again_and_what_is_new_is_added(done: Any) 
     names = [(row["arm"], row["seed"]) for row in done["more"]["points"]]
     assert names == [("before", 42), ("random-mask", 42), ("original", 42), ("random-mask", 43), ("original", 43)]
     # --keep_models false removed what it trained.
-    assert not (Path(done["run"]) / "phase3_original_lr0.001_seed43" / "model").exists()
+    assert done["gone"]
     assert (Path(done["run"]) / "points" / "original_lr0.001_seed43" / "answers.jsonl").is_file()
+    assert done["resumed"]["unaligned"] == done["report"]["unaligned"]
+    assert [row["arm"] for row in done["merged"]["points"]] == ["before", "original+safedelta"]
 
 
 def test_merged_models_are_what_the_formulas_say(root: Path, tmp_path: Path) -> None:

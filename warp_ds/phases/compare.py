@@ -142,7 +142,8 @@ def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[floa
         "format": "warp_ds.compare", "version": 1, "points": rows, "prompts": prompts,
         "overlap": {f"{kind} in {where}": count for (where, kind), count in overlap.items()},
         "keep_ratio": bench.arguments.keep_ratio, "layer_type": bench.arguments.layer_type,
-        "noise_threshold": bench.noise_threshold(), "unaligned": bench.unaligned_metrics,
+        "noise_threshold": bench.noise_threshold(),
+        "unaligned": bench.known("unaligned") if any(arm.merge == "resta" for arm in arms) else None,
         "seconds": bench.seconds, "total_seconds": round(time.time() - started, 1), "world_size": runtime.world_size(),
         "versions": versions(), **tradeoff.compare(rows, {k: n for k, n in prompts.items() if n},
                                                    bench.arguments.at_utility),
@@ -170,7 +171,6 @@ class Bench:
         self.noise: NoiseRule | None = None
         self.noise_known = False
         self.before: list[Row] = []
-        self.unaligned_metrics: dict[str, Any] | None = None
         self._made: dict[str, Path] = {}
 
     def timed(self, name: str, run: Callable[[], Any]) -> Any:
@@ -290,7 +290,15 @@ class Bench:
             train_scope=scope, masks_dir=str(self.masks(arm, point.seed)) if arm.basis else "none",
             utility_data=str(self.task(arm.safety_share)), utility_samples=0, run_name=f"phase3_{point.name}",
             epochs=a.epochs, learning_rate=point.rate, global_batch_size=a.global_batch_size)
+        runtime.on_rank_0(partial(self._remember, self.root / f"phase3_{point.name}"), "looking for a removed model")
         return self.timed(f"phase3_{point.name}", lambda: run_training(settings, self.passed)) / "model"
+
+    @staticmethod
+    def _remember(run: Path) -> None:
+        """Lets a finished run whose model was removed (``forget``) begin anew, for a merge that came later."""
+        if (run / "finished.json").is_file() and not (run / "model").is_dir():
+            (run / "metrics.jsonl").unlink(missing_ok=True)
+            (run / "finished.json").unlink()
 
     def _merged(self, point: Point) -> Path:
         arm, a = point.arm, self.arguments
@@ -300,8 +308,7 @@ class Bench:
         aligned = self.start(arm.start)
         if arm.merge == "resta":
             formula = resta_formula(self.unaligned(), a.resta_alpha if arm.strength is None else arm.strength)
-            # So that the report shows how unaligned that model is.
-            self.unaligned_metrics = self.measured("unaligned", self.unaligned)
+            self.measured("unaligned", self.unaligned)  # so that the report shows how unaligned that model is
         else:
             formula = safe_delta_formula(self.basis(arm.start, "activation", LAYERS, a.seed),
                                          a.safedelta_s if arm.strength is None else arm.strength)
@@ -320,10 +327,7 @@ class Bench:
     def measured(self, name: str, make: Callable[[], Path],
                  more: Callable[[Path], dict[str, Any]] | None = None) -> dict[str, Any]:
         """The metrics of the model that ``make`` makes, from points/<name>/metrics.json where they are there. Collective."""
-        home = self.root / "points" / name
-        found = runtime.on_rank_0(lambda: json.loads((home / "metrics.json").read_text())
-                                  if (home / "metrics.json").is_file() else None, "looking for results")
-        model = None
+        home, found, model = self.root / "points" / name, self.known(name), None
         if found is None:
             model = make()
             measured = self.measure(model, name)
@@ -333,6 +337,11 @@ class Bench:
             found |= more(model or make())
             runtime.on_rank_0(lambda: write_json(home / "metrics.json", found), "writing the results")
         return found
+
+    def known(self, name: str) -> dict[str, Any] | None:
+        """The metrics of a point, where it has been measured. Collective."""
+        path = self.root / "points" / name / "metrics.json"
+        return runtime.on_rank_0(lambda: json.loads(path.read_text()) if path.is_file() else None, "looking for results")
 
     def measure(self, model: Path, name: str) -> Measurement:
         """Behaviour of one model, against the start model's. Collective."""
@@ -392,7 +401,12 @@ class Bench:
         def remove() -> None:
             for kind in ("phase3", "merge"):
                 for path in ("model", "trainer"):
-                    shutil.rmtree(self.root / f"{kind}_{point.name}" / path, ignore_errors=True)
+                    # Renamed first: a model is there as a whole or not at all.
+                    directory = self.root / f"{kind}_{point.name}" / path
+                    aside = directory.with_name(f"{path}.removed")
+                    if directory.is_dir():
+                        directory.replace(aside)
+                    shutil.rmtree(aside, ignore_errors=True)
 
         if point.arm.trains is not None:
             runtime.on_rank_0(remove, "removing a measured model")
