@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from evaluation_jobs import make_models
 from phase3_jobs import common
 from ranks import run_ranks
@@ -17,6 +20,7 @@ from warp_ds.artifacts import BasisStore, MaskStore
 from warp_ds.config import CompareArguments
 from warp_ds.method.baselines import safe_delta, safety_hessian
 from warp_ds.method.mask import unpack_bits
+from warp_ds.phases import compare
 from warp_ds.phases.compare import run_compare
 
 ARMS = ("before,full,layers,rotated,column,osft,random-mask,random-basis,safeinstr+original,resta,safedelta,sn-tune+rotated,"
@@ -34,7 +38,20 @@ def comparison(root: Path, output: Path, **more: Any) -> Path:
 
 def compared_and_gone_on(root: Path, output: Path) -> dict[str, Any]:
     """A comparison; the same again; and one with an arm and a seed more (and others left out)."""
-    run = comparison(root, output)
+    trained, alive = compare.run_training, []
+
+    def watched(*arguments: Any) -> Path:
+        engines = [thing for thing in gc.get_objects() if type(thing) is DeepSpeedEngine]
+        alive.append(sum(tensor.untyped_storage().nbytes() for engine in engines
+                         if type(engine.optimizer) is DeepSpeedZeRoOffload  # an evaluation's
+                         for param in engine.module.parameters() for tensor in (param, param.ds_tensor)))
+        return trained(*arguments)
+
+    compare.run_training = watched  # type: ignore[assignment]
+    try:
+        run = comparison(root, output)
+    finally:
+        compare.run_training = trained
     first = {path: path.stat().st_mtime_ns for path in run.rglob("metrics.json*")}
     report = json.loads((run / "report.json").read_text())
     comparison(root, output)
@@ -46,7 +63,7 @@ def compared_and_gone_on(root: Path, output: Path) -> dict[str, Any]:
     comparison(root, output, arms="before,original+safedelta", seeds="43", keep_models=False)
     again = {path: path.stat().st_mtime_ns for path in run.rglob("metrics.json*")}
     return {"run": str(run), "report": report, "unchanged": all(again[path] == when for path, when in first.items()),
-            "resumed": resumed, "more": more, "table": table, "gone": gone,
+            "alive": alive, "resumed": resumed, "more": more, "table": table, "gone": gone,
             "merged": json.loads((run / "report.json").read_text())}
 
 
@@ -118,6 +135,11 @@ def test_merged_models_are_what_the_formulas_say(root: Path, tmp_path: Path) -> 
 
 def merged_only(root: Path, output: Path) -> str:
     return str(comparison(root, output, arms="full,resta,safedelta", harmless_data=None))
+
+
+def test_no_training_finds_an_evaluated_model_in_memory(done: Any) -> None:
+    # Evaluations, and the noise rule's start model, came before each: of none a weight is left.
+    assert len(done["alive"]) > 10 and max(done["alive"]) == 0
 
 
 def test_only_safety_neurons_train_in_sn_tune(root: Path, done: Any) -> None:

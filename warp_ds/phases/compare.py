@@ -6,7 +6,6 @@ was stopped goes on, and one that is started again under the same --run_name wit
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import random
@@ -33,6 +32,7 @@ from warp_ds.config import (
     TrainArguments,
 )
 from warp_ds.data.datasets import load_pairs, load_prompts
+from warp_ds.evaluation.generate import answer_surprise
 from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.method.baselines import safety_share
 from warp_ds.phases.arms import Arm, parse_arms
@@ -46,8 +46,9 @@ from warp_ds.phases.evaluate import (
     load_engine,
     measure,
     movement_metrics,
-    noise_rule,
+    noise_limit,
     paired_tests,
+    release,
     write_measurement,
 )
 from warp_ds.phases.importance import run_importance
@@ -233,7 +234,7 @@ class Bench:
             foundation = list(self.data.foundation) if kind == "rsn-tune" else None
             safety_neuron_masks(engine, tokenizer, [row["prompt"] for row in self.data.safety], foundation, a.neuron_share,
                                 masks, str(self.model_dir), fingerprint_model(self.model_dir))
-            engine.destroy()
+            release(engine)
         return run_training(TrainArguments(
             **self.common(self.model_dir), masks_dir=str(masks), utility_data=str(self.root / "data" / "safety.jsonl"),
             utility_samples=0, run_name=f"phase3_{kind}", epochs=1, learning_rate=a.neuron_rate,
@@ -352,8 +353,7 @@ class Bench:
         engine, tokenizer = load_engine(settings)
         found = self.timed(f"evaluation_{name}", lambda: measure(
             engine, tokenizer, self.data.sets, max_length=settings.max_length, noise=self.noise, **options))
-        engine.destroy()
-        gc.collect()
+        release(engine)
         if model == self.model_dir:
             self.before = found.answers
         elif not self.before:
@@ -380,12 +380,20 @@ class Bench:
 
     def _noise(self) -> NoiseRule | None:
         settings = self._evaluation(self.model_dir)
-        engine, tokenizer = load_engine(settings)
-        found = noise_rule(engine, tokenizer, self.data.sets, batch_size=settings.batch_size,
-                           max_new_tokens=settings.max_new_tokens)
-        threshold = None if found is None else found.threshold
-        runtime.on_rank_0(lambda: write_json(self.root / "noise.json", {"threshold": threshold}), "writing the rule")
-        return found
+        if not runtime.on_rank_0((self.root / "noise.json").is_file, "looking for the noise rule"):
+            limit = self._with_start_model(partial(noise_limit, sets=self.data.sets, batch_size=settings.batch_size,
+                                                   max_new_tokens=settings.max_new_tokens))
+            runtime.on_rank_0(lambda: write_json(self.root / "noise.json", {"threshold": limit}), "writing the rule")
+        threshold = self.noise_threshold()
+        return None if threshold is None else NoiseRule(lambda prompts, answers: self._with_start_model(partial(
+            answer_surprise, prompts=prompts, answers=answers, batch_size=settings.batch_size)), threshold)
+
+    def _with_start_model(self, use: Callable[[Any, Any], Any]) -> Any:
+        """``use`` of the start model, loaded for it and released: no training may find it in memory. Collective."""
+        engine, tokenizer = load_engine(self._evaluation(self.model_dir))
+        result = use(engine, tokenizer)
+        release(engine)
+        return result
 
     def _weights(self, rotated: Arm | None, model: Path) -> dict[str, Any]:
         """Movement, and drift of what the rotated arm freezes, from the weights. Collective."""

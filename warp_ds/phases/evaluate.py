@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from warp_ds.artifacts import find_artifact, fingerprint_model, fingerprint_rows, write_json, write_text
@@ -70,8 +71,8 @@ class Measurement:
 class NoiseRule:
     """Answers that a reference model finds less likely than almost all scrambled ones are noise."""
 
-    reference: Any
-    """The model before training."""
+    surprise: Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+    """Prompts, answers -> nats a token under the model before training (evaluation.generate.answer_surprise)."""
     threshold: float
     """Nats a token (evaluation.generate.noise_threshold)."""
 
@@ -139,9 +140,9 @@ def collect_answers(model: Any, tokenizer: PreTrainedTokenizerBase, sets: Evalua
     return rows
 
 
-def noise_rule(reference: Any, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets, *, batch_size: int,
-               max_new_tokens: int, own: Sequence[Row] | None = None) -> NoiseRule | None:
-    """The rule from the reference's own answers to the held-out prompts (``own`` where they are there). Collective.
+def noise_limit(reference: Any, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets, *, batch_size: int,
+                max_new_tokens: int, own: Sequence[Row] | None = None) -> float | None:
+    """The rule's threshold from the reference's own answers to the held-out prompts (``own`` where they are there). Collective.
 
     None, with a warning, where the reference finds scrambled answers as likely as whole ones: the rules on the text alone
     decide then.
@@ -152,14 +153,13 @@ def noise_rule(reference: Any, tokenizer: PreTrainedTokenizerBase, sets: Evaluat
     judged = [row for row in own if row["suite"] != "gsm8k"]
     prompts, answers = [row["prompt"] for row in judged], [row["answer"] for row in judged]
     try:
-        return NoiseRule(reference, noise_threshold(reference, tokenizer, prompts, answers, batch_size=batch_size))
+        return noise_threshold(reference, tokenizer, prompts, answers, batch_size=batch_size)
     except ValueError as error:
         logger.warning("noise is judged by its text alone: %s", error)
         return None
 
 
-def judge_answers(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, batch_size: int,
-                  noise: NoiseRule | None = None, judge: Judge | None = None) -> None:
+def judge_answers(rows: Sequence[Row], noise: NoiseRule | None = None, judge: Judge | None = None) -> None:
     """Adds 'verdict' (and 'judge', a probability), or 'correct' and 'correct_flexible', to every row. Collective.
 
     An answer that is noise is 'incoherent', never a refusal: by rules on its text, and, given ``noise``, by its
@@ -169,7 +169,7 @@ def judge_answers(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, ba
     prompts, answers = [row["prompt"] for row in judged], [row["answer"] for row in judged]
     surprise: Sequence[float | None] = [None] * len(judged)
     if noise is not None:
-        surprise = answer_surprise(noise.reference, tokenizer, prompts, answers, batch_size=batch_size)
+        surprise = noise.surprise(prompts, answers)
     limit = None if noise is None else noise.threshold
     for row, nats in zip(judged, surprise, strict=True):
         row["verdict"] = verdict(row["answer"], nll_per_token=nats, nll_threshold=limit)
@@ -229,7 +229,7 @@ def measure(model: Any, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets
     """Runs ``suites`` on a ZeRO-3 engine or partitioned model, or a plain one. Collective; same result on every rank."""
     rows = collect_answers(model, tokenizer, sets, batch_size=batch_size, max_new_tokens=max_new_tokens, suites=suites,
                            log=log)
-    judge_answers(rows, tokenizer, batch_size=batch_size, noise=noise, judge=judge)
+    judge_answers(rows, noise, judge)
     leave_if_asked()
     found = Measurement(summarise(rows), rows)
     if "loss" in suites and sets.utility:
@@ -268,8 +268,10 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
             log = AnswerLog(run.directory / "reference_answers.partial.jsonl")
             before.answers = collect_answers(reference, reference_tokenizer, sets, suites=suites, log=log, **options)
             if sets.refusal_prompts(suites):
-                rule = noise_rule(reference, reference_tokenizer, sets, own=before.answers, **options)
-            judge_answers(before.answers, reference_tokenizer, batch_size=arguments.batch_size, noise=rule)
+                limit = noise_limit(reference, reference_tokenizer, sets, own=before.answers, **options)
+                rule = None if limit is None else NoiseRule(partial(
+                    answer_surprise, reference, reference_tokenizer, batch_size=arguments.batch_size), limit)
+            judge_answers(before.answers, rule)
         engine, tokenizer = load_engine(arguments)
         found = measure(engine, tokenizer, sets, max_length=arguments.max_length, suites=suites, noise=rule, judge=judge,
                         log=AnswerLog(run.directory / "answers.partial.jsonl"), **options)
@@ -371,3 +373,11 @@ def load_engine(arguments: EvaluateArguments) -> tuple[Any, PreTrainedTokenizerB
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine, tokenizer
+
+
+def release(engine: Any) -> None:
+    """Ends an engine of ``load_engine`` and frees its weights: DeepSpeed itself keeps every engine that it has made."""
+    engine.destroy()
+    for param in engine.module.parameters():
+        for tensor in (param, param.ds_tensor):
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
