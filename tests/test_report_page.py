@@ -119,6 +119,13 @@ def test_the_same_runs_give_the_same_file(runs: Path, page: Path, tmp_path: Path
     assert write_report([runs], tmp_path / "report.html").read_text() == page.read_text()
 
 
+def test_a_line_that_was_cut_off_is_left_out(runs: Path, page: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path / runs.name)
+    with open(tmp_path / runs.name / "phase3_rotated_lr0.001_seed1" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "lo')
+    assert write_report([tmp_path / runs.name], tmp_path / "report.html").read_text() == page.read_text()
+
+
 def test_runs_without_what_a_report_wants_are_named(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(ArtifactError, match="no such run directory"):
         find_runs([tmp_path / "missing"])

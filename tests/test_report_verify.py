@@ -14,7 +14,8 @@ from masked_artefacts import Artefacts, odd_model, token_batches, write_artefact
 from safetensors.torch import load_file, save_file
 
 import warp_ds
-from warp_ds.artifacts import ArtifactError, MaskStore, fingerprint_model
+from warp_ds.artifacts import ArtifactError, MaskStore, fingerprint_model, write_json
+from warp_ds.cli import main
 from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.method.rotation import Rotation
 from warp_ds.report.verify import certify, write_certificate
@@ -150,6 +151,20 @@ def test_identity_basis(case: dict[str, Any], tmp_path: Path) -> None:
     if case["dtype"] != torch.float16:  # Saved in the dtype it was trained in, nothing was rounded.
         assert found["frozen_drift"] == 0.0
     assert not certify(case["before"], case["plain"], artefacts.masks)["kept"]
+
+
+def test_the_certificate_lies_where_the_report_looks(case: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    run = tmp_path / "phase3_x"
+    shutil.copytree(case["protected"], run / "model")
+    write_json(run / "config.json", {"phase": "phase3"})
+    (tmp_path / "phase3_latest").symlink_to("phase3_x")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    rest = ["--before", str(case["before"]), "--masks_dir", str(case["artefacts"].masks)]
+    assert main(["verify", "--after", str(tmp_path / "phase3_latest" / "model"), *rest]) == 0
+    assert json.loads((run / "certificate.json").read_text())["kept"] and not list(Path().iterdir())
+    assert main(["verify", "--after", str(case["protected"]), *rest]) == 0
+    assert [p.name for p in Path().iterdir()] == ["certificate.json"]
 
 
 def test_the_certificate_is_json(case: dict[str, Any], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from ranks import run_ranks
 
 from warp_ds.config import ConfigError
 from warp_ds.phases.sweep import SweepArguments, front, run_sweep, settings
+from warp_ds.report.page import write_report
 
 
 def test_one_setting_at_a_time() -> None:
@@ -54,16 +55,19 @@ def sweep(root: Path) -> str:
     return str(run_sweep(SweepArguments(**common(
         root, root / "out", safety_data=str(root / "refusals.jsonl"), utility_data=str(root / "utility.jsonl"),
         utility_heldout=str(root / "utility.jsonl"), harmful_data=str(root / "jailbreaks.jsonl"), learning_rates="1e-3",
-        epochs=1, global_batch_size=4, max_new_tokens=12, safety_samples=0, layer_type="ffn_down", keep_ratios="0.3",
-        bases="random"))))
+        epochs=1, global_batch_size=4, max_new_tokens=12, safety_samples=0, layer_type="ffn_down", keep_ratios="0.3"))))
 
 
 def test_a_small_sweep(tmp_path: Path) -> None:
     make_models(tmp_path)
     run = Path(run_ranks(1, sweep, tmp_path)[0])
     report = json.loads((run / "report.json").read_text())
-    assert [row["arm"] for row in report["points"]] == ["before", "middle", "keep_ratio 0.3", "basis random"]
+    assert [row["arm"] for row in report["points"]] == ["before", "middle", "keep_ratio 0.3"]
     assert {arm for arm, _ in report["front"]} <= {row["arm"] for row in report["points"]}
     assert report["at_utility"] == report["points"][1]["utility_nll"]
+    assert report["keep_ratio"] == 0.1, "the last setting's, not the middle's"
+    text = write_report([run], tmp_path / "report.html").read_text()
+    for arm in ("before", "middle", "keep_ratio 0.3"):
+        assert f"<dt>{arm}</dt>" in text, "its answers are not found"
     frozen = {p.parents[2].name: json.loads(p.read_text())["frozen"] for p in run.glob("*/phase2_*/masks/metadata.json")}
     assert frozen["keep_ratio_0.3"] == pytest.approx(3 * frozen["middle"], abs=5)

@@ -321,11 +321,12 @@ def _summary(entries: Mapping[str, Mapping[str, Any]]) -> str:
 def newest(output_dir: str | Path, phase: str) -> Path | None:
     """The newest finished run of ``phase`` ('phase1') under ``output_dir``: itself, not the link that follows runs."""
     found = (p for p in Path(output_dir).glob("*/finished.json") if not p.parent.is_symlink())
-    finished = [p for p in found if _phase_of(p.parent) == phase]
+    finished = [p for p in found if phase_of(p.parent) == phase]
     return max(finished, key=lambda p: p.stat().st_mtime).parent if finished else None
 
 
-def _phase_of(run: Path) -> str | None:
+def phase_of(run: Path) -> str | None:
+    """'phase3', say; None where ``run`` is no run's directory."""
     try:
         return json.loads((run / "config.json").read_text()).get("phase")
     except (OSError, json.JSONDecodeError, AttributeError):

@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     verify.add_argument("--after", required=True, help="model directory after training")
     verify.add_argument("--masks_dir", required=True, help="masks/ of phase 2")
     verify.add_argument("--basis_dir", help="basis/ of phase 1, where it is not the one that the masks name")
-    verify.add_argument("--output", default="certificate.json", help="where the certificate is written")
+    verify.add_argument("--output", help="where the certificate is written; certificate.json in the run of --after, or here "
+                                         "where it is in none")
     verify.set_defaults(run=_verify)
 
     plan = commands.add_parser("plan", help="memory, traffic and disk of every phase, from the model's config alone")
@@ -77,7 +78,7 @@ def _free_port() -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from warp_ds.artifacts import ArtifactError
-    from warp_ds.report.verify import certify, print_certificate, write_certificate
+    from warp_ds.report.verify import certificate_path, certify, print_certificate, write_certificate
 
     try:
         certificate = certify(arguments.before, arguments.after, arguments.masks_dir, arguments.basis_dir)
@@ -85,7 +86,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print_certificate(certificate)
-    write_certificate(certificate, Path(arguments.output))
+    output = Path(arguments.output) if arguments.output else certificate_path(Path(arguments.after))
+    write_certificate(certificate, output)
+    print(f"certificate: {output}")
     return 0 if certificate["kept"] else 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from warp_ds.artifacts import fingerprint_model, fingerprint_rows
 from warp_ds.config import CompareArguments, ConfigError, check_keep_ratio, flag, parse_layer_types
 from warp_ds.phases.arms import ARMS, Arm
-from warp_ds.phases.compare import Bench, compare, load_data, print_tables, write_report
+from warp_ds.phases.compare import Bench, Point, compare, load_data, print_tables, write_report
 from warp_ds.phases.run import start_run
 from warp_ds.report import tradeoff
 from warp_ds.zero import runtime
@@ -81,7 +81,9 @@ def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -
         inputs = {"model": fingerprint_model(model_dir), "data": fingerprint_rows(
             [list(middle.safety), list(middle.task), middle.sets.harmful, middle.sets.harmless, list(middle.sets.utility)])}
     with start_run("sweep", arguments, inputs, passed) as run:
-        points, report, noise = [], {}, None
+        points: list[dict[str, Any]] = []
+        reports: list[dict[str, Any]] = []
+        noise = None
         for number, (label, arm, change) in enumerate(wanted, 1):
             logger.info("setting %d of %d: %s", number, len(wanted), label)
             a = replace(arguments, **change)
@@ -90,10 +92,15 @@ def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -
             if noise is not None:
                 bench.noise, bench.noise_known = noise, True
             arms = [ARMS["before"], arm] if label == "middle" else [arm]
-            report = compare(bench, arms, {arm.name: a.rate_list}, a.seed_list)
+            reports.append(compare(bench, arms, {arm.name: a.rate_list}, a.seed_list))
             noise = bench.noise
-            points += [row | {"arm": label if row["arm"] == "middle" else row["arm"]} for row in report["points"]]
+            for row in reports[-1]["points"]:
+                # Where the report looks for the answers.
+                home = Point(arm if row["arm"] == "middle" else ARMS["before"], row["rate"] or 0.0, row["seed"]).name
+                points.append(row | {"arm": label if row["arm"] == "middle" else row["arm"], "home": f"{slug}/points/{home}"})
+        report = reports[0]  # the middle's flags are the sweep's
         found = {**report, "points": points, "front": front(points),
+                 "total_seconds": round(sum(r["total_seconds"] for r in reports), 1),
                  **tradeoff.compare(points, {k: n for k, n in report["prompts"].items() if n},
                                     arguments.at_utility, "middle")}
         runtime.on_rank_0(lambda: write_report(run.directory, found), "writing the report")

@@ -209,7 +209,7 @@ def _answers(runs: Runs, pictures: Path) -> str:
         points = read_json(run / "report.json").get("points", [])
         for point in sorted(points, key=lambda p: (-(p.get("rate") or 0), p["seed"])):
             name = point["arm"] if point["rate"] is None else f"{point['arm']}_lr{point['rate']:g}_seed{point['seed']}"
-            path = run / "points" / name / "answers.jsonl"
+            path = run / point.get("home", Path("points") / name) / "answers.jsonl"
             if path.is_file():
                 sources.setdefault(point["arm"], path)
     for run in runs.of("evaluate"):
@@ -298,7 +298,13 @@ def _blocks(text: str) -> Iterator[str | list[list[str]]]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # empty, or being written when the run was looked at or died
+    return found
 
 
 def _config(run: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ stored U is orthonormal to fp32 only.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, TargetLayer, fingerprint_model, write_json
+from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, TargetLayer, fingerprint_model, phase_of, write_json
 from warp_ds.method.mask import unpack_bits
 from warp_ds.method.rotation import Rotation
 
@@ -178,6 +179,12 @@ def layer_weight(directory: Path, target: TargetLayer) -> Tensor:
 def _chunks(rows: int, n: int) -> Iterator[slice]:
     step = max(1, (1 << 23) // n)
     return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
+
+
+def certificate_path(after: Path) -> Path:
+    """certificate.json in the run that ``after`` lies in, where ``warp-ds report`` finds it; else in this directory."""
+    runs = [directory for directory in (after.resolve(), *after.resolve().parents) if phase_of(directory)]
+    return (runs[0] if runs and os.access(runs[0], os.W_OK) else Path()) / "certificate.json"
 
 
 def write_certificate(certificate: dict[str, Any], path: Path) -> None:
