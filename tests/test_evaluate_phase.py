@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from evaluation_jobs import everything, killed_and_resumed, make_models
+from masked_artefacts import odd_model, write_artefacts
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from warp_ds.artifacts import MaskStore, write_json
 from warp_ds.data.formats import encode
+from warp_ds.phases.evaluate import fitting_sets
 
 WORLDS = (1, 2, 3)
 
@@ -58,6 +62,33 @@ def test_rates_add_up_and_pairs_are_counted(results: Any) -> None:
     assert set(metrics) >= {"attack_jailbreaks_refusal_rate", "attack_jailbreaks_attack_success_rate",
                             "attack_jailbreaks_refusal_interval"}
     assert metrics["judge_n"] == 7 and 0 <= metrics["judge_agreement"] <= 1
+
+
+def test_prompts_that_the_basis_was_fitted_on_are_counted(root: Path, results: Any) -> None:
+    assert results[1]["moved"]["metrics"]["overlap"] == {f"harmful in {root / 'refusals.jsonl'}": 7}
+    assert "overlap" not in results[1]["words"]["metrics"]  # no basis is given, and no run made the model
+
+
+def test_a_models_run_leads_to_all_that_it_was_fitted_on(tmp_path: Path) -> None:
+    """Phase 3's data, and through its masks, their basis and its start model those of phases 2, 1 and 0."""
+    artefacts = write_artefacts(tmp_path, odd_model())
+    for phase, kind, more in (("phase0", "safety", {"model_name": "hub/base"}), ("phase1", "safety", {}),
+                              ("phase2", "safety", {"basis_dir": None}), ("phase3", "utility", {"masks_dir": None})):
+        data = tmp_path / f"{phase}.jsonl"
+        data.write_text(json.dumps({"prompt": f"of {phase}", "response": "x"}) + "\n")
+        write_json(tmp_path / phase / "config.json", {"phase": phase, "inputs": {
+            "masks": MaskStore(artefacts.masks).fingerprint()}, "settings": {
+            "model_name": str(tmp_path / "phase0" / "model"), f"{kind}_data": str(data), f"{kind}_split": "train",
+            f"{kind}_samples": 0, **more}})
+    shutil.copytree(artefacts.masks, tmp_path / "phase2" / "masks")
+    metadata = json.loads((artefacts.masks / "metadata.json").read_text())
+    write_json(tmp_path / "phase2" / "masks" / "metadata.json", metadata | {"basis_dir": str(tmp_path / "phase1" / "basis")})
+    write_json(tmp_path / "phase2" / "finished.json", {})
+    found = fitting_sets([tmp_path / "phase3"])
+    assert found == {str(tmp_path / f"phase{i}.jsonl"): [f"of phase{i}"] for i in (3, 0, 2, 1)}
+    (tmp_path / "phase0.jsonl").unlink()
+    assert len(fitting_sets([tmp_path / "phase3"])) == 3
+    assert fitting_sets([tmp_path]) == {}
 
 
 def test_movement_is_what_the_outputs_do_on_the_safety_tokens(root: Path, results: Any) -> None:

@@ -49,6 +49,7 @@ from warp_ds.phases.evaluate import (
     noise_limit,
     paired_tests,
     release,
+    shared_prompts,
     write_measurement,
 )
 from warp_ds.phases.importance import run_importance
@@ -421,17 +422,10 @@ class Bench:
 
 
 def overlaps(data: ComparisonData) -> dict[tuple[str, str], int]:
-    """(fitting set, kind of evaluation prompt) -> how many of its prompts stand in that set, up to case and spaces."""
-    def plain(prompts: Sequence[str]) -> set[str]:
-        return {" ".join(prompt.casefold().split()) for prompt in prompts}
-
-    fitted = {name: plain([row["prompt"] for row in rows]) for name, rows in (
+    """As ``shared_prompts``, of everything that some arm is fitted on."""
+    return shared_prompts({name: [row["prompt"] for row in rows] for name, rows in (
         ("the safety set", data.safety), ("the task set", data.task), ("--mix_file", data.mix),
-        ("--unaligned_data", data.unaligned))}
-    tested = {"harmful": data.sets.harmful, "harmless": data.sets.harmless,
-              "task": [row["prompt"] for row in data.sets.utility]}
-    counts = {(where, kind): len(plain(prompts) & known) for where, known in fitted.items() for kind, prompts in tested.items()}
-    return {key: count for key, count in counts.items() if count}
+        ("--unaligned_data", data.unaligned))}, data.sets)
 
 
 def load_data(a: CompareArguments) -> ComparisonData:

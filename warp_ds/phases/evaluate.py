@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, takewhile
@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from warp_ds.artifacts import find_artifact, fingerprint_model, fingerprint_rows, write_json, write_text
+from warp_ds.artifacts import (
+    MaskStore,
+    find_artifact,
+    fingerprint_model,
+    fingerprint_rows,
+    newest,
+    phase_of,
+    read_json,
+    write_json,
+    write_text,
+)
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.config import ConfigError, EvaluateArguments
 from warp_ds.data.datasets import DataError, load_pairs, load_prompts
@@ -59,6 +69,18 @@ class EvaluationSets:
         found = {"refusal": self.harmful, "over_refusal": self.harmless}
         chosen = {suite: prompts for suite, prompts in found.items() if suite in suites and prompts}
         return chosen | {f"attack_{name}": prompts for name, prompts in self.attacks.items()}
+
+
+def shared_prompts(fitted: Mapping[str, Sequence[str]], sets: EvaluationSets) -> dict[tuple[str, str], int]:
+    """(fitting set, kind of evaluation prompt) -> how many of its prompts stand in that set, up to case and spaces."""
+    def plain(prompts: Sequence[str]) -> set[str]:
+        return {" ".join(prompt.casefold().split()) for prompt in prompts}
+
+    known = {where: plain(prompts) for where, prompts in fitted.items()}
+    tested = {"harmful": sets.harmful, "harmless": sets.harmless, "task": [row["prompt"] for row in sets.utility],
+              **{f"attack_{name}": prompts for name, prompts in sets.attacks.items()}}
+    counts = {(where, kind): len(plain(prompts) & known[where]) for where in known for kind, prompts in tested.items()}
+    return {key: count for key, count in counts.items() if count}
 
 
 @dataclass
@@ -257,6 +279,11 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
     with start_run("evaluate", arguments, inputs) as run:
         if run.done:
             return run.directory
+        overlap = runtime.on_rank_0(lambda: shared_prompts(fitting_sets([model_dir.parent, *(
+            [] if basis is None else [basis.parent])]), sets), "looking for prompts of the fitting sets")
+        for (where, kind), count in overlap.items():
+            logger.warning("%d %s prompts of the evaluation stand in %s: what is measured on them is memory; give held-out "
+                           "ones", count, kind, where)
         options: dict[str, Any] = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
         judge = None
         if judge_dir is not None:
@@ -276,6 +303,8 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
         found = measure(engine, tokenizer, sets, max_length=arguments.max_length, suites=suites, noise=rule, judge=judge,
                         log=AnswerLog(run.directory / "answers.partial.jsonl"), **options)
         found.metrics |= paired_tests(before.answers, found.answers)
+        if overlap:
+            found.metrics["overlap"] = {f"{kind} in {where}": count for (where, kind), count in overlap.items()}
         # What follows may fail, or be cut off: the answers stay, and a run that goes on makes none again.
         runtime.on_rank_0(lambda: write_measurement(run.directory, found, last=False), "writing the results")
         if tasks:
@@ -332,6 +361,41 @@ def _sets(arguments: EvaluateArguments, suites: Sequence[str]) -> EvaluationSets
     if "gsm8k" in suites:
         check_golds(sets.utility, arguments.utility_data)
     return sets
+
+
+def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
+    """Data set -> the prompts that these runs were fitted on, and the runs whose model, basis and masks they took.
+
+    From each run's config.json; a directory that is no run, or data that are no longer there, are passed over.
+    """
+    found: dict[str, list[str]] = {}
+    queue = [run.resolve() for run in runs]
+    for run in queue:  # grows
+        if phase_of(run) is None:
+            continue
+        config = read_json(run / "config.json")
+        settings = config["settings"]
+        made_from = [settings.get("model_name"), settings.get("basis_dir"), settings.get("masks_dir")]
+        if config["phase"] == "phase3" and settings.get("masks_dir") is None:
+            # The newest masks: then those, unless others came since.
+            newer = newest(run.parent, "phase2")
+            if newer is not None and MaskStore(newer / "masks").fingerprint() == config["inputs"].get("masks"):
+                made_from.append(str(newer / "masks"))
+        if config["phase"] == "phase2" and (run / "masks" / "metadata.json").is_file():
+            made_from.append(MaskStore(run / "masks").metadata.basis_dir)
+        for path in (Path(name).resolve() for name in made_from if name):
+            queue += [home for home in (path, path.parent) if home not in queue]
+        kind = "utility" if config["phase"] == "phase3" else "safety"
+        try:
+            name = settings[f"{kind}_data"]
+            pairs = load_pairs(name, split=settings[f"{kind}_split"], samples=settings[f"{kind}_samples"],
+                               refusal_file=settings.get("refusal_file"), prompt_column=settings.get("prompt_column"),
+                               response_column=settings.get("response_column"))
+        except (DataError, KeyError) as error:
+            logger.info("the data of %s cannot be looked through for prompts of the evaluation: %s", run, error)
+            continue
+        found.setdefault(name, []).extend(pairs["prompt"])
+    return found
 
 
 def check_golds(items: Sequence[Mapping[str, str]], source: str) -> None:

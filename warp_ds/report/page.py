@@ -111,15 +111,16 @@ def _warnings(report: dict[str, Any]) -> str:
 
 
 def _evaluations(runs: Runs, pictures: Path) -> str:
-    rows = []
+    rows, warnings = [], ""
     for run in runs.of("evaluate"):
         if (run / "metrics.json").is_file():
             metrics = read_json(run / "metrics.json")
+            warnings += _warnings(metrics)
             for name, value in metrics.items():
                 if name.endswith("_rate") or name.startswith("utility") and isinstance(value, float):
                     ends = metrics.get(f"{name.removesuffix('_rate')}_interval")
                     rows.append([run.name, name, f"{value:.3f}", "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"])
-    return _section("Evaluations", _table(["run", "measure", "value", "95 % interval"], rows)) if rows else ""
+    return _section("Evaluations", _table(["run", "measure", "value", "95 % interval"], rows), warnings) if rows else ""
 
 
 def _bases(runs: Runs, pictures: Path) -> str:
