@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from chain import ROOT, Reference, assert_as_undisturbed, events, flags
+from throwaway import PLAIN_GLOO
 
 pytestmark = pytest.mark.slow
-ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **PLAIN_GLOO}
 
 
 @pytest.fixture

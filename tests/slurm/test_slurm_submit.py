@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from chain import ROOT, Reference, assert_as_undisturbed, events, flags
 from test_slurm_templates import in_the_middle, requeue_from_outside, warn
-from throwaway import ThrowAwaySlurm
+from throwaway import PLAIN_GLOO, ThrowAwaySlurm
 
 OWN = ("--output_dir", "--log_dir")
 
@@ -100,7 +100,7 @@ def test_cancelled_chain(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: 
 
 @pytest.mark.slow
 def test_local_and_debug(reference: Reference, tmp_path: Path) -> None:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **PLAIN_GLOO}
     for cluster, ranks in (("local", "2"), ("debug", "1")):
         words = ["--phases", "1,2,3", "--cluster", cluster, "--ranks_per_node", ranks, "--output_dir", str(tmp_path),
                  "--run_name", cluster, *phase_words(reference, tmp_path)]

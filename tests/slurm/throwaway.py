@@ -24,6 +24,9 @@ from typing import Any
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue", "scancel")
 NODES = ("n1", "n2")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL")
+# Without a compiler ranks use plain gloo, as ranks of different hosts do, and no job compiles an operator. For jobs alone:
+# in this process's own environment it would reach the ranks of every later test.
+PLAIN_GLOO = {"CXX": "no-compiler"}
 # Debian's daemons lie in /usr/sbin, which is not on every user's PATH.
 PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -42,9 +45,7 @@ class ThrowAwaySlurm:
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "RANK", "WORLD_SIZE"))},
             "PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            # Without a compiler the ranks use plain gloo, as ranks of different hosts do, and no job compiles an operator.
-            "CXX": "no-compiler",
+            "TOKENIZERS_PARALLELISM": "false", **PLAIN_GLOO,
         }
 
     def __enter__(self) -> ThrowAwaySlurm:
