@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from masked_artefacts import odd_model, read_artefacts, token_batches, write_artefacts
 from ranks import run_ranks
-from test_masked_step import Case, gathered, make_engine, masters, protect, run_all
+from test_masked_step import Case, gathered, make_engine, masters, protect, run_all, train_step
 
 from warp_ds.zero import deepspeed_internals as internals
 
@@ -113,6 +115,26 @@ def test_order_of_calls_in_a_step(tmp_path: Path) -> None:
         expected = ["step", "_overflow_check_and_loss_scale_update", "rotate_gradients", "_get_norm_groups",
                     *one * int(count), "_post_step"]
         assert int(count) > 2 and calls == expected, (name, calls)
+
+
+def ended_engine(root: Path) -> list[str]:
+    """What is left of an engine that has trained under protection, once it has ended."""
+    engine = make_engine(Case("ended"))
+    protection = protect(engine, read_artefacts(root))
+    for batch in token_batches(2):
+        train_step(engine, batch)
+    protection.release()
+    left = {"engine": weakref.ref(engine), "module": weakref.ref(engine.module), "optimizer": weakref.ref(engine.optimizer),
+            "protection": weakref.ref(protection)}
+    internals.end_engine(engine)
+    del engine, protection
+    gc.collect()
+    return [name for name, ref in left.items() if ref() is not None]
+
+
+def test_an_ended_engine_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    write_artefacts(tmp_path, odd_model())
+    assert run_ranks(2, ended_engine, tmp_path) == [[], []]
 
 
 def test_deepspeed_is_the_version_that_was_checked() -> None:

@@ -48,7 +48,6 @@ from warp_ds.phases.evaluate import (
     movement_metrics,
     noise_limit,
     paired_tests,
-    release,
     shared_prompts,
     write_measurement,
 )
@@ -59,6 +58,7 @@ from warp_ds.phases.run import start_run, versions
 from warp_ds.phases.training import run_safety_tuning, run_training
 from warp_ds.report import tradeoff
 from warp_ds.zero import runtime
+from warp_ds.zero.deepspeed_internals import end_engine
 from warp_ds.zero.model import resolve_model_dir
 
 logger = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ class Bench:
             foundation = list(self.data.foundation) if kind == "rsn-tune" else None
             safety_neuron_masks(engine, tokenizer, [row["prompt"] for row in self.data.safety], foundation, a.neuron_share,
                                 masks, str(self.model_dir), fingerprint_model(self.model_dir))
-            release(engine)
+            end_engine(engine)
         return run_training(TrainArguments(
             **self.common(self.model_dir), masks_dir=str(masks), utility_data=str(self.root / "data" / "safety.jsonl"),
             utility_samples=0, run_name=f"phase3_{kind}", epochs=1, learning_rate=a.neuron_rate,
@@ -354,7 +354,7 @@ class Bench:
         engine, tokenizer = load_engine(settings)
         found = self.timed(f"evaluation_{name}", lambda: measure(
             engine, tokenizer, self.data.sets, max_length=settings.max_length, noise=self.noise, **options))
-        release(engine)
+        end_engine(engine)
         if model == self.model_dir:
             self.before = found.answers
         elif not self.before:
@@ -393,7 +393,7 @@ class Bench:
         """``use`` of the start model, loaded for it and released: no training may find it in memory. Collective."""
         engine, tokenizer = load_engine(self._evaluation(self.model_dir))
         result = use(engine, tokenizer)
-        release(engine)
+        end_engine(engine)
         return result
 
     def _weights(self, rotated: Arm | None, model: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from warp_ds.artifacts import (
@@ -437,11 +436,3 @@ def load_engine(arguments: EvaluateArguments) -> tuple[Any, PreTrainedTokenizerB
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine, tokenizer
-
-
-def release(engine: Any) -> None:
-    """Ends an engine of ``load_engine`` and frees its weights: DeepSpeed itself keeps every engine that it has made."""
-    engine.destroy()
-    for param in engine.module.parameters():
-        for tensor in (param, param.ds_tensor):
-            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

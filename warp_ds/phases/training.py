@@ -50,6 +50,7 @@ from warp_ds.phases.state import Progress
 from warp_ds.phases.targets import check_targets, find_targets
 from warp_ds.protection import WarpCallback
 from warp_ds.zero import runtime
+from warp_ds.zero.deepspeed_internals import end_engine
 from warp_ds.zero.model import context_length, load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
 
@@ -88,6 +89,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         trainer = fit(model, tokenizer, samples, arguments, run.directory, callbacks, passed)
         export(trainer, tokenizer, run.directory / "model", _model_card(arguments, masks_dir))
         run.finish()
+        end_engine(trainer.deepspeed)
         return run.directory
 
 
@@ -110,6 +112,7 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
         export(trainer, tokenizer, run.directory / "model",
                f"# Safety-tuned {arguments.model_name}\n\nTrained by warp_ds phase 0 on {arguments.safety_data}.\n")
         run.finish()
+        end_engine(trainer.deepspeed)
         return run.directory
 
 

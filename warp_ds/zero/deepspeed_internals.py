@@ -6,11 +6,15 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import Tensor, nn
 
@@ -32,6 +36,26 @@ def disable_shm_collective() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def end_engine(engine: Any) -> None:
+    """Ends a ZeRO-3 engine, whose memory is then free as soon as nothing of the caller's refers to it.
+
+    ``engine.destroy()`` leaves two references to the module: in the list that every forward pushes its modules on
+    (parameter_offload.py) and in a cache without a limit over all engines (partitioned_param_coordinator.py).
+    """
+    module = engine.module
+    engine.destroy()
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [other for other in stack if other is not module]
+    params_to_release_cache().cache_clear()
+    gc.collect()
+
+
+def params_to_release_cache() -> Any:
+    """The cached function inside ``PartitionedParameterCoordinator.__params_to_release``, under its profiling decorator."""
+    outer = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release  # type: ignore[attr-defined]
+    return inspect.getclosurevars(outer).nonlocals["func"]
 
 
 class UnsupportedSetting(ValueError):
