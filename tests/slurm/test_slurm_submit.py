@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from chain import ROOT, Reference, assert_as_undisturbed, events, flags
 from test_slurm_templates import in_the_middle, requeue_from_outside, warn
 from throwaway import PLAIN_GLOO, ThrowAwaySlurm
 
+FAULTY_PYTHON = Path(__file__).parent / "faulty" / "python.py"
 OWN = ("--output_dir", "--log_dir")
 
 
@@ -96,6 +98,44 @@ def test_cancelled_chain(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: 
     assert jobs_of(launch_submit(slurm.environment, *words).stdout) == jobs
     print(launch_submit(slurm.environment, "--cancel", str(tmp_path / "chain")).stdout)
     assert {slurm.wait(job) for job in jobs.values()} == {"CANCELLED"}
+
+
+@pytest.mark.slow
+def test_time_limit_in_the_middle(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
+    # Twelve steps of at least 14 s do not fit into two minutes.
+    words = ["--phases", "3", "--nodes", "2", "--gpus_per_node", "1", "--hours", "0.034", "--warning_seconds", "20",
+             "--output_dir", str(tmp_path), "--run_name", "chain", "--python", f"{sys.executable} {FAULTY_PYTHON}",
+             *phase_words(reference, tmp_path, ("phase3",)), "--masks_dir", f"{reference.runs['phase2']}/masks"]
+    job = jobs_of(launch_submit({**slurm.environment, "FAULT": "slow:14"}, *words).stdout)["phase3"]
+    run = tmp_path / "chain" / "phase3"
+    state = slurm.wait(job)
+    print(state, slurm.restarts(job), "restarts", events(run))
+    print(launch_submit(slurm.environment, "--status", str(run.parent), check=False).stdout)
+    assert state == "COMPLETED"
+    print(assert_as_undisturbed(run, reference))
+    assert events(run).count("restarted") == slurm.restarts(job) > 0
+
+
+@pytest.mark.slow
+def test_chain_from_safety_tuning_to_evaluation(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
+    """Each phase works on what the one before it made: phase 0's model, its basis, its masks, phase 3's model."""
+    data = reference.root
+    words = ["--phases", "0,1,2,3,evaluate", "--ranks_per_node", "2", "--hours", "0.2", "--output_dir", str(tmp_path),
+             "--run_name", "chain", *phase_words(reference, tmp_path),
+             "--phase0.model_name", str(data / "m"), "--phase0.safety_data", str(data / "refusals_fit.jsonl"),
+             "--phase0.safety_samples", "8", "--phase0.global_batch_size", "8", "--phase0.epochs", "1",
+             "--phase0.dtype", "float32", "--phase0.device", "cpu", "--phase0.max_length", "120",
+             "--evaluate.suite", "refusal,loss", "--evaluate.harmful_data", str(data / "refusals_fit.jsonl"),
+             "--evaluate.harmful_samples", "4", "--evaluate.utility_data", str(data / "utility_train.jsonl"),
+             "--evaluate.max_new_tokens", "4", "--evaluate.dtype", "float32", "--evaluate.device", "cpu"]
+    jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
+    run = tmp_path / "chain"
+    for job in jobs.values():
+        assert slurm.wait(job) == "COMPLETED", launch_submit(slurm.environment, "--status", str(run), check=False).stdout
+    print(launch_submit(slurm.environment, "--status", str(run)).stdout)
+    for phase, model in {"phase1": "phase0", "phase2": "phase0", "phase3": "phase0", "evaluate": "phase3"}.items():
+        assert json.loads((run / phase / "config.json").read_text())["arguments"]["model_name"] == str(run / model / "model")
+    assert "refusal_rate" in json.loads((run / "evaluate" / "metrics.json").read_text())
 
 
 @pytest.mark.slow
