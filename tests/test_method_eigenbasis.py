@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from warp_ds.method import eigenbasis
 from warp_ds.method.eigenbasis import (
     Basis,
     covariance_basis,
@@ -107,6 +108,27 @@ def test_orthogonality_error() -> None:
     assert orthogonality_error(u) == 0.0
     u[0, 2] = 0.25
     assert orthogonality_error(u) == 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_probes_see_every_departure_from_orthogonality(dtype: torch.dtype) -> None:
+    """What is reported is never below the largest entry of |UᵀU - I|, whatever is wrong with U, and 0 nowhere."""
+    n, ones = 60, torch.ones(60, dtype=dtype)
+    whole = random_basis(n, 3).columns.to(dtype)
+    damaged = {"nothing": whole}
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        i, j = torch.randperm(n, generator=generator)[:2].tolist()
+        one, long, all_over = whole.clone(), whole.clone(), whole.clone()
+        one[:, i] += 4e-5 * whole[:, j]  # two columns lean towards each other
+        long[:, i] *= 1 + 4e-5  # one is too long
+        all_over += 4e-6 * torch.randn(n, n, generator=generator).to(dtype)
+        damaged |= {f"one {seed}": one, f"long {seed}": long, f"all {seed}": all_over}
+    for name, u in damaged.items():
+        exact = float((u.T.double() @ u.double() - torch.eye(n, dtype=torch.float64)).abs().max())
+        basis = eigenbasis._basis(u, ones, ones, lambda z: z)
+        assert basis.orthogonality_error >= 0.99 * exact > 0, name  # the columns stored are rounded to fp32
+        assert (basis.orthogonality_error <= BAR) == (name == "nothing"), name
 
 
 @pytest.mark.parametrize("m,n", [(30, 20), (20, 30)])
