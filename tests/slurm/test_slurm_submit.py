@@ -127,7 +127,8 @@ def test_chain_from_safety_tuning_to_evaluation(slurm: ThrowAwaySlurm, reference
              "--phase0.dtype", "float32", "--phase0.device", "cpu", "--phase0.max_length", "120",
              "--evaluate.suite", "refusal,loss", "--evaluate.harmful_data", str(data / "refusals_fit.jsonl"),
              "--evaluate.harmful_samples", "4", "--evaluate.utility_data", str(data / "utility_train.jsonl"),
-             "--evaluate.max_new_tokens", "4", "--evaluate.max_length", "120", "--evaluate.dtype", "float32", "--evaluate.device", "cpu"]
+             "--evaluate.max_new_tokens", "4", "--evaluate.max_length", "120",
+             "--evaluate.dtype", "float32", "--evaluate.device", "cpu"]
     jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
     run = tmp_path / "chain"
     for job in jobs.values():
