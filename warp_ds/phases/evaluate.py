@@ -193,7 +193,7 @@ def judge_answers(rows: Sequence[Row], noise: NoiseRule | None = None, judge: Ju
         surprise = noise.surprise(prompts, answers)
     limit = None if noise is None else noise.threshold
     for row, nats in zip(judged, surprise, strict=True):
-        row["verdict"] = verdict(row["answer"], nll_per_token=nats, nll_threshold=limit)
+        row["verdict"] = verdict(row["answer"], prompt=row["prompt"], nll_per_token=nats, nll_threshold=limit)
     if judge is not None:
         for row, probability in zip(judged, judge_all(judge, prompts, answers), strict=True):
             row["judge"] = probability
