@@ -79,18 +79,22 @@ def rounds(rotation: Rotation, w: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("r", [300, 200])
-def test_a_dense_basis_brings_weights_back(r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_polished_basis_brings_weights_back(r: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of columns that are orthonormal to 1e-5 alone, and in blocks that do not divide n; fp32 rounds at 6e-8."""
+    monkeypatch.setattr(module, "BLOCK", 128)
     g = torch.Generator().manual_seed(6)
     u = (orthonormal(300, r) + 1e-6 * torch.randn(300, r, generator=g, dtype=torch.float64)).float()
     w = torch.randn(7, 300, generator=g, dtype=torch.float64)
-    monkeypatch.setattr(module, "POLISH_ON_CPU", 299)
-    assert rounds(Rotation(u, 300), w) > 5e-6
-    monkeypatch.setattr(module, "POLISH_ON_CPU", 300)
-    monkeypatch.setattr(module, "BLOCK", 128)
-    polished = Rotation(u, 300)
+    stored = Rotation(u, 300)
+    polished = stored.polished()
+    assert rounds(stored, w) > 5e-6
     assert rounds(polished, w) < 1e-7
-    assert polished.matrix is not None and (polished.matrix[:, :r] - u).abs().max() < 2e-5
+    assert stored.matrix is not None and polished.matrix is not None and torch.equal(stored.matrix[:, :r], u)
+    assert (polished.matrix - stored.matrix).abs().max() < 2e-5
+    monkeypatch.setattr(module, "POLISH_ON_CPU", 299)
+    assert stored.polished() is stored, "it would take too long"
+    reflected, identity = Rotation(u[:, :100], 300), Rotation(None, 300)
+    assert reflected.polished() is reflected and identity.polished() is identity
 
 
 def test_no_rows_and_identity() -> None:

@@ -162,10 +162,11 @@ def _layers(
                 rotations[key] = None
                 if owners[key] in (None, rank):
                     rotation = Rotation(None, target.n) if basis is None else basis.rotation(target.name)
+                    rotation = rotation.to(_compute_device(param)).polished()
                     if placement == "sharded":
-                        shards[key] = BasisShard(rotation, world_size, rank, _compute_device(param))
+                        shards[key] = BasisShard(rotation, world_size, rank)
                     else:
-                        rotations[key] = rotation.to(_compute_device(param))
+                        rotations[key] = rotation
             partition = RowPartition(target.m, target.n, world_size, rank)
             rows = partition.rows
             cut = [masks.packed(target.name, row, row + 1) for row in partition.cut_rows]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: A basis wider than this is made more orthonormal on a GPU alone: n³ fp64 multiply-adds are half a second at 1024 on one
-#: core, five minutes at 8192, four hours at 28672.
-POLISH_ON_CPU = 8192
+#: Wider ones are ``polished`` on a GPU alone: 2 n³ fp64 operations are seconds at 4096 on the one core that launchers give a
+#: rank, for each of a model's bases, and hours at 28672.
+POLISH_ON_CPU = 2048
 BLOCK = 1024
 
 
@@ -37,14 +37,14 @@ class Rotation:
         r = columns.shape[1]
         if r == n:
             _check_orthonormal(columns)
-            self.matrix = polished(columns, dtype)
+            self.matrix = columns.to(dtype)
             return
         v, t, signs = householder_wy(columns)
         if 2 * r < n:
             self.reflectors = (v.to(dtype), (v @ t.T).to(dtype), signs.to(dtype))
         else:
             q = torch.eye(n, dtype=torch.float64, device=columns.device) - v @ t @ v.T
-            self.matrix = polished(torch.cat([columns.double(), q[:, r:]], dim=1), dtype)
+            self.matrix = torch.cat([columns.double(), q[:, r:]], dim=1).to(dtype)
 
     @property
     def is_identity(self) -> bool:
@@ -92,6 +92,25 @@ class Rotation:
         """The same rotation with its tensors on ``device``."""
         return self._with([t.to(device) for t in self._tensors()])
 
+    def polished(self) -> Rotation:
+        """A dense basis made more orthonormal, so that W U Uᵀ is W within fp32's rounding; any other one as it is.
+
+        U - U (UᵀU - I) / 2, one step of Newton and Schulz's iteration: an eigensolver's fp32 columns are orthonormal to
+        some tens of roundings. The error UᵀU - I is taken in fp64, a block at a time; its product with U, which is as
+        small, in U's dtype. On a CPU a basis with n > POLISH_ON_CPU stays as it is.
+        """
+        u = self.matrix
+        if u is None or (self.n > POLISH_ON_CPU and u.device.type == "cpu"):
+            return self
+        result = torch.empty_like(u)
+        blocks = [slice(begin, min(begin + BLOCK, self.n)) for begin in range(0, self.n, BLOCK)]
+        for columns in blocks:
+            right = u[:, columns].double()
+            error = torch.cat([u[:, rows].double().T @ right for rows in blocks])
+            error[columns] -= torch.eye(right.shape[1], dtype=torch.float64, device=u.device)
+            result[:, columns] = right - (u @ error.to(u.dtype)).double() / 2
+        return self._with([result])
+
     def packed(self) -> Tensor:
         """All that is held as one vector; see ``unpacked``."""
         return torch.cat([t.reshape(-1) for t in self._tensors()])
@@ -131,26 +150,6 @@ def householder_wy(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inverse = torch.triu(v.T @ v, diagonal=1) + torch.diag(torch.where(skipped, torch.ones_like(tau), 1.0 / tau))
     eye = torch.eye(tau.numel(), dtype=torch.float64, device=columns.device)
     return v, torch.linalg.solve_triangular(inverse, eye, upper=True), signs
-
-
-def polished(u: Tensor, dtype: torch.dtype) -> Tensor:
-    """U [n, n], all but orthonormal, made so: U - U (UᵀU - I) / 2, one step of Newton and Schulz's iteration.
-
-    An eigensolver's fp32 columns are orthonormal to a few times fp32's rounding, and W U Uᵀ is W to as much. The error
-    UᵀU - I is taken in fp64, a block at a time; its product with U, which is as small, in fp32. Left as it is on a
-    CPU where n > POLISH_ON_CPU.
-    """
-    n = u.shape[0]
-    if n > POLISH_ON_CPU and not u.is_cuda:
-        return u.to(dtype)
-    result, narrow = u.to(dtype, copy=True), u.float()
-    blocks = [slice(begin, min(begin + BLOCK, n)) for begin in range(0, n, BLOCK)]
-    for columns in blocks:
-        right = u[:, columns].double()
-        error = torch.cat([u[:, rows].double().T @ right for rows in blocks])
-        error[columns] -= torch.eye(right.shape[1], dtype=torch.float64, device=u.device)
-        result[:, columns] = (right - (narrow @ error.float()).double() / 2).to(dtype)
-    return result
 
 
 def _check_orthonormal(columns: Tensor) -> None:

@@ -31,12 +31,12 @@ PLACEMENTS = ("auto", "replicated", "sharded", "owner")
 class BasisShard:
     """This rank's piece of a rotation that no rank keeps whole."""
 
-    def __init__(self, rotation: Rotation, world_size: int, rank: int, device: torch.device):
-        """Copies one of ``world_size`` equal flat pieces of all that ``rotation`` holds to ``device``; 0 after the end."""
+    def __init__(self, rotation: Rotation, world_size: int, rank: int):
+        """Copies one of ``world_size`` equal flat pieces of all that ``rotation`` holds, with zeros after its end."""
         packed = rotation.packed()
         length = -(-packed.numel() // world_size)
         mine = packed[rank * length : (rank + 1) * length]
-        self.piece = torch.zeros(length, dtype=mine.dtype, device=device)
+        self.piece = mine.new_zeros(length)
         self.piece[: mine.numel()] = mine
         self.world_size = world_size
         self.form = rotation.to("meta")
