@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -142,41 +143,58 @@ def rotate_all(placement: str, m: int, n: int, r: int) -> tuple[float, int, int]
     return worst, rotating.take_sent(), arithmetic[placement]
 
 
-@pytest.mark.parametrize("placement", ["replicated", "sharded", "owner"])
+def rotate_each() -> dict[str, tuple[float, int, int]]:
+    """5 x 7 is cut within rows by two, three and four ranks; of 2 columns' reflectors, one piece in four is padded."""
+    return {f"{placement}, r = {r}": rotate_all(placement, 5, 7, r)
+            for placement in ("replicated", "sharded", "owner") for r in (7, 2)}
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_shards_are_rotated_and_what_is_sent_is_counted(world_size: int, placement: str) -> None:
-    """5 x 7 is cut within rows by each of these; of the WY form of 2 columns, one piece in four is padded."""
-    for r in (7, 2):
-        for worst, sent, expected in run_ranks(world_size, rotate_all, placement, 5, 7, r):
-            assert worst < 1e-5
-            assert sent == expected
+def test_shards_are_rotated_and_what_is_sent_is_counted(world_size: int) -> None:
+    for of_rank in run_ranks(world_size, rotate_each):
+        for worst, sent, expected in of_rank.values():
+            assert worst < 1e-5, of_rank
+            assert sent == expected, of_rank
 
 
-EXPECTED_ALIVE = [2, 2, 2, 2, 1, 1]
-"""Whole bases at each of six layers' rotations, of which two at a time share one: that one, and the next."""
+#: Whole bases alive when each of three is gathered, and at each of six layers' rotations, of which two at a time share one.
+AT_GATHER, AT_USE = [1, 2, 2], [2, 2, 2, 2, 1, 1]
 
 
-def whole_bases_alive(n: int) -> list[int]:
-    layers, weights, _ = make_layers("sharded", 4, n, n, len(EXPECTED_ALIVE))
-    alive: list[int] = []
+def whole_bases_alive(n: int) -> tuple[list[int], list[int]]:
+    layers, weights, _ = make_layers("sharded", 4, n, n, len(AT_USE))
+    at_gather: list[int] = []
+    at_use: list[int] = []
+    gather = BasisShard.gather
 
-    def now() -> int:
-        found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta and t.numel() >= n * n]
-        return len({t.untyped_storage().data_ptr() for t in found})
+    def count(into: list[int], expected: list[int]) -> None:
+        def now() -> int:
+            found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta and t.numel() >= n * n]
+            return len({t.untyped_storage().data_ptr() for t in found})
 
-    def counted(rotation: Rotation, rows: torch.Tensor) -> torch.Tensor:
         # Gloo's thread lets go of a buffer a moment after the work is done, when it gets Python's lock.
         deadline = time.monotonic() + 2
-        while now() > EXPECTED_ALIVE[len(alive)] and time.monotonic() < deadline:
+        while now() > expected[len(into)] and time.monotonic() < deadline:
             time.sleep(0.01)
-        alive.append(now())
+        into.append(now())
+
+    def counted_gather(self: BasisShard) -> tuple[torch.Tensor, Any]:
+        coming = gather(self)
+        count(at_gather, AT_GATHER)
+        return coming
+
+    def counted_use(rotation: Rotation, rows: torch.Tensor) -> torch.Tensor:
+        count(at_use, AT_USE)
         return rotation.rotate(rows)
 
-    rotating = ShardRotation(torch.device("cpu"))
-    for _ in rotating(layers, lambda layer: weights[layer.target.name], counted):
-        pass
-    return alive
+    BasisShard.gather = counted_gather  # type: ignore[method-assign]
+    try:
+        for _ in ShardRotation(torch.device("cpu"))(layers, lambda layer: weights[layer.target.name], counted_use):
+            pass
+    finally:
+        BasisShard.gather = gather  # type: ignore[method-assign]
+    return at_gather, at_use
 
 
 def test_a_sharded_basis_is_gathered_while_the_one_before_is_used_and_then_dropped() -> None:
-    assert run_ranks(2, whole_bases_alive, 64) == [EXPECTED_ALIVE] * 2
+    assert run_ranks(2, whole_bases_alive, 64) == [(AT_GATHER, AT_USE)] * 2
