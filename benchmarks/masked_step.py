@@ -2,6 +2,7 @@
 
     python benchmarks/masked_step.py --ranks 2                         # the small case, on the CPU
     python benchmarks/masked_step.py --device cuda --ranks 1 --hidden 4096 --ffn 11008 --layers 1 --dtype bfloat16
+    python benchmarks/masked_step.py --ranks 2 --variants plain,masked --basis_placement each    # bytes and time of each
 
 Times are medians of the ratios of optimizer steps run in turn (plain, masked, modules, plain, ...). Memory is each
 variant's peak alone in fresh processes, over what the process held before the model was built: torch's allocator on a
@@ -36,6 +37,7 @@ MODULES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v":
            "ffn_up": "mlp.up_proj", "ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj", "attn_o": "self_attn.o_proj"}
 INPUTS = {"attn_q": "attn", "attn_k": "attn", "attn_v": "attn", "ffn_up": "ffn", "ffn_gate": "ffn"}
 VARIANTS = ("plain", "masked", "modules")
+PLACEMENTS = ("auto", "replicated", "sharded", "owner")
 
 
 def parse() -> argparse.Namespace:
@@ -56,12 +58,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--train_scope", default="all", choices=["all", "warp"])
-    parser.add_argument("--basis_placement", default="auto", choices=["auto", "replicated", "owner"])
+    parser.add_argument("--basis_placement", default="auto", choices=[*PLACEMENTS, "each"],
+                        help="each: a masked variant for every placement, in turn with the others")
     parser.add_argument("--steps", type=int, default=9, help="timed optimizer steps of each variant")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--no_memory", action="store_true", help="leave the memory runs out")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    a = parser.parse_args()
+    if a.basis_placement == "each":
+        a.variants = a.variants.replace("masked", ",".join(f"masked:{placement}" for placement in PLACEMENTS[1:]))
+    else:
+        a.variants = a.variants.replace("masked", f"masked:{a.basis_placement}")
+    return a
 
 
 # ---------------------------------------------------------------- what every variant trains
@@ -180,9 +188,9 @@ class Trainer:
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=a.device == "cuda")
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.protection = None
-        if variant == "masked":
-            self.protection = warp_ds.protect(self.engine, root / "basis", root / "masks",
-                                              basis_placement=a.basis_placement)
+        kind, _, placement = variant.partition(":")
+        if kind == "masked":
+            self.protection = warp_ds.protect(self.engine, root / "basis", root / "masks", basis_placement=placement)
         generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
         self.batch = torch.randint(0, a.vocab, (a.micro_batch, a.tokens), generator=generator).to(a.device)
 
@@ -228,7 +236,7 @@ def worker(a: argparse.Namespace, root: Path) -> None:
     runtime.init_distributed(a.device, 600)
     if a.worker.startswith("memory:"):
         before = held(a)
-        trainer = Trainer(a, a.worker.split(":")[1], root)
+        trainer = Trainer(a, a.worker.removeprefix("memory:"), root)
         for _ in range(2):
             trainer.step()
         report = {"bytes": peak(a) - before}
@@ -236,71 +244,75 @@ def worker(a: argparse.Namespace, root: Path) -> None:
         names = a.variants.split(",")
         trainers = {name: Trainer(a, name, root) for name in names}
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        rotate, sent = [], []
+        masked = {name: trainers[name].protection for name in names if name.startswith("masked")}
+        rotate: dict[str, list[float]] = {name: [] for name in masked}
+        sent: dict[str, list[int]] = {name: [] for name in masked}
         for index in range(a.steps + 2):
             for name in names:
                 took = trainers[name].step()
+                metrics = masked[name].metrics() if name in masked else None
                 if index >= 2:
                     seconds[name].append(took)
-            if "masked" in trainers:
-                metrics = trainers["masked"].protection.metrics()
-                if index >= 2:
-                    rotate.append(metrics.rotate_seconds)
-                    sent.append(metrics.rotate_bytes)
-        report = {"seconds": seconds, "rotate": rotate, "sent": sent,
-                  "tokens": a.micro_batch * a.tokens * a.accumulation * runtime.world_size()}
-        if "masked" in trainers:
-            step = trainers["masked"].protection
-            mine = [layer for layer in step.layers if layer.rotation is not None]
-            flops = sum(2 * layer.rotation.flops(rows_rotated(layer)) for layer in mine)
-            report |= {
-                "rotation_flops": flops,
-                "rotation_seconds_predicted": sum(2 * seconds_of_product(a, layer) for layer in mine),
-                "basis_bytes": sum({id(layer.rotation): layer.rotation.nbytes for layer in mine}.values()),
-                "bytes_predicted": bytes_predicted(step.layers),
-            }
+                    if metrics is not None:
+                        rotate[name].append(metrics.rotate_seconds)
+                        sent[name].append(metrics.rotate_bytes)
+        report = {"seconds": seconds, "tokens": a.micro_batch * a.tokens * a.accumulation * runtime.world_size(),
+                  "rotate": {name: statistics.median(values) for name, values in rotate.items()},
+                  "sent": {name: statistics.median(values) for name, values in sent.items()},
+                  "bases": {name: bases_held(step.layers) for name, step in masked.items()},
+                  "predicted": {name: predicted(a, step.layers, root) for name, step in masked.items()}}
     reports = runtime.all_gather_object(report)
     if runtime.rank() == 0:
         Path(os.environ["BENCHMARK_OUT"]).write_text(json.dumps(reports))
     runtime.shutdown()
 
 
-def rows_rotated(layer: Any) -> int:
-    """Rows that this rank multiplies: its own and all cut ones, or the whole layer at its basis's owner."""
-    if layer.owner is not None:
-        return int(layer.target.m)
-    return len(layer.partition.rows) + len(layer.partition.cut_rows)
+def bases_held(layers: list[Any]) -> int:
+    """Bytes that this rank holds of bases between their uses."""
+    whole = {id(layer.rotation): layer.rotation.nbytes for layer in layers if layer.rotation is not None}
+    pieces = {id(layer.sharded): layer.sharded.piece.nbytes for layer in layers if layer.sharded is not None}
+    return sum(whole.values()) + sum(pieces.values())
 
 
-def seconds_of_product(a: argparse.Namespace, layer: Any) -> float:
-    """A product of the rows' size on all ranks at once: what one rotation of the layer should take here."""
-    from warp_ds.zero.shard_rotation import matmul_precision
+def predicted(a: argparse.Namespace, layers: list[Any], root: Path) -> dict[str, Any]:
+    """What the cost model says of the placement that ``layers`` have, with this machine's measured figures. Collective."""
+    from warp_ds.artifacts import BasisStore
+    from warp_ds.zero import runtime
+    from warp_ds.zero.shard_rotation import predict_costs
 
-    rows = torch.randn(max(1, rows_rotated(layer)), layer.target.n, device=a.device)
-    took = []
-    with matmul_precision(layer.param.dtype):
+    placement = "owner" if layers[0].owner is not None else "sharded" if layers[0].sharded is not None else "replicated"
+    store, targets = BasisStore(root / "basis"), [layer.target for layer in layers]
+    cost = predict_costs(targets, {target.name: store.held(target.name) for target in targets}, runtime.world_size())[placement]
+    return {"placement": placement, **vars(cost), "seconds": cost.seconds(measured_machine(a, layers))}
+
+
+def measured_machine(a: argparse.Namespace, layers: list[Any]) -> Any:
+    """Products of a shard of the largest layer, and all-gathers of such shards, on all ranks at once: the best of three."""
+    from torch import distributed as dist
+
+    from warp_ds.zero import runtime
+    from warp_ds.zero.shard_rotation import CPU, GPU, Machine, matmul_precision
+
+    default, ranks = CPU if a.device == "cpu" else GPU, runtime.world_size()
+    layer = max(layers, key=lambda layer: layer.target.m * layer.target.n)
+    rows = torch.randn(-(-layer.target.m // ranks), layer.target.n, device=a.device)
+    square, whole = torch.randn(layer.target.n, layer.target.n, device=a.device), rows.new_empty(ranks * rows.numel())
+
+    def best_seconds(work: Any) -> float:
+        took = []
         for _ in range(3):
+            synchronize(a)
             start = time.perf_counter()
-            layer.rotation.rotate(rows)
+            work()
             if a.device == "cuda":
                 torch.cuda.synchronize()
             took.append(time.perf_counter() - start)
-    return min(took)
+        return min(took)
 
-
-def bytes_predicted(layers: list[Any]) -> float:
-    """What DESIGN's arithmetic says that this rank sends in a step: cut rows, or shards to their owners and back."""
-    from warp_ds.zero import runtime
-
-    ranks, rank = runtime.world_size(), runtime.rank()
-    total = 0.0
-    for layer in layers:
-        if layer.owner is None:
-            # A ring's all-reduce of the cut rows; for the gradient, and for C.
-            total += 2 * 2 * 4 * len(layer.partition.cut_rows) * layer.target.n * (ranks - 1) / ranks
-        else:
-            total += 2 * 4 * layer.partition.length * (ranks - 1 if layer.owner == rank else 1)
-    return total
+    with matmul_precision(layer.param.dtype):
+        multiplying = best_seconds(lambda: rows @ square)
+    sending = best_seconds(lambda: dist.all_gather_into_tensor(whole, rows.flatten()))
+    return Machine(rows.numel() * layer.target.n / multiplying, max(1, ranks - 1) * rows.nbytes / sending, default.overlaps)
 
 
 def run_workers(a: argparse.Namespace, what: str, root: Path) -> list[dict[str, Any]]:
@@ -351,26 +363,34 @@ def main() -> None:
         "rank_share": a.rank_share, "basis_placement": a.basis_placement, "train_scope": a.train_scope, "steps": a.steps,
         "plain_seconds": statistics.median(seconds["plain"]),
     }
-    if "masked" in names:
-        result |= {
-            "time_ratio": median_ratio(seconds["masked"], seconds["plain"]),
-            "rotate_seconds": statistics.median(timing["rotate"]),
-            "rotation_flops_share": max(r["rotation_flops"] for r in timings) / plain_flops,
-            "rotate_seconds_predicted": max(r["rotation_seconds_predicted"] for r in timings),
-            "basis_bytes": max(r["basis_bytes"] for r in timings),
-            "rotate_bytes": [statistics.median(r["sent"]) for r in timings],
-            "rotate_bytes_predicted": [r["bytes_predicted"] for r in timings],
+    masked = [name for name in names if name.startswith("masked")]
+    result["placements"] = {}
+    for name in masked:
+        costs = [r["predicted"][name] for r in timings]
+        result["placements"][costs[0]["placement"]] = {
+            "time_ratio": median_ratio(seconds[name], seconds["plain"]),
+            "rotate_seconds": max(r["rotate"][name] for r in timings),
+            "rotate_seconds_predicted": max(cost["seconds"] for cost in costs),
+            "rotate_bytes": [r["sent"][name] for r in timings],
+            "rotate_bytes_predicted": costs[0]["sent"],
+            "basis_bytes": max(r["bases"][name] for r in timings),
+            "held_bytes_predicted": costs[0]["held"],
+            "rotation_flops_share": 2 * costs[0]["multiply_adds"] / plain_flops,
         }
+    if memory:
+        result["plain_bytes"] = memory["plain"]
+    if "modules" in memory:
+        result["module_memory_ratio"] = memory["modules"] / memory["plain"]
+    for name, found in zip(masked if memory else [], result["placements"].values(), strict=False):
+        found["memory_ratio"] = memory[name] / memory["plain"]
+        found["memory_ratio_without_basis"] = (memory[name] - found["basis_bytes"]) / memory["plain"]
+    if masked:
+        # Of the first placement, beside what the other variants have.
+        result |= next(iter(result["placements"].values()))
     if "modules" in names:
         result["module_time_ratio"] = median_ratio(seconds["modules"], seconds["plain"])
-        if "masked" in names:
+        if masked:
             result["overhead_share_of_modules"] = (result["time_ratio"] - 1) / (result["module_time_ratio"] - 1)
-    for name, key in (("masked", "memory_ratio"), ("modules", "module_memory_ratio")):
-        if name in memory:
-            result[key] = memory[name] / memory["plain"]
-    if "masked" in memory:
-        result["memory_ratio_without_basis"] = (memory["masked"] - result["basis_bytes"]) / memory["plain"]
-        result["plain_bytes"] = memory["plain"]
     print(f"arithmetic: the rotation is {result.get('rotation_flops_share', math.nan):.3f} of the plain step's operations "
           f"on each rank (2 products of every target layer's shard with its basis, once a step)")
     print(json.dumps(result))

@@ -54,7 +54,7 @@ class Case:
     """Nothing but the masked layers trains: their mask decides the gradient norm, and whether it is clipped."""
     accumulation: int = 1
     placement: str = "replicated"
-    """Of the bases: on every rank, or at an owner, to which shards are sent."""
+    """Of the bases: on every rank, at an owner, to which shards are sent, or sharded, and gathered ahead of use."""
     zero: dict[str, Any] = field(default_factory=dict, hash=False)
     worlds: tuple[int, ...] = (1, 2, 3, 4)
 
@@ -79,6 +79,13 @@ CASES = [
          zero={"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
     Case("bases at owners, a rank of padding", placement="owner", model="nano", clip=0.15, worlds=(4,)),
     Case("bases at owners, identity basis", placement="owner", basis="identity", worlds=(2,)),
+    Case("sharded bases", placement="sharded"),
+    Case("sharded bases, sub-groups and groups", placement="sharded", groups=True, worlds=(2, 3),
+         zero={"sub_group_size": 100, "stage3_param_persistence_threshold": LARGE}),
+    Case("sharded bases, offloaded", placement="sharded", worlds=(2, 4), accumulation=3,
+         zero={"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
+    Case("sharded bases, a rank of padding", placement="sharded", model="nano", clip=0.15, worlds=(4,)),
+    Case("sharded bases, identity basis", placement="sharded", basis="identity", worlds=(2,)),
     Case("no clipping", clip=0.0, worlds=(1, 3)),
     Case("no decay", decay=0.0, worlds=(2,)),
     Case("sub-groups", zero={"sub_group_size": 100}),
@@ -230,6 +237,8 @@ def run_case(case: Case, root: Path) -> dict[str, float]:
     if case.placement == "owner" and case.basis != "identity" and runtime.world_size() > 1:
         assert all((layer.rotation is not None) == (layer.owner == runtime.rank()) for layer in protection.layers)
         assert len({layer.owner for layer in protection.layers}) > 1, "one rank owns every basis"
+    if case.placement == "sharded" and case.basis != "identity" and runtime.world_size() > 1:
+        assert all(layer.rotation is None and layer.sharded is not None for layer in protection.layers)
     before = masters(protection)
     found = [train_step(engine, batch, case.accumulation) for batch in token_batches(STEPS)]
     metrics = protection.metrics()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from warp_ds.method import rotation as module
 from warp_ds.method.rotation import Rotation, householder_wy
 
 # n and r: dense (2 r >= n), reflectors (2 r < n), one column, complete, odd and even.
@@ -69,6 +70,33 @@ def test_dense_and_reflectors_mean_the_same_basis() -> None:
     assert torch.allclose(reflected.unrotate(w), dense.unrotate(w), atol=10 * FP32)
 
 
+def rounds(rotation: Rotation, w: torch.Tensor) -> float:
+    """What there and back does to W, over its size; in fp64, so that it is the held basis's doing alone."""
+    basis = Rotation(None, rotation.n)
+    assert rotation.matrix is not None
+    basis.matrix = rotation.matrix.double()
+    return float((basis.unrotate(basis.rotate(w)) - w).norm() / w.norm())
+
+
+@pytest.mark.parametrize("r", [300, 200])
+def test_a_polished_basis_brings_weights_back(r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of columns that are orthonormal to 1e-5 alone, and in blocks that do not divide n; fp32 rounds at 6e-8."""
+    monkeypatch.setattr(module, "BLOCK", 128)
+    g = torch.Generator().manual_seed(6)
+    u = (orthonormal(300, r) + 1e-6 * torch.randn(300, r, generator=g, dtype=torch.float64)).float()
+    w = torch.randn(7, 300, generator=g, dtype=torch.float64)
+    stored = Rotation(u, 300)
+    polished = stored.polished()
+    assert rounds(stored, w) > 5e-6
+    assert rounds(polished, w) < 1e-7
+    assert stored.matrix is not None and polished.matrix is not None and torch.equal(stored.matrix[:, :r], u)
+    assert (polished.matrix - stored.matrix).abs().max() < 2e-5
+    monkeypatch.setattr(module, "POLISH_ON_CPU", 299)
+    assert stored.polished() is stored, "it would take too long"
+    reflected, identity = Rotation(u[:, :100], 300), Rotation(None, 300)
+    assert reflected.polished() is reflected and identity.polished() is identity
+
+
 def test_no_rows_and_identity() -> None:
     for u in (orthonormal(8, 8), orthonormal(8, 2)):
         rotation = Rotation(u, 8)
@@ -88,6 +116,16 @@ def test_inputs_are_left_alone() -> None:
         rotation.rotate(w)
         rotation.unrotate(w)
         assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("r", [21, 5])
+def test_what_is_held_is_packed_and_comes_back(r: int) -> None:
+    rotation = Rotation(orthonormal(21, r), 21)
+    packed = rotation.packed()
+    assert packed.nbytes == rotation.nbytes
+    again = rotation.to("meta").unpacked(torch.cat([packed, torch.full((3,), float("nan"))]))
+    w = torch.randn(4, 21, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(again.rotate(w), rotation.rotate(w)) and torch.equal(again.unrotate(w), rotation.unrotate(w))
 
 
 def test_bytes_and_operations_are_counted() -> None:

@@ -179,8 +179,9 @@ class TrainArguments(UtilityDataArguments, LayerArguments, TrainingFlags):
 
     batch_size: int = flag(2, "micro-batch per rank, in samples")
     basis_dir: str | None = flag(None, "basis of phase 1; the one that the masks were made with if not given")
-    basis_placement: str = flag("auto", "who holds the bases: every rank (replicated), one rank each (owner), or auto, by "
-                                        "memory", choices=["auto", "replicated", "owner"])
+    basis_placement: str = flag("auto", "who holds the bases: every rank (replicated), one rank each (owner), all together, "
+                                        "gathered ahead of use (sharded), or auto: the fastest that fits",
+                                choices=["auto", "replicated", "sharded", "owner"])
     masks_dir: str | None = flag(None, "masks of phase 2; the newest finished ones under --output_dir; none = no mask,"
                                     " and --target_layers, --layer_type name what trains")
     train_scope: str = flag("warp", "warp: the masked layers alone; all: every parameter", choices=["warp", "all"])

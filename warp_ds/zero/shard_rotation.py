@@ -1,9 +1,8 @@
 """Rotating weights that lie in ZeRO-3 shards: C = W U and back, on any number of ranks.
 
 Row i of C needs row i of W alone, so where every rank holds the basis each one rotates the rows of its own shard. A
-basis that is too large for that lies on one rank, its owner, and the layer's shards go there and back: with the full
-bases of a 70B model's down_proj (263 GB in fp32) on every rank, nothing would fit; and moving the shards takes fewer
-bytes than moving the bases (by the ratio of world size x n to 2 m).
+basis that is too large for that either lies on one rank, its owner, and the layer's shards go there and back; or it is
+sharded itself, and gathered for the moment of its use. Which of them is fastest is arithmetic: ``predict_costs``.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from typing import Any
 
 import torch
@@ -25,8 +24,27 @@ from warp_ds.zero.partition import RowPartition
 
 #: Rows are rotated in pieces of at most this many elements: bounds temporary memory to 64 MB of fp32 a matrix.
 CHUNK = 1 << 24
-#: Where bases lie in training: see ``place_bases``.
-PLACEMENTS = ("auto", "replicated", "owner")
+#: Where bases lie in training: see ``choose_placement``.
+PLACEMENTS = ("auto", "replicated", "sharded", "owner")
+
+
+class BasisShard:
+    """This rank's piece of a rotation that no rank keeps whole."""
+
+    def __init__(self, rotation: Rotation, world_size: int, rank: int):
+        """Copies one of ``world_size`` equal flat pieces of all that ``rotation`` holds, with zeros after its end."""
+        packed = rotation.packed()
+        length = -(-packed.numel() // world_size)
+        mine = packed[rank * length : (rank + 1) * length]
+        self.piece = mine.new_zeros(length)
+        self.piece[: mine.numel()] = mine
+        self.world_size = world_size
+        self.form = rotation.to("meta")
+
+    def gather(self) -> tuple[Tensor, Any]:
+        """Starts bringing the pieces together: the buffer that they come into, and the work to wait for. Collective."""
+        buffer = self.piece.new_empty(self.world_size * self.piece.numel())
+        return buffer, dist.all_gather_into_tensor(buffer, self.piece, async_op=True)
 
 
 @dataclass
@@ -36,7 +54,7 @@ class ProtectedLayer:
     target: TargetLayer
     param: nn.Parameter
     rotation: Rotation | None
-    """None on the ranks that do not hold the basis."""
+    """None on the ranks that do not hold the whole basis."""
     partition: RowPartition
     whole_frozen: Tensor
     """Packed bits uint8 [whole rows here, ceil(n / 8)]."""
@@ -45,7 +63,9 @@ class ProtectedLayer:
     frozen_count: int
     """Frozen entries of the whole layer, all ranks."""
     owner: int | None = None
-    """The one rank that holds the basis; None where every rank does."""
+    """The one rank that holds the basis; None where every rank does, or a piece of it."""
+    sharded: BasisShard | None = None
+    """This rank's piece, where no rank holds the basis whole."""
 
     def frozen_pieces(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
         """(slice of the local partition, which of its entries are frozen: bool), a bounded piece at a time."""
@@ -89,19 +109,50 @@ class ShardRotation:
         apply: Callable[[Rotation, Tensor], Tensor], fast: bool,
     ) -> Iterator[tuple[ProtectedLayer, Tensor]]:
         cuts = self._join_cut_rows(layers, source)
+        rotations = self._whole_rotations(layers)
         for layer, cut in zip(layers, cuts, strict=True):
-            assert layer.rotation is not None
+            rotation = next(rotations)
             flat = source(layer).to(self.device, torch.float32)
             result = torch.zeros_like(flat)
             rows, target = layer.partition.whole_rows(flat), layer.partition.whole_rows(result)
             with matmul_precision(layer.param.dtype if fast else torch.float32):
                 for chunk in row_chunks(rows.shape[0], layer.target.n):
-                    target[chunk] = apply(layer.rotation, rows[chunk])
+                    target[chunk] = apply(rotation, rows[chunk])
                 if layer.partition.fragments:
-                    rotated = apply(layer.rotation, cut)
+                    rotated = apply(rotation, cut)
                     for fragment in layer.partition.fragments:
                         result[fragment.local] = rotated[fragment.cut, fragment.columns]
+            del rotation  # Or a gathered one would live on while the next but one is gathered.
             yield layer, result
+
+    def _whole_rotations(self, layers: list[ProtectedLayer]) -> Iterator[Rotation]:
+        """Each layer's rotation. A sharded one is gathered while the one before it is used, and dropped after its last use.
+
+        So two whole ones exist at most, if the caller drops each before it asks for the next.
+        """
+        shards = [shard for shard, _ in groupby(layer.sharded for layer in layers) if shard is not None]
+        ahead = iter(shards)
+        coming = self._start(next(ahead, None))
+        for shard, members in groupby(layers, key=lambda layer: layer.sharded):
+            if shard is None:
+                for layer in members:
+                    assert layer.rotation is not None
+                    yield layer.rotation
+                continue
+            assert coming is not None
+            buffer, work = coming
+            work.wait()
+            whole = shard.form.unpacked(buffer)
+            coming = self._start(next(ahead, None))
+            for _ in members:
+                yield whole
+            del whole, buffer, work
+
+    def _start(self, shard: BasisShard | None) -> tuple[Tensor, Any] | None:
+        if shard is None:
+            return None
+        self._sent += shard.piece.nbytes * (shard.world_size - 1)
+        return shard.gather()
 
     def _join_cut_rows(self, layers: list[ProtectedLayer], source: Callable[[ProtectedLayer], Tensor]) -> list[Tensor]:
         """The rows of each layer that are cut between ranks, fp32 [cut rows, n], whole, on every rank.
@@ -158,34 +209,136 @@ class ShardRotation:
         self._sent += sent.element_size() * (sum(sent_sizes) - sent_sizes[dist.get_rank()])
 
 
-def place_bases(
-    placement: str, layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int
-) -> dict[str, int | None]:
-    """Which rank holds each basis, by the basis's key; None where every rank does.
+@dataclass(frozen=True)
+class Machine:
+    """What ``auto`` reckons with: fixed, not measured at the start, so that a resumed run chooses as the first one did."""
 
-    ``bases`` gives for each layer's name the key of its basis and the bytes that one stored copy takes. 'replicated'
-    and 'owner' are taken at their word. 'auto' replicates while all bases together take no more than a rank's fp32
-    master weights and moments of the masked layers (12 bytes a weight, over world_size), and gives each basis to one
-    owner beyond that. Owners are dealt in the order of the layers, to whoever has least to rotate: neighbours, which
-    share an optimizer sub-group, then lie on different ranks. Raises ValueError for another ``placement``.
+    multiply_adds: float
+    """A second and rank, in the products of a rotation."""
+    bandwidth: float
+    """Bytes a second that a rank sends while all do."""
+    overlaps: bool
+    """Whether sending leaves the processor that computes alone."""
+
+
+#: An H100 (half its peak of dense TF32 products) on 200 Gb/s of network a GPU; a few CPU cores on 10 Gb/s.
+GPU, CPU = Machine(1.2e14, 2.5e10, True), Machine(5e10, 1.25e9, False)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a placement costs the rank that it costs most."""
+
+    sent: float
+    """Bytes a step, to other ranks."""
+    held: float
+    """Bytes: bases, and what is brought together to use them."""
+    multiply_adds: float
+    """A step."""
+    ahead: bool = False
+    """Whether what is sent can be sent ahead of its use."""
+
+    def seconds(self, machine: Machine) -> float:
+        """A step's."""
+        parts = self.multiply_adds / machine.multiply_adds, self.sent / machine.bandwidth
+        return max(parts) if self.ahead and machine.overlaps else sum(parts)
+
+
+def predict_costs(
+    layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int
+) -> dict[str, Cost]:
+    """The cost of each placement, from the layers' sizes alone: no process group, the same on every rank.
+
+    ``bases`` gives for each layer's name the key of its basis and the bytes that its fp32 rotation takes, which stand
+    for r too: m rows take m x bytes / 4 multiply-adds, dense or as reflectors. Every step rotates twice.
+    """
+    layers, ranks = list(layers), world_size
+    sizes = dict(bases[layer.name] for layer in layers)
+    owners = deal_owners(layers, bases, ranks)
+    pieces = {key: 4 * -(-size // (4 * ranks)) for key, size in sizes.items()}
+    gathered = sum(pieces[key] * (ranks - 1) for key, _ in groupby(bases[layer.name][0] for layer in layers))
+    joined = in_place = 0.0
+    at_owner, of_owner, sent = [0.0] * ranks, [0.0] * ranks, [0.0] * ranks
+    for key, owner in owners.items():
+        of_owner[owner] += sizes[key]
+    for layer in layers:
+        key, size = bases[layer.name]
+        part = RowPartition(layer.m, layer.n, ranks, 0)
+        # A ring's all-reduce of the rows that are cut between ranks, all of which rotate them.
+        joined += 2 * 4 * len(part.cut_rows) * layer.n * (ranks - 1) / ranks
+        in_place += (layer.m / ranks + len(part.cut_rows)) * size / 4
+        at_owner[owners[key]] += layer.m * size / 4
+        for rank in range(ranks):
+            sent[rank] += 4 * part.length * (ranks - 1 if rank == owners[key] else 1)
+    moved = 2 * 4 * max((layer.m * layer.n for layer in layers), default=0)
+    gathering = 2 * max(sizes.values(), default=0)
+    return {
+        "replicated": Cost(2 * joined, sum(sizes.values()), 2 * in_place),
+        "sharded": Cost(2 * (joined + gathered), sum(pieces.values()) + gathering, 2 * in_place, ahead=True),
+        "owner": Cost(2 * max(sent), max(of_owner) + moved, 2 * max(at_owner)),
+    }
+
+
+def choose_placement(
+    placement: str, layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int,
+    machine: Machine = GPU, memory: float | None = None,
+) -> tuple[str, str]:
+    """'replicated', 'sharded' or 'owner', and why: as asked, or for 'auto' the fastest that fits into ``memory``.
+
+    ``memory`` is what a rank may spend on bases, in bytes: if not given, as much as on fp32 masters and moments of the
+    masked layers (12 bytes a weight, over world_size). Where none fits, the one that holds least. On one rank all are
+    one. ``bases`` as for ``predict_costs``. Raises ValueError for another ``placement``.
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"basis_placement is {placement!r}: choose one of {', '.join(PLACEMENTS)}")
     layers = list(layers)
-    sizes = dict(bases[layer.name] for layer in layers)
-    state = 12 * sum(layer.m * layer.n for layer in layers) / world_size
-    if world_size == 1 or placement == "replicated" or (placement == "auto" and sum(sizes.values()) <= state):
-        return dict.fromkeys(sizes)
-    work: dict[str, int] = dict.fromkeys(sizes, 0)
+    costs = predict_costs(layers, bases, world_size)
+    room = 12 * sum(layer.m * layer.n for layer in layers) / world_size if memory is None else memory
+    fitting = [name for name, cost in costs.items() if cost.held <= room]
+    if world_size == 1:
+        chosen, why = "replicated", "one rank"
+    elif placement != "auto":
+        chosen, why = placement, "as asked"
+    elif fitting:
+        chosen, why = min(fitting, key=lambda name: costs[name].seconds(machine)), f"fastest within {room / 1e9:.3g} GB"
+    else:
+        chosen, why = min(costs, key=lambda name: costs[name].held), f"holds least; none fits {room / 1e9:.3g} GB"
+    predictions = "; ".join(
+        f"{name} holds {cost.held / 1e9:.3g} GB, sends {cost.sent / 1e9:.3g} GB a step, takes {cost.seconds(machine):.3g} s"
+        for name, cost in costs.items())
+    return chosen, f"{why}. Predicted for a rank: {predictions}"
+
+
+def place_bases(
+    placement: str, layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int,
+    machine: Machine = GPU,
+) -> dict[str, int | None]:
+    """Which rank holds each basis, by the basis's key; None where every rank does, or a piece of it.
+
+    Arguments and errors as of ``choose_placement``.
+    """
+    layers = list(layers)
+    chosen, _ = choose_placement(placement, layers, bases, world_size, machine)
+    owners = deal_owners(layers, bases, world_size)
+    return {key: owner if chosen == "owner" else None for key, owner in owners.items()}
+
+
+def deal_owners(
+    layers: list[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int
+) -> dict[str, int]:
+    """An owner for each basis, by the basis's key: in the order of the layers, whoever has least to rotate.
+
+    Neighbours, which share an optimizer sub-group, then lie on different ranks.
+    """
+    work: dict[str, int] = {}
     for layer in layers:
         key, nbytes = bases[layer.name]
-        work[key] += layer.m * nbytes
+        work[key] = work.get(key, 0) + layer.m * nbytes
     load = [0] * world_size
-    owners: dict[str, int | None] = {}
-    for key in sizes:
-        owner = load.index(min(load))
-        owners[key] = owner
-        load[owner] += work[key]
+    owners: dict[str, int] = {}
+    for key in work:
+        owners[key] = load.index(min(load))
+        load[owners[key]] += work[key]
     return owners
 
 
