@@ -273,7 +273,7 @@ class CompleteConverted(TrainerCallback):
         self.trainer, self.checkpoint = trainer, checkpoint
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        engine = self.trainer.deepspeed
+        engine: Any = self.trainer.deepspeed
         universal.complete(engine.module, engine.optimizer, self.checkpoint)
 
 
