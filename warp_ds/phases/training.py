@@ -49,7 +49,7 @@ from warp_ds.phases.run import start_run
 from warp_ds.phases.state import Progress
 from warp_ds.phases.targets import check_targets, find_targets
 from warp_ds.protection import WarpCallback
-from warp_ds.zero import runtime
+from warp_ds.zero import runtime, universal
 from warp_ds.zero.deepspeed_internals import end_engine
 from warp_ds.zero.model import context_length, load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
@@ -78,6 +78,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     with start_run("phase3", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
+        checkpoint = find_checkpoint(run.directory, arguments)
         model, tokenizer = load_model(arguments, runtime.zero3_config(arguments))
         samples = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(model.config))
         layers = MaskStore(masks_dir).layers if masks_dir is not None else find_targets(
@@ -86,7 +87,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         callbacks: list[TrainerCallback] = []
         if masks_dir is not None:
             callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), arguments.basis_placement))
-        trainer = fit(model, tokenizer, samples, arguments, run.directory, callbacks, passed)
+        trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed)
         export(trainer, tokenizer, run.directory / "model", _model_card(arguments, masks_dir))
         run.finish()
         end_engine(trainer.deepspeed)
@@ -106,9 +107,10 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
     with start_run("phase0", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
+        checkpoint = find_checkpoint(run.directory, arguments)
         model, tokenizer = load_model(arguments, runtime.zero3_config(arguments))
         samples = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(model.config))
-        trainer = fit(model, tokenizer, samples, arguments, run.directory, [], passed)
+        trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, [], passed)
         export(trainer, tokenizer, run.directory / "model",
                f"# Safety-tuned {arguments.model_name}\n\nTrained by warp_ds phase 0 on {arguments.safety_data}.\n")
         run.finish()
@@ -139,17 +141,33 @@ def choose_trained(model: nn.Module, layers: Sequence[str] | None) -> None:
             param.requires_grad_(name in wanted)
 
 
+def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
+    """The last whole checkpoint of the run in ``directory``, converted where another number of ranks wrote it. Collective.
+
+    Raises ConfigError where that cannot be done.
+    """
+    found = runtime.on_rank_0(lambda: newest_whole_checkpoint(directory / "trainer"), "looking for a checkpoint")
+    if found is None:
+        return None
+    checkpoint = Path(found)
+    wrote = runtime.on_rank_0(lambda: read_json(checkpoint / WholeCheckpoints.MARK).get("world_size"), "reading a checkpoint")
+    if wrote in (None, runtime.world_size()):
+        return checkpoint
+    return universal.convert(checkpoint, runtime.zero3_config(arguments, for_trainer=True), wrote)
+
+
 def fit(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     samples: Any,
     arguments: TrainingFlags,
     directory: Path,
+    checkpoint: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     passed: dict[str, Any] | None = None,
 ) -> GlobalBatchTrainer:
-    """Trains ``model`` (ZeRO-3 partitioned) on ``samples`` (input_ids, labels), going on from ``directory``'s last
-    whole checkpoint. AdamW over all trained parameters, one mean over the response tokens of each global batch.
+    """Trains ``model`` (ZeRO-3 partitioned) on ``samples`` (input_ids, labels), going on from ``checkpoint``
+    (``find_checkpoint``). AdamW over all trained parameters, one mean over the response tokens of each global batch.
 
     Raises Preempted, with a checkpoint saved, where a rank was asked to leave.
     """
@@ -172,14 +190,13 @@ def fit(
         fp16=arguments.dtype == "float16",
         use_cpu=arguments.resolved_device == "cpu",
         seed=arguments.seed,
-        deepspeed=_trainer_config(arguments),
+        deepspeed=_trainer_config(arguments, converted=checkpoint is not None and universal.is_converted(checkpoint)),
         remove_unused_columns=False,
         ddp_timeout=arguments.timeout,
         **options,
     )
     metrics = MetricsFile(directory / "metrics.jsonl")
     whole = WholeCheckpoints(arguments.save_minutes)
-    checkpoints = directory / "trainer"
     trainer = GlobalBatchTrainer(
         model=model, args=training, train_dataset=samples, tokenizer=tokenizer, sampler=sampler,
         callbacks=[*callbacks, metrics, whole],
@@ -189,26 +206,19 @@ def fit(
             callback.before_reporters(trainer)
     if runtime.rank() > 0:
         trainer.remove_callback(PrinterCallback)  # rank 0's lines are enough
-    checkpoint = runtime.on_rank_0(lambda: newest_whole_checkpoint(checkpoints), "looking for a checkpoint")
     if checkpoint is not None:
-        _check_world_size(Path(checkpoint))
         logger.info("going on from %s", checkpoint)
-        runtime.on_rank_0(lambda: metrics.keep_until(checkpoint), "trimming the metrics")
+        runtime.on_rank_0(lambda: metrics.keep_until(checkpoint.name), "trimming the metrics")
+        if universal.is_converted(checkpoint):
+            trainer.callback_handler.callbacks.insert(0, CompleteConverted(trainer, checkpoint))  # before the WarpCallback
     logger.info("training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %d)", len(samples),
                 math.ceil(arguments.epochs * sampler.steps), arguments.global_batch_size, runtime.world_size(),
                 sampler.accumulation_steps, arguments.batch_size)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if whole.stopped_by is not None:
         raise preemption.Preempted(whole.stopped_by)
+    runtime.on_rank_0(lambda: universal.remove_converted(directory / "trainer"), "removing a converted checkpoint")
     return trainer
-
-
-def _check_world_size(checkpoint: Path) -> None:
-    """ConfigError where another number of ranks wrote the checkpoint: DeepSpeed would stop in the middle of loading."""
-    wrote = runtime.on_rank_0(lambda: read_json(checkpoint / WholeCheckpoints.MARK).get("world_size"), "reading a checkpoint")
-    if wrote not in (None, runtime.world_size()):
-        raise ConfigError(f"{checkpoint} was written by {wrote} ranks, and these are {runtime.world_size()}: start again on "
-                          f"{wrote}, or start the training anew with --resume never")
 
 
 def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, directory: Path, model_card: str) -> None:
@@ -216,8 +226,8 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, directory: Path
     save_sharded(trainer.model_wrapped, directory, tokenizer=tokenizer, model_card=model_card)
 
 
-def _trainer_config(arguments: RunArguments) -> dict[str, Any]:
-    """The DeepSpeed configuration with what Trainer fills in left to it."""
+def _trainer_config(arguments: RunArguments, converted: bool) -> dict[str, Any]:
+    """The DeepSpeed configuration with what Trainer fills in left to it; ``converted``: it loads a universal checkpoint."""
     config = runtime.zero3_config(arguments, for_trainer=True)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if config.setdefault(key, "auto") != "auto":
@@ -225,6 +235,8 @@ def _trainer_config(arguments: RunArguments) -> dict[str, Any]:
                               "--global_batch_size decide it")
     config.setdefault("gradient_clipping", "auto")
     config.setdefault("zero_allow_untested_optimizer", True)
+    if converted:
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
     return config
 
 
@@ -252,6 +264,17 @@ class GlobalBatchTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         ))
+
+
+class CompleteConverted(TrainerCallback):
+    """Completes what Trainer has loaded from a converted checkpoint, before the first step."""
+
+    def __init__(self, trainer: Trainer, checkpoint: Path):
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        engine: Any = self.trainer.deepspeed
+        universal.complete(engine.module, engine.optimizer, self.checkpoint)
 
 
 class MetricsFile(TrainerCallback):
@@ -331,6 +354,7 @@ class WholeCheckpoints(TrainerCallback):
                 # One whole checkpoint is kept unless the user asked for more.
                 if older != directory and args.save_total_limit is None:
                     shutil.rmtree(older, ignore_errors=True)
+            universal.remove_converted(root)
 
 
 def newest_whole_checkpoint(directory: Path) -> str | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import Tensor, nn
@@ -195,6 +197,33 @@ def state_index(optimizer: Any, sub_group: int) -> int:
     ids = [optimizer.sub_group_to_group_id[i] for i in range(sub_group_count(optimizer))]
     order = sorted(range(len(ids)), key=lambda i: (ids[i], i))
     return order.index(sub_group)
+
+
+def repair_universal(base: torch.optim.Optimizer, groups: Sequence[dict[str, Any]] | None) -> None:
+    """Mends the base optimizer after DeepSpeed has loaded a universal checkpoint into it; nothing else changes.
+
+    ``load_hp_checkpoint_state_from_checkpoint_dir_stage3`` gives every parameter group the hyperparameters of the first,
+    and every sub-group the same ``step`` tensor, which then counts once per sub-group. ``groups`` are those saved, in
+    order; None leaves them as they are. Raises ValueError where their number is another.
+    """
+    if groups is not None:
+        if len(groups) != len(base.param_groups):
+            raise ValueError(f"the checkpoint has {len(groups)} parameter groups, this run {len(base.param_groups)}: make the "
+                             "same ones, or load without optimizer states")
+        for group, saved in zip(base.param_groups, groups, strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+    seen: set[int] = set()
+    for state in base.state.values():
+        step = state.get("step")
+        if torch.is_tensor(step):
+            if id(step) in seen:
+                state["step"] = step.clone()
+            seen.add(id(state["step"]))
+
+
+def checkpoint_classes() -> list[Any]:
+    """What a ZeRO-3 checkpoint's files hold besides tensors and plain values, for ``torch.serialization.safe_globals``."""
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, torch.Size]
 
 
 def wrap(optimizer: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:

@@ -239,21 +239,9 @@ class MaskedStep:
         return found
 
     def _repair_universal(self, marks: list[dict[str, Any] | None]) -> None:
-        """Mends what DeepSpeed's loading of universal checkpoints does when there are several sub-groups.
-
-        It gives every parameter group what the first one had, and every sub-group the same ``step`` tensor, which
-        then counts once per sub-group. Each group's mark says what every group had.
-        """
-        for index, (group, mark) in enumerate(zip(self.optimizer.optimizer.param_groups, marks, strict=True)):
-            if mark is not None and mark["group"] != index:
-                group.update(mark["groups"][index])
-        seen: set[int] = set()
-        for state in self.optimizer.optimizer.state.values():
-            step = state.get("step")
-            if torch.is_tensor(step):
-                if id(step) in seen:
-                    state["step"] = step.clone()
-                seen.add(id(state["step"]))
+        """Mends what DeepSpeed's loading of universal checkpoints does; each group's mark says what every group had."""
+        foreign = [mark for index, mark in enumerate(marks) if mark is not None and mark["group"] != index]
+        internals.repair_universal(self.optimizer.optimizer, foreign[0]["groups"] if foreign else None)
 
     @torch.no_grad()
     def state_dict(self, original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
