@@ -39,6 +39,7 @@ def make_models(root: Path) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.add_(0.5 * torch.randn_like(model.model.layers[1].mlp.down_proj.weight))
     _save(model, tokenizer, root / "moved")
+    (root / "moved" / "README.md").write_text("# moved\n\nTrained by warp_ds phase 0 on nothing.\n")
     _save(word_salad(tokenizer), tokenizer, root / "words")
     for name, rows in (("refusals", refusals), ("harmless", data["harmless_fit"][:5]), ("utility", data["utility_train"])):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

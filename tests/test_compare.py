@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from warp_ds.method.baselines import safe_delta, safety_hessian
 from warp_ds.method.mask import unpack_bits
 from warp_ds.phases import compare
 from warp_ds.phases.compare import run_compare
+from warp_ds.phases.lock import RunLock
+from warp_ds.report.page import comparisons, find_runs
 
 ARMS = ("before,full,layers,rotated,column,osft,random-mask,random-basis,safeinstr+original,resta,safedelta,sn-tune+rotated,"
         "rsn-tune")
@@ -61,9 +64,10 @@ def compared_and_gone_on(root: Path, output: Path) -> dict[str, Any]:
     gone = not (run / "phase3_original_lr0.001_seed43" / "model").exists()
     # A merge of a model that was removed once it was measured.
     comparison(root, output, arms="before,original+safedelta", seeds="43", keep_models=False)
+    left = sorted(str(path.relative_to(run)) for path in run.glob("*_seed43/model"))
     again = {path: path.stat().st_mtime_ns for path in run.rglob("metrics.json*")}
     return {"run": str(run), "report": report, "unchanged": all(again[path] == when for path, when in first.items()),
-            "alive": alive, "resumed": resumed, "more": more, "table": table, "gone": gone,
+            "alive": alive, "resumed": resumed, "more": more, "table": table, "gone": gone, "left": left,
             "merged": json.loads((run / "report.json").read_text())}
 
 
@@ -103,6 +107,7 @@ def test_what_is_measured_is_not_done_again_and_what_is_new_is_added(done: Any) 
     assert names == [("before", 42), ("random-mask", 42), ("original", 42), ("random-mask", 43), ("original", 43)]
     # --keep_models false removed what it trained.
     assert done["gone"]
+    assert done["left"] == [], "what was trained again for a merge, and the merged model"
     assert (Path(done["run"]) / "points" / "original_lr0.001_seed43" / "answers.jsonl").is_file()
     assert done["resumed"]["unaligned"] == done["report"]["unaligned"]
     assert [row["arm"] for row in done["merged"]["points"]] == ["before", "original+safedelta"]
@@ -135,6 +140,56 @@ def test_merged_models_are_what_the_formulas_say(root: Path, tmp_path: Path) -> 
 
 def merged_only(root: Path, output: Path) -> str:
     return str(comparison(root, output, arms="full,resta,safedelta", harmless_data=None))
+
+
+def test_every_kept_model_says_on_its_card_what_it_is_and_what_was_measured(done: Any) -> None:
+    run = Path(done["run"])
+    rows = {row["arm"]: row for row in done["report"]["points"]}
+    card = (run / "phase3_rotated_lr0.001_seed42" / "model" / "README.md").read_text()
+    masks = MaskStore(run / "phase2_start_activation_entry_importance" / "masks")
+    for fact in ("keep_ratio 0.1", "ffn_down, attn_q of blocks 0 to 1", f"masks {masks.fingerprint()}",
+                 f"basis {masks.metadata.basis_fingerprint}", "deepspeed ", "What this does not show",
+                 "7 stood in a fitting set (task in the task set)"):
+        assert fact in card, fact
+    low, high = rows["rotated"]["refusal_interval"]
+    assert f"| this model | {rows['rotated']['refusal_rate']:.0%} [{100 * low:.0f}, {100 * high:.0f}] |" in card
+    assert "| before training |" in card and card.count("## What was measured") == 1
+    merged = (run / "merge_resta_lr0.001_seed42" / "model" / "README.md").read_text()
+    assert "merged by the arm `resta`" in merged and merged.count("## What was measured") == 1
+    assert f"| this model | {rows['resta']['refusal_rate']:.0%} [" in merged and "arm `full`" not in merged
+
+
+def one_run(root: Path, output: Path, seeds: str, name: str) -> str:
+    return str(comparison(root, output, arms="before,layers", layer_type="ffn_down", seeds=seeds, run_name=name))
+
+
+def test_seeds_as_jobs_of_their_own_are_the_comparison_of_all_seeds(root: Path, tmp_path: Path) -> None:
+    """Two at once in one --output_dir, by other --run_names; their report has what one run of both seeds has."""
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(run_ranks, 1, one_run, root, tmp_path / "jobs", str(seed), f"seed{seed}") for seed in (1, 2)]
+        runs = [Path(job.result()[0]) for job in jobs]
+    whole = Path(run_ranks(1, one_run, root, tmp_path / "whole", "1,2", "both")[0])
+    expected = json.loads((whole / "report.json").read_text())
+    (found, pooled), = comparisons(find_runs(runs))
+    assert sorted(found) == sorted(runs)
+    key = ("arm", "seed")
+    points = {tuple(p[k] for k in key): p for p in pooled["points"]}
+    for point in expected["points"]:
+        assert points[tuple(point[k] for k in key)] == pytest.approx(point, rel=1e-6)
+    assert pooled["at_utility"] == pytest.approx(expected["at_utility"], rel=1e-6)
+    assert {path.name for path in (tmp_path / "jobs" / "logs").iterdir()} >= {"seed1.log", "seed2.log", "seed1", "seed2"}
+
+
+def test_two_at_once_under_one_name_are_refused(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "jobs" / "seed1"
+    run.mkdir(parents=True)
+    lock = RunLock(run)
+    lock.acquire()
+    try:
+        with pytest.raises(pytest.fail.Exception, match="seed1 is in use by process"):
+            run_ranks(1, one_run, root, tmp_path / "jobs", "1", "seed1")
+    finally:
+        lock.release()
 
 
 def test_no_training_finds_an_evaluated_model_in_memory(done: Any) -> None:

@@ -91,6 +91,16 @@ def test_a_models_run_leads_to_all_that_it_was_fitted_on(tmp_path: Path) -> None
     assert fitting_sets([tmp_path]) == {}
 
 
+def test_a_card_of_ours_gets_the_table_and_no_other_does(root: Path, results: Any) -> None:
+    card, metrics = (root / "moved" / "README.md").read_text(), results[3]["moved"]["metrics"]
+    assert card.count("## What was measured") == 1, "once for every world"
+    for who, prefix in (("this model", ""), ("this model, jailbreaks", "attack_jailbreaks_")):
+        low, high = metrics[f"{prefix}refusal_interval"]
+        assert f"| {who} | {metrics[f'{prefix}refusal_rate']:.0%} [{100 * low:.0f}, {100 * high:.0f}] |" in card
+    assert "| before training | 100% [" in card and "7 stood in a fitting set" in card
+    assert not (root / "words" / "README.md").exists()
+
+
 def test_movement_is_what_the_outputs_do_on_the_safety_tokens(root: Path, results: Any) -> None:
     assert results[1]["m"]["metrics"]["movement"] == 0.0
     found = results[1]["moved"]["metrics"]["movement_by_layer"]

@@ -13,11 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from warp_ds.artifacts import ArtifactError, BasisMetadata, MasksMetadata, metadata_dict, write_json, write_tensors
+from warp_ds.artifacts import (
+    ArtifactError,
+    BasisMetadata,
+    MasksMetadata,
+    MaskStore,
+    metadata_dict,
+    write_json,
+    write_tensors,
+)
 from warp_ds.cli import main
-from warp_ds.method.mask import pack_bits
+from warp_ds.method.mask import pack_bits, unpack_bits
 from warp_ds.report import tradeoff
-from warp_ds.report.page import find_runs, write_report
+from warp_ds.report.page import comparisons, find_runs, write_report
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -66,14 +74,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(phase1 / "metadata.json", metadata_dict(basis))
     frozen = torch.rand(6, 16, generator=draw) < 0.3
     masks = MasksMetadata(0.3, "layer", "entry", "importance", "activation", str(phase1), "b", "m", "d", "model",
-                          {NAME: {**entry, "file": "mask.safetensors"}}, int(frozen.sum()), 96, ["a note"])
+                          {NAME: {**entry, "file": "mask.safetensors", "frozen": int(frozen.sum()), "threshold": 0.0125}},
+                          int(frozen.sum()), 96, ["a note"])
     phase2 = run_of(root, "phase2", "phase2_start") / "masks"
     write_tensors(phase2 / "mask.safetensors", {"frozen": pack_bits(frozen)})
     write_json(phase2 / "metadata.json", metadata_dict(masks))
     phase3 = run_of(root, "phase3", "phase3_rotated_lr0.001_seed1")
     phase3.joinpath("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
-        {"step": 10, "loss": 2.0, "grad_norm_removed": 0.6}, {"step": 20, "loss": 1.0, "grad_norm_removed": 0.5},
+        {"step": 10, "loss": 2.0, "grad_norm_removed": 0.6, "rotate_seconds": 0.125},
+        {"step": 20, "loss": 1.0, "grad_norm_removed": 0.5},
         {"step": 20, "train_runtime": 10.0})))
+    write_json(run_of(root, "evaluate", "evaluate_rotated") / "metrics.json", {
+        "refusal_rate": 0.9, "refusal_interval": [0.825, 0.945], "utility_nll": 1.5, "movement": 0.25,
+        "refusal_p_against_before": 0.031, "movement_by_layer": {NAME: 0.25}, "overlap": {"harmful in safety.jsonl": 3}})
     write_json(phase3 / "certificate.json", {"kept": True, "problems": [], "frozen": 28, "frozen_drift": 1e-7})
     return root
 
@@ -83,16 +96,25 @@ def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report([runs], tmp_path_factory.mktemp("page") / "report.html")
 
 
-def test_every_section_is_there(page: Path) -> None:
+def test_every_section_is_there(runs: Path, page: Path) -> None:
     text = page.read_text()
-    for title in ("Safety against the task", "Answers side by side", "What the safety inputs span", "Where the mask lies",
-                  "Training", "What it took", "Freeze certificate", "How to make it again"):
+    for title in ("Safety against the task", "Answers side by side", "Evaluations", "What the safety inputs span",
+                  "Where the mask lies", "Training", "What it took", "Freeze certificate", "How to make it again"):
         assert f"<h2>{title}</h2>" in text, title
-    for figure in ("tradeoff", "spectra", "mask", "training"):
+    for figure in ("tradeoff", "spectra", "mask", "frozen", "training"):
         assert (page.with_name("report_figures") / f"{figure}.svg").read_text().rstrip().endswith("</svg>")
         assert (page.with_name("report_figures") / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
     assert "7 evaluation prompts stood in a fitting set" in text
     assert "--run_name compare" in text and "0123456789abcdef" in text
+    for name, value, ends in (("refusal_rate", "0.900", "0.825 to 0.945"), ("movement", "0.250", ""),
+                              ("refusal_p_against_before", "0.031", "")):
+        assert f"<td>evaluate_rotated</td><td>{name}</td><td>{value}</td><td>{ends}</td>" in text
+    frozen = unpack_bits(MaskStore(runs / "phase2_start" / "masks").packed(NAME), 16).float()
+    columns = frozen.mean(0)
+    # Frozen, columns with any, columns more than half, and the threshold.
+    assert (f"<td>layer_00_ffn_down</td><td>{frozen.mean():.1%}</td><td>{(columns > 0).float().mean():.1%}</td>"
+            f"<td>{(columns > 0.5).float().mean():.1%}</td><td>1.25e-02</td>") in text
+    assert "<td>20</td><td>0.500</td><td>0.125</td>" in text, "steps, seconds a step, of it rotating"
 
 
 def test_harmful_prompts_are_folded_and_text_of_models_is_text(page: Path) -> None:
@@ -124,6 +146,55 @@ def test_a_line_that_was_cut_off_is_left_out(runs: Path, page: Path, tmp_path: P
     with open(tmp_path / runs.name / "phase3_rotated_lr0.001_seed1" / "metrics.jsonl", "a") as file:
         file.write('{"step": 30, "lo')
     assert write_report([tmp_path / runs.name], tmp_path / "report.html").read_text() == page.read_text()
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    """A sweep holds one run of each name for every setting: none may stand in for another."""
+    for setting in ("middle", "keep_ratio_0.3"):
+        run = run_of(tmp_path / "sweep" / setting, "phase3", "phase3_middle_lr0.001_seed1")
+        run.joinpath("metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    text = write_report([tmp_path / "sweep"], tmp_path / "report.html").read_text()
+    for setting in ("middle", "keep_ratio_0.3"):
+        assert f"<!-- {setting}/middle_lr0.001_seed1 -->" in text, "the picture's legend, by matplotlib's comment"
+        assert f"<td>{setting}/phase3_middle_lr0.001_seed1</td>" in text
+
+
+def seeds(root: Path, name: str, seed: int, identity: str, refusals: float) -> Path:
+    """A comparison of one seed."""
+    run = run_of(root, "compare", name)
+    config = json.loads((run / "config.json").read_text())
+    write_json(run / "config.json", {**config, "identity": identity})
+    points = [{"arm": "before", "rate": None, "seed": seed, "utility_nll": 3.0, "refusal_rate": 1.0},
+              {"arm": "full", "rate": 1e-3, "seed": seed, "utility_nll": 1.0, "refusal_rate": refusals}]
+    write_json(run / "report.json", {"format": "warp_ds.compare", "points": points, "prompts": {"refusal_rate": 100},
+                                     **tradeoff.compare(points, {"refusal_rate": 100})})
+    return run
+
+
+def test_comparisons_of_other_seeds_are_one(tmp_path: Path) -> None:
+    given = [seeds(tmp_path, "seed1", 1, "same", 0.2), seeds(tmp_path, "seed2", 2, "same", 0.4)]
+    (found, report), = comparisons(find_runs(given))
+    assert found == given
+    full = report["equal_utility"][0]
+    assert full["refusal_rate"] == pytest.approx(0.3) and full["seeds"] == 2
+    assert full["seeds_range"] == pytest.approx([0.2, 0.4])
+    text = write_report(given, tmp_path / "report.html").read_text()
+    assert text.count("<h2>Safety against the task</h2>") == 1 and "Pooled from seed1, seed2." in text
+    assert "<td>20% to 40%</td>" in text
+    given.append(seeds(tmp_path, "other", 1, "of another model", 0.9))
+    assert [len(homes) for homes, _ in comparisons(find_runs(given))] == [2, 1]
+
+
+def test_a_report_json_that_is_none_is_named(tmp_path: Path, capsys: Any) -> None:
+    run = seeds(tmp_path, "seed1", 1, "same", 0.2)
+    write_json(tmp_path / "another" / "report.json", ["of another program"])
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "x.html")]) == 0
+    (run / "report.json").write_text("{")
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "x.html")]) == 2
+    assert "report.json cannot be read" in capsys.readouterr().err
+    write_json(run / "report.json", {"format": "warp_ds.compare", "points": []})
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "x.html")]) == 2
+    assert "has no at_utility, equal_utility, prompts, raw" in capsys.readouterr().err
 
 
 def test_runs_without_what_a_report_wants_are_named(tmp_path: Path, capsys: Any) -> None:

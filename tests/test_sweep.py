@@ -69,5 +69,8 @@ def test_a_small_sweep(tmp_path: Path) -> None:
     text = write_report([run], tmp_path / "report.html").read_text()
     for arm in ("before", "middle", "keep_ratio 0.3"):
         assert f"<dt>{arm}</dt>" in text, "its answers are not found"
+    assert "Broad: the points that no other beats" in text and "<!-- the front -->" in text
+    for setting in ("middle", "keep_ratio_0.3"):
+        assert f"<!-- {setting}/middle_lr0.001_seed42 -->" in text, "its training curve is not drawn"
     frozen = {p.parents[2].name: json.loads(p.read_text())["frozen"] for p in run.glob("*/phase2_*/masks/metadata.json")}
     assert frozen["keep_ratio_0.3"] == pytest.approx(3 * frozen["middle"], abs=5)

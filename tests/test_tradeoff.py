@@ -6,7 +6,7 @@ import pytest
 
 from warp_ds.config import CompareArguments, ConfigError
 from warp_ds.phases.arms import ARMS, Arm, compose, parse_arms
-from warp_ds.phases.compare import ComparisonData, overlaps
+from warp_ds.phases.compare import ComparisonData, Point, _needed, merged_from, overlaps
 from warp_ds.phases.evaluate import EvaluationSets
 from warp_ds.report.tradeoff import at_utility, compare, crossing, markdown
 
@@ -29,6 +29,18 @@ def test_composition_takes_what_each_part_sets() -> None:
     assert compose("safeinstr+resta").trains == "all"
     assert compose("safedelta@10") == Arm("safedelta@10", merge="safedelta", strength=10.0)
     assert compose("rotated+resta@0.5") == Arm("rotated+resta@0.5", "target", "activation", merge="resta", strength=0.5)
+
+
+def test_a_model_is_kept_while_a_later_point_is_it_or_merges_it() -> None:
+    def points(text: str, seed: int = 1) -> list[Point]:
+        return [Point(arm, 1e-3, seed) for arm in parse_arms(text)]
+
+    resta, full = points("resta,full")
+    assert merged_from(resta) == full and merged_from(full) is None
+    assert merged_from(points("original+safedelta@3")[0]) == points("original")[0]
+    assert _needed(full, [full]) and _needed(full, [resta]) and _needed(full, points("safedelta@3"))
+    assert not _needed(full, points("full,resta", seed=2)) and not _needed(full, points("original,original+resta"))
+    assert not _needed(resta, [full])
 
 
 @pytest.mark.parametrize("text, message", [

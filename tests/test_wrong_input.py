@@ -42,6 +42,9 @@ def _prepare(root: Path) -> None:
         (root / "columns.jsonl").write_text(json.dumps({"a": "x", "b": "y"}) + "\n")
         (root / "prompts.jsonl").write_text(json.dumps({"prompt": "x"}) + "\n")
         (root / "long.jsonl").write_text(json.dumps({"prompt": "word " * 300, "response": "y"}) + "\n")
+        (root / "csv.jsonl").write_text("prompt,response\nx,y\n")
+        (root / "lines.csv").write_text("just text\nwithout a header\n")
+        (root / "list.jsonl").write_text("[1, 2]\n")
         (root / "stage2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     runtime.barrier()
 
@@ -52,6 +55,7 @@ def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
     from warp_ds.phases.compare import run_compare
     from warp_ds.phases.evaluate import run_evaluation
     from warp_ds.phases.importance import run_importance
+    from warp_ds.phases.sweep import SweepArguments, run_sweep
     from warp_ds.phases.training import run_training
 
     def basis(**more: Any) -> Callable[[], Any]:
@@ -72,6 +76,11 @@ def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
 
     def compare(**more: Any) -> Callable[[], Any]:
         return lambda: run_compare(_checked(CompareArguments(**{**common(
+            root, root / "out", safety_data=str(root / "refusals_fit.jsonl"), harmful_data=str(root / "refusals_fit.jsonl"),
+            utility_data=str(root / "utility_train.jsonl"), utility_heldout=str(root / "utility_train.jsonl")), **more})))
+
+    def sweep(**more: Any) -> Callable[[], Any]:
+        return lambda: run_sweep(_checked(SweepArguments(**{**common(
             root, root / "out", safety_data=str(root / "refusals_fit.jsonl"), harmful_data=str(root / "refusals_fit.jsonl"),
             utility_data=str(root / "utility_train.jsonl"), utility_heldout=str(root / "utility_train.jsonl")), **more})))
 
@@ -106,12 +115,23 @@ def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
         "global batch 0": ("--global_batch_size", train(global_batch_size=0)),
         "unknown suite": ("--suite nonsense: choose from", evaluate(suite="nonsense")),
         "empty attack prompts": ("empty.jsonl is empty", evaluate(suite="", prompt_file=str(root / "empty.jsonl"))),
+        "an empty evaluation set": ("empty.jsonl is empty", evaluate(harmful_data=str(root / "empty.jsonl"))),
+        "csv called jsonl": ("csv.jsonl cannot be read as json", evaluate(harmful_data=str(root / "csv.jsonl"))),
+        "text called csv": ("lines.csv.*--prompt_column", evaluate(suite="", prompt_file=str(root / "lines.csv"))),
+        "json that is no rows": ("list.jsonl", evaluate(suite="", prompt_file=str(root / "list.jsonl"))),
+        "no suite at all": ("--suite is empty: choose from", evaluate(suite="")),
         "task items without numbers": ("'#### N'.*gsm8k cannot score", evaluate(
             suite="gsm8k", utility_data=str(root / "refusals_fit.jsonl"))),
         "no such judge": ("--judge_model .*no such directory", evaluate(judge_model=missing)),
         "movement from nothing": ("--reference_model: give it too", evaluate(basis_dir=missing)),
         "unknown arm": ("--arms nonsense: choose from", compare(arms="before,nonsense")),
         "contradictory arms": ("two of its parts set the basis", compare(arms="rotated+osft")),
+        "no arm at all": ("--arms is empty: choose from", compare(arms=",")),
+        "rates of an arm that is not compared": ("give ARM=RATE:RATE", compare(arms="before,full", arm_rates="osft=1e-3")),
+        "a rate that is no number": ("--learning_rates 'fast'", compare(learning_rates="fast")),
+        "an empty comparison set": ("empty.jsonl is empty", compare(harmful_data=str(root / "empty.jsonl"))),
+        "examples to mix in without columns": ("a, b", compare(mix_file=str(root / "columns.jsonl"))),
+        "an unknown axis value": ("--bases nonsense: choose from", sweep(bases="nonsense")),
         "resta without an unaligned model": ("--unaligned_data", compare(arms="resta")),
         "a comparison on items without numbers": ("'#### N'", compare(utility_heldout=str(root / "refusals_fit.jsonl"))),
         "unknown resume": ("--resume", basis(resume="yesterday")),

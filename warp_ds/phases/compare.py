@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from warp_ds.phases.evaluate import (
     noise_limit,
     paired_tests,
     shared_prompts,
+    write_card,
     write_measurement,
 )
 from warp_ds.phases.importance import run_importance
@@ -56,7 +57,7 @@ from warp_ds.phases.merge import merge, resta_formula, safe_delta_formula
 from warp_ds.phases.neurons import LAYERS, safety_neuron_masks
 from warp_ds.phases.run import start_run, versions
 from warp_ds.phases.training import run_safety_tuning, run_training
-from warp_ds.report import tradeoff
+from warp_ds.report import card, tradeoff
 from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import end_engine
 from warp_ds.zero.model import resolve_model_dir
@@ -124,9 +125,8 @@ def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[floa
     if any(arm.trains is None for arm in arms):
         points.insert(0, Point(next(arm for arm in arms if arm.trains is None), 0.0, seeds[0]))
     bench.write_data()
-    overlap = overlaps(bench.data)
-    for (where, kind), count in overlap.items():
-        logger.warning("%d %s prompts of the evaluation stand in %s: what is measured on them is memory", count, kind, where)
+    for which, count in bench.overlap.items():
+        logger.warning("%d prompts of the evaluation (%s) were there before: what is measured on them is memory", count, which)
     rotated = next((arm for arm in arms if arm.basis == "activation" and arm.unit == "entry" and not arm.start), None)
     started = time.time()
     rows = []
@@ -134,15 +134,17 @@ def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[floa
         leave_if_asked()
         logger.info("point %d of %d: %s", number, len(points), point.name)
         rows.append(bench.point(point, rotated))
-        if not bench.arguments.keep_models and not _needed(point, points[number:]):
-            bench.forget(point)
+        if not bench.arguments.keep_models:
+            for made in filter(None, (point, merged_from(point))):
+                if not _needed(made, points[number:]):
+                    bench.forget(made)
     sets = bench.data.sets
     prompts = {"refusal_rate": len(sets.harmful), "incoherent_rate": len(sets.harmful),
                "attack_success_rate": len(sets.harmful), "over_refusal_rate": len(sets.harmless),
                "utility_accuracy": len(sets.utility)}
     return {
         "format": "warp_ds.compare", "version": 1, "points": rows, "prompts": prompts,
-        "overlap": {f"{kind} in {where}": count for (where, kind), count in overlap.items()},
+        "overlap": bench.overlap,
         "keep_ratio": bench.arguments.keep_ratio, "layer_type": bench.arguments.layer_type,
         "noise_threshold": bench.noise_threshold(),
         "unaligned": bench.known("unaligned") if any(arm.merge == "resta" for arm in arms) else None,
@@ -158,9 +160,18 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
     write_text(directory / "table.md", tradeoff.markdown(report))
 
 
+def merged_from(point: Point) -> Point | None:
+    """The point whose model this one merges: the same arm without its merge, trained where it is no point itself."""
+    arm = point.arm
+    if arm.merge is None:
+        return None
+    rest = "+".join(part for part in arm.name.split("+") if part.partition("@")[0] != arm.merge)
+    return replace(point, arm=replace(arm, merge=None, strength=None, name=rest or "full"))
+
+
 def _needed(point: Point, later: Sequence[Point]) -> bool:
-    """Whether a later point merges this one's model."""
-    return any(p.arm.merge and (p.rate, p.seed) == (point.rate, point.seed) for p in later)
+    """Whether a later point is this one, or merges its model."""
+    return any(made is not None and made.name == point.name for p in later for made in (p, merged_from(p)))
 
 
 class Bench:
@@ -175,6 +186,11 @@ class Bench:
         self.before: list[Row] = []
         self._made: dict[str, Path] = {}
 
+    @cached_property
+    def overlap(self) -> dict[str, int]:
+        """'harmful in the safety set' -> how many prompts of the evaluation stand there."""
+        return {f"{kind} in {where}": count for (where, kind), count in overlaps(self.data).items()}
+
     def timed(self, name: str, run: Callable[[], Any]) -> Any:
         began = time.time()
         result = run()
@@ -184,9 +200,12 @@ class Bench:
     def common(self, model: Path, **more: Any) -> dict[str, Any]:
         """Flags of every phase."""
         a = self.arguments
+        # Two comparisons have phases of the same names: their logs lie apart, as their runs do.
+        here = self.root.relative_to(a.output_dir) if self.root.is_relative_to(a.output_dir) else self.root.name
         return {"model_name": str(model), "dtype": a.dtype, "device": a.device, "deepspeed": a.deepspeed,
-                "output_dir": str(self.root), "log_dir": a.log_dir, "seed": a.seed, "max_length": a.max_length,
-                "batch_size": a.batch_size, "gradient_checkpointing": a.gradient_checkpointing, "timeout": a.timeout, **more}
+                "output_dir": str(self.root), "log_dir": str(Path(a.log_dir) / here), "seed": a.seed,
+                "max_length": a.max_length, "batch_size": a.batch_size, "gradient_checkpointing": a.gradient_checkpointing,
+                "timeout": a.timeout, **more}
 
     # ---------------------------------------------------------------- data
 
@@ -304,9 +323,9 @@ class Bench:
 
     def _merged(self, point: Point) -> Path:
         arm, a = point.arm, self.arguments
-        rest = "+".join(part for part in arm.name.split("+") if part.partition("@")[0] != arm.merge)
-        trained = replace(arm, merge=None, strength=None, name=rest or "full")
-        fine_tuned = self.model(Point(trained, point.rate, point.seed))
+        trained = merged_from(point)
+        assert trained is not None
+        fine_tuned = self.model(trained)
         aligned = self.start(arm.start)
         if arm.merge == "resta":
             formula = resta_formula(self.unaligned(), a.resta_alpha if arm.strength is None else arm.strength)
@@ -316,6 +335,8 @@ class Bench:
                                          a.safedelta_s if arm.strength is None else arm.strength)
         output = self.root / f"merge_{point.name}" / "model"
         self.timed(f"merge_{point.name}", lambda: merge(fine_tuned, aligned, output, formula))
+        text = f"## Merged after training\n\nThis model is the trained one, `{fine_tuned}`, merged by the arm `{arm.name}`.\n\n"
+        runtime.on_rank_0(lambda: card.write_section(output, "merged", text + card.made(fine_tuned)), "writing the card")
         return output
 
     def point(self, point: Point, rotated: Arm | None) -> dict[str, Any]:
@@ -323,6 +344,12 @@ class Bench:
         # How far a model is from another start model says nothing.
         weights = partial(self._weights, rotated) if point.arm.start is None else None
         found = self.measured(point.name, lambda: self.model(point), weights)
+        if point.arm.trains is not None:
+            model = self.root / f"{'merge' if point.arm.merge else 'phase3'}_{point.name}" / "model"
+            before = self.known("before")
+            where = f"By a comparison, `{self.root.name}`, arm `{point.arm.name}`."
+            runtime.on_rank_0(lambda: write_card(model, "compare", where, found | {"overlap": self.overlap}, before),
+                              "writing the model's card")
         return {"arm": point.arm.name, "rate": point.rate if point.arm.trains else None, "seed": point.seed,
                 "from_start": point.arm.merge is None and point.arm.start is None, **found}
 

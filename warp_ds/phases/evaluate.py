@@ -19,7 +19,6 @@ from warp_ds.artifacts import (
     find_artifact,
     fingerprint_model,
     fingerprint_rows,
-    newest,
     phase_of,
     read_json,
     write_json,
@@ -41,6 +40,7 @@ from warp_ds.evaluation.metrics import agreement, exact_match, extract_number, m
 from warp_ds.evaluation.movement import mean_movement, movement, open_basis
 from warp_ds.evaluation.verdicts import verdict
 from warp_ds.phases.run import start_run
+from warp_ds.report import card
 from warp_ds.zero import runtime
 from warp_ds.zero.model import load_model, resolve_model_dir
 
@@ -318,6 +318,8 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
         if start is not None and basis is not None:
             found.metrics |= movement_metrics(start, model_dir, basis)
         runtime.on_rank_0(lambda: write_measurement(run.directory, found), "writing the results")
+        where, old = f"By `launch/evaluate.py`, run `{run.directory.name}`, data {inputs['data']}.", summarise(before.answers)
+        runtime.on_rank_0(lambda: write_card(model_dir, "evaluate", where, found.metrics, old), "writing the model's card")
         for name, value in found.metrics.items():
             logger.info("%s: %s", name, value)
         run.finish()
@@ -376,10 +378,7 @@ def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
         settings = config["settings"]
         made_from = [settings.get("model_name"), settings.get("basis_dir"), settings.get("masks_dir")]
         if config["phase"] == "phase3" and settings.get("masks_dir") is None:
-            # The newest masks: then those, unless others came since.
-            newer = newest(run.parent, "phase2")
-            if newer is not None and MaskStore(newer / "masks").fingerprint() == config["inputs"].get("masks"):
-                made_from.append(str(newer / "masks"))
+            made_from.append(card.masks_of(run))
         if config["phase"] == "phase2" and (run / "masks" / "metadata.json").is_file():
             made_from.append(MaskStore(run / "masks").metadata.basis_dir)
         for path in (Path(name).resolve() for name in made_from if name):
@@ -418,6 +417,14 @@ def write_measurement(directory: Path, found: Measurement, last: bool = True) ->
     write_json(directory / "metrics.json", found.metrics)
     for partial_file in directory.glob("*answers.partial.jsonl") if last else ():
         partial_file.unlink()
+
+
+def write_card(model_dir: Path, name: str, where: str, metrics: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
+    """What is known of a model that was trained here, on its card. Rank 0 alone calls it."""
+    facts, rows = card.made(model_dir), {"before training": before} if before else {}
+    if facts:
+        card.write_section(model_dir, "made", facts)
+    card.write_section(model_dir, name, card.evaluation(where, {**rows, "this model": metrics}))
 
 
 def load_engine(arguments: EvaluateArguments) -> tuple[Any, PreTrainedTokenizerBase]:

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from warp_ds.artifacts import ArtifactError, BasisStore, write_json, write_tensors
+from warp_ds.artifacts import ArtifactError, BasisStore, write_json, write_tensors, write_text
 from warp_ds.method.baselines import resta, safe_delta, safety_hessian
+from warp_ds.report.card import without_sections
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,10 @@ def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula) -> No
 
     def rest() -> None:
         for path in fine_tuned.iterdir():
-            if path.is_file() and path.name not in files:
+            if path.name == "README.md":
+                # What was measured was measured on the model before merging.
+                write_text(output / path.name, without_sections(path.read_text(encoding="utf-8")))
+            elif path.is_file() and path.name not in files:
                 shutil.copyfile(path, output / path.name)
         write_json(output / MARK, {"fine_tuned": str(fine_tuned), "aligned": str(aligned)})
 

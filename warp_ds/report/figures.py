@@ -47,8 +47,11 @@ def save(figure: Figure, directory: Path, name: str) -> str:
     return element
 
 
-def tradeoff(raw: Sequence[Mapping[str, Any]], prompts: int, target: float) -> Figure:
-    """Refusals against the task's loss: a line an arm, a point a learning rate, bars the 95 % Wilson interval."""
+def tradeoff(raw: Sequence[Mapping[str, Any]], prompts: int, target: float, front: Sequence[Sequence[Any]] = ()) -> Figure:
+    """Refusals against the task's loss: a line an arm, a point a learning rate, bars the 95 % Wilson interval.
+
+    ``front``: [arm, rate] of the points that no other beats, joined by a broad grey line where there are any.
+    """
     figure, axes = pyplot.subplots(figsize=(WIDTH, 5.0))
     arms = list(dict.fromkeys(row["arm"] for row in raw))
     colours = pyplot.get_cmap("tab20")
@@ -60,6 +63,10 @@ def tradeoff(raw: Sequence[Mapping[str, Any]], prompts: int, target: float) -> F
                 [max(0.0, high - rate) for rate, (_, high) in zip(y, ends, strict=True)]]
         axes.errorbar(x, y, yerr=bars, label=arm, color=colours(number % 20), marker=MARKERS[number % len(MARKERS)],
                       markersize=5, linewidth=1, elinewidth=0.7, capsize=2)
+    best = [row for arm, rate in front for row in raw if (row["arm"], row["rate"]) == (arm, rate)]
+    if best:
+        axes.plot([row[UTILITY] for row in best], [row["refusal_rate"] for row in best], label="the front", color="#bbbbbb",
+                  linewidth=6, alpha=0.6, zorder=0, solid_capstyle="round")
     axes.axvline(target, color="#888888", linewidth=0.8, linestyle=":")
     axes.set_xlabel("task loss, nats a token (left is better)")
     axes.set_ylabel("refused harmful prompts")
@@ -100,6 +107,22 @@ def mask_map(shares: Mapping[str, Sequence[float]], bins: int) -> Figure:
     axes.set_yticks(range(len(shares)), list(shares), fontsize=7)
     axes.set_xlabel(f"eigen-directions, leading ones left (% of all, {bins} bins)")
     figure.colorbar(image, ax=axes, label="frozen share", pad=0.01)
+    return figure
+
+
+def frozen_by_layer(columns: Mapping[str, Sequence[float]]) -> Figure:
+    """Frozen share of each column, a line a layer, the columns sorted by it."""
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 3.4))
+    colours = pyplot.get_cmap("viridis")
+    for number, (name, shares) in enumerate(columns.items()):
+        ranks = [100 * (i + 0.5) / len(shares) for i in range(len(shares))]
+        axes.plot(ranks, sorted(shares, reverse=True), color=colours(number / max(1, len(columns) - 1)), linewidth=0.9,
+                  label=name)
+    axes.set_xlabel("columns, most frozen left (% of all)")
+    axes.set_ylabel("frozen share of a column")
+    axes.set_ylim(-0.03, 1.03)
+    if len(columns) <= 12:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 

@@ -21,8 +21,8 @@ from warp_ds.method.mask import unpack_bits
 from warp_ds.report import figures, tradeoff
 
 BINS = 50
-CURVES, ANSWERS = 16, 20
-"""Most training runs in one picture, and most prompts with their answers in the page."""
+CURVES, MASKS, ANSWERS = 16, 3, 20
+"""Most training runs in one picture, most masks, and most prompts with their answers in the page."""
 
 STYLE = Path(__file__).with_name("page.css")
 
@@ -38,6 +38,13 @@ class Runs:
 
     def with_file(self, name: str) -> list[Path]:
         return [run for run in self.all if (run / name).is_file()]
+
+    def name(self, run: Path) -> str:
+        """The directory's name, with as many of its parents as tell it from the other runs: a sweep's settings, or two
+        comparisons, hold runs of the same names."""
+        parts = {other: other.absolute().parts for other in self.all}
+        return next("/".join(parts[run][-depth:]) for depth in range(1, len(parts[run]) + 1)
+                    if sum(other[-depth:] == parts[run][-depth:] for other in parts.values()) == 1)
 
 
 def find_runs(given: Sequence[str | Path]) -> Runs:
@@ -82,19 +89,45 @@ def write_report(given: Sequence[str | Path], output: Path) -> Path:
 # ---------------------------------------------------------------- sections
 
 
+def comparisons(runs: Runs) -> list[tuple[list[Path], dict[str, Any]]]:
+    """(runs, report) of every comparison. Runs of the same settings, model and data, such as one job a seed, are one: their
+    points are pooled and compared anew. Another program's report.json is passed over; ArtifactError for a broken one."""
+    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for run in runs.with_file("report.json"):
+        report = read_json(run / "report.json")
+        if not isinstance(report, dict) or report.get("format") != "warp_ds.compare":
+            continue
+        missing = sorted({"points", "raw", "equal_utility", "at_utility", "prompts"} - set(report))
+        if missing:
+            raise ArtifactError(f"{run / 'report.json'} has no {', '.join(missing)}: run the comparison again under its "
+                                "--run_name, which measures nothing twice")
+        config = _config(run)
+        same = config["identity"] if config.get("phase") == "compare" and "identity" in config else str(run.absolute())
+        groups.setdefault(same, []).append((run, report))
+    return [([run for run, _ in group], _pool([report for _, report in group])) for group in groups.values()]
+
+
+def _pool(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if len(reports) == 1:
+        return reports[0]
+    points = {(p["arm"], p["rate"], p["seed"]): p for report in reversed(reports) for p in reversed(report["points"])}
+    ordered = list(reversed(points.values()))
+    prompts = {name: count for name, count in reports[0]["prompts"].items() if count}
+    return {**reports[0], "points": ordered, **tradeoff.compare(ordered, prompts)}
+
+
 def _comparison(runs: Runs, pictures: Path) -> str:
     parts = []
-    for number, run in enumerate(runs.with_file("report.json")):
-        report = read_json(run / "report.json")
-        if "raw" not in report:
-            continue
+    for number, (sources, report) in enumerate(comparisons(runs)):
         prompts = int(report.get("prompts", {}).get("refusal_rate", 0))
-        picture = figures.save(figures.tradeoff(report["raw"], prompts, report["at_utility"]), pictures,
-                               f"tradeoff{number or ''}")
+        picture = figures.save(figures.tradeoff(report["raw"], prompts, report["at_utility"], report.get("front", ())),
+                               pictures, f"tradeoff{number or ''}")
+        front = " Broad: the points that no other beats in task loss and refusals both." if report.get("front") else ""
+        pooled = f" Pooled from {', '.join(map(runs.name, sources))}." if len(sources) > 1 else ""
         parts.append(_section(
             "Safety against the task",
-            _figure(picture, f"Each line is an arm, each point a learning rate (mean over seeds). Bars: 95 % Wilson intervals "
-                    f"over {prompts} prompts. Dotted: the task loss at which arms are compared."),
+            _figure(picture, "Each line is an arm, each point a learning rate (mean over seeds). Bars: 95 % Wilson intervals "
+                    f"over {prompts} prompts. Dotted: the task loss at which arms are compared.{front}{pooled}"),
             _markdown_tables(tradeoff.markdown(report)), _warnings(report)))
     return "".join(parts)
 
@@ -117,14 +150,21 @@ def _evaluations(runs: Runs, pictures: Path) -> str:
             metrics = read_json(run / "metrics.json")
             warnings += _warnings(metrics)
             for name, value in metrics.items():
-                if name.endswith("_rate") or name.startswith("utility") and isinstance(value, float):
+                if name.endswith(("_rate", "_p_against_before")) or name == "movement" or (
+                        name.startswith("utility") and isinstance(value, float)):
                     ends = metrics.get(f"{name.removesuffix('_rate')}_interval")
-                    rows.append([run.name, name, f"{value:.3f}", "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"])
+                    rows.append([runs.name(run), name, f"{value:.3f}",
+                                 "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"])
     return _section("Evaluations", _table(["run", "measure", "value", "95 % interval"], rows), warnings) if rows else ""
 
 
+def _of_start(runs: Runs, phase: str) -> list[Path]:
+    """The runs of a phase, the comparison's start model's first, then those of start models that an arm changes."""
+    return sorted(runs.of(phase), key=lambda run: ("_start_" not in run.name, runs.name(run)))
+
+
 def _bases(runs: Runs, pictures: Path) -> str:
-    for run in runs.of("phase1"):
+    for run in _of_start(runs, "phase1"):
         if (run / "basis" / "metadata.json").is_file():
             basis = BasisStore(run / "basis")
             if basis.metadata.basis == "activation":
@@ -134,39 +174,56 @@ def _bases(runs: Runs, pictures: Path) -> str:
                 return _section("What the safety inputs span", _figure(
                     figures.save(figures.spectra({k: v for k, v in values.items() if v}), pictures, "spectra"),
                     f"Eigenvalues of the covariance of each layer's safety inputs ({basis.metadata.tokens} tokens), early "
-                    f"layers dark. Run {run.name}."))
+                    f"layers dark. Run {runs.name(run)}."))
     return ""
 
 
 def _masks(runs: Runs, pictures: Path) -> str:
-    parts: list[str] = []
-    for run in sorted(runs.of("phase2"), key=lambda r: r.name):
-        if not (run / "masks" / "metadata.json").is_file():
-            continue
-        masks = MaskStore(run / "masks")
-        if masks.metadata.basis != "activation" or masks.metadata.unit != "entry" or masks.metadata.score != "importance":
-            continue
-        shares = {}
-        for layer in masks.layers:
-            by_column = unpack_bits(masks.packed(layer.name), layer.n).float().mean(0)
-            shares[layer.stem] = [float(part.mean()) for part in torch.tensor_split(by_column, min(BINS, layer.n))]
-        meta = masks.metadata
+    """Rotated masks of single entries."""
+    found = []
+    for run in _of_start(runs, "phase2"):
+        if (run / "masks" / "metadata.json").is_file():
+            masks = MaskStore(run / "masks")
+            if (masks.metadata.basis, masks.metadata.unit, masks.metadata.score) == ("activation", "entry", "importance"):
+                found.append((run, masks))
+    parts = []
+    for number, (run, masks) in enumerate(found[:MASKS]):
+        by_column = {layer.stem: unpack_bits(masks.packed(layer.name), layer.n).float().mean(0) for layer in masks.layers}
+        shares = {stem: [float(part.mean()) for part in torch.tensor_split(columns, min(BINS, len(columns)))]
+                  for stem, columns in by_column.items()}
         width = max(map(len, shares.values()))
-        shares = {name: row + [row[-1]] * (width - len(row)) for name, row in shares.items()}
-        picture = figures.save(figures.mask_map(shares, width), pictures, f"mask{len(parts) or ''}")
-        notes = "".join(f"<li>{_text(note)}</li>" for note in meta.notes)
-        parts.append(_section("Where the mask lies", _figure(
-            picture, f"{meta.frozen:,} of {meta.entries:,} rotated coefficients are frozen (keep_ratio {meta.keep_ratio:g}, "
-            f"scope {meta.scope}). Run {run.name}."), f"<ul>{notes}</ul>" if notes else ""))
-        break
-    return "".join(parts)
+        shares = {stem: row + [row[-1]] * (width - len(row)) for stem, row in shares.items()}
+        meta = masks.metadata
+        parts += [
+            _figure(figures.save(figures.mask_map(shares, width), pictures, f"mask{number or ''}"),
+                    f"{meta.frozen:,} of {meta.entries:,} rotated coefficients are frozen (keep_ratio {meta.keep_ratio:g}, "
+                    f"scope {meta.scope}). Run {runs.name(run)}."),
+            _figure(figures.save(figures.frozen_by_layer({stem: columns.tolist() for stem, columns in by_column.items()}),
+                                 pictures, f"frozen{number or ''}"),
+                    "How a layer's frozen coefficients lie in its columns (eigen-directions): a steep fall means a few whole "
+                    "directions, a flat line means all of them alike. Early layers dark."),
+            _thresholds(masks, by_column)]
+        parts += [f"<ul>{''.join(f'<li>{_text(note)}</li>' for note in meta.notes)}</ul>"] if meta.notes else []
+    more = f'<p class="dim">{len(found) - MASKS} more masks are not drawn.</p>' if len(found) > MASKS else ""
+    return _section("Where the mask lies", *parts, more) if parts else ""
+
+
+def _thresholds(masks: MaskStore, by_column: dict[str, torch.Tensor]) -> str:
+    """How much is frozen, and what a coefficient had to score for it, layer by layer."""
+    rows = []
+    for layer in masks.layers:
+        entry, shares = masks.metadata.layers[layer.name], by_column[layer.stem]
+        rows.append([layer.stem, f"{entry['frozen'] / (layer.m * layer.n):.1%}", f"{float((shares > 0).float().mean()):.1%}",
+                     f"{float((shares > 0.5).float().mean()):.1%}", f"{entry['threshold']:.2e}"])
+    return _table(["layer", "frozen", "columns with any frozen", "columns more than half frozen", "lowest frozen score"], rows)
 
 
 def _curves(runs: Runs, pictures: Path) -> str:
     found = {}
     for run in runs.of("phase3"):
         if (run / "metrics.jsonl").is_file():
-            found[run.name.removeprefix("phase3_")] = _lines(run / "metrics.jsonl")
+            *above, name = runs.name(run).split("/")
+            found["/".join([*above, name.removeprefix("phase3_")])] = _lines(run / "metrics.jsonl")
     if not found:
         return ""
     shown = dict(list(found.items())[:CURVES])
@@ -184,11 +241,14 @@ def _costs(runs: Runs, pictures: Path) -> str:
             train = _lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
             steps = max((int(line["step"]) for line in train), default=0)
             runtime = next((line["train_runtime"] for line in train if "train_runtime" in line), None)
-            rows.append([run.name, str(config.get("phase", "")), str(config.get("world_size", "")), f"{seconds:.0f}",
-                         str(steps or ""), f"{runtime / steps:.3f}" if runtime and steps else ""])
+            rotating = [float(line["rotate_seconds"]) for line in train if "rotate_seconds" in line]
+            rows.append([runs.name(run), str(config.get("phase", "")), str(config.get("world_size", "")), f"{seconds:.0f}",
+                         str(steps or ""), f"{runtime / steps:.3f}" if runtime and steps else "",
+                         f"{sum(rotating) / len(rotating):.3f}" if rotating else ""])
     if not rows:
         return ""
-    return _section("What it took", _table(["run", "phase", "ranks", "seconds", "steps", "seconds a step"], rows),
+    return _section("What it took", _table(["run", "phase", "ranks", "seconds", "steps", "seconds a step",
+                                             "of it rotating"], rows),
                     '<p class="dim">Wall time of the launch that finished each run. Runs named layers or full train without a '
                     "mask: the difference to the others is what the mask costs.</p>")
 
@@ -199,23 +259,25 @@ def _certificates(runs: Runs, pictures: Path) -> str:
         found = read_json(run / "certificate.json")
         problems = "".join(f"<li>{_text(p)}</li>" for p in found["problems"])
         parts.append(f"<p><strong>{'Kept' if found['kept'] else 'BROKEN'}</strong>: {found['frozen']:,} frozen coefficients, "
-                     f"relative drift {found['frozen_drift']:.1e} ({_text(run.name)}).</p><ul>{problems}</ul>")
+                     f"relative drift {found['frozen_drift']:.1e} ({_text(runs.name(run))}).</p><ul>{problems}</ul>")
     return _section("Freeze certificate", *parts) if parts else ""
 
 
 def _answers(runs: Runs, pictures: Path) -> str:
     """Answers of the arms (one seed, the largest rate) to the same prompts; harmful prompts stay folded."""
     sources: dict[str, Path] = {}
-    for run in runs.with_file("report.json"):
-        points = read_json(run / "report.json").get("points", [])
-        for point in sorted(points, key=lambda p: (-(p.get("rate") or 0), p["seed"])):
+    compared = comparisons(runs)
+    for homes, _ in compared:
+        above = f"{runs.name(homes[0])}: " if len(compared) > 1 else ""
+        points = [(run, point) for run in homes for point in read_json(run / "report.json")["points"]]
+        for run, point in sorted(points, key=lambda p: (-(p[1]["rate"] or 0), p[1]["seed"])):
             name = point["arm"] if point["rate"] is None else f"{point['arm']}_lr{point['rate']:g}_seed{point['seed']}"
             path = run / point.get("home", Path("points") / name) / "answers.jsonl"
             if path.is_file():
-                sources.setdefault(point["arm"], path)
+                sources.setdefault(f"{above}{point['arm']}", path)
     for run in runs.of("evaluate"):
         if (run / "answers.jsonl").is_file():
-            sources.setdefault(run.name, run / "answers.jsonl")
+            sources.setdefault(runs.name(run), run / "answers.jsonl")
     table: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
     for arm, path in sources.items():
         for row in _lines(path):
@@ -246,7 +308,7 @@ def _reproduce(runs: Runs, pictures: Path) -> str:
             versions = ", ".join(f"{k} {v}" for k, v in config.get("versions", {}).items())
             inputs = ", ".join(f"{k} {v}" for k, v in config.get("inputs", {}).items())
             command = " ".join(map(str, config["command"]))
-            parts.append(f"<h3>{_text(run.name)}</h3><pre>{_text(command)}</pre>"
+            parts.append(f"<h3>{_text(runs.name(run))}</h3><pre>{_text(command)}</pre>"
                          f"<p class=\"dim\">{config.get('world_size')} ranks; fingerprints: {_text(inputs)}; "
                          f"{_text(versions)}; started {_text(config.get('started_at', ''))}</p>")
     return _section("How to make it again", *parts) if parts else ""
