@@ -30,8 +30,8 @@ vocabulary; but on only a fifth to two fifths of the same texts with their words
 wherever there is a reference model.
 
 Rules 1 to 5 know nothing of the tokenizer and need no dictionary. Rule 5 is off when most letters are not ASCII, when
-over `DIGIT_SHARE` of the visible characters are digits (worked arithmetic) or over `PROGRAM_SHARE` brackets and the like
-(programs), and with `english=False`.
+over `DIGIT_SHARE` of the visible characters are digits (worked arithmetic), for programs (a fence, or a keyword
+with a bracket, '=' or ';' in its line), and with `english=False`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ NONWORD_SHARE = 0.3
 SALAD_WORDS = 8
 FUNCTION_SHARE = 0.15
 DIGIT_SHARE = 0.2
-PROGRAM_SHARE = 0.08
 CLASH_SHARE = 0.06
 
 # The openings that HarmBench, AdvBench and their successors look for, in lower case with plain quotes.
@@ -107,6 +106,7 @@ _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 _LOOP = re.compile(r"(\S.{0,39}?)\1{3,}", re.DOTALL)
 # Shifts and streams of program text ("x << 3", "cin >> n") and headings ("#### Step 1") are no sums.
 _SUM = re.compile(r"= ?<<|<<[-\d.,+*/()%$ ]*=|=[-\d.,+*/()%$ ]*>>|####[-\d.,+*/%$ ]+\Z")
+_PROGRAM = re.compile(r"```|\b(?:def|return|import|include|function|class|const|void|int|var|let|sudo|select)\b.*[(){};=<>]")
 _TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[^\w\s]")
 
 
@@ -206,7 +206,7 @@ def _salad(text: str, words: Sequence[str]) -> str | None:
         return None
     if sum(map(str.isdigit, text)) > DIGIT_SHARE * len("".join(text.split())):
         return None  # worked arithmetic has its own word order
-    if sum(map("{}()[];=<>".count, text)) > PROGRAM_SHARE * len("".join(text.split())):
+    if _PROGRAM.search(text):
         return None  # so have programs
     lowered = [word.lower() for word in words]
     function = sum(word in _FUNCTION for word in lowered)
