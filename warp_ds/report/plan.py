@@ -29,7 +29,7 @@ from warp_ds.zero.collect import REDUCE, route
 from warp_ds.zero.fetch import outside
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.save import GATHER_BYTES
-from warp_ds.zero.shard_rotation import CHUNK, PLACEMENTS, place_bases
+from warp_ds.zero.shard_rotation import CHUNK, CPU, GPU, PLACEMENTS, choose_placement, place_bases, predict_costs
 
 CHECKED = Path(__file__).with_name("plan_checked.json")
 GPU_CONTEXT = 1_500_000_000
@@ -330,23 +330,28 @@ def training(shape: Shape, job: Job, sharding: Sharding, phase: str, samples: in
     passes["logits"] = _logits(shape, of_rank, b)
     step = {"a sub-group's step": 8.0 * min(share, sharding.sub_group_size) * (sharding.offload == "none")}
     steps = math.ceil(job.epochs * samples / job.global_batch_size)
+    moved = 0.0
     if masked:
         held = {layer.name: (group[0].name, Rotation.held_bytes(layer.n, _rank_of(layer.n, job)))
                 for group in shared_inputs(shape.targets) for layer in group}
-        owners = place_bases(job.basis_placement, shape.targets, held, n_ranks)
+        machine = GPU if job.on_gpu else CPU
+        placement, _ = choose_placement(job.basis_placement, shape.targets, held, n_ranks, machine)
+        owners = place_bases(placement, shape.targets, held, n_ranks)
         largest = 4.0 * max(layer.m * layer.n for layer in shape.targets)
         of_owner: Counter[int | None] = Counter()
         for key, nbytes in dict(held.values()).items():
             of_owner[owners[key]] += nbytes
-        found.gpu["bases"] = float(max(of_owner.values()))
+        found.gpu["bases"] = float(max(of_owner.values())) / (n_ranks if placement == "sharded" else 1)
         found.gpu["masks"] = sum(layer.m * math.ceil(layer.n / 8) for layer in shape.targets) / n_ranks
-        if None in of_owner:
-            # Neither bases nor gradient shards move.
-            step["rotating"] = 3 * largest / n_ranks
-        else:
+        if placement == "owner":
             # An owner gets its layer whole, and gives its own shards away; one piece of rows is rotated at a time.
             step["rotating"] = 2 * largest + 4.0 * CHUNK
-            found.sent += steps * 4 * 4.0 * sum(layer.m * layer.n for layer in shape.targets) / n_ranks * _others(n_ranks)
+        else:
+            # A gradient shard and what it becomes; of sharded bases the one in use and the next, whole.
+            step["rotating"] = 3 * largest / n_ranks
+            if placement == "sharded":
+                step["rotating"] += 2 * max(nbytes for _, nbytes in held.values())
+        moved = steps * predict_costs(shape.targets, held, n_ranks)[placement].sent
         widths = {key: (layer.n, _rank_of(layer.n, job)) for layer in shape.targets for key in [held[layer.name][0]]}
         found.read += max(sum(4.0 * n * r for key, (n, r) in widths.items() if owners[key] == owner) for owner in of_owner)
     # Passes and steps take turns.
@@ -356,7 +361,7 @@ def training(shape: Shape, job: Job, sharding: Sharding, phase: str, samples: in
     fetches = 1 if shape.parameters <= sharding.max_live_parameters else 2
     # Nothing is kept in the first forward pass, in which DeepSpeed learns the order.
     gathers = steps * micro * fetches + (2 - fetches)
-    found.sent = (gathers * shape.parameters + steps * micro * trained) * b * _others(n_ranks)
+    found.sent = moved + (gathers * shape.parameters + steps * micro * trained) * b * _others(n_ranks)
     model = shape.parameters * b
     # The export is gathered once more; its writers hold four buffers.
     found.sent += model * _others(n_ranks)
