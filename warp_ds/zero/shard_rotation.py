@@ -259,23 +259,25 @@ def predict_costs(
     gathered = sum(pieces[key] * (ranks - 1) for key, _ in groupby(bases[layer.name][0] for layer in layers))
     joined = in_place = 0.0
     at_owner, of_owner, sent = [0.0] * ranks, [0.0] * ranks, [0.0] * ranks
+    parts = {(layer.m, layer.n): RowPartition(layer.m, layer.n, ranks, 0) for layer in layers}
+    everybody = 4 * sum(parts[layer.m, layer.n].length for layer in layers)
     for key, owner in owners.items():
         of_owner[owner] += sizes[key]
     for layer in layers:
         key, size = bases[layer.name]
-        part = RowPartition(layer.m, layer.n, ranks, 0)
+        part = parts[layer.m, layer.n]
         # A ring's all-reduce of the rows that are cut between ranks, all of which rotate them.
         joined += 2 * 4 * len(part.cut_rows) * layer.n * (ranks - 1) / ranks
         in_place += (layer.m / ranks + len(part.cut_rows)) * size / 4
         at_owner[owners[key]] += layer.m * size / 4
-        for rank in range(ranks):
-            sent[rank] += 4 * part.length * (ranks - 1 if rank == owners[key] else 1)
+        # Everybody sends a shard to the owner, which gives all others theirs.
+        sent[owners[key]] += 4 * part.length * (ranks - 2)
     moved = 2 * 4 * max((layer.m * layer.n for layer in layers), default=0)
     gathering = 2 * max(sizes.values(), default=0)
     return {
         "replicated": Cost(2 * joined, sum(sizes.values()), 2 * in_place),
         "sharded": Cost(2 * (joined + gathered), sum(pieces.values()) + gathering, 2 * in_place, ahead=True),
-        "owner": Cost(2 * max(sent), max(of_owner) + moved, 2 * max(at_owner)),
+        "owner": Cost(2 * (everybody + max(sent)), max(of_owner) + moved, 2 * max(at_owner)),
     }
 
 
