@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +40,8 @@ def disable_shm_collective() -> None:
 
 
 def end_engine(engine: Any) -> None:
-    """Ends a ZeRO-3 engine, whose memory is then free as soon as nothing of the caller's refers to it.
+    """Ends a ZeRO-3 engine and frees its weights at once; the next garbage collection frees the rest, if nothing of the
+    caller's refers to it.
 
     ``engine.destroy()`` leaves two references to the module: in the list that every forward pushes its modules on
     (parameter_offload.py) and in a cache without a limit over all engines (partitioned_param_coordinator.py).
@@ -51,7 +51,9 @@ def end_engine(engine: Any) -> None:
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [other for other in stack if other is not module]
     params_to_release_cache().cache_clear()
-    gc.collect()
+    for param in module.parameters():
+        for tensor in (param, param.ds_tensor):
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 def params_to_release_cache() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def load_model(arguments: RunArguments, ds_config: dict[str, Any]) -> tuple[Any,
             raise ConfigError(f"--model_name {arguments.model_name}: its configuration or tokenizer cannot be read: "
                               f"{error}") from error
         check_length(arguments.max_length, context_length(config))
+    gc.collect()  # engines that have ended are cycles: none may stay while the next model comes
     model = load_sharded(directory, ds_config=ds_config, dtype=arguments.torch_dtype, device=arguments.resolved_device)
     model.eval()
     return model, tokenizer
