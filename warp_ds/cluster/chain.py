@@ -270,7 +270,7 @@ def _submit_here(chain: Chain, arguments: SubmitArguments) -> None:
         if arguments.nodes != 1:
             raise ConfigError("--cluster local is this machine alone: leave --nodes out")
         settings: dict[str, Any] = {"tasks_per_node": arguments.ranks_per_node or arguments.gpus_per_node or 1,
-                                    "timeout_min": 60 * arguments.hours, "stderr_to_stdout": True}
+                                    "timeout_min": max(1, round(60 * arguments.hours)), "stderr_to_stdout": True}
         if arguments.gpus_per_node:
             settings["gpus_per_node"] = arguments.gpus_per_node
         executor.update_parameters(**settings)
