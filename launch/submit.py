@@ -12,22 +12,23 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from transformers import HfArgumentParser
 
 from warp_ds.artifacts import ArtifactError
 from warp_ds.cluster.chain import Chain, SubmitArguments, cancel, find_chain, status, submit
 from warp_ds.cluster.slurm import SlurmError
-from warp_ds.config import ConfigError
+from warp_ds.config import ConfigError, FlagParser
 
+EPILOG = ("Every flag of the phases is taken too, and goes to those that have it; --phase3.batch_size 2 is for one alone. "
+          "python launch/phase1.py --help (and so on) lists them.")
 SECONDS = 5.0
 """Between two looks at the queue."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 2 for wrong input or a queue that does not answer, 1 for a chain that has stopped unfinished."""
-    parser = HfArgumentParser(SubmitArguments, allow_abbrev=False)  # type: ignore[arg-type]
-    arguments, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    parser = FlagParser(SubmitArguments, description=__doc__, epilog=EPILOG)
     try:
+        arguments, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
         if arguments.status:
             return follow(Chain.load(Path(arguments.status)))
         if arguments.cancel:

@@ -58,6 +58,7 @@ def compared_and_gone_on(root: Path, output: Path) -> dict[str, Any]:
         compare.run_training = trained
     first = {path: path.stat().st_mtime_ns for path in run.rglob("metrics.json*")}
     report = json.loads((run / "report.json").read_text())
+    links = {phase: (run / f"{phase}_latest").readlink().name for phase in ("phase1", "phase2", "phase3")}
     comparison(root, output)
     resumed = json.loads((run / "report.json").read_text())
     comparison(root, output, arms="before,random-mask,original", seeds="42,43", keep_models=False)
@@ -67,7 +68,8 @@ def compared_and_gone_on(root: Path, output: Path) -> dict[str, Any]:
     comparison(root, output, arms="before,original+safedelta", seeds="43", keep_models=False)
     left = sorted(str(path.relative_to(run)) for path in run.glob("*_seed43/model"))
     again = {path: path.stat().st_mtime_ns for path in run.rglob("metrics.json*")}
-    return {"run": str(run), "report": report, "unchanged": all(again[path] == when for path, when in first.items()),
+    return {"run": str(run), "report": report, "links": links,
+            "unchanged": all(again[path] == when for path, when in first.items()),
             "alive": alive, "resumed": resumed, "more": more, "table": table, "gone": gone, "left": left,
             "merged": json.loads((run / "report.json").read_text())}
 
@@ -100,6 +102,11 @@ def test_every_arm_has_its_point(done: Any) -> None:
     assert "refusal_rate" in done["report"]["unaligned"]
     assert {row["arm"] for row in done["report"]["equal_utility"]} == set(rows) - {"before"}
     assert "| random-mask |" in done["table"]
+
+
+def test_the_newest_runs_are_the_rotated_arms_whatever_came_last(done: Any) -> None:
+    assert done["links"] == {"phase1": "phase1_start_activation", "phase2": "phase2_start_activation_entry_importance",
+                             "phase3": "phase3_rotated_lr0.001_seed42"}
 
 
 def test_what_is_measured_is_not_done_again_and_what_is_new_is_added(done: Any) -> None:

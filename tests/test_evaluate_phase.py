@@ -91,6 +91,15 @@ def test_a_models_run_leads_to_all_that_it_was_fitted_on(tmp_path: Path) -> None
     assert fitting_sets([tmp_path]) == {}
 
 
+def test_relative_names_of_a_run_start_where_it_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "fitted.jsonl").write_text(json.dumps({"prompt": "p", "response": "x"}) + "\n")
+    write_json(tmp_path / "phase1" / "config.json", {"phase": "phase1", "working_directory": str(tmp_path), "settings": {
+        "model_name": "hub/base", "safety_data": "fitted.jsonl", "safety_split": "train", "safety_samples": 0}})
+    assert fitting_sets([tmp_path / "phase1"]) == {"fitted.jsonl": ["p"]}
+
+
 def test_a_card_of_ours_gets_the_table_and_no_other_does(root: Path, results: Any) -> None:
     card, metrics = (root / "moved" / "README.md").read_text(), results[3]["moved"]["metrics"]
     assert card.count("## What was measured") == 1, "once for every world"

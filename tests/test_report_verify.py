@@ -104,6 +104,52 @@ def test_one_nudged_coefficient_fails(case: dict[str, Any], layer: str, tmp_path
     assert [c["layer"] for c in found["layers"] if c["violations"]] == [layer]
     assert sum(c["violations"] for c in found["layers"]) == 1
     assert layer in found["problems"][0] and "1 of" in found["problems"][0]
+    worst = next(c for c in found["layers"] if c["layer"] == layer)
+    assert 0 < worst["worst_allowed"] < worst["worst_move"] == pytest.approx(2 * allowed, rel=0.6)
+    assert f"{worst['worst_move']:.3e}, where rounding allows {worst['worst_allowed']:.3e}" in found["problems"][0]
+
+
+def test_the_run_behind_a_model_says_which_masks_it_had(case: dict[str, Any], tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """The hint stands beside the verdict, and only where the masks are others."""
+    run, words = tmp_path / "phase3_x", ["--before", str(case["before"]), "--masks_dir", str(case["artefacts"].masks)]
+    shutil.copytree(case["plain"], run / "model")
+    own = MaskStore(case["artefacts"].masks).fingerprint()
+    for inputs, expected in (({}, "was trained without masks, not with those in"),
+                             ({"masks": "0" * 16}, "was trained with other masks (elsewhere), not with"),
+                             ({"masks": own}, None)):
+        write_json(run / "config.json", {"phase": "phase3", "inputs": inputs, "settings": {"masks_dir": "elsewhere"}})
+        assert main(["verify", "--after", str(run / "model"), *words]) == 1
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "BROKEN" in printed
+        assert expected in printed if expected else "was trained with" not in printed
+
+
+def test_files_that_are_too_coarse_say_so(case: dict[str, Any], tmp_path: Path) -> None:
+    """Every weight by half a unit of its last place, as a few small steps in low precision leave it."""
+    tensors = load_file(case["before"] / "model.safetensors")
+    shutil.copytree(case["before"], tmp_path / "after")
+    for name in (f"{layer.name}.weight" for layer in MaskStore(case["artefacts"].masks).layers):
+        bits = tensors[name].view(torch.int32 if case["dtype"] == torch.float32 else torch.int16)
+        bits[:, 0] ^= 1
+    save_file(tensors, tmp_path / "after" / "model.safetensors", metadata={"format": "pt"})
+    found = certify(case["before"], tmp_path / "after", case["artefacts"].masks)
+    assert found["kept"] and "too coarse to tell for 6 of 6 layers" in found["notes"][0]
+    assert certify(case["before"], case["plain"], case["artefacts"].masks)["notes"] == []
+
+
+def test_the_basis_is_found_after_a_move(case: dict[str, Any], tmp_path: Path) -> None:
+    """Beside the masks' run, under the name of its own; where it is not, the message names both places and the flag."""
+    for phase, kind in (("phase1_a", "basis"), ("phase2_b", "masks")):
+        shutil.copytree(case["artefacts"].root / kind, tmp_path / "moved" / phase / kind)
+    masks = tmp_path / "moved" / "phase2_b" / "masks"
+    values = json.loads((masks / "metadata.json").read_text())
+    write_json(masks / "metadata.json", values | {"basis_dir": "/before/phase1_a/basis"})
+    found = certify(case["before"], case["protected"], masks)
+    assert found["kept"] and found["basis"] == str(tmp_path / "moved" / "phase1_a" / "basis")
+    shutil.rmtree(tmp_path / "moved" / "phase1_a")
+    with pytest.raises(ArtifactError, match=f"/before/phase1_a/basis nor in {tmp_path}/moved/phase1_a/basis.*--basis_dir"):
+        certify(case["before"], case["protected"], masks)
 
 
 def test_swapped_directories_are_refused(case: dict[str, Any]) -> None:

@@ -90,7 +90,8 @@ def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
         "a directory without a model": ("config.json", basis(model_name=str(root))),
         "no such data file": ("no such file|not found|neither", basis(safety_data=str(root / "missing.jsonl"))),
         "no such column": ("--prompt_column.*(a, b|columns)|a, b", basis(safety_data=str(root / "columns.jsonl"))),
-        "a column that is not there": ("question", basis(prompt_column="question")),
+        "a column that is not there": ("no column 'question', which --prompt_column names; its columns are [^:]*$", basis(
+            prompt_column="question")),
         "no responses": ("--refusal_file", basis(safety_data=str(root / "prompts.jsonl"))),
         "empty data set": ("no rows|empty", basis(safety_data=str(root / "empty.jsonl"))),
         "empty prompt": ("empty", basis(safety_data=str(root / "blank.jsonl"))),
@@ -144,6 +145,7 @@ def _checked(arguments: Any) -> Any:
 
     with runtime.on_every_rank_or_none("checking the flags"):
         arguments.check()
+        arguments.check_machine()
     return arguments
 
 
@@ -178,14 +180,61 @@ def test_message_on_every_rank(messages: list[dict[str, str]], case: str) -> Non
         assert re.search(expected, found[case], re.DOTALL), (rank, found[case])
 
 
-def test_the_program_says_it_without_a_traceback(tmp_path: Path) -> None:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "x", "response": "y"}) + "\n")
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "launch" / "phase1.py"), "--model_name", "nowhere/at/all", "--device", "cpu",
-         "--safety_data", "data.jsonl", "--output_dir", str(tmp_path / "out"), "--log_dir", str(tmp_path / "logs")],
-        env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=120,
-    )
-    assert done.returncode == 2
-    assert "--model_name nowhere/at/all: no such directory" in done.stderr
+def run_program(folder: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """``launcher`` words…, in ``folder`` and without the hub; an operator that was built would lie in it, too."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TORCH_EXTENSIONS_DIR": str(folder / "built")}
+    (folder / "data.jsonl").write_text(json.dumps({"prompt": "x", "response": "y"}) + "\n")
+    return subprocess.run([sys.executable, *launcher, *words], env=environment, capture_output=True, text=True, cwd=folder,
+                          timeout=300)
+
+
+WORDS = ("--device", "cpu", "--safety_data", "data.jsonl", "--output_dir", "out", "--log_dir", "logs")
+
+
+@pytest.mark.parametrize(("script", "words", "message"), [
+    ("phase1", ("--model_name", "nowhere/at/all"), "--model_name nowhere/at/all: no such directory on "),
+    ("phase1", ("--model_name", "/x/nomodel"), "--model_name /x/nomodel: no such directory on "),
+    ("phase2", ("--keepratio", "0.1"), "unknown flag --keepratio: did you mean --keep_ratio?"),
+    ("phase3", ("--warmup_step", "3"), "unknown flag --warmup_step: did you mean --warmup_steps?"),
+    ("submit", ("--phase3.batchsize", "3"), "unknown flag --phase3.batchsize: did you mean --phase3.batch_size?"),
+    ("submit", ("--nodes", "two"), "argument --nodes: invalid int value: 'two'"),
+    ("phase2", ("--model_name", "."), "--model_name . is a directory without config.json"),
+])
+def test_the_program_says_it_without_a_traceback(tmp_path: Path, script: str, words: tuple[str, ...], message: str) -> None:
+    done = run_program(tmp_path, str(REPOSITORY / "launch" / f"{script}.py"), *(WORDS if script != "submit" else ()), *words)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "built").exists(), "an operator was built first"
+
+
+def test_ranks_say_it_once_and_before_they_meet(tmp_path: Path) -> None:
+    launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29871")
+    script = str(REPOSITORY / "launch" / "phase1.py")
+    for words, message in ((("--model_name", "/x/nomodel"), "no such directory"), (("--lr", "1"), "unknown flag --lr")):
+        done = run_program(tmp_path, script, *WORDS, *words, launcher=launcher)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "built").exists()
+
+
+def test_help_names_what_every_phase_takes() -> None:
+    from warp_ds.config import parse_training
+
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        shown: list[str] = []
+        patch.setattr(sys.stdout, "write", lambda text: shown.append(text) or len(text))
+        parse_training(TrainArguments, ["--help"])
+    assert "--config FILE" in "".join(shown) and "TrainingArguments" in "".join(shown)
+
+
+def test_flags_from_a_file(tmp_path: Path) -> None:
+    from warp_ds.config import ConfigError, parse_arguments
+
+    (tmp_path / "run.yaml").write_text("keep_ratio: 0.3\nbatch_size: 3\n")
+    for words in (["--config", f"{tmp_path}/run.yaml"], [f"--config={tmp_path}/run.yaml"]):
+        found = parse_arguments(ImportanceArguments, [*words, "--batch_size", "5"])
+        assert (found.keep_ratio, found.batch_size) == (0.3, 5)
+    (tmp_path / "run.yaml").write_text("keep_ration: 0.3\n")
+    with pytest.raises(ConfigError, match="unknown flag --keep_ration: did you mean --keep_ratio"):
+        parse_arguments(ImportanceArguments, words)

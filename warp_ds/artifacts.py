@@ -157,6 +157,7 @@ class MasksMetadata:
     score: str
     basis: str
     basis_dir: str | None
+    """Absolute, as it was when the masks were made; ``MaskStore.find_basis`` also finds it after a move."""
     basis_fingerprint: str | None
     model_fingerprint: str
     data_fingerprint: str
@@ -233,6 +234,30 @@ class MaskStore:
 
     def fingerprint(self) -> str:
         return fingerprint_files([self.directory / entry["file"] for entry in self.metadata.layers.values()])
+
+    def find_basis(self, given: str | Path | None = None) -> BasisStore | None:
+        """The basis that the masks were made with: ``given``, the recorded one, or the run of its name beside the masks' run.
+
+        None for the identity. Raises ArtifactError, naming the places, where it is in none of them.
+        """
+        if self.metadata.basis == "identity":
+            return None
+        if given is not None:
+            return BasisStore(find_artifact(str(given), "basis", "."))
+        places = self.basis_places()
+        for place in places:
+            if (place / "metadata.json").is_file():
+                return BasisStore(place)
+        raise ArtifactError(f"the masks in {self.directory} were made with a basis that is not in "
+                            f"{' nor in '.join(map(str, places)) or 'any known place'}: give its directory with --basis_dir")
+
+    def basis_places(self) -> list[Path]:
+        """Where the basis lay when the masks were made, and where it lies if its run was moved together with theirs."""
+        if self.metadata.basis_dir is None:
+            return []
+        recorded = Path(self.metadata.basis_dir)
+        beside = self.directory.resolve().parent.parent / recorded.parent.name / "basis"
+        return [recorded] if recorded == beside else [recorded, beside]
 
     def check(self, basis: BasisStore | None, model_fingerprint: str | None, model_name: str) -> None:
         """ArtifactError naming both sides where the masks belong to another model or basis."""
@@ -352,3 +377,9 @@ def find_artifact(given: str | None, kind: str, output_dir: str | Path) -> Path:
         if (candidate / "metadata.json").is_file():
             return candidate
     raise ArtifactError(f"no {kind} in {given} (no metadata.json there): run launch/{phase}.py first, or check --{kind}_dir")
+
+
+def path_of_run(config: Mapping[str, Any], name: str) -> Path:
+    """What a setting in a run's config.json names: a relative path starts where the run was started."""
+    path = Path(config.get("working_directory", ""), Path(name).expanduser())
+    return path if path.exists() else Path(name)

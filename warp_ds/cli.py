@@ -31,7 +31,10 @@ def main(argv: list[str] | None = None) -> int:
                                          "where it is in none")
     verify.set_defaults(run=_verify)
 
-    plan = commands.add_parser("plan", help="memory, traffic and disk of every phase, from the model's config alone")
+    plan = commands.add_parser(
+        "plan", help="memory, traffic and disk of every phase, from the model's config alone", description="What each "
+        "phase will need in memory, traffic and disk, and the fewest nodes that will do, from the model's "
+        "config alone: no weight is read. Exit status 1 where the job does not fit.")
     if "plan" in (sys.argv[1:2] if argv is None else argv[:1]):
         from warp_ds.report import plan as planning  # imports torch: only where it is asked for
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import yaml
@@ -51,11 +52,14 @@ class RunArguments:
     local_rank: int = flag(-1, "set by the deepspeed launcher; ignored")
 
     def check(self) -> None:
-        """ConfigError for values that no run can use; reads nothing but the flags and the output directory."""
+        """ConfigError for values that no run can use; reads nothing but the flags, so that every rank finds the same."""
         _at_least(self, "batch_size", 1)
         _at_least(self, "max_length", 2)
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"--device is auto, cuda or cpu, not {self.device!r} (ranks pick their own GPU)")
+
+    def check_machine(self) -> None:
+        """ConfigError where this machine has no such device, or cannot write the output directories."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda, but torch sees no GPU here; use --device cpu or check the driver")
         for name in ("output_dir", "log_dir"):
@@ -314,30 +318,69 @@ NOT_IDENTITY = ("output_dir", "log_dir", "run_name", "resume", "debug", "device"
                 "keep_models")
 
 
+class FlagParser(HfArgumentParser):
+    """Dataclasses to flags, whole names only; what is wrong with a flag is a ConfigError."""
+
+    def __init__(self, kinds: Any, **more: Any):
+        super().__init__(kinds, allow_abbrev=False, **more)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+CONFIG_HELP = "--config FILE reads flags from a YAML file, such as 'keep_ratio: 0.1'; those on the command line win."
+PASSED_HELP = ("Every other flag of transformers' TrainingArguments is taken too and passed on, such as --lr_scheduler_type "
+               "cosine --warmup_steps 50 --report_to tensorboard.")
+
+
 def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:
-    """The flags of one phase; unknown ones end the program with argparse's message."""
-    parser = HfArgumentParser(kind, allow_abbrev=False)  # type: ignore[arg-type]
-    (arguments,) = parser.parse_args_into_dataclasses(args=_with_config_file(argv), look_for_args_file=False)
+    """The flags of one phase; ConfigError for one that it does not have."""
+    arguments, rest = _parse(kind, argv, CONFIG_HELP)
+    if rest:
+        raise unknown_flags(rest, names_of(kind))
     return arguments
 
 
 def parse_training(kind: type[Arguments], argv: list[str] | None = None) -> tuple[Arguments, dict[str, Any]]:
     """The flags of phase 0 or 3, and what else of transformers' TrainingArguments was given (name -> value)."""
-    argv = _with_config_file(argv)
-    parser = HfArgumentParser(kind, allow_abbrev=False)  # type: ignore[arg-type]
-    arguments, rest = parser.parse_args_into_dataclasses(
-        args=argv, look_for_args_file=False, return_remaining_strings=True
-    )
+    arguments, rest = _parse(kind, argv, f"{CONFIG_HELP} {PASSED_HELP}")
     if not rest:
         return arguments, {}
-    passed = HfArgumentParser(TrainingArguments, allow_abbrev=False)  # type: ignore[arg-type]
+    passed = FlagParser(TrainingArguments)
     for action in passed._actions:
         action.default, action.required = argparse.SUPPRESS, False
-    given = vars(passed.parse_args(rest))
+    found, unknown = passed.parse_known_args(rest)
+    if unknown:
+        raise unknown_flags(unknown, [*names_of(kind), *names_of(TrainingArguments)])
+    given = vars(found)
     for name in given:
         if hasattr(arguments, name) or name in _REPLACED:
             raise ConfigError(f"--{name} is set by this project: use {_REPLACED.get(name, '--' + name)}")
     return arguments, given
+
+
+def _parse(kind: type[Arguments], argv: list[str] | None, epilog: str) -> tuple[Arguments, list[str]]:
+    """The flags of ``kind``, and the words that belong to none of them."""
+    parser = FlagParser(kind, description=kind.__doc__, epilog=epilog)
+    arguments, rest = parser.parse_args_into_dataclasses(
+        args=_with_config_file(argv), look_for_args_file=False, return_remaining_strings=True
+    )
+    return arguments, rest
+
+
+def names_of(kind: Any) -> list[str]:
+    """The flags of a dataclass, without dashes; and --config."""
+    return [*(f.name for f in dataclasses.fields(kind) if f.init), "config"]
+
+
+def unknown_flags(words: Sequence[str], known: Iterable[str]) -> ConfigError:
+    """The error that names the flags in ``words``, each with the nearest of ``known``."""
+    known = list(known)
+    found = []
+    for name in (word.split("=")[0] for word in words if word.startswith("-")):
+        near = difflib.get_close_matches(name.lstrip("-").replace("-", "_").lower(), known, n=1)
+        found.append(f"unknown flag {name}: " + (f"did you mean --{near[0]}?" if near else "--help lists all"))
+    return ConfigError("; ".join(found) or f"{words[0]!r} belongs to no flag: --help lists all")
 
 
 _REPLACED = {
@@ -355,13 +398,12 @@ _REPLACED = {
 
 def _with_config_file(argv: list[str] | None) -> list[str]:
     """Puts the flags of ``--config FILE`` (YAML mapping of names to values) before the others."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--config" not in argv:
+    parser = FlagParser([], add_help=False)
+    parser.add_argument("--config", metavar="FILE")
+    found, argv = parser.parse_known_args(argv)
+    if found.config is None:
         return argv
-    at = argv.index("--config")
-    if at + 1 == len(argv):
-        raise ConfigError("--config needs the path of a YAML file")
-    path = Path(argv[at + 1])
+    path = Path(found.config)
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -372,7 +414,7 @@ def _with_config_file(argv: list[str] | None) -> list[str]:
     for name, value in values.items():
         flags.append(f"--{name}")
         flags += [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    return flags + argv[:at] + argv[at + 2 :]
+    return flags + argv
 
 
 def parse_layer_types(text: str) -> list[str]:

@@ -80,7 +80,7 @@ def protect_optimizer(
         internals.refuse_unsupported(optimizer)
     with runtime.on_every_rank_or_none("reading basis and masks"):
         masks = MaskStore(find_artifact(str(masks_dir), "masks", "."))
-        basis = None if masks.metadata.basis == "identity" else BasisStore(_basis_of(masks, basis_dir))
+        basis = masks.find_basis(basis_dir)
         fingerprint = _fingerprint(model, model_dir)
         name = model_dir or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         masks.check(basis, fingerprint, name)
@@ -97,16 +97,6 @@ def protect_optimizer(
         return PlainMaskedStep(optimizer, _layers(basis, masks, params, 1, 0, "replicated"))
     layers = _layers(basis, masks, params, runtime.world_size(), runtime.rank(), basis_placement)
     return MaskedStep(optimizer, layers, mark)
-
-
-def _basis_of(masks: MaskStore, given: str | Path | None) -> Path:
-    if given is not None:
-        return find_artifact(str(given), "basis", ".")
-    recorded = masks.metadata.basis_dir
-    if recorded is None or not (Path(recorded) / "metadata.json").is_file():
-        raise ArtifactError(f"the masks in {masks.directory} were made with the basis in {recorded}, which is no longer "
-                            "there: give its directory with --basis_dir")
-    return Path(recorded)
 
 
 def _fingerprint(model: nn.Module, model_dir: str | None) -> str | None:

@@ -36,8 +36,10 @@ from warp_ds.config import (
     SafetyTuningArguments,
     TrainArguments,
     flag,
+    names_of,
     parse_arguments,
     parse_training,
+    unknown_flags,
 )
 
 PHASES: dict[str, type[RunArguments]] = {
@@ -171,6 +173,9 @@ def phase_flags(phases: Sequence[str], rest: Sequence[str], directory: Path) -> 
     for name, *values in groups:
         only, _, own = name[2:].rpartition(".")
         takers = [phase for phase in phases if own in has[phase] and only in ("", phase, phase.removeprefix("phase"))]
+        if not takers and not any(own in names for names in has.values()):
+            known = set().union(*has.values(), names_of(SubmitArguments))
+            raise unknown_flags([name], {f"{only}.{n}".lstrip(".") for n in known})
         if not takers or own in ("run_name", "log_dir", "resume"):
             raise ConfigError(f"{name}: no phase of {', '.join(phases)} has this flag"
                               + (" here: the chain sets it" if takers else ""))
@@ -187,7 +192,7 @@ def phase_flags(phases: Sequence[str], rest: Sequence[str], directory: Path) -> 
 
 
 def check_flags(flags: dict[str, list[str]]) -> None:
-    """What can be known before anything is queued; argparse ends the program for a value that it cannot read."""
+    """What can be known before anything is queued; ConfigError for a value that cannot be."""
     for phase, words in flags.items():
         parse = parse_training if phase in TRAINING else parse_arguments
         parsed: Any = parse(PHASES[phase], words)
@@ -195,6 +200,7 @@ def check_flags(flags: dict[str, list[str]]) -> None:
         if arguments.device == "cuda":
             arguments.device = "auto"  # a login node has no GPU
         arguments.check()
+        arguments.check_machine()
 
 
 def submit(chain: Chain, arguments: SubmitArguments) -> None:

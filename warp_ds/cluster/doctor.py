@@ -19,12 +19,12 @@ import torch
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser
 
 from warp_ds.artifacts import ArtifactError, fingerprint_model
 from warp_ds.cluster import slurm
 from warp_ds.config import (
     ConfigError,
+    FlagParser,
     LayerArguments,
     RunArguments,
     SafetyDataArguments,
@@ -59,7 +59,10 @@ class DoctorArguments(UtilityDataArguments, SafetyDataArguments, LayerArguments,
 
 def main(argv: list[str]) -> int:
     """``warp-ds doctor [flags of the phases]``; exit status 1 where something would keep the job from running."""
-    parser = HfArgumentParser(DoctorArguments, prog="warp-ds doctor", allow_abbrev=False)  # type: ignore[arg-type]
+    parser = FlagParser(DoctorArguments, prog="warp-ds doctor", description=(
+        "Whether this machine can do the job that the flags name: packages, GPUs, compiler, directories, network, Slurm, "
+        "model, data, and what warp-ds plan counts against what is free. A cure for each line that fails; exit status 1 where "
+        "one would keep the job from running. Takes the phases' flags, so that a command can be checked as it stands."))
     arguments, ignored = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     findings = list(examine(arguments, {word.split("=")[0] for word in argv}))
     table = Table(title=f"{socket.gethostname()}", title_justify="left")
@@ -279,6 +282,7 @@ def start_checks(arguments: RunArguments, phase: str) -> None:
             _of_this_rank(arguments, mark)
     finally:
         runtime.on_rank_0(lambda: mark.unlink(missing_ok=True), "cleaning up")
+    _check_model_path(arguments.model_name)
     ranks = runtime.all_gather_object((socket.gethostname(), _versions_of_results()))
     different = [f"rank {r}: {v}" for r, (_, v) in enumerate(ranks) if v != ranks[0][1]]
     if different:
@@ -310,10 +314,20 @@ def _of_this_rank(arguments: RunArguments, mark: Path) -> None:
                               "directory on a file system that all nodes share")
         os.listdir(mark.parent)
         time.sleep(0.2)
-    given = Path(arguments.model_name).expanduser()
-    if arguments.model_name.startswith(("/", "./", "../", "~")) and not given.is_dir():
-        raise ConfigError(f"--model_name {arguments.model_name} is not within reach of {socket.gethostname()}: give a "
-                          "directory on a file system that all nodes share")
+
+
+def _check_model_path(name: str) -> None:
+    """ConfigError on every rank where a path is no directory on some host. Collective."""
+    if not name.startswith(("/", "./", "../", "~")):
+        return
+    found = runtime.all_gather_object((socket.gethostname(), Path(name).expanduser().is_dir()))
+    without = sorted({host for host, there in found if not there})
+    if not without:
+        return
+    shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
+    somewhere = next((host for host, there in found if there), None)
+    raise ConfigError(f"--model_name {name}: no such directory on {shown}" + (
+        f", though there is on {somewhere}: give a directory on a file system that all nodes share" if somewhere else ""))
 
 
 def _versions_of_results() -> str:

@@ -67,8 +67,7 @@ def load_pairs(
     if len(rows) == 0:
         raise DataError(f"{source} ({split}) has no rows: give a data set or file with at least one sample")
 
-    prompt = prompt_column or (layout.prompt if layout else None)
-    prompt = _pick("--prompt_column", prompt, PROMPT_COLUMNS, columns, source)
+    prompt = _pick("--prompt_column", prompt_column, layout.prompt if layout else None, PROMPT_COLUMNS, columns, source)
     response: str | None = response_column or (layout.response if layout else None)
     if response is None and not any(name in columns for name in RESPONSE_COLUMNS):
         if refusal_file is None:
@@ -79,7 +78,7 @@ def load_pairs(
     elif response is not None and response not in columns and response_column is None and refusal_file is not None:
         response = None  # a copy of a known data set that lacks its responses
     else:
-        response = _pick("--response_column", response, RESPONSE_COLUMNS, columns, source)
+        response = _pick("--response_column", response_column, response, RESPONSE_COLUMNS, columns, source)
 
     if layout and layout.keep and response == layout.response:
         rows = rows.filter(layout.keep, load_from_cache_file=False, keep_in_memory=True)
@@ -106,20 +105,13 @@ def load_pairs(
 
 
 def _read(source: str, split: str, layout: Layout | None) -> Dataset:
-    path = Path(source).expanduser()
-    if path.is_file():
-        loader = LOADERS.get(path.suffix.lower())
-        if loader is None:
-            raise DataError(f"{source}: cannot read {path.suffix or 'a file without extension'}; use one of "
-                            f"{', '.join(LOADERS)}")
-        if path.stat().st_size == 0:
-            raise DataError(f"{source} is empty: give a file with at least one sample")
+    path = local_file(source)
+    if path is not None:
+        loader = LOADERS[path.suffix.lower()]
         try:
             return datasets.load_dataset(loader, data_files=str(path), split="train")
         except Exception as error:
             raise DataError(f"{source} cannot be read as {loader} with at least one sample: {_cause(error)}") from error
-    if path.suffix.lower() in LOADERS or source.startswith(("/", "./", "../", "~")) and not path.is_dir():
-        raise DataError(f"no such file: {source}")
     try:
         return datasets.load_dataset(source, layout.config if layout else None, split=split)
     except Exception as error:
@@ -129,6 +121,21 @@ def _read(source: str, split: str, layout: Layout | None) -> Dataset:
             f"{', '.join(LOADERS)} file, or fetch the data set into the cache where there is internet. "
             f"Cause: {_cause(error)}"
         ) from error
+
+
+def local_file(source: str) -> Path | None:
+    """The file that `source` names; None for a data set of the hub. DataError for a file that is missing or unreadable."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix.lower() not in LOADERS:
+            raise DataError(f"{source}: cannot read {path.suffix or 'a file without extension'}; use one of "
+                            f"{', '.join(LOADERS)}")
+        if path.stat().st_size == 0:
+            raise DataError(f"{source} is empty: give a file with at least one sample")
+        return path
+    if path.suffix.lower() in LOADERS or source.startswith(("/", "./", "../", "~")) and not path.is_dir():
+        raise DataError(f"no such file: {source}")
+    return None
 
 
 def _offline() -> bool:
@@ -142,11 +149,14 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def _pick(flag: str, given: str | None, guesses: tuple[str, ...], columns: list[str], source: str) -> str:
+def _pick(flag: str, given: str | None, known: str | None, guesses: tuple[str, ...], columns: list[str], source: str) -> str:
+    """The column that the flag names, or where it is not given the one of a known data set, or the first guess there is."""
+    if given is not None and given not in columns:
+        raise DataError(f"{source} has no column {given!r}, which {flag} names; its columns are {', '.join(columns)}")
     if given is not None:
-        if given in columns:
-            return given
-        raise DataError(f"{source} has no column {given!r}; its columns are {', '.join(columns)}: name one with {flag}")
+        return given
+    if known is not None:
+        guesses = (known,)
     for guess in guesses:
         if guess in columns:
             return guess
@@ -203,7 +213,7 @@ def load_prompts(
     rows = _read(source, split, layout)
     if len(rows) == 0:
         raise DataError(f"{source} ({split}) has no rows: give a data set or file with at least one sample")
-    column = _pick("--prompt_column", prompt_column or (layout.prompt if layout else None), PROMPT_COLUMNS,
+    column = _pick("--prompt_column", prompt_column, layout.prompt if layout else None, PROMPT_COLUMNS,
                    list(rows.column_names), source)
     prompts = [_text(value) for value in rows[column]]
     _check_filled(prompts, column, source)

@@ -35,7 +35,7 @@ from warp_ds.data.datasets import load_pairs, load_prompts
 from warp_ds.evaluation.generate import answer_surprise
 from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.method.baselines import safety_share
-from warp_ds.phases.arms import Arm, parse_arms
+from warp_ds.phases.arms import ARMS, Arm, parse_arms
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.evaluate import (
     EvaluationSets,
@@ -55,7 +55,7 @@ from warp_ds.phases.evaluate import (
 from warp_ds.phases.importance import run_importance
 from warp_ds.phases.merge import merge, resta_formula, safe_delta_formula
 from warp_ds.phases.neurons import LAYERS, safety_neuron_masks
-from warp_ds.phases.run import start_run, versions
+from warp_ds.phases.run import link_latest, start_run, versions
 from warp_ds.phases.training import run_safety_tuning, run_training
 from warp_ds.report import card, tradeoff
 from warp_ds.zero import runtime
@@ -138,6 +138,9 @@ def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[floa
             for made in filter(None, (point, merged_from(point))):
                 if not _needed(made, points[number:]):
                     bench.forget(made)
+    plainly_rotated = [point for point in points if point.arm == replace(ARMS["rotated"], name=point.arm.name)]
+    if plainly_rotated:
+        runtime.on_rank_0(lambda: bench.link_latest(plainly_rotated[-1]), "linking the rotated arm's runs")
     sets = bench.data.sets
     prompts = {"refusal_rate": len(sets.harmful), "incoherent_rate": len(sets.harmful),
                "attack_success_rate": len(sets.harmful), "over_refusal_rate": len(sets.harmless),
@@ -261,21 +264,37 @@ class Bench:
             global_batch_size=a.global_batch_size), self.passed) / "model"
 
     def basis(self, start: str | None, kind: str, layer_type: str, seed: int) -> Path:
-        suffix = (f"_seed{seed}" if kind == "random" else "") + ("_all" if layer_type == LAYERS else "")
-        name = f"phase1_{start or 'start'}_{kind}{suffix}"
+        name = self.basis_name(start, kind, layer_type, seed)
         seed = seed if kind == "random" else self.arguments.seed
         return self.once(name, lambda: run_basis(BasisArguments(
             **self.common(self.start(start), seed=seed), layer_type=layer_type, target_layers=self.arguments.target_layers,
             safety_data=str(self.root / "data" / "safety.jsonl"), safety_samples=0, basis=kind, run_name=name,
             token_scope=self.arguments.token_scope))) / "basis"
 
+    def link_latest(self, point: Point) -> None:
+        """Lets the links to the newest runs end at this arm's, whatever arm came last. Rank 0 alone calls it."""
+        arm = point.arm
+        names = {"phase1": self.basis_name(arm.start, str(arm.basis), self.arguments.layer_type, point.seed),
+                 "phase2": self.masks_name(arm, point.seed), "phase3": f"phase3_{point.name}"}
+        for phase, name in names.items():
+            if (self.root / name / "finished.json").is_file():
+                link_latest(phase, self.root / name)
+
+    @staticmethod
+    def basis_name(start: str | None, kind: str, layer_type: str, seed: int) -> str:
+        suffix = (f"_seed{seed}" if kind == "random" else "") + ("_all" if layer_type == LAYERS else "")
+        return f"phase1_{start or 'start'}_{kind}{suffix}"
+
+    @staticmethod
+    def masks_name(arm: Arm, seed: int) -> str:
+        suffix = f"_seed{seed}" if "random" in (arm.basis, arm.score) else ""
+        return f"phase2_{arm.start or 'start'}_{arm.basis}_{arm.unit}_{arm.score}{suffix}"
+
     def masks(self, arm: Arm, seed: int) -> Path:
         """The masks of an arm; its basis is the one that they name."""
         a = self.arguments
-        name = f"phase2_{arm.start or 'start'}_{arm.basis}_{arm.unit}_{arm.score}"
-        if "random" in (arm.basis, arm.score):
-            name += f"_seed{seed}"
-        else:
+        name = self.masks_name(arm, seed)
+        if "random" not in (arm.basis, arm.score):
             seed = a.seed
         identity = arm.basis == "identity"
         basis = None if identity else str(self.basis(arm.start, str(arm.basis), a.layer_type, seed))

@@ -19,6 +19,7 @@ from warp_ds.artifacts import (
     find_artifact,
     fingerprint_model,
     fingerprint_rows,
+    path_of_run,
     phase_of,
     read_json,
     write_json,
@@ -380,17 +381,19 @@ def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
         if config["phase"] == "phase3" and settings.get("masks_dir") is None:
             made_from.append(card.masks_of(run))
         if config["phase"] == "phase2" and (run / "masks" / "metadata.json").is_file():
-            made_from.append(MaskStore(run / "masks").metadata.basis_dir)
-        for path in (Path(name).resolve() for name in made_from if name):
+            made_from += MaskStore(run / "masks").basis_places()
+        for path in (path_of_run(config, str(name)).resolve() for name in made_from if name):
             queue += [home for home in (path, path.parent) if home not in queue]
         kind = "utility" if config["phase"] == "phase3" else "safety"
         try:
             name = settings[f"{kind}_data"]
-            pairs = load_pairs(name, split=settings[f"{kind}_split"], samples=settings[f"{kind}_samples"],
-                               refusal_file=settings.get("refusal_file"), prompt_column=settings.get("prompt_column"),
-                               response_column=settings.get("response_column"))
+            local = path_of_run(config, name)
+            pairs = load_pairs(local if local.exists() else name, split=settings[f"{kind}_split"],
+                               samples=settings[f"{kind}_samples"], refusal_file=settings.get("refusal_file"),
+                               prompt_column=settings.get("prompt_column"), response_column=settings.get("response_column"))
         except (DataError, KeyError) as error:
-            logger.info("the data of %s cannot be looked through for prompts of the evaluation: %s", run, error)
+            logger.info("the data of %s, which was started in %s, cannot be looked through for prompts of the evaluation: %s",
+                        run, config.get("working_directory", "an unknown directory"), error)
             continue
         found.setdefault(name, []).extend(pairs["prompt"])
     return found

@@ -123,7 +123,7 @@ def compute_masks(
     metadata = MasksMetadata(
         keep_ratio=arguments.keep_ratio, scope=arguments.mask_scope, unit=arguments.mask_unit, score=arguments.score,
         basis="identity" if basis is None else basis.metadata.basis,
-        basis_dir=None if basis is None else str(basis.directory), basis_fingerprint=fingerprints.get("basis"),
+        basis_dir=None if basis is None else str(basis.directory.resolve()), basis_fingerprint=fingerprints.get("basis"),
         model_fingerprint=fingerprints["model"], data_fingerprint=fingerprints["data"],
         model_name=arguments.model_name, notes=notes,
     )

@@ -6,17 +6,22 @@ import atexit
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from warp_ds.artifacts import ArtifactError
 from warp_ds.cluster import preemption, slurm
 from warp_ds.cluster.doctor import start_checks
+from warp_ds.cluster.slurm import task_environment
 from warp_ds.config import ConfigError, RunArguments, parse_arguments, parse_training
 from warp_ds.data.datasets import DataError
 from warp_ds.phases.failures import explain, is_later
+from warp_ds.phases.inputs import check_inputs, on_one_machine
 from warp_ds.phases.run import log_to_terminal
 from warp_ds.phases.state import note
 from warp_ds.zero import runtime
@@ -25,6 +30,8 @@ from warp_ds.zero.deepspeed_internals import UnsupportedSetting
 logger = logging.getLogger(__name__)
 PHASE_OF = {"SafetyTuningArguments": "phase0", "BasisArguments": "phase1", "ImportanceArguments": "phase2",
             "TrainArguments": "phase3"}
+SECONDS_FOR_RANK_0 = 20.0
+"""Launchers end every rank once one has ended; some ranks take longer to import than others."""
 A = TypeVar("A", bound=RunArguments)
 
 
@@ -46,10 +53,14 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
         else:
             arguments = parse_arguments(kind, argv)
         apply_debug(arguments)
+        arguments.check()
+        if on_one_machine():  # elsewhere a rank that alone misses a file would leave the others waiting
+            arguments.check_machine()
+            check_inputs(arguments)
         runtime.init_distributed(arguments.resolved_device, arguments.timeout)
         log_to_terminal(logging.DEBUG if arguments.debug else logging.INFO)
-        with runtime.on_every_rank_or_none("checking the flags"):
-            arguments.check()
+        with runtime.on_every_rank_or_none("checking this machine"):
+            arguments.check_machine()
             restarts = preemption.too_many_restarts(arguments.max_requeues)
             if restarts:
                 raise ConfigError(restarts)
@@ -102,12 +113,19 @@ def apply_debug(arguments: RunArguments) -> None:
 def _fail(error: BaseException, status: int, wrong_input: bool) -> None:
     """Ends this rank at once: a tidy exit would wait for ranks that may wait for this one.
 
-    Wrong input is one message, cause and cure, from the rank that found it; anything else is that rank's traceback.
+    Wrong input is one message, cause and cure, from the rank that found it; anything else is that rank's traceback. What
+    is found before the ranks meet is found by every one of them: rank 0 says it.
     """
+    rank = runtime.rank()
+    if not torch.distributed.is_initialized():
+        rank = int(({**(task_environment(os.environ) or {}), **os.environ}).get("RANK", 0))
+        if wrong_input and rank > 0:
+            time.sleep(SECONDS_FOR_RANK_0)
     text = f"error: {error}" if wrong_input else "".join(traceback.format_exception(error))
-    logger.error("rank %d failed: %s", runtime.rank(), text)
-    if not _on_terminal() and not (wrong_input and runtime.rank() > 0):
-        print(f"rank {runtime.rank()}: {text}", file=sys.stderr, flush=True)
+    if logging.getLogger("warp_ds").handlers:
+        logger.error("rank %d failed: %s", rank, text)
+    if not _on_terminal() and not (wrong_input and rank > 0):
+        print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)

@@ -55,15 +55,20 @@ class Run:
         def mark() -> None:
             seconds = round(time.time() - self.started, 1)
             write_json(self.directory / "finished.json", {"finished_at": now(), "seconds": seconds})
-            link = self.directory.parent / f"{self.phase}_latest"
-            aside = link.with_name(f".{link.name}.{os.getpid()}")
-            aside.unlink(missing_ok=True)
-            aside.symlink_to(self.directory.name)
-            os.replace(aside, link)
+            link_latest(self.phase, self.directory)
             self.note("finished")
             logger.info("%s finished in %.0f s: %s", self.phase, seconds, self.directory)
 
         runtime.on_rank_0(mark, "marking the run finished")
+
+
+def link_latest(phase: str, run: Path) -> None:
+    """Points ``<phase>_latest``, beside the run, at it. Rank 0 alone calls it."""
+    link = run.parent / f"{phase}_latest"
+    aside = link.with_name(f".{link.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(run.name)
+    os.replace(aside, link)
 
 
 @contextmanager
@@ -97,6 +102,7 @@ def start_run(
             write_json(directory / "config.json", {
                 "phase": phase, "identity": identity, "settings": settings, "inputs": inputs,
                 "started_at": now(), "versions": versions(), "command": sys.argv, "world_size": runtime.world_size(),
+                "working_directory": os.getcwd(),
             })
         for left in (directory / FAILURE, *directory.glob("**/.*.tmp")):
             left.unlink(missing_ok=True)  # by a process that was killed

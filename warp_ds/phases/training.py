@@ -31,7 +31,6 @@ from transformers import (
 )
 
 from warp_ds.artifacts import (
-    BasisStore,
     MaskStore,
     find_artifact,
     fingerprint_model,
@@ -124,10 +123,8 @@ def _find_masks(arguments: TrainArguments, model_fingerprint: str) -> tuple[Path
         return None, None
     masks_dir = find_artifact(arguments.masks_dir, "masks", arguments.output_dir)
     masks = MaskStore(masks_dir)
-    basis = None
-    if masks.metadata.basis != "identity":
-        given = arguments.basis_dir or masks.metadata.basis_dir
-        basis = BasisStore(find_artifact(given, "basis", arguments.output_dir))
+    basis = masks.find_basis(arguments.basis_dir)
+    if basis is not None:
         basis.check(masks.layers, model_fingerprint, arguments.model_name)
     masks.check(basis, model_fingerprint, arguments.model_name)
     return masks_dir, None if basis is None else basis.directory
@@ -254,6 +251,19 @@ class GlobalBatchTrainer(Trainer):
     def __init__(self, *args: Any, sampler: GlobalBatchSampler, tokenizer: PreTrainedTokenizerBase, **kwargs: Any):
         self.sampler, self.tokenizer = sampler, tokenizer
         super().__init__(*args, **{**kwargs, "processing_class": tokenizer})
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer does, without its advice to use zero_to_fp32: the model is exported by ``export``."""
+        trainer_log = logging.getLogger("transformers.trainer")
+
+        def other(record: logging.LogRecord) -> bool:
+            return "zero_to_fp32" not in record.getMessage()
+
+        trainer_log.addFilter(other)
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            trainer_log.removeFilter(other)
 
     def get_train_dataloader(self) -> DataLoader:
         pad, eos = pad_token(self.tokenizer), int(self.tokenizer.eos_token_id)

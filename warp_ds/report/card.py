@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from warp_ds.artifacts import ArtifactError, MaskStore, newest, phase_of, read_json, write_text
+from warp_ds.artifacts import ArtifactError, MaskStore, newest, path_of_run, phase_of, read_json, write_text
 
 logger = logging.getLogger(__name__)
 OURS = re.compile(r"^Trained by \[?warp_ds\b", re.MULTILINE)
@@ -65,7 +65,8 @@ def masks_of(run: Path) -> Path | None:
         return None
     # Where none were given, the newest: then those, unless others came since.
     newer = newest(run.parent, "phase2") if given is None else None
-    for path in (Path(given), Path(given) / "masks") if given else () if newer is None else (newer / "masks",):
+    named = path_of_run(config, given) if given else Path()
+    for path in (named, named / "masks") if given else () if newer is None else (newer / "masks",):
         try:
             if MaskStore(path).fingerprint() == config["inputs"]["masks"]:
                 return path

@@ -47,6 +47,12 @@ def save(figure: Figure, directory: Path, name: str) -> str:
     return element
 
 
+def _legend(figure: Figure, fontsize: int) -> None:
+    """Below the axes, where anything has a name."""
+    if any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=fontsize)
+
+
 def tradeoff(raw: Sequence[Mapping[str, Any]], prompts: int, target: float, front: Sequence[Sequence[Any]] = ()) -> Figure:
     """Refusals against the task's loss: a line an arm, a point a learning rate, bars the 95 % Wilson interval.
 
@@ -72,7 +78,7 @@ def tradeoff(raw: Sequence[Mapping[str, Any]], prompts: int, target: float, fron
     axes.set_ylabel("refused harmful prompts")
     axes.set_ylim(-0.03, 1.05)
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _legend(figure, 10)
     return figure
 
 
@@ -94,7 +100,7 @@ def spectra(values: Mapping[str, Sequence[float]]) -> Figure:
     above.set_ylabel("eigenvalue / largest")
     below.set_ylabel("share of the energy")
     if len(values) <= 12:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        _legend(figure, 8)
     return figure
 
 
@@ -122,7 +128,7 @@ def frozen_by_layer(columns: Mapping[str, Sequence[float]]) -> Figure:
     axes.set_ylabel("frozen share of a column")
     axes.set_ylim(-0.03, 1.03)
     if len(columns) <= 12:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        _legend(figure, 8)
     return figure
 
 
@@ -141,5 +147,5 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     for axes in (above, below):
         axes.set_xlabel("step")
     if len(runs) <= 16:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        _legend(figure, 8)
     return figure

@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from warp_ds.phases.targets import find_blocks, find_targets, shared_inputs
 from warp_ds.zero.checkpoint_index import READ_BUFFER_BYTES
 from warp_ds.zero.collect import REDUCE, route
 from warp_ds.zero.fetch import outside
+from warp_ds.zero.model import local_model_dir, snapshot
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.save import GATHER_BYTES
 from warp_ds.zero.shard_rotation import CHUNK, CPU, GPU, PLACEMENTS, choose_placement, place_bases, predict_costs
@@ -206,9 +208,13 @@ def needs(shape: Shape, job: Job, sharding: Sharding) -> list[Needs]:
 
 
 def read_shape(model_name: str, layer_type: str, target_layers: str) -> Shape:
-    """A model's sizes from its config; builds it on meta."""
-    path = Path(model_name)
-    config = AutoConfig.from_pretrained(path.parent if path.name == "config.json" else model_name)
+    """A model's sizes from its config; builds it on meta. ConfigError where there is none."""
+    name = str(Path(model_name).parent) if Path(model_name).name == "config.json" else model_name
+    directory = local_model_dir(name) or snapshot(name, files=["config.json"])
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--model_name {model_name}: its configuration cannot be read: {error}") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
@@ -471,30 +477,33 @@ def _node_counts() -> Iterable[int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``warp-ds plan``."""
     parser.add_argument("--model_name", required=True, help="hub name, local folder, or a config.json")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--nodes", type=int, default=1, help="of each job (default 1)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="of each node; one rank each (default 8)")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB of one GPU (default 80)")
     parser.add_argument("--host-memory", type=float, help="GB of one node; not checked where not given")
-    parser.add_argument("--offload", choices=OFFLOADS, default="none", help="what lies in host memory")
-    # Flags of the phases, by their own names.
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    parser.add_argument("--layer_type", default=Job.layer_type)
-    parser.add_argument("--target_layers", default=Job.target_layers)
-    parser.add_argument("--max_length", type=int, default=Job.tokens, help="tokens of a sample, at most")
+    parser.add_argument("--offload", choices=OFFLOADS, default="none", help="what lies in host memory (default none)")
     parser.add_argument("--safety_samples", type=int, help="of phases 0, 1 and 2 (default 100, 100, 50)")
-    parser.add_argument("--utility_samples", type=int, default=Job.utility_samples)
     parser.add_argument("--batch_size", type=int, help="micro-batch of every phase (default 4, phase 3: 2)")
-    parser.add_argument("--global_batch_size", type=int, default=Job.global_batch_size)
-    parser.add_argument("--importance_batch_size", type=int, default=Job.importance_batch_size)
-    parser.add_argument("--epochs", type=float, default=Job.epochs)
-    parser.add_argument("--max_rank", type=int, default=Job.max_rank)
-    parser.add_argument("--basis_placement", choices=PLACEMENTS, default=Job.basis_placement)
-    parser.add_argument("--train_scope", choices=("warp", "all"), default=Job.train_scope)
-    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--max_length", type=int, default=Job.tokens,
+                        help=f"tokens of a sample, at most (default {Job.tokens})")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help=_help("gradient_checkpointing"))
+    # Flags of the phases, by their own names and with their own words.
+    for name, choices in (("dtype", list(DTYPES)), ("layer_type", None), ("target_layers", None), ("utility_samples", None),
+                          ("global_batch_size", None), ("importance_batch_size", None), ("epochs", None), ("max_rank", None),
+                          ("basis_placement", PLACEMENTS), ("train_scope", ("warp", "all"))):
+        default = getattr(Job, name)
+        parser.add_argument(f"--{name}", type=type(default), choices=choices, default=default,
+                            help=f"{_help(name)} (default {default})")
+
+
+def _help(name: str) -> str:
+    """What the phases' own --help says of a flag."""
+    known = (f for kind in (TrainArguments, ImportanceArguments, BasisArguments) for f in fields(kind) if f.name == name)
+    return str(next(known).metadata["help"])
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``warp-ds plan``; exit status 1 where the job does not fit."""
+    """``warp-ds plan``; exit status 1 where the job does not fit, 2 for wrong input."""
     given = {
         "nodes": arguments.nodes,
         "gpus_per_node": arguments.gpus_per_node,
@@ -509,7 +518,11 @@ def run(arguments: argparse.Namespace) -> int:
         given.update(basis_samples=arguments.safety_samples, importance_samples=arguments.safety_samples)
     if arguments.batch_size is not None:
         given.update(batch_size=arguments.batch_size, train_batch_size=arguments.batch_size)
-    made = plan(arguments.model_name, **given)
+    try:
+        made = plan(arguments.model_name, **given)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print_plan(made)
     return 0 if made.fits else 1
 

@@ -20,7 +20,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, TargetLayer, fingerprint_model, phase_of, write_json
+from warp_ds.artifacts import (
+    ArtifactError,
+    BasisStore,
+    MaskStore,
+    TargetLayer,
+    fingerprint_model,
+    phase_of,
+    read_json,
+    write_json,
+)
 from warp_ds.method.mask import unpack_bits
 from warp_ds.method.rotation import Rotation
 
@@ -48,29 +57,35 @@ class LayerCertificate:
     """Largest move of a frozen coefficient that rounding allows in this layer."""
     violations: int
     """Frozen coefficients that moved further than rounding allows for them."""
+    worst_move: float
+    """Of the frozen coefficient that moved furthest for what rounding allows it."""
+    worst_allowed: float
+    """What rounding allows that one."""
+    free_beyond: int
+    """Free coefficients that moved further than rounding allows a frozen one in their place."""
 
 
 def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_dir: str | Path | None = None,
             check_before: bool = True) -> dict[str, Any]:
-    """The certificate as a dictionary: ``kept`` (bool), ``problems``, totals and ``layers``.
+    """The certificate as a dictionary: ``kept`` (bool), ``problems``, ``notes``, totals and ``layers``.
 
     ``check_before`` refuses a ``before`` that is not the model the masks were made for, such as swapped
     directories. Raises ArtifactError where a file is missing or does not fit.
     """
     before, after = Path(before), Path(after)
     masks = MaskStore(masks_dir)
-    basis = None
-    if masks.metadata.basis != "identity":
-        basis = BasisStore(basis_dir or masks.metadata.basis_dir or "")
+    basis = masks.find_basis(basis_dir)
     masks.check(basis, fingerprint_model(before) if check_before else None, str(before))
     layers = [_certify_layer(target, before, after, masks, basis) for target in masks.layers]
     problems = [f"{c.layer}: {c.violations} of {c.frozen} frozen coefficients moved further than rounding allows "
-                f"(by up to {c.frozen_max:.3e}; rounding allows {c.allowed_max:.3e})" for c in layers if c.violations]
+                f"(the worst by {c.worst_move:.3e}, where rounding allows {c.worst_allowed:.3e})" for c in layers
+                if c.violations]
     if not any(c.free_max > 0 or c.frozen_max > 0 for c in layers):
         problems.append("nothing moved at all: both directories hold the same weights in the masked layers")
     frozen = sum(c.frozen for c in layers)
     return {
         "format": "warp_ds.certificate", "version": 1, "kept": not problems, "problems": problems,
+        "notes": [*_trained_with(after, masks, bool(problems)), *_too_coarse(layers)],
         "before": str(before), "after": str(after), "masks": str(masks.directory),
         "basis": None if basis is None else str(basis.directory),
         "before_fingerprint": fingerprint_model(before), "after_fingerprint": fingerprint_model(after),
@@ -78,6 +93,30 @@ def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_
         "frozen_drift": relative_drift([(c.frozen * c.frozen_rms**2, c.frozen * c.coefficient_rms**2) for c in layers]),
         "layers": [asdict(c) for c in layers],
     }
+
+
+def _trained_with(after: Path, masks: MaskStore, broken: bool) -> list[str]:
+    """What the run that ``after`` lies in says, where it trained with other masks than these or with none."""
+    run = after.resolve().parent
+    if phase_of(run) != "phase3":
+        return []
+    config = read_json(run / "config.json")
+    used = config.get("inputs", {}).get("masks")
+    if "inputs" not in config or used == masks.fingerprint():
+        return []
+    with_what = "without masks" if used is None else f"with other masks ({config.get('settings', {}).get('masks_dir') or used})"
+    return [f"{run} was trained {with_what}, not with those in {masks.directory}"
+            + (": nothing kept these coefficients where they were" if broken else "")]
+
+
+def _too_coarse(layers: Sequence[LayerCertificate]) -> list[str]:
+    """Names the layers in which frozen and free coefficients cannot be told apart."""
+    coarse = [c.layer for c in layers if c.free and not c.free_beyond and c.free_max > 0]
+    if not coarse:
+        return []
+    shown = ", ".join(coarse[:3]) + (f" and {len(coarse) - 3} more" if len(coarse) > 3 else "")
+    return [f"the files are too coarse to tell for {len(coarse)} of {len(layers)} layers ({shown}): their free coefficients, "
+            "too, moved no further than rounding allows"]
 
 
 def relative_drift(layers: Sequence[tuple[float, float]]) -> float:
@@ -105,7 +144,8 @@ def _certify_layer(target: TargetLayer, before: Path, after: Path, masks: MaskSt
     absolute, skew = _absolute(rotation)
     w_before, w_after = (layer_weight(directory, target) for directory in (before, after))
     low_precision = torch.finfo(w_after.dtype).eps > 1e-6
-    totals = {"frozen": 0, "free": 0, "violations": 0}
+    totals = {"frozen": 0, "free": 0, "violations": 0, "free beyond": 0}
+    worst = (0.0, 0.0)
     sums = {"frozen": 0.0, "free": 0.0, "size": 0.0}
     largest = {"frozen": 0.0, "free": 0.0, "allowed": 0.0}
     for rows in _chunks(target.m, target.n):
@@ -123,7 +163,9 @@ def _certify_layer(target: TargetLayer, before: Path, after: Path, masks: MaskSt
         free = ~frozen
         totals["frozen"] += int(frozen.sum())
         totals["free"] += int(free.sum())
-        totals["violations"] += int((moved.abs() > allowed)[frozen].sum())
+        beyond = moved.abs() > allowed
+        totals["violations"] += int(beyond[frozen].sum())
+        totals["free beyond"] += int(beyond[free].sum())
         for name, which in (("frozen", frozen), ("free", free)):
             if which.any():
                 values = moved[which]
@@ -131,7 +173,10 @@ def _certify_layer(target: TargetLayer, before: Path, after: Path, masks: MaskSt
                 largest[name] = max(largest[name], float(values.abs().max()))
         if frozen.any():
             sums["size"] += float(size[frozen].square().sum())
-            largest["allowed"] = max(largest["allowed"], float(allowed[frozen].max()))
+            moves, allowances = moved[frozen].abs(), allowed[frozen]
+            largest["allowed"] = max(largest["allowed"], float(allowances.max()))
+            most = int((moves / allowances).argmax())
+            worst = max(worst, (float(moves[most]), float(allowances[most])), key=lambda w: w[0] / w[1] if w[1] else 0.0)
 
     def rms(name: str, count: int) -> float:
         return (sums[name] / count) ** 0.5 if count else 0.0
@@ -139,7 +184,7 @@ def _certify_layer(target: TargetLayer, before: Path, after: Path, masks: MaskSt
     return LayerCertificate(
         target.name, totals["frozen"], totals["free"], largest["frozen"], rms("frozen", totals["frozen"]),
         largest["free"], rms("free", totals["free"]), rms("size", totals["frozen"]), largest["allowed"],
-        totals["violations"],
+        totals["violations"], *worst, totals["free beyond"],
     )
 
 
@@ -210,6 +255,8 @@ def print_certificate(certificate: dict[str, Any]) -> None:
     console.print(table)
     for problem in certificate["problems"]:
         console.print(f"[red]{problem}")
+    for note in certificate["notes"]:
+        console.print(f"[yellow]note: {note}", highlight=False)
     verdict = "KEPT: no frozen coefficient moved further than rounding allows" if certificate["kept"] else "BROKEN"
     console.print(f"{verdict} ({certificate['frozen']} frozen, {certificate['free']} free; {certificate['before']} -> "
                   f"{certificate['after']})")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,19 @@ def resolve_model_dir(name: str, flag: str = "--model_name") -> Path:
 
     Every rank calls it. Raises ConfigError, naming ``flag``, for a missing or gated model, with what to do offline.
     """
+    local = local_model_dir(name, flag)
+    if local is not None:
+        return local
+    on_rank_0(lambda: str(snapshot(name, flag)), f"fetching {name}")
+    with on_every_rank_or_none(f"finding {name}"):
+        return snapshot(name, flag)
+
+
+def local_model_dir(name: str, flag: str = "--model_name") -> Path | None:
+    """The directory of a model of this machine; None for a hub name. No rank meets another.
+
+    Raises ConfigError, naming ``flag``, for a path without a directory, or one without a model.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -28,20 +43,19 @@ def resolve_model_dir(name: str, flag: str = "--model_name") -> Path:
                               "saved by save_pretrained")
         return path
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise ConfigError(f"{flag} {name}: no such directory")
-    on_rank_0(lambda: str(_snapshot(name, flag)), f"fetching {name}")
-    with on_every_rank_or_none(f"finding {name}"):
-        return _snapshot(name, flag)
+        raise ConfigError(f"{flag} {name}: no such directory on {socket.gethostname()}")
+    return None
 
 
-def _snapshot(name: str, flag: str) -> Path:
+def snapshot(name: str, flag: str = "--model_name", files: Sequence[str] = _FILES) -> Path:
+    """The snapshot of a hub name in the cache of this machine, with ``files``, fetched where needed; raises ConfigError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     advice = ("fetch it where there is internet (hf download " + name + "), then give its directory with --model_name, "
               "or set HF_HUB_OFFLINE=1 with the same HF_HOME")
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except GatedRepoError as error:
         raise ConfigError(f"{flag} {name} is gated: accept its licence on the hub and log in (hf auth login), or "
                           + advice) from error

@@ -1,0 +1,50 @@
+"""What flags name on this machine's disks, looked for before any rank meets another: a wrong path costs seconds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from warp_ds.artifacts import find_artifact
+from warp_ds.cluster.slurm import task_environment
+from warp_ds.config import ConfigError, ImportanceArguments, RunArguments, TrainArguments
+from warp_ds.data.datasets import local_file
+from warp_ds.zero import runtime
+from warp_ds.zero.model import local_model_dir
+
+MODELS = ("model_name", "reference_model", "judge_model", "unaligned_model")
+DATA = ("safety_data", "utility_data", "utility_heldout", "harmful_data", "harmless_data", "mix_file", "unaligned_data",
+        "foundation_data", "prompt_file")
+
+
+def check_inputs(arguments: RunArguments) -> None:
+    """ConfigError, DataError or ArtifactError for a model, data file, configuration, basis or masks that are not there.
+
+    Names of the hub are left to the phase, which fetches them.
+    """
+    named = vars(arguments)
+    for flag in MODELS:
+        if named.get(flag):
+            local_model_dir(named[flag], f"--{flag}")
+    for flag in DATA:
+        for source in (named.get(flag) or "").split(",") if flag == "prompt_file" else [named.get(flag)]:
+            if source:
+                local_file(source)
+    if named.get("refusal_file") and not Path(named["refusal_file"]).expanduser().is_file():
+        raise ConfigError(f"--refusal_file {named['refusal_file']}: no such file")
+    runtime.zero3_config(arguments)
+    needed = {"basis": isinstance(arguments, ImportanceArguments) and arguments.basis != "identity",
+              "masks": isinstance(arguments, TrainArguments)}
+    for kind, always in needed.items():
+        given = named.get(f"{kind}_dir")
+        if given != "none" and (always or given):
+            find_artifact(given, kind, arguments.output_dir)
+
+
+def on_one_machine(env: Any = os.environ) -> bool:
+    """Whether all ranks that the launcher starts are known to be on this machine, and so see the same disks."""
+    if task_environment(env) is not None and "RANK" not in env:
+        return env.get("SLURM_STEP_NUM_NODES") == "1"
+    world = env.get("WORLD_SIZE", "1")
+    return world == "1" or world in (env.get("LOCAL_WORLD_SIZE"), env.get("LOCAL_SIZE"))
