@@ -69,8 +69,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from warp_ds.cluster.doctor import main as doctor
+    from warp_ds.config import ConfigError
 
-    return doctor(arguments.rest)
+    try:
+        return doctor(arguments.rest)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _free_port() -> int:

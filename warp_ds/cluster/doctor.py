@@ -58,7 +58,10 @@ class DoctorArguments(UtilityDataArguments, SafetyDataArguments, LayerArguments,
 
 
 def main(argv: list[str]) -> int:
-    """``warp-ds doctor [flags of the phases]``; exit status 1 where something would keep the job from running."""
+    """``warp-ds doctor [flags of the phases]``; exit status 1 where something would keep the job from running.
+
+    ConfigError for a flag's value that cannot be read.
+    """
     parser = FlagParser(DoctorArguments, prog="warp-ds doctor", description=(
         "Whether this machine can do the job that the flags name: packages, GPUs, compiler, directories, network, Slurm, "
         "model, data, and what warp-ds plan counts against what is free. A cure for each line that fails; exit status 1 where "
