@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,17 @@ import torch
 from phase3_jobs import common, make_model
 from ranks import run_ranks
 
-from warp_ds.config import BasisArguments, CompareArguments, EvaluateArguments, ImportanceArguments, TrainArguments
+from warp_ds.config import (
+    BasisArguments,
+    CompareArguments,
+    ConfigError,
+    EvaluateArguments,
+    ImportanceArguments,
+    TrainArguments,
+    parse_arguments,
+    parse_training,
+)
+from warp_ds.phases.inputs import on_one_machine
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -171,13 +182,50 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("case", list(_cases(Path("x"))))
 def test_message_on_every_rank(messages: list[dict[str, str]], case: str) -> None:
-    import re
-
     expected = _cases(Path("x"))[case][0]
     for rank, found in enumerate(messages):
         kind = found[case].split(":")[0]
         assert kind in ("ConfigError", "DataError", "ArtifactError", "OtherRankError"), (rank, found[case])
         assert re.search(expected, found[case], re.DOTALL), (rank, found[case])
+
+
+def path_job(root: Path) -> list[str]:
+    """What is said of a model that rank 0 alone sees, of one that no rank sees, and of one that all do."""
+    from warp_ds.cluster.doctor import _check_model_path
+    from warp_ds.zero import runtime
+
+    here, messages = os.getcwd(), []
+    folder = root / f"of_rank_{runtime.rank()}"
+    (folder / "both").mkdir(parents=True)
+    if runtime.rank() == 0:
+        (folder / "model").mkdir()
+    os.chdir(folder)  # a path from here is another one on the other rank, as on a disk that is not shared
+    try:
+        for name in ("./model", "./nowhere", "./both"):
+            try:
+                _check_model_path(name)
+                messages.append("")
+            except ConfigError as error:
+                messages.append(str(error))
+    finally:
+        os.chdir(here)
+    return messages
+
+
+def test_a_disk_that_is_not_shared_is_told_from_a_wrong_path(tmp_path: Path) -> None:
+    for unshared, nowhere, both in run_ranks(2, path_job, tmp_path):
+        assert re.fullmatch(r"--model_name ./model: no such directory on \S+, though there is on \S+: give a directory on a "
+                            "file system that all nodes share", unshared)
+        assert re.fullmatch(r"--model_name ./nowhere: no such directory on \S+", nowhere) and both == ""
+
+
+@pytest.mark.parametrize(("environment", "expected"), [
+    ({}, True), ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, True),  # torchrun
+    ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, False),  # the deepspeed launcher
+    ({"RANK": "1", "WORLD_SIZE": "4"}, False),
+])
+def test_disks_are_looked_at_early_where_all_ranks_share_them(environment: dict[str, str], expected: bool) -> None:
+    assert on_one_machine(environment) is expected
 
 
 def run_program(folder: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -219,8 +267,6 @@ def test_ranks_say_it_once_and_before_they_meet(tmp_path: Path) -> None:
 
 
 def test_help_names_what_every_phase_takes() -> None:
-    from warp_ds.config import parse_training
-
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
         shown: list[str] = []
         patch.setattr(sys.stdout, "write", lambda text: shown.append(text) or len(text))
@@ -229,8 +275,6 @@ def test_help_names_what_every_phase_takes() -> None:
 
 
 def test_flags_from_a_file(tmp_path: Path) -> None:
-    from warp_ds.config import ConfigError, parse_arguments
-
     (tmp_path / "run.yaml").write_text("keep_ratio: 0.3\nbatch_size: 3\n")
     for words in (["--config", f"{tmp_path}/run.yaml"], [f"--config={tmp_path}/run.yaml"]):
         found = parse_arguments(ImportanceArguments, [*words, "--batch_size", "5"])
