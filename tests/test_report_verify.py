@@ -106,6 +106,7 @@ def test_one_nudged_coefficient_fails(case: dict[str, Any], layer: str, tmp_path
     assert layer in found["problems"][0] and "1 of" in found["problems"][0]
     worst = next(c for c in found["layers"] if c["layer"] == layer)
     assert 0 < worst["worst_allowed"] < worst["worst_move"] == pytest.approx(2 * allowed, rel=0.6)
+    assert worst["worst_allowed"] < worst["allowed_max"], "its own allowance, not the layer's largest"
     assert f"{worst['worst_move']:.3e}, where rounding allows {worst['worst_allowed']:.3e}" in found["problems"][0]
 
 
