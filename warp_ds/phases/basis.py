@@ -49,6 +49,7 @@ from warp_ds.zero.runtime import (
     on_every_rank_or_none,
     on_rank_0,
     rank,
+    return_large_pieces,
     world_size,
     zero3_config,
 )
@@ -102,6 +103,7 @@ def compute_basis(
     ConfigError.
     """
     _check(arguments)
+    return_large_pieces()
     samples = Samples(dataset, tokenizer, arguments.resolved_device, arguments.token_scope)
     metadata = BasisMetadata(
         basis=arguments.basis, model_fingerprint=fingerprints["model"], data_fingerprint=fingerprints["data"],

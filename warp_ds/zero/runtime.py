@@ -99,16 +99,27 @@ def barrier() -> None:
         all_reduce_sum(torch.zeros(1, device=collective_device()))
 
 
-def return_freed_memory() -> None:
-    """Gives what this process has freed back to the system, where the C library can (glibc).
+def return_large_pieces() -> None:
+    """From now on the C library (glibc) takes pieces of 16 MB and more from the system one by one, and gives them back.
 
-    It keeps freed pieces of up to 32 MB for itself, in an arena a thread: over many layers these add up.
+    Else it moves that limit up to 32 MB once such a piece is freed, and keeps the smaller ones in an arena a thread, where
+    bases that come and go from two threads leave holes: the peak then grows with the number of layers.
     """
+    mmap_threshold = -3
+    _call_libc("mallopt", mmap_threshold, 16 << 20)
+
+
+def return_freed_memory() -> None:
+    """Gives what this process has freed back to the system, where the C library can (glibc)."""
+    _call_libc("malloc_trim", 0)
+
+
+def _call_libc(name: str, *arguments: int) -> None:
     try:
-        trim = ctypes.CDLL(None).malloc_trim
+        function = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError):
         return
-    trim(0)
+    function(*arguments)
 
 
 def collective_device() -> torch.device:
