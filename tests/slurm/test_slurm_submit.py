@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from chain import ROOT, Reference, assert_as_undisturbed, events, flags
-from test_slurm_templates import in_the_middle, requeue_from_outside, warn
+from test_slurm_templates import in_the_middle, requeue_from_outside
 from throwaway import PLAIN_GLOO, ThrowAwaySlurm
 
 FAULTY_PYTHON = Path(__file__).parent / "faulty" / "python.py"
@@ -69,7 +69,7 @@ def run_chain(slurm: ThrowAwaySlurm, reference: Reference, output: Path, disturb
 @pytest.mark.slow
 def test_chain_requeued_in_every_phase(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
     run_chain(slurm, reference, tmp_path, {
-        "phase1": (requeue_from_outside, 0), "phase2": (requeue_from_outside, 0), "phase3": (warn, 2)})
+        "phase1": (requeue_from_outside, 0), "phase2": (requeue_from_outside, 0), "phase3": (requeue_from_outside, 2)})
 
 
 def test_a_failed_phase_ends_the_chain(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:

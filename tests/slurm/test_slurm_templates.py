@@ -43,6 +43,7 @@ def warn(slurm: ThrowAwaySlurm, job: str) -> None:
 @pytest.mark.parametrize(("phase", "disturb", "after"), [
     pytest.param("phase1", requeue_from_outside, 0, marks=pytest.mark.slow),
     ("phase2", warn, 0),
+    pytest.param("phase2", requeue_from_outside, 0, marks=pytest.mark.slow),
     ("phase3", requeue_from_outside, 2),
 ])
 def test_disturbed_phase_ends_as_an_undisturbed_one(
