@@ -421,7 +421,7 @@ def _last_line(log: Path) -> str:
             file.seek(max(0, log.stat().st_size - 4096))
             lines = file.read().decode(errors="replace").strip().splitlines()
         # What srun says after a rank has failed is not why.
-        own = [line for line in lines if not line.startswith(("srun: ", "slurmstepd: "))]
+        own = [line for line in lines if not line.startswith(("srun: ", "slurmstepd"))]
         return (own or lines or [""])[-1]
     except OSError:
         return ""
