@@ -53,10 +53,11 @@ def covariance_basis(sigma: Tensor, energy: float = 1.0, max_rank: int = 0, dtyp
         return covariance_basis(sigma, energy, max_rank, torch.float64)
     sigma = sigma.to(dtype)
     values, columns = torch.linalg.eigh(sigma)
-    values, columns = values.flip(0).clamp_min(0.0), columns.flip(1)
+    values = values.flip(0).clamp_min(0.0)
     tolerance = torch.finfo(dtype).eps * (sigma.shape[0] if dtype == torch.float64 else 1)
     rank = _kept(values, tolerance, energy, max_rank)
-    return _basis(columns[:, :rank], values[:rank], values, lambda z: sigma @ z)
+    descending = torch.arange(sigma.shape[0] - 1, sigma.shape[0] - 1 - rank, -1, device=sigma.device)
+    return _basis(columns, values[:rank], values, lambda z: sigma @ z, descending)
 
 
 def token_basis(x: Tensor, energy: float = 1.0, max_rank: int = 0) -> Basis:
@@ -113,9 +114,12 @@ def _kept(values: Tensor, tolerance: float, energy: float, max_rank: int) -> int
     return min(rank, max_rank) if max_rank else rank
 
 
-def _basis(u: Tensor, kept: Tensor, values: Tensor, sigma: Callable[[Tensor], Tensor]) -> Basis:
-    """The columns u [n, r] with their errors; ``sigma`` multiplies vectors [n, k] by Σ."""
-    columns = fix_signs(u).float().contiguous()
+def _basis(
+    u: Tensor, kept: Tensor, values: Tensor, sigma: Callable[[Tensor], Tensor], order: Tensor | None = None
+) -> Basis:
+    """The columns u [n, r], or those of ``order``, with their errors; ``sigma`` multiplies vectors [n, k] by Σ."""
+    columns = fix_signs(u, order, torch.float32)
+    del u, order
     total = float(values.double().sum())
     orthogonality, residual = _probed_errors(columns, kept, values, sigma)
     return Basis(
@@ -146,12 +150,19 @@ def _probed_errors(
     return float(rows.max()), float(torch.linalg.norm(error) / PROBES**0.5 / torch.linalg.norm(values))
 
 
-def fix_signs(columns: Tensor) -> Tensor:
-    """Each column [n, r] times ±1, so that its entry of largest magnitude (the first of equal ones) is positive."""
-    if not columns.numel():
-        return columns
-    largest = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True))
-    return columns * torch.where(largest < 0, -1.0, 1.0).to(columns.dtype)
+def fix_signs(columns: Tensor, order: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Each column [n, r] times ±1, so that its entry of largest magnitude (the first of equal ones) is positive.
+
+    ``order`` picks columns, int64 [r]. A block at a time, so that what is alive beside the result stays small.
+    """
+    if order is None:
+        order = torch.arange(columns.shape[1], device=columns.device)
+    fixed = columns.new_empty(columns.shape[0], len(order), dtype=dtype or columns.dtype)
+    for begin in range(0, len(order) if columns.numel() else 0, BLOCK):
+        block = columns.index_select(1, order[begin : begin + BLOCK])
+        largest = block.gather(0, block.abs().argmax(dim=0, keepdim=True))
+        fixed[:, begin : begin + BLOCK] = block * torch.where(largest < 0, -1.0, 1.0).to(block.dtype)
+    return fixed
 
 
 def orthogonality_error(columns: Tensor) -> float:
