@@ -22,7 +22,6 @@ from warp_ds.zero.shard_rotation import (
     Machine,
     ProtectedLayer,
     ShardRotation,
-    choose_placement,
     place_bases,
     predict_costs,
 )
@@ -36,16 +35,16 @@ def own_bases(nbytes: int) -> dict[str, tuple[str, int]]:
 
 def test_small_bases_are_replicated_and_large_ones_get_owners() -> None:
     state = 12 * 8 * 32 // 2  # of a layer, on each of two ranks
-    assert set(place_bases("auto", LAYERS, own_bases(state), 2).values()) == {None}
-    assert set(place_bases("auto", LAYERS, own_bases(state + 1), 2).values()) == {0, 1}
-    assert set(place_bases("replicated", LAYERS, own_bases(10**9), 2).values()) == {None}
-    assert set(place_bases("owner", LAYERS, own_bases(1), 1).values()) == {None}, "one rank has them all anyway"
+    assert set(place_bases("auto", LAYERS, own_bases(state), 2).owners.values()) == {None}
+    assert set(place_bases("auto", LAYERS, own_bases(state + 1), 2).owners.values()) == {0, 1}
+    assert set(place_bases("replicated", LAYERS, own_bases(10**9), 2).owners.values()) == {None}
+    assert set(place_bases("owner", LAYERS, own_bases(1), 1).owners.values()) == {None}, "one rank has them all anyway"
     with pytest.raises(ValueError, match="auto, replicated, sharded, owner"):
         place_bases("owners", LAYERS, own_bases(1), 2)
 
 
 def test_owners_are_balanced_and_neighbours_differ() -> None:
-    owners = list(place_bases("owner", LAYERS, own_bases(4 * 32 * 32), 3).values())
+    owners = list(place_bases("owner", LAYERS, own_bases(4 * 32 * 32), 3).owners.values())
     assert sorted(owners) == [0, 0, 1, 1, 2, 2]
     assert all(len(set(owners[i : i + 3])) == 3 for i in range(4))
 
@@ -54,7 +53,7 @@ def test_a_shared_basis_has_one_owner_that_is_charged_for_all_its_layers() -> No
     layers = [TargetLayer(f"{i}.{kind}", i, f"attn_{kind}", 8, 8) for i in range(2) for kind in "qkv"]
     layers += [TargetLayer(f"{i}.down", i, "ffn_down", 8, 8) for i in range(3)]
     bases = {x.name: (f"{x.layer} {'attn' if x.type != 'ffn_down' else 'down'}", 256) for x in layers}
-    owners = place_bases("owner", layers, bases, 2)
+    owners = place_bases("owner", layers, bases, 2).owners
     assert owners["0 attn"] != owners["1 attn"] and sorted(owners[f"{i} down"] for i in range(3)) in ([0, 0, 1], [0, 1, 1])
 
 
@@ -85,7 +84,7 @@ def test_the_fastest_that_fits_is_chosen() -> None:
     bases = own_bases(4 * 32 * 32)
 
     def chosen(memory: float, machine: Machine = GPU) -> str:
-        return choose_placement("auto", LAYERS, bases, 2, machine, memory)[0]
+        return place_bases("auto", LAYERS, bases, 2, machine, memory).placement
 
     slow = Machine(1e6, 1e6, overlaps=True)
     assert chosen(24576) == "replicated", "sends nothing"
@@ -93,10 +92,10 @@ def test_the_fastest_that_fits_is_chosen() -> None:
     assert chosen(24575, slow) == "sharded", "hides what it sends"
     assert chosen(24575, Machine(1e6, 1e6, overlaps=False)) == chosen(20479, slow) == "owner"
     assert chosen(1) == "owner", "holds least"
-    placement, why = choose_placement("sharded", LAYERS, bases, 2)
-    assert placement == "sharded" and why.startswith("as asked")
-    assert all(name in why for name in ("replicated", "sharded", "owner"))
-    assert set(place_bases("sharded", LAYERS, bases, 2).values()) == {None}
+    placed = place_bases("sharded", LAYERS, bases, 2)
+    assert placed.placement == "sharded" and placed.why.startswith("as asked")
+    assert all(name in placed.why for name in ("replicated", "sharded", "owner"))
+    assert set(placed.owners.values()) == {None}
 
 
 def make_layers(placement: str, m: int, n: int, r: int, count: int) -> tuple[list[ProtectedLayer], dict, dict]:

@@ -27,7 +27,7 @@ from warp_ds.zero import runtime
 from warp_ds.zero.masked_step import MaskedStep, StepMetrics
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.plain_step import PlainMaskedStep
-from warp_ds.zero.shard_rotation import CPU, GPU, BasisShard, ProtectedLayer, choose_placement, place_bases
+from warp_ds.zero.shard_rotation import CPU, GPU, BasisShard, ProtectedLayer, place_bases
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def protect(engine: Any, basis_dir: str | Path | None, masks_dir: str | Path, *,
     the identity basis, and for those that name their basis. ``model_dir`` is checked against the artefacts'
     fingerprints where given. ``basis_placement``: 'replicated' holds every basis on every rank, 'owner' each on one
     rank, to which the layers' shards are sent, 'sharded' a piece of each on every rank, gathered a layer ahead of use;
-    'auto' takes the fastest that fits (``zero.shard_rotation.choose_placement``). Called on every rank. Raises
+    'auto' takes the fastest that fits (``zero.shard_rotation.place_bases``). Called on every rank. Raises
     ArtifactError where the artefacts belong to another model, UnsupportedSetting where the step would not be exact,
     ValueError where a checkpoint of another basis or of unprotected training was loaded before.
 
@@ -142,18 +142,17 @@ def _layers(
         bases = {target.name: ("identity", 0) if basis is None else basis.held(target.name) for target in masks.layers}
         machine = CPU if all(_compute_device(p).type == "cpu" for p in params.values()) else GPU
         asked = basis_placement if basis is not None else "replicated"
-        placement, why = choose_placement(asked, masks.layers, bases, world_size, machine)
-        owners = place_bases(placement, masks.layers, bases, world_size)
+        placed = place_bases(asked, masks.layers, bases, world_size, machine)
         if rank == 0 and world_size > 1 and basis is not None:
-            logger.info("bases are placed as %s (--basis_placement %s): %s", placement, asked, why)
+            logger.info("bases are placed as %s (--basis_placement %s): %s", placed.placement, asked, placed.why)
         for target in masks.layers:
             param, key = params[target.name], bases[target.name][0]
             if key not in rotations:
                 rotations[key] = None
-                if owners[key] in (None, rank):
+                if placed.owners[key] in (None, rank):
                     rotation = Rotation(None, target.n) if basis is None else basis.rotation(target.name)
                     rotation = rotation.to(_compute_device(param)).polished()
-                    if placement == "sharded":
+                    if placed.placement == "sharded":
                         shards[key] = BasisShard(rotation, world_size, rank)
                     else:
                         rotations[key] = rotation
@@ -164,7 +163,7 @@ def _layers(
             layers.append(ProtectedLayer(
                 target, param, rotations[key], partition, whole,
                 torch.cat(cut) if cut else whole.new_zeros(0, whole.shape[1]),
-                int(masks.metadata.layers[target.name]["frozen"]), owners[key], shards.get(key),
+                int(masks.metadata.layers[target.name]["frozen"]), placed.owners[key], shards.get(key),
             ))
             layers[-1].whole_frozen = layers[-1].whole_frozen.to(_compute_device(param))
     return layers

@@ -119,7 +119,6 @@ def _basis(
 ) -> Basis:
     """The columns u [n, r], or those of ``order``, with their errors; ``sigma`` multiplies vectors [n, k] by Σ."""
     columns = fix_signs(u, order, torch.float32)
-    del u, order
     total = float(values.double().sum())
     orthogonality, residual = _probed_errors(columns, kept, values, sigma)
     return Basis(

@@ -31,7 +31,7 @@ from warp_ds.zero.fetch import outside
 from warp_ds.zero.model import local_model_dir, snapshot
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.save import GATHER_BYTES
-from warp_ds.zero.shard_rotation import CHUNK, CPU, GPU, PLACEMENTS, choose_placement, place_bases, predict_costs
+from warp_ds.zero.shard_rotation import CHUNK, CPU, GPU, PLACEMENTS, place_bases, predict_costs
 
 CHECKED = Path(__file__).with_name("plan_checked.json")
 GPU_CONTEXT = 1_500_000_000
@@ -341,8 +341,8 @@ def training(shape: Shape, job: Job, sharding: Sharding, phase: str, samples: in
         held = {layer.name: (group[0].name, Rotation.held_bytes(layer.n, _rank_of(layer.n, job)))
                 for group in shared_inputs(shape.targets) for layer in group}
         machine = GPU if job.on_gpu else CPU
-        placement, _ = choose_placement(job.basis_placement, shape.targets, held, n_ranks, machine)
-        owners = place_bases(placement, shape.targets, held, n_ranks)
+        placed = place_bases(job.basis_placement, shape.targets, held, n_ranks, machine)
+        placement, owners = placed.placement, placed.owners
         largest = 4.0 * max(layer.m * layer.n for layer in shape.targets)
         of_owner: Counter[int | None] = Counter()
         for key, nbytes in dict(held.values()).items():

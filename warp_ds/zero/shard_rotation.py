@@ -24,7 +24,7 @@ from warp_ds.zero.partition import RowPartition
 
 #: Rows are rotated in pieces of at most this many elements: bounds temporary memory to 64 MB of fp32 a matrix.
 CHUNK = 1 << 24
-#: Where bases lie in training: see ``choose_placement``.
+#: Where bases lie in training: see ``place_bases``.
 PLACEMENTS = ("auto", "replicated", "sharded", "owner")
 
 
@@ -281,11 +281,23 @@ def predict_costs(
     }
 
 
-def choose_placement(
+@dataclass(frozen=True)
+class Placed:
+    """Where the bases of a model lie."""
+
+    placement: str
+    """'replicated', 'sharded' or 'owner'."""
+    owners: dict[str, int | None]
+    """Which rank holds each basis, by the basis's key; None where every rank does, or a piece of it."""
+    why: str
+    """In words, with the costs predicted for each placement."""
+
+
+def place_bases(
     placement: str, layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int,
     machine: Machine = GPU, memory: float | None = None,
-) -> tuple[str, str]:
-    """'replicated', 'sharded' or 'owner', and why: as asked, or for 'auto' the fastest that fits into ``memory``.
+) -> Placed:
+    """Places them as asked, or for 'auto' in the way that is fastest of those that fit into ``memory``.
 
     ``memory`` is what a rank may spend on bases, in bytes: if not given, as much as on fp32 masters and moments of the
     masked layers (12 bytes a weight, over world_size). Where none fits, the one that holds least. On one rank all are
@@ -308,21 +320,8 @@ def choose_placement(
     predictions = "; ".join(
         f"{name} holds {cost.held / 1e9:.3g} GB, sends {cost.sent / 1e9:.3g} GB a step, takes {cost.seconds(machine):.3g} s"
         for name, cost in costs.items())
-    return chosen, f"{why}. Predicted for a rank: {predictions}"
-
-
-def place_bases(
-    placement: str, layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int,
-    machine: Machine = GPU,
-) -> dict[str, int | None]:
-    """Which rank holds each basis, by the basis's key; None where every rank does, or a piece of it.
-
-    Arguments and errors as of ``choose_placement``.
-    """
-    layers = list(layers)
-    chosen, _ = choose_placement(placement, layers, bases, world_size, machine)
-    owners = deal_owners(layers, bases, world_size)
-    return {key: owner if chosen == "owner" else None for key, owner in owners.items()}
+    owners = {key: owner if chosen == "owner" else None for key, owner in deal_owners(layers, bases, world_size).items()}
+    return Placed(chosen, owners, f"{why}. Predicted for a rank: {predictions}")
 
 
 def deal_owners(
