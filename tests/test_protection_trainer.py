@@ -248,6 +248,14 @@ def frozen_bits_in_a_loop(root: Path) -> None:
     assert isinstance(protection, PlainMaskedStep)
     with pytest.raises(ValueError, match="protected already"):
         warp_ds.protect_optimizer(model, optimizer, None, artefacts.masks)
+    stored = warp_ds.artifacts.MaskStore(artefacts.masks).find_basis()
+    assert stored is not None
+    for layer in protection.layers:  # what is trained with is the polished basis
+        rotation = stored.rotation(layer.target.name)
+        if rotation.matrix is not None:
+            assert layer.rotation is not None and torch.equal(layer.rotation.matrix, rotation.polished().matrix)
+            assert not torch.equal(layer.rotation.matrix, rotation.matrix), "this basis needs no polish: nothing is seen"
+    assert any(layer.rotation.matrix is not None for layer in protection.layers)
     before = {k: v.clone() for k, v in protection.coefficients().items()}
     for ids in token_batches(3):
         model(input_ids=ids, labels=ids).loss.backward()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import run_ranks
 
 from warp_ds.config import BasisArguments
-from warp_ds.zero.runtime import zero3_config
+from warp_ds.zero.runtime import return_large_pieces, zero3_config
 from warp_ds.zero.walk import _control_group_memory, host_memory
 
 
@@ -21,6 +23,30 @@ def test_micro_batches_are_summed_in_fp32(dtype: str, expected: dict[str, str] |
     (tmp_path / "own.json").write_text(json.dumps(own))
     arguments = BasisArguments(dtype=dtype, device="cpu", deepspeed=str(tmp_path / "own.json"))
     assert zero3_config(arguments)["data_types"] == {"grad_accum_dtype": "bf16"}
+
+
+def held_beside_large_pieces(given_back: bool) -> float:
+    """MB that stay when large pieces are freed between small ones that live on, once a larger one has been freed."""
+    def resident() -> float:
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+        return int(line.split()[1]) / 1e3
+
+    if given_back:
+        return_large_pieces()
+    torch.ones(7_000_000)
+    before, kept = resident(), []
+    for number in range(8):
+        for size in (6_000_000, 5_000_000 + 100_000 * number):
+            large = torch.ones(size)
+            kept.append(torch.ones(50_000))
+            del large
+    return resident() - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library is not glibc")
+def test_large_pieces_go_back_to_the_system() -> None:
+    # The small ones are 3.2 MB; glibc by itself keeps two large ones too, 48 MB.
+    assert run_ranks(1, held_beside_large_pieces, True)[0] < 10 < 20 < run_ranks(1, held_beside_large_pieces, False)[0]
 
 
 def memory_of_this_rank() -> tuple[int, int]:
