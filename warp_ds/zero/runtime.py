@@ -103,7 +103,7 @@ def return_large_pieces() -> None:
     """From now on the C library (glibc) takes pieces of 16 MB and more from the system one by one, and gives them back.
 
     Else it moves that limit up to 32 MB once such a piece is freed, and keeps the smaller ones in an arena a thread, where
-    bases that come and go from two threads leave holes: the peak then grows with the number of layers.
+    bases that come and go from two threads leave holes.
     """
     mmap_threshold = -3
     _call_libc("mallopt", mmap_threshold, 16 << 20)
