@@ -24,8 +24,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from warp_ds.zero import partitioned_param
-from warp_ds.zero.checkpoint_index import CheckpointError, RangeReader, read_header
+from warp_ds.zero import checkpoint_index, partitioned_param
+from warp_ds.zero.checkpoint_index import CheckpointError, RangeReader, ReadAhead, TensorLocation, read_header
 from warp_ds.zero.load import load_sharded
 from warp_ds.zero.partitioned_param import Partitioner, check_layout, own_range, why_not_by_hand
 from warp_ds.zero.runtime import OtherRankError
@@ -365,6 +365,40 @@ def test_every_byte_is_read_once(checkpoints: Path) -> None:
     folder = checkpoints / "gemma2-torch.float32"
     stored = sum(t.nbytes for file in folder.glob("*.safetensors") for t in read_header(file).values())
     assert sum(run_ranks(3, bytes_asked, folder)) == stored
+
+
+@pytest.mark.parametrize("budget", [1 << 30, 20])
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no posix_fadvise on this system")
+def test_reads_ahead_what_its_rank_will_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
+    save_file({"a": torch.zeros(7, 5, dtype=torch.bfloat16), "b": torch.zeros(2), "c": torch.zeros(0)}, tmp_path / "f")
+    tensors = read_header(tmp_path / "f")
+    monkeypatch.setattr(checkpoint_index, "READ_AHEAD_BYTES", budget)
+    advise, asked = os.posix_fadvise, []
+
+    def recording(descriptor: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.append((offset, length))
+        advise(descriptor, offset, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", recording)
+
+    def own(tensor: TensorLocation, rank: int) -> tuple[int, int]:
+        piece = -(-tensor.numel // 3)
+        first, end = min(rank * piece, tensor.numel), min((rank + 1) * piece, tensor.numel)
+        size = tensor.dtype.itemsize
+        return tensor.offset + first * size, (end - first) * size
+
+    for rank in range(3):
+        asked.clear()
+        future = ReadAhead(rank, 3).start(tensors.values())
+        assert future is not None
+        future.result()
+        # 35 and 2 elements in threes: the third rank has short pieces, or none.
+        wanted = [own(tensor, rank) for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset)]
+        if budget == 20:
+            assert 0 < sum(length for _, length in asked) <= budget
+            continue
+        assert asked == [(offset, length) for offset, length in wanted if length]
 
 
 def test_reader_converts_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from warp_ds.zero.checkpoint_index import RangeReader, TensorLocation
+from warp_ds.zero.checkpoint_index import RangeReader, ReadAhead, TensorLocation
 from warp_ds.zero.partitioned_param import Partitioner, own_range, why_not_by_hand
 from warp_ds.zero.runtime import all_gather_object, on_every_rank_or_none, rank
 from warp_ds.zero.transformers_internals import CannotMap, MetaModel, load_on_meta, zero3_hidden_from_transformers
@@ -73,12 +73,13 @@ def load_sharded(
     built: MetaModel | None = None
     plan: dict[int, TensorLocation] = {}
     reason = why_not_by_hand(ds_config or {})
+    ahead = ReadAhead(rank(), dist.get_world_size())
     with on_every_rank_or_none(f"opening {name}"), _no_garbage_collection():
         try:
             if reason is None:
                 reason = _why_quantised(name, hub)
             if reason is None:
-                built = load_on_meta(name, dtype=dtype, **hub)
+                built = load_on_meta(name, dtype=dtype, ahead=ahead, **hub)
                 plan = _plan(built)
         except CannotMap as cause:
             reason = str(cause)

@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import logging as hf_logging
 
-from warp_ds.zero.checkpoint_index import CheckpointError, TensorLocation, read_header
+from warp_ds.zero.checkpoint_index import CheckpointError, ReadAhead, TensorLocation, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,11 @@ class _CheckpointSlice:
 class _HeaderOnlyFile:
     """Stands for ``safetensors.safe_open``."""
 
-    def __init__(self, path: str, sources: dict[int, tuple[torch.Tensor, TensorLocation]]) -> None:
+    def __init__(self, path: str, sources: dict[int, tuple[torch.Tensor, TensorLocation]], ahead: ReadAhead | None) -> None:
         self.tensors = read_header(path)
         self.sources = sources
+        if ahead is not None:
+            ahead.start(self.tensors.values())
 
     def keys(self) -> list[str]:
         return list(self.tensors)
@@ -98,10 +100,13 @@ def _replaced(name: str, substitute: object) -> Iterator[None]:
         setattr(modeling_utils, name, original)
 
 
-def load_on_meta(name_or_path: str, *, dtype: torch.dtype, **kwargs: Any) -> MetaModel:
+def load_on_meta(
+    name_or_path: str, *, dtype: torch.dtype, ahead: ReadAhead | None = None, **kwargs: Any
+) -> MetaModel:
     """``AutoModelForCausalLM.from_pretrained`` without reading a weight.
 
-    Parameters and buffers found in the checkpoint are on meta; missing ones are initialised as ever.
+    Parameters and buffers found in the checkpoint are on meta; missing ones are initialised as ever. ``ahead`` hears of
+    each file as soon as its header is read.
 
     Raises:
         CannotMap: the checkpoint is pickled, or its weights are converted on loading.
@@ -113,7 +118,7 @@ def load_on_meta(name_or_path: str, *, dtype: torch.dtype, **kwargs: Any) -> Met
         raise CannotMap(f"{os.path.basename(path)} is pickled, not safetensors")
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced("safe_open", lambda path, **_: _HeaderOnlyFile(path, sources)))
+        stack.enter_context(_replaced("safe_open", lambda path, **_: _HeaderOnlyFile(path, sources, ahead)))
         stack.enter_context(_replaced("load_state_dict", refuse_pickle))
         stack.enter_context(zero3_hidden_from_transformers())
         stack.enter_context(quiet_transformers())
