@@ -158,9 +158,11 @@ def fix_signs(columns: Tensor, order: Tensor | None = None, dtype: torch.dtype |
         order = torch.arange(columns.shape[1], device=columns.device)
     fixed = columns.new_empty(columns.shape[0], len(order), dtype=dtype or columns.dtype)
     for begin in range(0, len(order) if columns.numel() else 0, BLOCK):
-        block = columns.index_select(1, order[begin : begin + BLOCK])
-        largest = block.gather(0, block.abs().argmax(dim=0, keepdim=True))
-        fixed[:, begin : begin + BLOCK] = block * torch.where(largest < 0, -1.0, 1.0).to(block.dtype)
+        # LAPACK's columns lie one after another in memory: as rows they are read in one go.
+        vectors = columns.T.index_select(0, order[begin : begin + BLOCK])
+        largest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
+        vectors *= torch.where(largest < 0, -1.0, 1.0).to(vectors.dtype)
+        fixed[:, begin : begin + BLOCK] = vectors.T
     return fixed
 
 
