@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +29,22 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Tensor]:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    @cached_property
+    def _places(self) -> Tensor:
+        return self.counted.flatten().nonzero().squeeze(1)
+
+    def take(self, x: Tensor) -> Tensor:
+        """The tokens that count [t, n] of x [B, L, n], a copy. (Several times faster than x[counted] on a CPU.)"""
+        return x.reshape(-1, x.shape[-1]).index_select(0, self._places)
+
+
+def sample_sums(x: Tensor) -> Tensor:
+    """fp32 [B]: for each sample of x [B, ...] a sum that is finite where every entry is.
+
+    NaN and infinities survive additions. Finite entries whose sum passes 3e38 have squares that do too, and Σ with them.
+    """
+    return x.reshape(x.shape[0], -1).sum(dim=1, dtype=torch.float32)
 
 
 class Samples:

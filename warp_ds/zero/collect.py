@@ -22,7 +22,7 @@ from warp_ds.artifacts import TargetLayer
 from warp_ds.config import LAYER_TYPES
 from warp_ds.data.collate import EMPTY
 from warp_ds.method.covariance import Covariance
-from warp_ds.zero.batches import Batch, Samples
+from warp_ds.zero.batches import Batch, Samples, sample_sums
 from warp_ds.zero.fetch import FetchHooks, outside
 from warp_ds.zero.runtime import (
     all_gather_object,
@@ -246,7 +246,7 @@ class InputHooks:
         self.inputs: dict[str, LayerInput] = {}
         """layer name -> what it sees, in the order in which it was met"""
         self.batch: Batch | None = None
-        self._extremes: list[tuple[TargetLayer, Batch, Tensor]] = []
+        self._sums: list[tuple[TargetLayer, Batch, Tensor]] = []
         self._seen: list[tuple[TargetLayer, Tensor]] = []
         self._handles: list[Any] = []
 
@@ -276,10 +276,9 @@ class InputHooks:
             way = route(self.samples.tokens, layer.n, world_size(), self.itemsize)
             covariance = Covariance(layer.n, self.samples.device) if way == REDUCE else None
             self.inputs[layer.name] = LayerInput([layer], way, covariance)
-        # One pass over x; padding counts too, since real tokens attend to nothing that is not finite.
-        extremes = torch.stack(torch.aminmax(x.reshape(x.shape[0], -1), dim=1))
-        self._extremes.append((layer, self.batch, extremes))
-        self.inputs[layer.name].add(x[self.batch.counted])
+        # Padding counts too, since real tokens attend to nothing that is not finite.
+        self._sums.append((layer, self.batch, sample_sums(x)))
+        self.inputs[layer.name].add(self.batch.take(x))
 
     def end_of_pass(self) -> None:
         """Lets go of the last pass's activations."""
@@ -288,12 +287,12 @@ class InputHooks:
     def failure(self) -> tuple[int, str, int] | None:
         """(block, layer name, sample) of the first input since the last call that was not finite."""
         found: list[tuple[int, str, int]] = []
-        for layer, batch, extremes in self._extremes:
-            bad = ~torch.isfinite(extremes).all(dim=0)
+        for layer, batch, sums in self._sums:
+            bad = ~torch.isfinite(sums)
             if bool(bad.any()):
                 samples = [s for s, b in zip(batch.samples, bad.tolist(), strict=True) if b and s != EMPTY]
                 found += [(layer.layer, layer.name, sample) for sample in samples]
-        self._extremes.clear()
+        self._sums.clear()
         return min(found, default=None)
 
     def distinct(self) -> list[LayerInput]:
@@ -337,6 +336,7 @@ def collect_by_walk(
                     hooks.batch = samples.batch(indices)
                     hidden.put(number, walk.run(index, hidden.get(number, samples.device), hooks.batch))
                     hooks.end_of_pass()
+            return_freed_memory()  # before the wait for the decomposition that still runs
             if index in by_block:
                 stop_together(hooks.failure(), "inputs")
                 yield from _on_every_rank(hooks, by_block[index], samples, itemsize)

@@ -22,7 +22,7 @@ from warp_ds.artifacts import TargetLayer, read_json, write_json, write_tensors
 from warp_ds.data.collate import EMPTY
 from warp_ds.data.formats import IGNORE
 from warp_ds.method.importance import add_importance
-from warp_ds.zero.batches import Batch, Samples
+from warp_ds.zero.batches import Batch, Samples, sample_sums
 from warp_ds.zero.fetch import FetchHooks, outside, saved_by_reference
 from warp_ds.zero.runtime import (
     all_gather_object,
@@ -160,15 +160,14 @@ class Finite:
 
     def watch(self, layer: TargetLayer, batch: Batch, tapped: Tapped) -> None:
         """One pass over each; padding counts too, since real tokens attend to nothing that is not finite."""
-        extremes = [torch.stack(torch.aminmax(t.reshape(t.shape[0], -1), dim=1)) for t in (tapped.x, tapped.g)]
-        self._seen.append((layer, batch, torch.stack(extremes)))
+        self._seen.append((layer, batch, torch.stack([sample_sums(tapped.x), sample_sums(tapped.g)])))
 
     def failure(self) -> tuple[int, str, int] | None:
         """(order, layer name, sample) of the first that was not finite: an input of the lowest block, else a gradient
         of the highest."""
         found: list[tuple[int, str, int]] = []
-        for layer, batch, extremes in self._seen:
-            bad = ~torch.isfinite(extremes).all(dim=1)
+        for layer, batch, sums in self._seen:
+            bad = ~torch.isfinite(sums)
             if bool(bad.any()):
                 for kind, order in ((0, layer.layer - 10**6), (1, -layer.layer)):
                     found += [(order, layer.name, s) for s, b in zip(batch.samples, bad[kind].tolist(), strict=True)
@@ -240,12 +239,12 @@ class RowScores:
         ``taken``: this rank's x and g, removed from it; ``columns``: U [n, r], None for the identity; ``scale``: what
         the loss must be multiplied by.
         """
-        x = taken[found.layers[0].name].x[batch.counted]
+        x = batch.take(taken[found.layers[0].name].x)
         if columns is not None and found.tokens_first:
             x, columns = x.float() @ columns, None
         right = gather_tokens(x, step)
         for layer in found.layers:
-            g = gather_rows(taken.pop(layer.name).g[batch.counted], step, self.rows[layer.name])
+            g = gather_rows(batch.take(taken.pop(layer.name).g), step, self.rows[layer.name])
             for first, end, last in step.segments:
                 pending = self._pending.pop(layer.name, None)
                 if last:
