@@ -31,6 +31,13 @@ def main(argv: list[str] | None = None) -> int:
                                          "where it is in none")
     verify.set_defaults(run=_verify)
 
+    shrink = commands.add_parser("shrink", help="a smaller basis for masks at hand: cheaper steps, other coordinates for "
+                                                "what trains freely")
+    shrink.add_argument("--masks_dir", required=True, help="masks/ of phase 2")
+    shrink.add_argument("--basis_dir", help="basis/ of phase 1, where it is not the one that the masks name")
+    shrink.add_argument("--output", required=True, help="directory for the new basis/ and masks/")
+    shrink.set_defaults(run=_shrink)
+
     plan = commands.add_parser(
         "plan", help="memory, traffic and disk of every phase, from the model's config alone", description="What each "
         "phase will need in memory, traffic and disk, and the fewest nodes that will do, from the model's "
@@ -98,6 +105,19 @@ def _verify(arguments: argparse.Namespace) -> int:
     write_certificate(certificate, output)
     print(f"certificate: {output}")
     return 0 if certificate["kept"] else 1
+
+
+def _shrink(arguments: argparse.Namespace) -> int:
+    from warp_ds.artifacts import ArtifactError
+    from warp_ds.phases.shrink import print_shrunk, shrink
+
+    try:
+        print_shrunk(shrink(arguments.masks_dir, arguments.basis_dir, Path(arguments.output)))
+    except ArtifactError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"train with --masks_dir {Path(arguments.output) / 'masks'}")
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
