@@ -33,6 +33,7 @@ from safetensors.numpy import load_file
 
 from warp_ds.artifacts import TargetLayer
 from warp_ds.phases.targets import shared_inputs
+from warp_ds.zero.batches import Batch, sample_sums
 from warp_ds.zero.collect import REDUCE, SEND, TOKENS, route
 from warp_ds.zero.scores import Rows
 from warp_ds.zero.walk import HiddenStates
@@ -115,6 +116,19 @@ def test_delivery(ranks: int, way: str) -> None:
         assert found[0]["sent"] == 13 * 13 * 4
     if ranks == 3 and way != REDUCE:
         assert [f["sent"] for f in found] == [0, 5 * 13 * 2, 0]
+
+
+def test_what_counts_is_taken_and_what_is_not_finite_is_seen() -> None:
+    counted = torch.tensor([[True, False, True], [False, False, False], [False, True, True]])
+    batch = Batch([4, 7, 1], counted.long(), counted.long(), counted.long(), counted)
+    x = torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(0))
+    for these in (x, x.bfloat16(), x.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert torch.equal(batch.take(these), these[counted])
+    assert torch.isfinite(sample_sums((x * 0 + 65000).half())).all()  # the sum of finite fp16 entries is no overflow
+    for bad in ([float("nan")], [float("inf")], [float("-inf")], [float("inf"), float("-inf")]):
+        spoilt = x.clone()
+        spoilt[1].view(-1)[: len(bad)] = torch.tensor(bad)
+        assert torch.isfinite(sample_sums(spoilt)).tolist() == [True, False, True], bad
 
 
 def test_owners_share_the_work() -> None:
