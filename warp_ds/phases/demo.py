@@ -1,7 +1,8 @@
 """The whole job on a model of two million parameters, made on the spot: phases 0 to 3, six arms, one table.
 
 Started by ``warp-ds demo`` (``make demo``) on two local ranks; every phase is the real one, with the flags below. What
-follows phase 0 is a comparison (phases/compare.py); --arms, --seeds and --learning_rates make it a larger one.
+follows phase 0 is a comparison (phases/compare.py); --arms, --seeds, --learning_rates and --arm_rates make it a
+larger one.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class DemoArguments(RunArguments):
     max_length: int = 128
     arms: str = flag(",".join(TITLES), "comma-separated arms; '+' composes (safeinstr+rotated)")
     learning_rates: str = flag("1e-3", "comma-separated grid of every arm")
+    arm_rates: str | None = flag(None, "other grids, such as 'full=1e-4:3e-4,osft=3e-3'")
     seeds: str = flag("42", "comma-separated seeds of the training")
     harmful_data: str | None = flag(None, "file of harmful prompts to use in place of the demo's own requests")
     utility_data: str | None = flag(None, "file of task items (answers end in #### N) to train on, in place of its own")
@@ -72,7 +74,8 @@ class DemoArguments(RunArguments):
 
     def check(self) -> None:
         super().check()
-        parse_arms(self.arms)
+        names = [arm.name for arm in parse_arms(self.arms)]
+        CompareArguments(learning_rates=self.learning_rates, arm_rates=self.arm_rates).rates(names)
         if (self.utility_data is None) != (self.utility_heldout is None):
             raise ConfigError("--utility_data and --utility_heldout go together: items to train on and to evaluate on")
 
@@ -96,8 +99,8 @@ def run_demo(arguments: DemoArguments) -> None:
         seconds = {"phase 0": round(time.time() - began, 1)}
         settings = CompareArguments(
             **common, model_name=str(safe), arms=arguments.arms, learning_rates=arguments.learning_rates,
-            seeds=arguments.seeds, layer_type=LAYER_TYPE, keep_ratio=KEEP_RATIO, safety_samples=0, importance_samples=200,
-            utility_samples=0, epochs=5, global_batch_size=16, max_new_tokens=arguments.max_new_tokens, eval_batch_size=50,
+            arm_rates=arguments.arm_rates, seeds=arguments.seeds, layer_type=LAYER_TYPE, keep_ratio=KEEP_RATIO,
+            safety_samples=0, importance_samples=200, utility_samples=0, epochs=5, global_batch_size=16, max_new_tokens=arguments.max_new_tokens, eval_batch_size=50,
             neuron_rate=1e-3, unaligned_rate=1e-3,
         )
         arms = parse_arms(settings.arms)
