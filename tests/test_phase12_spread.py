@@ -240,6 +240,8 @@ def test_phase_2_goes_on_with_what_is_left(
     kill_after(2, stopping_masks_job, arguments, ROWS, basis, tmp_path / "killed" / "masks", stop_after)
     saved = tmp_path / "killed" / "scores"
     assert (saved / "progress.json").exists() == (stop_after > 0)
+    (tmp_path / "killed" / "masks").mkdir(exist_ok=True)
+    (tmp_path / "killed" / "masks" / ".layer_00_mask.safetensors.1234.tmp").touch()  # as killed in the middle of writing
     run_ranks(ranks_after, masks_job, [(arguments, ROWS, basis, tmp_path / "killed" / "masks")])
     assert not saved.exists()
     same_files(undisturbed / "masks", tmp_path / "killed" / "masks")

@@ -69,6 +69,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     _write_aside(path, lambda aside: save_file(contiguous, str(aside), metadata=dict(metadata or {})))
 
 
+def remove_unfinished(directory: Path) -> None:
+    """Removes what a process that was killed had begun to write anywhere under ``directory``."""
+    for aside in directory.glob("**/.*.tmp"):
+        aside.unlink(missing_ok=True)
+
+
 def _write_aside(path: Path, write: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

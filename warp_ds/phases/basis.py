@@ -18,6 +18,7 @@ from warp_ds.artifacts import (
     fingerprint_rows,
     layer_entry,
     metadata_dict,
+    remove_unfinished,
     write_json,
     write_tensors,
 )
@@ -258,8 +259,7 @@ _HEADER = "warp_ds.basis"
 def _finished(directory: Path) -> Entries:
     """The entries of the bases that a run which was stopped has left; what it had begun to write is removed."""
     entries: Entries = {}
-    for aside in directory.glob(".*.tmp"):
-        aside.unlink()
+    remove_unfinished(directory)
     for path in sorted(directory.glob("*_svd.safetensors")):
         with safe_open(str(path), framework="pt") as file:
             entry = json.loads(file.metadata()[_HEADER])

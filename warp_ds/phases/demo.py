@@ -100,8 +100,8 @@ def run_demo(arguments: DemoArguments) -> None:
         settings = CompareArguments(
             **common, model_name=str(safe), arms=arguments.arms, learning_rates=arguments.learning_rates,
             arm_rates=arguments.arm_rates, seeds=arguments.seeds, layer_type=LAYER_TYPE, keep_ratio=KEEP_RATIO,
-            safety_samples=0, importance_samples=200, utility_samples=0, epochs=5, global_batch_size=16, max_new_tokens=arguments.max_new_tokens, eval_batch_size=50,
-            neuron_rate=1e-3, unaligned_rate=1e-3,
+            safety_samples=0, importance_samples=200, utility_samples=0, epochs=5, global_batch_size=16,
+            max_new_tokens=arguments.max_new_tokens, eval_batch_size=50, neuron_rate=1e-3, unaligned_rate=1e-3,
         )
         arms = parse_arms(settings.arms)
         refusals = data["refusals_fit"]

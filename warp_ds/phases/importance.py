@@ -23,6 +23,7 @@ from warp_ds.artifacts import (
     fingerprint_rows,
     layer_entry,
     metadata_dict,
+    remove_unfinished,
     write_json,
     write_tensors,
 )
@@ -115,6 +116,7 @@ def compute_masks(
             basis.check(layers, fingerprints["model"], arguments.model_name)
         elif arguments.score == "singular_value":
             raise ConfigError("--score singular_value needs a basis with singular values: leave --basis identity out")
+    on_rank_0(lambda: remove_unfinished(directory), "looking for unfinished masks")
     notes: list[str] = []
     if arguments.score == "importance":
         scores = importance_scores(model, tokenizer, layers, dataset, basis, arguments, notes, directory.parent)

@@ -18,7 +18,7 @@ from typing import Any
 
 import datasets
 
-from warp_ds.artifacts import ArtifactError, read_json, write_json
+from warp_ds.artifacts import ArtifactError, read_json, remove_unfinished, write_json
 from warp_ds.cluster import slurm
 from warp_ds.cluster.preemption import Preempted
 from warp_ds.config import ConfigError, RunArguments, identity_settings
@@ -104,8 +104,8 @@ def start_run(
                 "started_at": now(), "versions": versions(), "command": sys.argv, "world_size": runtime.world_size(),
                 "working_directory": os.getcwd(),
             })
-        for left in (directory / FAILURE, *directory.glob("**/.*.tmp")):
-            left.unlink(missing_ok=True)  # by a process that was killed
+        (directory / FAILURE).unlink(missing_ok=True)
+        remove_unfinished(directory)
         return {"directory": str(directory), "resumed": resumed, "done": (directory / "finished.json").is_file()}
 
     try:
