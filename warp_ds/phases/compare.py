@@ -56,6 +56,7 @@ from warp_ds.phases.importance import run_importance
 from warp_ds.phases.merge import merge, resta_formula, safe_delta_formula
 from warp_ds.phases.neurons import LAYERS, safety_neuron_masks
 from warp_ds.phases.run import link_latest, start_run, versions
+from warp_ds.phases.state import Progress
 from warp_ds.phases.training import run_safety_tuning, run_training
 from warp_ds.report import card, tradeoff
 from warp_ds.zero import runtime
@@ -130,7 +131,9 @@ def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[floa
     rotated = next((arm for arm in arms if arm.basis == "activation" and arm.unit == "entry" and not arm.start), None)
     started = time.time()
     rows = []
+    progress = Progress(bench.root, len(points), "points", seconds=0.0)
     for number, point in enumerate(points, 1):
+        progress.at(number - 1)
         leave_if_asked()
         logger.info("point %d of %d: %s", number, len(points), point.name)
         rows.append(bench.point(point, rotated))
@@ -138,6 +141,7 @@ def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[floa
             for made in filter(None, (point, merged_from(point))):
                 if not _needed(made, points[number:]):
                     bench.forget(made)
+    progress.at(len(points))
     plainly_rotated = [point for point in points if point.arm == replace(ARMS["rotated"], name=point.arm.name)]
     if plainly_rotated:
         runtime.on_rank_0(lambda: bench.link_latest(plainly_rotated[-1]), "linking the rotated arm's runs")

@@ -20,15 +20,15 @@ STATE, PROGRESS = "state.jsonl", "progress.json"
 
 
 class Progress:
-    """How far a phase is, for ``launch/submit.py --status``: rank 0 writes it, every two seconds at most."""
+    """How far a phase is, for ``launch/submit.py --status``: rank 0 writes it, every ``seconds`` at most."""
 
-    def __init__(self, directory: Path, total: float, unit: str):
-        self.path, self.total, self.unit = directory / PROGRESS, total, unit
+    def __init__(self, directory: Path, total: float, unit: str, seconds: float = 2.0):
+        self.path, self.total, self.unit, self.seconds = directory / PROGRESS, total, unit, seconds
         self._shown = -1e9
 
     def at(self, done: float) -> None:
         """``done`` of the total are finished."""
-        if runtime.rank() == 0 and (time.monotonic() - self._shown > 2.0 or done >= self.total):
+        if runtime.rank() == 0 and (time.monotonic() - self._shown > self.seconds or done >= self.total):
             self._shown = time.monotonic()
             try:
                 write_json(self.path, {"done": done, "total": self.total, "unit": self.unit})
