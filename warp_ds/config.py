@@ -283,7 +283,10 @@ class CompareArguments(SafetyDataArguments, LayerArguments, RunArguments):
 
     @property
     def seed_list(self) -> list[int]:
-        return [int(value) for value in _numbers("seeds", self.seeds)]
+        values = _numbers("seeds", self.seeds)
+        if any(value != int(value) for value in values):
+            raise ConfigError(f"--seeds {self.seeds!r}: whole numbers")
+        return [int(value) for value in values]
 
     @property
     def rate_list(self) -> list[float]:
@@ -384,6 +387,7 @@ def unknown_flags(words: Sequence[str], known: Iterable[str]) -> ConfigError:
 
 
 _REPLACED = {
+    "learning_rate": "--learning_rates",  # of compare and sweep: phases 0 and 3 have it themselves
     "num_train_epochs": "--epochs",
     "activation_checkpointing": "--gradient_checkpointing",
     "per_device_train_batch_size": "--batch_size",
