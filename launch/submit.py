@@ -1,5 +1,6 @@
 """Queues phases one after another: python launch/submit.py --phases 1,2,3 --nodes 4 --gpus_per_node 8 --model_name …
 
+--phases compare --seeds 1,2,3 is a job array, a task a seed (flags of launch/compare.py), at most --parallel at once.
 --status RUN shows where a chain is, --cancel RUN ends it. The same command again goes on with an unfinished chain.
 """
 
@@ -14,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from warp_ds.artifacts import ArtifactError
-from warp_ds.cluster.chain import Chain, SubmitArguments, cancel, find_chain, status, submit
+from warp_ds.cluster.chain import Chain, SubmitArguments, cancel, find_chain, kind_of, status, submit
 from warp_ds.cluster.slurm import SlurmError
 from warp_ds.config import ConfigError, FlagParser
 
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         Console().print(table(chain)[0])
         if chain.cluster == "slurm":
             print(f"follow it: python launch/submit.py --status {chain.directory}")
+        say_report(chain)
         return 0
     except (ConfigError, ArtifactError, SlurmError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -59,7 +61,14 @@ def follow(chain: Chain) -> int:
                 time.sleep(SECONDS)
                 shown, under_way = table(Chain.load(chain.directory))
                 live.update(shown, refresh=True)
+    say_report(chain)
     return 0 if under_way or all(map(chain.finished, chain.flags)) else 1
+
+
+def say_report(chain: Chain) -> None:
+    """How all seeds of a comparison become one report."""
+    if "compare" in map(kind_of, chain.flags):
+        print(f"the seeds as one report, once they have finished: warp-ds report {chain.directory}/compare_seed*")
 
 
 def table(chain: Chain) -> tuple[Table, bool]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from throwaway import ThrowAwaySlurm
 
-from warp_ds.cluster.chain import parse_phases, phase_flags
-from warp_ds.cluster.slurm import first_host, task_environment
-from warp_ds.config import ConfigError
+from warp_ds.cluster.chain import Chain, SubmitArguments, _marked_jobs, find_chain, parse_phases, phase_flags
+from warp_ds.cluster.slurm import ALIVE, cancel, first_host, job_states, task_environment
+from warp_ds.config import ConfigError, FlagParser
 
 TASK = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "12345",
         "SLURM_STEP_NODELIST": "n[1-2]", "MASTER_ADDR": "10.0.0.1"}
@@ -18,6 +18,25 @@ TASK = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_
 def test_first_host_is_scontrols(slurm: ThrowAwaySlurm) -> None:
     for nodelist in ("n[1-2]", "n1", "gpu[03-05,9],cpu1", "a,b", "rack[2-3]node[07-09]", "n[007]"):
         assert first_host(nodelist) == slurm.run("scontrol", "show", "hostnames", nodelist).split()[0]
+
+
+def test_tasks_of_an_array_are_told_apart(slurm: ThrowAwaySlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait too, which squeue shows as one line, 12_[1-2%1]."""
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, slurm.environment[name])
+    chain = Chain(tmp_path, "slurm", {})
+    phases = [f"compare_seed{seed}" for seed in (1, 2, 3)]
+    job = slurm.sbatch("--array=0-2%1", f"--comment={chain.mark(*phases)}", "--output=/dev/null", "--wrap", "sleep 600")
+    tasks = [f"{job}_{task}" for task in range(3)]
+    try:
+        slurm.wait(tasks[0], "RUNNING")
+        assert _marked_jobs(chain) == dict(zip(phases, tasks, strict=True))
+        assert job_states(tasks) == dict(zip(tasks, ["RUNNING", "PENDING", "PENDING"], strict=True))
+        cancel(tasks)
+        # Without accounting Slurm does not know tasks any more that were cancelled before they began.
+        assert not {job_states(tasks[1:]).get(task) for task in tasks[1:]} & set(ALIVE)
+    finally:
+        slurm.run("scancel", job)
 
 
 def test_task_environment() -> None:
@@ -59,3 +78,35 @@ def test_flags_go_to_the_phases_that_have_them() -> None:
             phase_flags(["phase2"], wrong, Path("r"))
     with pytest.raises(ConfigError):
         parse_phases("4")
+
+
+def test_a_comparison_is_a_run_a_seed() -> None:
+    words = ["--model_name", "m", "--learning_rate", "1e-4", "--learning_rates", "1e-5", "--seeds", "3,1",
+             "--epochs", "1", "--lr_scheduler_type", "cosine"]
+    found = phase_flags(parse_phases("compare,0"), words, Path("r"))
+    assert list(found) == ["phase0", "compare_seed1", "compare_seed3"]
+    # Phase 0's rate is not passed on to the trainings of the comparison, whose rates are its grid.
+    assert found["phase0"][2:6] == ["--learning_rate", "1e-4", "--epochs", "1"]
+    assert found["compare_seed3"] == [
+        "--model_name", "m", "--learning_rates", "1e-5", "--seeds", "3,1", "--epochs", "1", "--lr_scheduler_type",
+        "cosine", "--seeds", "3", "--output_dir", "r", "--log_dir", "r/logs", "--run_name", "compare_seed3", "--model_name",
+        "r/phase0/model"]
+    assert list(phase_flags(["compare"], [], Path("r"))) == ["compare_seed42"]
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--seeds", "1,two"], "no comma-separated list of numbers"),
+    (["--seeds", "1,2.5"], "whole numbers"),
+    (["--seeds", "1,1"], "each value once"),
+    (["--seed_list", "1"], "unknown flag --seed_list"),
+    (["--learning_rate", "1e-5"], "use --learning_rates"),
+    (["--arms", "before,rotate"], "--arms rotate: choose from"),
+    (["--arms", "before", "--arm_rates", "full=1e-5"], "for arms of --arms"),
+    (["--parallel", "-1"], "--parallel is a number of seeds"),
+])
+def test_wrong_flags_of_a_comparison_queue_nothing(tmp_path: Path, words: list[str], said: str) -> None:
+    parser = FlagParser(SubmitArguments)
+    arguments, rest = parser.parse_args_into_dataclasses(["--phases", "compare", "--output_dir", str(tmp_path), *words],
+                                                         look_for_args_file=False, return_remaining_strings=True)
+    with pytest.raises(ConfigError, match=said):
+        find_chain(arguments, rest)

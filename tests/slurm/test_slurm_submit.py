@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from chain import ROOT, Reference, assert_as_undisturbed, events, flags
+from chain import ROOT, Reference, assert_as_undisturbed, events, flags, make_inputs
 from test_slurm_templates import in_the_middle, requeue_from_outside
 from throwaway import PLAIN_GLOO, ThrowAwaySlurm
+
+from warp_ds.report.page import comparisons, find_runs
 
 FAULTY_PYTHON = Path(__file__).parent / "faulty" / "python.py"
 OWN = ("--output_dir", "--log_dir")
@@ -40,7 +42,7 @@ def launch_submit(environment: dict[str, str], *words: str, check: bool = True) 
 
 def jobs_of(table: str) -> dict[str, str]:
     """phase -> job id, from the table that was printed."""
-    return dict(re.findall(r"│ (phase\d|evaluate) +│ (\d+)", table))
+    return dict(re.findall(r"│ (phase\d|evaluate|compare_seed\d+) +│ (\d+(?:_\d+)?)", table))
 
 
 def run_chain(slurm: ThrowAwaySlurm, reference: Reference, output: Path, disturb: dict) -> Path:
@@ -98,6 +100,45 @@ def test_cancelled_chain(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: 
     assert jobs_of(launch_submit(slurm.environment, *words).stdout) == jobs
     print(launch_submit(slurm.environment, "--cancel", str(tmp_path / "chain")).stdout)
     assert {slurm.wait(job) for job in jobs.values()} == {"CANCELLED"}
+
+
+def test_comparison_as_a_job_array(slurm: ThrowAwaySlurm, tmp_path: Path) -> None:
+    """A task a seed: found again, one requeued in its middle, one cancelled and queued again alone; one report."""
+    data, run = make_inputs(tmp_path, depth=2), tmp_path / "chain"
+    safety, task = str(data / "refusals_fit.jsonl"), str(data / "utility_train.jsonl")
+    words = ["--phases", "compare", "--seeds", "1,2", "--parallel", "1", "--hours", "0.2", "--output_dir", str(tmp_path),
+             "--run_name", "chain", "--model_name", str(data / "m"), "--dtype", "float32", "--device", "cpu",
+             "--arms", "before,layers", "--learning_rates", "1e-3", "--epochs", "1", "--max_length", "120",
+             "--safety_data", safety, "--safety_samples", "4", "--utility_data", task, "--utility_samples", "8",
+             "--utility_heldout", task, "--heldout_samples", "2", "--harmful_data", safety, "--harmful_samples", "2",
+             "--max_new_tokens", "2"]
+    jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
+    array = jobs["compare_seed1"].partition("_")[0]
+    assert jobs == {"compare_seed1": f"{array}_0", "compare_seed2": f"{array}_1"}
+    # The same command finds its tasks, the running and the waiting one, though their numbers were never written down.
+    (run / "chain.json").unlink()
+    found = launch_submit(slurm.environment, *words).stdout
+    assert jobs_of(found) == jobs and "RUNNING" in found and "PENDING" in found, found
+    in_the_middle(slurm, jobs["compare_seed1"], run / "compare_seed1")
+    slurm.run("scancel", jobs["compare_seed2"])
+    requeue_from_outside(slurm, jobs["compare_seed1"])
+    gone_on = jobs_of(launch_submit(slurm.environment, *words).stdout)
+    assert gone_on["compare_seed1"] == jobs["compare_seed1"] and gone_on["compare_seed2"].isdigit(), gone_on
+    jobs = gone_on
+    for seed, job in jobs.items():
+        assert slurm.wait(job) == "COMPLETED", (run / "logs" / f"{seed}.log").read_text()
+    assert [slurm.restarts(job) for job in jobs.values()] == [1, 0]
+    happened = events(run / "compare_seed1")
+    assert happened[:2] == ["started", "stopped"] and happened[-2:] == ["restarted", "finished"], happened
+    again = launch_submit(slurm.environment, *words).stdout
+    shown = launch_submit(slurm.environment, "--status", str(run)).stdout
+    print(shown)
+    for table in (again, shown):
+        assert jobs_of(table) == jobs and table.count("finished") >= 2 and table.count("2 of 2 points") == 2, table
+    assert slurm.run("squeue", "--noheader") == ""
+    (sources, report), = comparisons(find_runs(sorted(run.glob("compare_seed*"))))
+    assert len(sources) == 2 and f"warp-ds report {run}/compare_seed*" in shown
+    assert {(point["arm"], point["seed"]) for point in report["points"]} >= {("layers", 1), ("layers", 2)}
 
 
 @pytest.mark.slow

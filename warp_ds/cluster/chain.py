@@ -1,4 +1,5 @@
 """A chain of phases in one run directory, queued by submitit: each phase's job starts when the one before has finished.
+A comparison is a run a seed, compare_seed1 and so on, which are one job array.
 
     checkpoints/chain_20260101_120000/
         chain.json                  what was asked for, and every job that was submitted for it
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -29,6 +31,7 @@ from warp_ds.artifacts import ArtifactError, read_json, write_json
 from warp_ds.cluster import slurm
 from warp_ds.config import (
     BasisArguments,
+    CompareArguments,
     ConfigError,
     EvaluateArguments,
     ImportanceArguments,
@@ -41,25 +44,27 @@ from warp_ds.config import (
     parse_training,
     unknown_flags,
 )
+from warp_ds.phases.arms import parse_arms
 
 PHASES: dict[str, type[RunArguments]] = {
     "phase0": SafetyTuningArguments, "phase1": BasisArguments, "phase2": ImportanceArguments, "phase3": TrainArguments,
-    "evaluate": EvaluateArguments,
+    "evaluate": EvaluateArguments, "compare": CompareArguments,
 }
-TRAINING = ("phase0", "phase3")
+TRAINING = ("phase0", "phase3", "compare")
 
 
 @dataclass
 class SubmitArguments:
     """What is queued, and where; every other flag goes to the phases that have it."""
 
-    phases: str = flag("1,2,3", "which phases, comma-separated: 0, 1, 2, 3, evaluate")
+    phases: str = flag("1,2,3", "which phases, comma-separated: 0, 1, 2, 3, evaluate, compare")
     cluster: str = flag("slurm", "slurm, local (ranks of this machine) or debug (one rank, in this process)",
                         choices=["slurm", "local", "debug"])
     nodes: int = flag(1, "nodes of each job")
     gpus_per_node: int = flag(0, "GPUs of each node; one rank each")
     ranks_per_node: int = flag(0, "ranks of each node where they are not its GPUs (CPU nodes)")
     cpus_per_rank: int = flag(0, "cores of each rank; 0 leaves it to Slurm")
+    parallel: int = flag(0, "seeds of a comparison (tasks of its job array) that run at once; 0 = all")
     hours: float = flag(8.0, "time limit of each job; a job that reaches it saves, and goes on in another")
     warning_seconds: int = flag(120, "how long before the time limit the ranks are told to save")
     partition: str | None = flag(None, "Slurm partition")
@@ -81,9 +86,10 @@ class Chain:
     directory: Path
     cluster: str
     flags: dict[str, list[str]]
-    """phase -> its flags, in order"""
+    """phase -> its flags, in order; of a comparison compare_seed1, compare_seed2 … -> theirs"""
     jobs: dict[str, list[str]] = field(default_factory=dict)
-    """phase -> ids of the jobs submitted for it, the newest last (Slurm's, or the local controller's process)"""
+    """phase -> ids of the jobs submitted for it, the newest last (Slurm's, 12_0 for the first task of an array; or the
+    local controller's process)"""
 
     def save(self) -> None:
         write_json(self.directory / "chain.json", {"cluster": self.cluster, "flags": self.flags, "jobs": self.jobs})
@@ -100,9 +106,9 @@ class Chain:
     def job(self, phase: str) -> str | None:
         return self.jobs[phase][-1] if self.jobs.get(phase) else None
 
-    def mark(self, phase: str) -> str:
-        """The comment of the phase's job: by it a job is found whose id was never written down."""
-        return f"warp_ds:{hashlib.sha256(str(self.directory.resolve()).encode()).hexdigest()[:16]}:{phase}"
+    def mark(self, *phases: str) -> str:
+        """The comment of the job of these phases, a task each: by it a job is found whose id was never written down."""
+        return f"warp_ds:{hashlib.sha256(str(self.directory.resolve()).encode()).hexdigest()[:16]}:{','.join(phases)}"
 
     def states(self) -> dict[str, str]:
         """phase -> its job's state, 'finished' where nothing is left to do. SlurmError where Slurm does not answer."""
@@ -120,6 +126,8 @@ class Chain:
 def find_chain(arguments: SubmitArguments, rest: Sequence[str]) -> Chain:
     """The chain of these flags: the one named, the newest unfinished one of the same command, or a new one."""
     phases = parse_phases(arguments.phases)
+    if arguments.parallel < 0:
+        raise ConfigError(f"--parallel is a number of seeds, 0 for all, not {arguments.parallel}")
     root = Path(arguments.output_dir)
     if arguments.run_name:
         directory = root / arguments.run_name
@@ -131,7 +139,7 @@ def find_chain(arguments: SubmitArguments, rest: Sequence[str]) -> Chain:
             except (ArtifactError, TypeError):
                 continue
             if (found.flags == phase_flags(phases, rest, path.parent) and found.cluster == arguments.cluster
-                    and not all(map(found.finished, phases))):
+                    and not all(map(found.finished, found.flags))):
                 directory = path.parent
                 break
     chain = Chain(directory, arguments.cluster, phase_flags(phases, rest, directory))
@@ -150,7 +158,7 @@ def parse_phases(text: str) -> list[str]:
     names = [part if part in PHASES else f"phase{part}" for part in given]
     unknown = [part for part, name in zip(given, names, strict=True) if name not in PHASES]
     if unknown or not names:
-        raise ConfigError(f"--phases {text!r}: a comma-separated list of 0, 1, 2, 3, evaluate")
+        raise ConfigError(f"--phases {text!r}: a comma-separated list of 0, 1, 2, 3, evaluate, compare")
     return [phase for phase in PHASES if phase in names]
 
 
@@ -167,8 +175,10 @@ def phase_flags(phases: Sequence[str], rest: Sequence[str], directory: Path) -> 
             groups[-1].append(word)
         else:
             raise ConfigError(f"{word!r} belongs to no flag")
-    has = {phase: {f.name for f in dataclasses.fields(PHASES[phase])} | (
-        {f.name for f in dataclasses.fields(TrainingArguments)} if phase in TRAINING else set()) for phase in phases}
+    has = {phase: {f.name for f in dataclasses.fields(PHASES[phase])} for phase in phases}
+    # What one phase has as its own, no other passes on to transformers: phase 0's --learning_rate beside compare.
+    passed = {f.name for f in dataclasses.fields(TrainingArguments)}.difference(*has.values())
+    has = {phase: names | passed if phase in TRAINING else names for phase, names in has.items()}
     found: dict[str, list[str]] = {phase: [] for phase in phases}
     for name, *values in groups:
         only, _, own = name[2:].rpartition(".")
@@ -181,6 +191,10 @@ def phase_flags(phases: Sequence[str], rest: Sequence[str], directory: Path) -> 
                               + (" here: the chain sets it" if takers else ""))
         for phase in takers:
             found[phase] += [f"--{own}", *values]
+    if "compare" in found:
+        words = found.pop("compare")
+        seeds = parse_training(CompareArguments, words)[0].seed_list
+        found |= {f"compare_seed{seed}": [*words, "--seeds", str(seed)] for seed in seeds}
     for phase, words in found.items():
         words += ["--output_dir", str(directory), "--log_dir", str(directory / "logs"), "--run_name", phase]
         # What a phase before it in the chain makes, it takes.
@@ -191,16 +205,30 @@ def phase_flags(phases: Sequence[str], rest: Sequence[str], directory: Path) -> 
     return found
 
 
+def kind_of(phase: str) -> str:
+    """The phase in PHASES: that of compare_seed1 is compare."""
+    return phase.partition("_seed")[0]
+
+
 def check_flags(flags: dict[str, list[str]]) -> None:
     """What can be known before anything is queued; ConfigError for a value that cannot be."""
     for phase, words in flags.items():
-        parse = parse_training if phase in TRAINING else parse_arguments
-        parsed: Any = parse(PHASES[phase], words)
-        arguments = parsed[0] if phase in TRAINING else parsed
+        arguments: Any = _parse(phase, words)[0]
         if arguments.device == "cuda":
             arguments.device = "auto"  # a login node has no GPU
         arguments.check()
         arguments.check_machine()
+        if isinstance(arguments, CompareArguments):
+            arguments.rates([arm.name for arm in parse_arms(arguments.arms)])
+
+
+def _parse(phase: str, words: list[str]) -> tuple[RunArguments, Any]:
+    """The phase's arguments, and in a list what else its function takes: the flags passed on to transformers."""
+    kind = kind_of(phase)
+    if kind not in TRAINING:
+        return parse_arguments(PHASES[kind], words), []
+    arguments, passed = parse_training(PHASES[kind], words)
+    return arguments, [passed]
 
 
 def submit(chain: Chain, arguments: SubmitArguments) -> None:
@@ -218,56 +246,63 @@ def submit(chain: Chain, arguments: SubmitArguments) -> None:
 
 
 def _submit_slurm(chain: Chain, arguments: SubmitArguments) -> None:
-    marked = _marked_jobs()
-    for phase in chain.flags:
-        lost = marked.get(chain.mark(phase))
-        if lost is not None and lost not in chain.jobs.get(phase, []):
+    for phase, lost in _marked_jobs(chain).items():
+        if lost not in chain.jobs.get(phase, []):
             chain.jobs.setdefault(phase, []).append(lost)
     states = chain.states()
-    before: str | None = None
+    before: list[str] = []
     again = False
-    for phase in chain.flags:
-        if states[phase] == "finished":
-            continue
-        job = chain.job(phase)
-        if job is not None and states[phase] in slurm.ALIVE:
-            if not again:
-                before = job
-                continue
-            slurm.cancel([job])  # it waits for a job that is dead
-        again = True
-        chain.jobs.setdefault(phase, []).append(_slurm_job(chain, phase, arguments, before))
-        chain.save()
-        before = chain.job(phase)
+    for _, together in itertools.groupby(chain.flags, kind_of):
+        left = [phase for phase in together if states[phase] != "finished"]
+        alive = {phase: job for phase in left if (job := chain.job(phase)) and states[phase] in slurm.ALIVE}
+        if again:
+            slurm.cancel(list(alive.values()))  # they wait for a job that is dead
+            alive = {}
+        dead = [phase for phase in left if phase not in alive]
+        if dead:
+            again = True
+            for phase, job in zip(dead, _slurm_jobs(chain, dead, arguments, before), strict=True):
+                chain.jobs.setdefault(phase, []).append(job)
+            chain.save()
+        if left:
+            before = [chain.jobs[phase][-1] for phase in left]
     chain.save()
 
 
-def _slurm_job(chain: Chain, phase: str, arguments: SubmitArguments, after: str | None) -> str:
-    """Submits one phase; its job's id."""
+def _slurm_jobs(chain: Chain, phases: list[str], arguments: SubmitArguments, after: list[str]) -> list[str]:
+    """Submits one phase as a job, several as a job array; their ids."""
     executor = submitit.AutoExecutor(chain.directory / "submitit", cluster="slurm", slurm_python=arguments.python)
-    more: dict[str, Any] = {"requeue": True, "comment": chain.mark(phase)}
+    more: dict[str, Any] = {"requeue": True, "comment": chain.mark(*phases)}
     for option in arguments.slurm:
         name, _, value = option.lstrip("-").partition("=")
         more[name.replace("_", "-")] = value or True
-    if after is not None:
-        more.update({"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"})
+    if after:
+        more.update({"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"})
     settings: dict[str, Any] = {
-        "name": phase, "timeout_min": max(1, round(60 * arguments.hours)), "nodes": arguments.nodes,
+        "name": phases[0] if len(phases) == 1 else kind_of(phases[0]),
+        "timeout_min": max(1, round(60 * arguments.hours)), "nodes": arguments.nodes,
         "tasks_per_node": arguments.ranks_per_node or arguments.gpus_per_node or 1,
         "slurm_signal_delay_s": arguments.warning_seconds, "slurm_additional_parameters": more,
         # submitit starts each task with srun: one rank's failure ends all of them.
         "slurm_srun_args": ["--kill-on-bad-exit=1"], "slurm_setup": arguments.setup or None, "stderr_to_stdout": True,
         "slurm_partition": arguments.partition, "slurm_account": arguments.account,
         "gpus_per_node": arguments.gpus_per_node or None, "cpus_per_task": arguments.cpus_per_rank or None,
+        "slurm_array_parallelism": arguments.parallel or len(phases),
     }
     executor.update_parameters(**{name: value for name, value in settings.items() if value is not None})
-    return str(executor.submit(run_phase, phase, chain.flags[phase]).job_id)
+    jobs = executor.map_array(run_phase, phases, [chain.flags[phase] for phase in phases])
+    return [str(job.job_id) for job in jobs]
 
 
-def _marked_jobs() -> dict[str, str]:
-    """comment -> id, of this user's jobs in the queue."""
-    lines = slurm.run("squeue", "--me", "--noheader", "--format=%i|%k").splitlines()
-    return {comment: job for job, _, comment in (line.partition("|") for line in lines)}
+def _marked_jobs(chain: Chain) -> dict[str, str]:
+    """phase -> id, of this user's jobs in the queue that have the chain's mark."""
+    found = {}
+    for line in slurm.run("squeue", "--me", "--array", "--noheader", "--format=%i|%k").splitlines():
+        job, _, comment = line.partition("|")
+        if comment.startswith(chain.mark()):
+            phases, (_, _, task) = comment.removeprefix(chain.mark()).split(","), job.partition("_")
+            found[phases[int(task or 0)]] = job
+    return found
 
 
 def _submit_here(chain: Chain, arguments: SubmitArguments) -> None:
@@ -342,24 +377,24 @@ def run_phase(phase: str, words: list[str]) -> None:
             del os.environ[name]  # of the job that the submitting program runs in
         os.environ.update(RANK=str(job.global_rank), LOCAL_RANK=str(job.local_rank), WORLD_SIZE=str(job.num_tasks),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + int(job.job_id) % 12000))
-    launch(PHASES[phase], phase_function(phase), training=phase in TRAINING, argv=words)
+    kind = kind_of(phase)
+    launch(PHASES[kind], phase_function(kind), training=kind in TRAINING, argv=words)
 
 
 def run_directly(phase: str, words: list[str]) -> None:
     """The phase in this process, one rank; its errors are raised."""
     from warp_ds.zero.runtime import init_distributed
 
-    parsed: Any = (parse_training if phase in TRAINING else parse_arguments)(PHASES[phase], words)
-    arguments = parsed[0] if phase in TRAINING else parsed
+    arguments, passed = _parse(phase, words)
     init_distributed(arguments.resolved_device, arguments.timeout)
-    phase_function(phase)(*(parsed if phase in TRAINING else (parsed,)))
+    phase_function(kind_of(phase))(arguments, *passed)
 
 
 def phase_function(phase: str) -> Any:
-    from warp_ds.phases import basis, evaluate, importance, training
+    from warp_ds.phases import basis, compare, evaluate, importance, training
 
     return {"phase0": training.run_safety_tuning, "phase1": basis.run_basis, "phase2": importance.run_importance,
-            "phase3": training.run_training, "evaluate": evaluate.run_evaluation}[phase]
+            "phase3": training.run_training, "evaluate": evaluate.run_evaluation, "compare": compare.run_compare}[phase]
 
 
 # ---------------------------------------------------------------- its state

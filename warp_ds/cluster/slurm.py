@@ -75,11 +75,12 @@ def job_fields(job: str) -> dict[str, str]:
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, str]:
-    """job -> state, of those that Slurm knows still: from squeue's one call, then scontrol, then sacct where there is one.
+    """job (12; 12_0 of an array) -> state, of those that Slurm knows still: from squeue's one call, then scontrol, then
+    sacct where there is one.
 
     SlurmError where squeue does not answer: then nothing is known, and no job may be taken for ended.
     """
-    queued = dict(line.split("|") for line in run("squeue", "--noheader", "--format=%i|%T").splitlines())
+    queued = dict(line.split("|") for line in run("squeue", "--array", "--noheader", "--format=%i|%T").splitlines())
     states = {}
     for job in jobs:
         if job in queued:
