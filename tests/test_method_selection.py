@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from warp_ds.method import selection
-from warp_ds.method.selection import bin_of_kth, high_histogram, low_histogram, random_scores, take
+from warp_ds.method.selection import (
+    DECADE,
+    LOG_BINS,
+    bin_of_kth,
+    high_histogram,
+    log_histogram,
+    low_histogram,
+    random_scores,
+    take,
+)
 
 
 def kth(scores: torch.Tensor, k: int) -> tuple[int, int]:
@@ -35,6 +44,17 @@ def test_the_k_highest(monkeypatch: pytest.MonkeyPatch, case: str, k: int) -> No
     expected = np.zeros(scores.numel(), dtype=bool)
     expected[np.argsort(-scores.numpy().reshape(-1), kind="stable")[:k]] = True
     assert (take(scores, *kth(scores, k)).numpy().reshape(-1) == expected).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_histogram_by_logarithm(case: str) -> None:
+    scores = CASES[case][CASES[case] > 0].double().numpy()
+    counts = log_histogram(high_histogram(CASES[case])).numpy()
+    assert counts.sum() == len(scores)
+    # An edge lies up to one step of the upper 16 bits (8 of them exponent, 7 fraction) above the power of ten.
+    edges = 10.0 ** (np.arange(LOG_BINS.start + 1, LOG_BINS.stop + 1) / DECADE)
+    low, high = (np.cumsum(np.histogram(scores, [0.0, *(edges * by)])[0]) for by in (1.0, 1.0 + 2.0**-7))
+    assert (low <= counts.cumsum()).all() and (counts.cumsum() <= high).all()
 
 
 def test_random_scores_are_one_stream() -> None:

@@ -13,6 +13,8 @@ from ranks import run_ranks
 from safetensors.numpy import load_file
 from tiny_models import FAMILIES
 
+from warp_ds.artifacts import MaskStore
+
 WORLDS = [1, 2, 3]
 ROWS = make_rows()
 IMPORTANCE_BATCH = 2
@@ -285,6 +287,29 @@ def test_masks_freeze_the_most_important(masks: Any, dense_gradients: dict[str, 
     # Entries on either side of a threshold may swap where their scores agree to fp32 rounding; on these models and
     # samples none does.
     assert differing == 0
+
+
+@pytest.mark.parametrize("case", ["qwen2", "none", "layer_entry", "layer_column", "layer_row", "global_entry"])
+def test_histograms_are_those_of_the_scores(masks: Any, dense_gradients: dict[str, Any], case: str) -> None:
+    (arguments, _, basis, directory), _, metadata = masks[case]
+    _, gradients = dense_gradients[case if case in FAMILIES else "llama"]
+    stored = MaskStore(directory).scores()
+    assert list(stored["layers"]) == list(metadata["layers"])
+    axis = {"entry": (), "column": 0, "row": 1}[arguments.mask_unit]
+    for name, found in stored["layers"].items():
+        u = columns(basis, name)
+        scores = np.sqrt((reference.importance(gradients, name, u) ** 2).sum(axis=axis))
+        assert found["zeros"] == (scores == 0).sum(), name
+        assert found["zeros"] + sum(found["counts"]) == scores.size
+        edges = 10.0 ** ((found["first"] + np.arange(len(found["counts"]) + 1)) / stored["bins_per_decade"])
+        below = found["zeros"] + np.cumsum([0, *found["counts"]])
+        # Edges are up to 0.8 % higher than powers of ten.
+        rounding = FP32 * scores.max()
+        least = np.cumsum(np.histogram(scores, [-1.0, *np.maximum(edges - rounding, 0.0)])[0])
+        most = np.cumsum(np.histogram(scores, [-1.0, *(edges * (1 + 2**-7) + rounding)])[0])
+        assert (least <= below).all() and (below <= most).all(), name
+        # The test sees something: at most a tenth of the scores lie within these bounds of one edge.
+        assert (most - least).max() < 0.1 * (scores > 0).sum() + 2, name
 
 
 def test_fewer_than_wanted_are_noted(masks: Any) -> None:

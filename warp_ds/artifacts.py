@@ -223,6 +223,8 @@ class BasisStore:
 class MaskStore:
     """Reads a masks directory, any rows of any layer at a time."""
 
+    SCORES = "scores.json"
+
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self.metadata = MasksMetadata(**_read_metadata(self.directory, MASKS_FORMAT, "masks", "phase 2"))
@@ -237,6 +239,12 @@ class MaskStore:
                 raise ArtifactError(f"{self.directory / entry['file']}: 'frozen' is {rows.get_shape()}, but a layer "
                                     f"of {m} x {n} wants {[m, (n + 7) // 8]}; run phase 2 again")
             return rows[first : m if last is None else last]
+
+    def scores(self) -> dict[str, Any] | None:
+        """How the scores lie: bins_per_decade b; layer name -> {zeros, first, counts}, the counts of the bins that begin at
+        10^(first / b), 10^((first + 1) / b) ... None for masks of an older version."""
+        path = self.directory / self.SCORES
+        return read_json(path) if path.is_file() else None
 
     def fingerprint(self) -> str:
         return fingerprint_files([self.directory / entry["file"] for entry in self.metadata.layers.values()])

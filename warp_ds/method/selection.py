@@ -6,11 +6,17 @@ Scores are fp32 and not negative, so their bits order as integers do: the k-th l
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 HIGH, LOW = 1 << 15, 1 << 16
 """Bins of the upper 16 bits (the sign bit is 0) and of the lower 16."""
+DECADE = 10
+"""Bins a decade of the histograms that are kept."""
+LOG_BINS = range(math.floor(DECADE * math.log10(2.0**-133)), math.ceil(DECADE * 128 * math.log10(2.0)))
+"""Their bins: bin k begins at 10^(k / DECADE); the first holds what is less too."""
 CHUNK = 1 << 22
 """Scores looked at in one piece, so that temporary memory stays small."""
 
@@ -27,6 +33,17 @@ def high_histogram(scores: Tensor) -> Tensor:
         counts += torch.bincount(bits >> 16, minlength=HIGH)
         counts[0] -= bits.numel() - torch.count_nonzero(bits)
     return counts
+
+
+def log_histogram(high: Tensor) -> Tensor:
+    """A ``high_histogram`` by the logarithm: int64 [len(LOG_BINS)].
+
+    No score is looked at again: bins begin where one of the upper 16 bits' values does, up to 0.8 % above 10^(k / DECADE).
+    """
+    least = (torch.arange(HIGH, dtype=torch.int32, device=high.device) << 16).view(torch.float32).double()
+    bins = (DECADE * least.log10()).floor() - LOG_BINS.start
+    counts = torch.zeros(len(LOG_BINS), dtype=torch.int64, device=high.device)
+    return counts.index_add_(0, bins.nan_to_num().clamp(0, len(LOG_BINS) - 1).long(), high)
 
 
 def low_histogram(scores: Tensor, high: int) -> Tensor:

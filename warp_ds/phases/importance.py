@@ -17,6 +17,7 @@ from tqdm import tqdm
 from warp_ds.artifacts import (
     BasisStore,
     MasksMetadata,
+    MaskStore,
     TargetLayer,
     find_artifact,
     fingerprint_model,
@@ -32,7 +33,7 @@ from warp_ds.config import ConfigError, ImportanceArguments
 from warp_ds.data.formats import encode_dataset
 from warp_ds.method.importance import response_loss, tokens_first
 from warp_ds.method.mask import frozen_count, pack_bits
-from warp_ds.method.selection import random_scores
+from warp_ds.method.selection import DECADE, LOG_BINS, random_scores
 from warp_ds.phases.basis import safety_pairs
 from warp_ds.phases.run import start_run
 from warp_ds.phases.state import Progress
@@ -305,11 +306,11 @@ def freeze(
     groups = [list(layers)] if arguments.mask_scope == "global" else [[layer] for layer in layers]
     wanted = [frozen_count(arguments.keep_ratio, sum(units[layer.name] for layer in group)) for group in groups]
     chosen = choose([[values[layer.name] for layer in group] for group in groups], wanted)
+    choices = [choice for of_group in chosen for choice in of_group]  # groups hold the layers in order
 
     counts: dict[str, int] = {}
     with Background("writing the masks") as writing:
-        # Groups hold the layers in order, so one flat list of choices belongs to them.
-        for number, (layer, choice) in enumerate(zip(layers, [c for choices in chosen for c in choices], strict=True)):
+        for number, (layer, choice) in enumerate(zip(layers, choices, strict=True)):
             rows = Rows(layer.m, world_size(), rank())
             mask = _whole_rows(choice, values.pop(layer.name), unit, len(rows.block), layer.n)
             counts[layer.name] = int(mask.sum())
@@ -321,7 +322,20 @@ def freeze(
 
     frozen = all_reduce_sum(torch.tensor([counts[layer.name] for layer in layers], device=collective_device())).tolist()
     _describe(layers, groups, chosen, wanted, units, dict(zip(counts, frozen, strict=True)), unit, metadata)
-    on_rank_0(lambda: write_json(directory / "metadata.json", metadata_dict(metadata)), "writing the masks' metadata")
+    logs = {layer.name: _log_counts(choice.logs, units[layer.name]) for layer, choice in zip(layers, choices, strict=True)}
+
+    def write() -> None:
+        write_json(directory / MaskStore.SCORES, {"bins_per_decade": DECADE, "layers": logs})
+        write_json(directory / "metadata.json", metadata_dict(metadata))
+
+    on_rank_0(write, "writing the masks' metadata")
+
+
+def _log_counts(logs: Tensor, units: int) -> dict[str, Any]:
+    """What scores.json holds of a layer: how many score 0, and the counts from the lowest to the highest used bin."""
+    used = logs.nonzero().flatten().tolist()
+    first, last = (used[0], used[-1] + 1) if used else (0, 0)
+    return {"zeros": units - int(logs.sum()), "first": LOG_BINS[first], "counts": logs[first:last].tolist()}
 
 
 def _unit_scores(scores: Tensor, unit: str) -> Tensor:

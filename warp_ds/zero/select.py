@@ -1,4 +1,4 @@
-"""The highest scores of all ranks' rows: exact counts by two small reductions, the same cost for either scope."""
+"""The highest scores of all ranks' rows: exact counts by small reductions, the same cost for either scope."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from warp_ds.method.selection import HIGH, LOW, bin_of_kth, high_histogram, low_histogram, score_bits, take
+from warp_ds.method.selection import HIGH, LOW, bin_of_kth, high_histogram, log_histogram, low_histogram, score_bits, take
 from warp_ds.zero.runtime import all_reduce_sum, collective_device, rank, world_size
 
 GROUPS_AT_ONCE = 64
@@ -30,6 +30,8 @@ class Chosen:
     """How many of this rank's scores are equal to it."""
     value: float | None
     """The lowest frozen score; None where nothing is frozen."""
+    logs: Tensor
+    """How the block's scores above 0 lie, over all ranks (``log_histogram``)."""
 
     def mask(self, scores: Tensor) -> Tensor:
         """bool like ``scores``, the block that this was chosen from."""
@@ -51,7 +53,13 @@ def choose(groups: Sequence[Sequence[Tensor]], wanted: Sequence[int]) -> list[li
 
 
 def _choose(groups: Sequence[Sequence[Tensor]], wanted: Sequence[int]) -> list[list[Chosen]]:
-    high = _reduced([sum((high_histogram(s) for s in blocks), _zeros(blocks, HIGH)) for blocks in groups])
+    totals, parts = [_zeros(blocks, HIGH) for blocks in groups], []
+    for total, blocks in zip(totals, groups, strict=True):
+        for scores in blocks:
+            histogram = high_histogram(scores)
+            total += histogram
+            parts.append(log_histogram(histogram))
+    high, logs = _reduced(totals), _reduced(parts)
     counts = [min(k, int(h.sum())) for h, k in zip(high, wanted, strict=True)]
     bins = [bin_of_kth(h, k) if k else (HIGH, 0) for h, k in zip(high, counts, strict=True)]
     low = _reduced([
@@ -65,10 +73,10 @@ def _choose(groups: Sequence[Sequence[Tensor]], wanted: Sequence[int]) -> list[l
             thresholds.append(((b << 16) | lower, k - above - above_low))
         else:
             thresholds.append((NOTHING, 0))
-    return _share_ties(groups, thresholds)
+    return _share_ties(groups, thresholds, logs)
 
 
-def _share_ties(groups: Sequence[Sequence[Tensor]], thresholds: list[tuple[int, int]]) -> list[list[Chosen]]:
+def _share_ties(groups: Sequence[Sequence[Tensor]], thresholds: list[tuple[int, int]], logs: Tensor) -> list[list[Chosen]]:
     """Deals the ties of each threshold to blocks and ranks in index order."""
     pairs = [(s, t, n) for blocks, (t, n) in zip(groups, thresholds, strict=True) for s in blocks]
     local = torch.tensor([int((score_bits(s) == t).sum()) if n else 0 for s, t, n in pairs], dtype=torch.int64)
@@ -81,7 +89,7 @@ def _share_ties(groups: Sequence[Sequence[Tensor]], thresholds: list[tuple[int, 
         for _ in blocks:
             counts = everywhere[:, position]
             before, equal = int(counts[: rank()].sum()), int(counts[rank()])
-            chosen.append(Chosen(threshold, max(0, min(equal, left - before)), equal, value))
+            chosen.append(Chosen(threshold, max(0, min(equal, left - before)), equal, value, logs[position]))
             left = max(0, left - int(counts.sum()))
             position += 1
         found.append(chosen)
