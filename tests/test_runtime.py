@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
 
 from warp_ds.config import BasisArguments
-from warp_ds.zero.runtime import return_large_pieces, zero3_config
+from warp_ds.zero import runtime
+from warp_ds.zero.runtime import rank, return_large_pieces, zero3_config
 from warp_ds.zero.walk import _control_group_memory, host_memory
 
 
@@ -47,6 +49,50 @@ def held_beside_large_pieces(given_back: bool) -> float:
 def test_large_pieces_go_back_to_the_system() -> None:
     # The small ones are 3.2 MB; glibc by itself keeps two large ones too, 48 MB.
     assert run_ranks(1, held_beside_large_pieces, True)[0] < 10 < 20 < run_ranks(1, held_beside_large_pieces, False)[0]
+
+
+def touched_peaks(nothing_is_forgotten: bool) -> list[dict[str, Any]]:
+    """Peaks of four blocks, in MB: one in which rank 1 holds 256 MB more than the others, one that holds little after it,
+    and an inner one of 128 MB in an outer one of 64 MB before."""
+    if nothing_is_forgotten:
+        runtime._forget_peaks = lambda: False  # type: ignore[assignment]
+    found = []
+    with runtime.peak_memory() as first:
+        held = torch.ones(((256 if rank() == 1 else 0) << 20) // 4 + 1)
+        found.append(first.of_all_ranks())
+    del held
+    with runtime.peak_memory() as second:
+        found.append(second.of_all_ranks())
+    with runtime.peak_memory() as outer:
+        held = torch.ones((64 << 20) // 4)
+        del held
+        with runtime.peak_memory() as inner:
+            held = torch.ones((128 << 20) // 4)
+            del held
+            found.append(inner.of_all_ranks())
+        with runtime.peak_memory():
+            pass
+        found.append(outer.of_all_ranks())
+    return found
+
+
+@pytest.mark.skipif(not runtime._forget_peaks(), reason="this system does not let peaks begin anew")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_peaks_are_of_the_block_and_of_the_rank_that_held_most(ranks: int) -> None:
+    first, second, inner, outer = run_ranks(ranks, touched_peaks, False)[0]
+    assert not any(peak["of_process"] for peak in (first, second, inner, outer))
+    mb = 1 << 20
+    large = 256 * mb if ranks == 2 else 0
+    # Beside the tensors a few MB come and go: collectives' buffers, code that is used for the first time.
+    assert abs(first["host"] - second["host"] - large) < 30 * mb
+    assert abs(inner["host"] - second["host"] - 128 * mb) < 30 * mb
+    assert abs(outer["host"] - inner["host"]) < 5 * mb, "what the inner block held counts, though a third began anew since"
+
+
+def test_peaks_of_the_whole_process_are_called_that() -> None:
+    peaks = run_ranks(2, touched_peaks, True)[0]
+    assert all(peak["of_process"] for peak in peaks)
+    assert [peak["host"] for peak in peaks] == sorted(peak["host"] for peak in peaks), "peaks fell without beginning anew"
 
 
 def memory_of_this_rank() -> tuple[int, int]:

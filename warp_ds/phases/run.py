@@ -42,6 +42,7 @@ class Run:
     done: bool
     """Was finished before: nothing is left to do."""
     started: float
+    memory: runtime.PeakMemory
 
     def note(self, event: str, **more: Any) -> None:
         """One line in the run's state: what happened to it, when, in which job. Rank 0 alone writes."""
@@ -50,11 +51,11 @@ class Run:
 
     def finish(self) -> None:
         """Marks the run finished and points ``<phase>_latest`` at it. Collective."""
-        runtime.barrier()
+        memory = self.memory.of_all_ranks()  # all of them are here then
 
         def mark() -> None:
             seconds = round(time.time() - self.started, 1)
-            write_json(self.directory / "finished.json", {"finished_at": now(), "seconds": seconds})
+            write_json(self.directory / "finished.json", {"finished_at": now(), "seconds": seconds, "peak_memory": memory})
             link_latest(self.phase, self.directory)
             self.note("finished")
             logger.info("%s finished in %.0f s: %s", self.phase, seconds, self.directory)
@@ -110,8 +111,9 @@ def start_run(
 
     try:
         chosen = runtime.on_rank_0(choose, "opening the run directory")
-        run = Run(phase, Path(chosen["directory"]), chosen["resumed"], chosen["done"], time.time())
-        with log_to_file(Path(arguments.log_dir), run.directory.name):
+        directory = Path(chosen["directory"])
+        with runtime.peak_memory() as memory, log_to_file(Path(arguments.log_dir), directory.name):
+            run = Run(phase, directory, chosen["resumed"], chosen["done"], time.time(), memory)
             if run.done:
                 logger.info("%s is finished already: %s", phase, run.directory)
             else:

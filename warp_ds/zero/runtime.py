@@ -6,6 +6,7 @@ import ctypes
 import json
 import logging
 import os
+import resource
 import shutil
 import socket
 import warnings
@@ -121,6 +122,70 @@ def _call_libc(name: str, *arguments: int) -> None:
     except (AttributeError, OSError):
         return
     function(*arguments)
+
+
+class PeakMemory:
+    """The most memory that this rank has held within a ``peak_memory`` block, in bytes."""
+
+    def __init__(self) -> None:
+        self.host = self.gpu = 0
+        self.of_process = not _forget_peaks()
+        """The system does not let the host's peak begin anew: it is the process's so far."""
+
+    def look(self) -> None:
+        """Takes note of what was held up to now."""
+        self.host = max(self.host, _host_peak())
+        if torch.cuda.is_initialized():
+            self.gpu = max(self.gpu, torch.cuda.max_memory_allocated())
+
+    def of_all_ranks(self) -> dict[str, Any]:
+        """host, gpu (where there is one): of the rank that held most; of_process. Collective."""
+        self.look()
+        ranks = all_gather_object((self.host, self.gpu, self.of_process))
+        host, gpu, of_process = (max(values) for values in zip(*ranks, strict=True))
+        return {"host": host, **({"gpu": gpu} if gpu else {}), "of_process": of_process}
+
+
+_peaks: list[PeakMemory] = []
+
+
+@contextmanager
+def peak_memory() -> Iterator[PeakMemory]:
+    """Follows the memory that this rank holds in the block. Blocks may lie in one another: a phase, in a comparison."""
+    for outer in _peaks:
+        outer.look()
+    return_freed_memory()  # else it counts, whoever freed it
+    own = PeakMemory()
+    _peaks.append(own)
+    try:
+        yield own
+    finally:
+        _peaks.remove(own)
+
+
+def _forget_peaks() -> bool:
+    """Lets peaks begin anew; False where the host's cannot."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return _high_water_mark() is not None
+
+
+def _host_peak() -> int:
+    """Most resident bytes of this process since they were last forgotten."""
+    found = _high_water_mark()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if found is None else found
+
+
+def _high_water_mark() -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def collective_device() -> torch.device:
