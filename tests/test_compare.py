@@ -102,6 +102,9 @@ def test_every_arm_has_its_point(done: Any) -> None:
     assert "refusal_rate" in done["report"]["unaligned"]
     assert {row["arm"] for row in done["report"]["equal_utility"]} == set(rows) - {"before"}
     assert "| random-mask |" in done["table"]
+    assert "| phase3_full_lr0.001_seed42 | phase3 | 2 | " in done["table"], "what the phases took"
+    spent = json.loads((Path(done["run"]) / "phase3_full_lr0.001_seed42" / "finished.json").read_text())["peak_memory"]
+    assert spent["host"] > 100e6, "this process holds more than that with its libraries"
 
 
 def test_the_newest_runs_are_the_rotated_arms_whatever_came_last(done: Any) -> None:

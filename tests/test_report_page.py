@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from warp_ds.artifacts import (
 )
 from warp_ds.cli import main
 from warp_ds.method.mask import pack_bits, unpack_bits
-from warp_ds.report import tradeoff
+from warp_ds.report import costs, figures, tradeoff
 from warp_ds.report.page import comparisons, find_runs, write_report
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -79,6 +80,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     phase2 = run_of(root, "phase2", "phase2_start") / "masks"
     write_tensors(phase2 / "mask.safetensors", {"frozen": pack_bits(frozen)})
     write_json(phase2 / "metadata.json", metadata_dict(masks))
+    write_json(phase2 / "scores.json", {"bins_per_decade": 10, "layers": {NAME: {
+        "zeros": 24, "first": -22, "counts": [12, 0, 36, 24]}}})
     phase3 = run_of(root, "phase3", "phase3_rotated_lr0.001_seed1")
     phase3.joinpath("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
         {"step": 10, "loss": 2.0, "grad_norm_removed": 0.6, "rotate_seconds": 0.125},
@@ -101,7 +104,7 @@ def test_every_section_is_there(runs: Path, page: Path) -> None:
     for title in ("Safety against the task", "Answers side by side", "Evaluations", "What the safety inputs span",
                   "Where the mask lies", "Training", "What it took", "Freeze certificate", "How to make it again"):
         assert f"<h2>{title}</h2>" in text, title
-    for figure in ("tradeoff", "spectra", "mask", "frozen", "training"):
+    for figure in ("tradeoff", "spectra", "mask", "frozen", "scores", "training"):
         assert (page.with_name("report_figures") / f"{figure}.svg").read_text().rstrip().endswith("</svg>")
         assert (page.with_name("report_figures") / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
     assert "7 evaluation prompts stood in a fitting set" in text
@@ -113,8 +116,66 @@ def test_every_section_is_there(runs: Path, page: Path) -> None:
     columns = frozen.mean(0)
     # Frozen, columns with any, columns more than half, and the threshold.
     assert (f"<td>layer_00_ffn_down</td><td>{frozen.mean():.1%}</td><td>{(columns > 0).float().mean():.1%}</td>"
-            f"<td>{(columns > 0.5).float().mean():.1%}</td><td>1.25e-02</td>") in text
+            f"<td>{(columns > 0.5).float().mean():.1%}</td><td>1.25e-02</td><td>25.0%</td>") in text
     assert "<td>20</td><td>0.500</td><td>0.125</td>" in text, "steps, seconds a step, of it rotating"
+
+
+def test_scores_and_threshold_are_drawn_where_they_lie(runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn = {}
+    monkeypatch.setattr(figures, "save", lambda figure, directory, name: drawn.setdefault(name, figure) and "<svg></svg>")
+    write_report([runs], tmp_path / "report.html")
+    (axes,) = drawn["scores"].axes
+    assert axes.get_title(loc="left") == "ffn_down"
+    line, dot = (list(zip(*part.get_data(), strict=True)) for part in axes.lines)
+    # Middles of bins of a tenth of a decade; shares of 6 x 16 coefficients; the dot on the line, where 0.0125 is.
+    assert line == [pytest.approx(p) for p in ((-2.15, 0.125), (-2.05, 0.0), (-1.95, 0.375), (-1.85, 0.25))]
+    threshold = math.log10(0.0125)
+    assert dot == [pytest.approx((threshold, 0.375 - 0.125 * (threshold + 1.95) / 0.1))]
+
+
+def test_masks_of_an_older_version_have_no_scores(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path / runs.name)
+    (tmp_path / runs.name / "phase2_start" / "masks" / "scores.json").unlink()
+    text = write_report([tmp_path / runs.name], tmp_path / "report.html").read_text()
+    assert "Where the mask lies" in text and "How the importance scores lie" not in text
+    assert not (tmp_path / "report_figures" / "scores.svg").exists()
+
+
+def spending(root: Path, name: str, seconds: float, host: float, **more: Any) -> None:
+    """A finished run of the start model on two ranks, of ``host`` GB at most."""
+    run = run_of(root, name.split("_")[0], name)
+    config = json.loads((run / "config.json").read_text())
+    inputs = {**config["inputs"], **more.pop("inputs", {})}
+    write_json(run / "config.json", {**config, "settings": more.pop("settings", {}), "inputs": inputs})
+    write_json(run / "finished.json", {"seconds": seconds, "peak_memory": {
+        "host": int(host * 1e9), "of_process": False, **more}})
+
+
+def test_costs_are_held_against_plain_training(tmp_path: Path) -> None:
+    masked, of_all, of_layers = {"masks": "m", "data": "d"}, {"train_scope": "all"}, {"train_scope": "warp"}
+    spending(tmp_path, "phase3_full_1", 100, 4, settings=of_all, inputs={"data": "d"})
+    spending(tmp_path, "phase3_full_2", 300, 4, settings=of_all, inputs={"data": "d"})
+    spending(tmp_path, "phase3_full_3", 120, 8, settings=of_all, inputs={"data": "d"}, gpu=3_000_000_000)
+    spending(tmp_path, "phase3_layers", 60, 2, settings=of_layers, inputs={"data": "d"})
+    spending(tmp_path, "phase3_mixed", 1000, 90, settings=of_all, inputs={"data": "more"})
+    spending(tmp_path, "phase3_masked", 90, 3, settings=of_layers, inputs=masked)
+    spending(tmp_path, "phase3_all+masked", 240, 6, settings=of_all, inputs=masked, gpu=4_500_000_000)
+    spending(tmp_path, "phase3_of_another", 90, 3, settings=of_layers, inputs={**masked, "model": "another"})
+    spending(tmp_path, "phase2", 30, 1, of_process=True)
+    write_json(run_of(tmp_path, "phase1", "phase1_older") / "finished.json", {"seconds": 66.0})
+    head, rows = costs.table(sorted(tmp_path.iterdir()), lambda run: run.name)
+    assert head == ["run", "phase", "ranks", "seconds", "seconds × plain", "peak GB", "peak GB × plain", "GPU peak GB",
+                    "GPU peak GB × plain"]
+    found = {row[0]: row[3:] for row in rows}
+    assert found["phase3_masked"] == ["90.0", "1.50", "3.00", "1.50", "", ""], "against the same layers"
+    assert found["phase3_all+masked"] == ["240.0", "2.00", "6.00", "1.50", "4.50", "1.50"], "the median of the same data"
+    assert found["phase3_of_another"] == ["90.0", "", "3.00", "", "", ""]
+    assert found["phase2"] == ["30.0", "0.14", "1.00*", "0.17", "", ""], "the median of all that train every parameter: 210, 6"
+    assert found["phase1_older"] == ["66.0", "0.31", "", "", "", ""]
+    text = write_report([tmp_path], tmp_path / "report.html").read_text()
+    assert "<th>seconds × plain</th>" in text and "<td>90.0</td><td>1.50</td><td>3.00</td><td>1.50</td>" in text
+    assert "| phase3_masked | phase3 | 2 | 90.0 | 1.50 | 3.00 | 1.50 |  |  |" in costs.markdown(
+        sorted(tmp_path.glob("*/")), lambda run: run.name)
 
 
 def test_harmful_prompts_are_folded_and_text_of_models_is_text(page: Path) -> None:

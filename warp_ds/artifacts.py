@@ -95,6 +95,17 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of one JSON object a line."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # empty, or being written when the run was looked at or died
+    return found
+
+
 # ---------------------------------------------------------------- fingerprints
 
 
@@ -366,10 +377,16 @@ def newest(output_dir: str | Path, phase: str) -> Path | None:
 
 def phase_of(run: Path) -> str | None:
     """'phase3', say; None where ``run`` is no run's directory."""
+    return run_config(run).get("phase")
+
+
+def run_config(run: Path) -> dict[str, Any]:
+    """A run's config.json; empty where ``run`` is no run's directory."""
     try:
-        return json.loads((run / "config.json").read_text()).get("phase")
-    except (OSError, json.JSONDecodeError, AttributeError):
-        return None
+        found = json.loads((run / "config.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def find_artifact(given: str | None, kind: str, output_dir: str | Path) -> Path:

@@ -58,7 +58,7 @@ from warp_ds.phases.neurons import LAYERS, safety_neuron_masks
 from warp_ds.phases.run import link_latest, start_run, versions
 from warp_ds.phases.state import Progress
 from warp_ds.phases.training import run_safety_tuning, run_training
-from warp_ds.report import card, tradeoff
+from warp_ds.report import card, costs, tradeoff
 from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import end_engine
 from warp_ds.zero.model import resolve_model_dir
@@ -115,7 +115,7 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
         report = compare(Bench(arguments, model_dir, run.directory, data, passed or {}), arms, rates, seeds)
         runtime.on_rank_0(lambda: write_report(run.directory, report), "writing the report")
         if runtime.rank() == 0:
-            print_tables(report)
+            print_tables((run.directory / "table.md").read_text())
         run.finish()
         return run.directory
 
@@ -164,7 +164,13 @@ def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[floa
 def write_report(directory: Path, report: Mapping[str, Any]) -> None:
     """report.json and table.md."""
     write_json(directory / "report.json", report)
-    write_text(directory / "table.md", tradeoff.markdown(report))
+    write_text(directory / "table.md", tradeoff.markdown(report) + spent(directory))
+
+
+def spent(directory: Path) -> str:
+    """What the phases of a comparison or sweep took, as a markdown table."""
+    phases = sorted(mark.parent for mark in directory.rglob("finished.json") if mark.parent != directory)
+    return costs.markdown(phases, lambda run: str(run.relative_to(directory)))
 
 
 def merged_from(point: Point) -> Point | None:
@@ -504,12 +510,11 @@ def _check(arms: Sequence[Arm], a: CompareArguments, data: ComparisonData) -> No
     check_golds(data.sets.utility, a.utility_heldout or a.utility_data)
 
 
-def print_tables(report: Mapping[str, Any]) -> None:
-    """Both tables on the terminal."""
-    lines = tradeoff.markdown(report).splitlines()
+def print_tables(text: str) -> None:
+    """A markdown text's tables on the terminal."""
     console = Console(width=160)
     table: Table | None = None
-    for line in [*lines, ""]:
+    for line in [*text.splitlines(), ""]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if not line.startswith("|"):
             if table is not None:

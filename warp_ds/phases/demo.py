@@ -25,7 +25,7 @@ from warp_ds.data.datasets import load_pairs, load_prompts
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
 from warp_ds.evaluation.metrics import extract_number
 from warp_ds.phases.arms import parse_arms
-from warp_ds.phases.compare import Bench, ComparisonData, compare, print_tables, write_report
+from warp_ds.phases.compare import Bench, ComparisonData, compare, print_tables, spent, write_report
 from warp_ds.phases.evaluate import EvaluationSets
 from warp_ds.phases.launcher import launch
 from warp_ds.phases.run import log_to_file
@@ -120,7 +120,9 @@ def run_demo(arguments: DemoArguments) -> None:
         runtime.on_rank_0(partial(write_report, root, report), "writing the report")
         if runtime.rank() == 0:
             alone = len(settings.seed_list) == len(settings.rate_list) == 1
-            print_table(report) if alone else print_tables(report)
+            if alone:
+                print_table(report)
+            print_tables(spent(root) if alone else (root / "table.md").read_text())
 
 
 def _make(root: Path, arguments: DemoArguments) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -
                                     arguments.at_utility, "middle")}
         runtime.on_rank_0(lambda: write_report(run.directory, found), "writing the report")
         if runtime.rank() == 0:
-            print_tables(found)
+            print_tables((run.directory / "table.md").read_text())
         run.finish()
         return run.directory
 

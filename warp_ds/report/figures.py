@@ -8,6 +8,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from warp_ds.config import ConfigError
 from warp_ds.evaluation.metrics import wilson
 from warp_ds.report.tradeoff import UTILITY
@@ -132,6 +134,28 @@ def frozen_by_layer(columns: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
+def scores(layers: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float], float | None]]]) -> Figure:
+    """How the scores of each layer lie, a part a layer type, a line a layer, a dot where its lowest frozen score is.
+
+    ``layers``: type -> layer -> (log10 of the bins' middles, share of the layer's coefficients in each, log10 threshold).
+    """
+    figure, parts = pyplot.subplots(len(layers), 1, figsize=(WIDTH, 1.4 * len(layers) + 1.4), sharex=True, squeeze=False)
+    colours = pyplot.get_cmap("viridis")
+    for axes, (kind, lines) in zip(parts[:, 0], layers.items(), strict=True):
+        for number, (logs, shares, threshold) in enumerate(lines.values()):
+            colour = colours(number / max(1, len(lines) - 1))
+            axes.plot(logs, shares, color=colour, linewidth=0.9)
+            if threshold is not None:
+                axes.plot([threshold], [numpy.interp(threshold, logs, shares)], color=colour, marker="o", markersize=4,
+                          markeredgecolor="#333333", markeredgewidth=0.6)
+        axes.set_title(kind, loc="left", fontsize=10)
+        axes.set_ylim(bottom=0.0)
+        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    parts[-1, 0].set_xlabel("log10 of the score")
+    figure.supylabel("share of the coefficients", fontsize=10)
+    return figure
+
+
 def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     """Above: training loss by step. Below: share of the gradient's norm that the mask removed."""
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(WIDTH, 6.0))
@@ -141,9 +165,9 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
             points = [(line["step"], line[key]) for line in lines if key in line]
             if points:
                 axes.plot(*zip(*points, strict=True), color=colours(number % 20), linewidth=1,
-                          label=name if axes is above else None)
+                          marker="o" if len(points) == 1 else None, markersize=3, label=name if axes is above else None)
     above.set_ylabel("training loss")
-    below.set_ylabel("gradient norm removed by the mask")
+    below.set_ylabel("gradient norm removed")
     for axes in (above, below):
         axes.set_xlabel("step")
     if len(runs) <= 16:

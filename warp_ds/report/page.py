@@ -7,7 +7,7 @@ runs hold is shown, what they lack is left out; runs inside a given one are foun
 from __future__ import annotations
 
 import html
-import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from warp_ds import __version__
-from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, read_json, write_text
+from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, read_json, read_lines, run_config, write_text
 from warp_ds.method.mask import unpack_bits
-from warp_ds.report import figures, tradeoff
+from warp_ds.report import costs, figures, tradeoff
 
 BINS = 50
 CURVES, MASKS, ANSWERS = 16, 3, 20
@@ -34,7 +34,7 @@ class Runs:
     all: list[Path] = field(default_factory=list)
 
     def of(self, phase: str) -> list[Path]:
-        return [run for run in self.all if _config(run).get("phase") == phase]
+        return [run for run in self.all if run_config(run).get("phase") == phase]
 
     def with_file(self, name: str) -> list[Path]:
         return [run for run in self.all if (run / name).is_file()]
@@ -54,7 +54,8 @@ def find_runs(given: Sequence[str | Path]) -> Runs:
         if not name.is_dir():
             raise ArtifactError(f"{name}: no such run directory")
         marks = sorted([*name.rglob("config.json"), *name.rglob("report.json")])
-        inside = dict.fromkeys(mark.parent for mark in marks if "phase" in _config(mark.parent) or mark.name == "report.json")
+        inside = dict.fromkeys(mark.parent for mark in marks
+                               if mark.name == "report.json" or "phase" in run_config(mark.parent))
         if not inside:
             raise ArtifactError(f"{name} holds no run (no config.json of a phase, no report.json): give a directory under "
                                 "--output_dir")
@@ -101,7 +102,7 @@ def comparisons(runs: Runs) -> list[tuple[list[Path], dict[str, Any]]]:
         if missing:
             raise ArtifactError(f"{run / 'report.json'} has no {', '.join(missing)}: run the comparison again under its "
                                 "--run_name, which measures nothing twice")
-        config = _config(run)
+        config = run_config(run)
         same = config["identity"] if config.get("phase") == "compare" and "identity" in config else str(run.absolute())
         groups.setdefault(same, []).append((run, report))
     return [([run for run, _ in group], _pool([report for _, report in group])) for group in groups.values()]
@@ -202,20 +203,40 @@ def _masks(runs: Runs, pictures: Path) -> str:
                                  pictures, f"frozen{number or ''}"),
                     "How a layer's frozen coefficients lie in its columns (eigen-directions): a steep fall means a few whole "
                     "directions, a flat line means all of them alike. Early layers dark."),
+            _scores(masks, pictures, f"scores{number or ''}"),
             _thresholds(masks, by_column)]
         parts += [f"<ul>{''.join(f'<li>{_text(note)}</li>' for note in meta.notes)}</ul>"] if meta.notes else []
     more = f'<p class="dim">{len(found) - MASKS} more masks are not drawn.</p>' if len(found) > MASKS else ""
     return _section("Where the mask lies", *parts, more) if parts else ""
 
 
+def _scores(masks: MaskStore, pictures: Path, name: str) -> str:
+    """How the scores of each layer lie, where the masks' phase kept that."""
+    kept = masks.scores()
+    if kept is None:
+        return ""
+    decade, types = kept["bins_per_decade"], dict[str, dict[str, tuple[list[float], list[float], float | None]]]()
+    for layer in masks.layers:
+        found, threshold = kept["layers"][layer.name], masks.metadata.layers[layer.name]["threshold"]
+        logs = [(found["first"] + i + 0.5) / decade for i in range(len(found["counts"]))]
+        shares = [count / (layer.m * layer.n) for count in found["counts"]]
+        types.setdefault(layer.type, {})[layer.stem] = logs, shares, None if threshold is None else math.log10(threshold)
+    return _figure(figures.save(figures.scores(types), pictures, name),
+                   f"How the importance scores lie, {decade} bins a decade: a line a layer, early layers dark. Dots: the "
+                   "lowest frozen score; what lies right of it is frozen.")
+
+
 def _thresholds(masks: MaskStore, by_column: dict[str, torch.Tensor]) -> str:
     """How much is frozen, and what a coefficient had to score for it, layer by layer."""
-    rows = []
+    rows, kept = [], (masks.scores() or {}).get("layers")
     for layer in masks.layers:
         entry, shares = masks.metadata.layers[layer.name], by_column[layer.stem]
         rows.append([layer.stem, f"{entry['frozen'] / (layer.m * layer.n):.1%}", f"{float((shares > 0).float().mean()):.1%}",
-                     f"{float((shares > 0.5).float().mean()):.1%}", f"{entry['threshold']:.2e}"])
-    return _table(["layer", "frozen", "columns with any frozen", "columns more than half frozen", "lowest frozen score"], rows)
+                     f"{float((shares > 0.5).float().mean()):.1%}",
+                     "" if entry["threshold"] is None else f"{entry['threshold']:.2e}",
+                     f"{kept[layer.name]['zeros'] / (layer.m * layer.n):.1%}" if kept else ""])
+    return _table(["layer", "frozen", "columns with any frozen", "columns more than half frozen", "lowest frozen score",
+                   "score 0"], rows)
 
 
 def _curves(runs: Runs, pictures: Path) -> str:
@@ -223,7 +244,7 @@ def _curves(runs: Runs, pictures: Path) -> str:
     for run in runs.of("phase3"):
         if (run / "metrics.jsonl").is_file():
             *above, name = runs.name(run).split("/")
-            found["/".join([*above, name.removeprefix("phase3_")])] = _lines(run / "metrics.jsonl")
+            found["/".join([*above, name.removeprefix("phase3_")])] = read_lines(run / "metrics.jsonl")
     if not found:
         return ""
     shown = dict(list(found.items())[:CURVES])
@@ -233,24 +254,8 @@ def _curves(runs: Runs, pictures: Path) -> str:
 
 
 def _costs(runs: Runs, pictures: Path) -> str:
-    rows = []
-    for run in runs.all:
-        if (run / "finished.json").is_file():
-            config = _config(run)
-            seconds = float(read_json(run / "finished.json")["seconds"])
-            train = _lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-            steps = max((int(line["step"]) for line in train), default=0)
-            runtime = next((line["train_runtime"] for line in train if "train_runtime" in line), None)
-            rotating = [float(line["rotate_seconds"]) for line in train if "rotate_seconds" in line]
-            rows.append([runs.name(run), str(config.get("phase", "")), str(config.get("world_size", "")), f"{seconds:.0f}",
-                         str(steps or ""), f"{runtime / steps:.3f}" if runtime and steps else "",
-                         f"{sum(rotating) / len(rotating):.3f}" if rotating else ""])
-    if not rows:
-        return ""
-    return _section("What it took", _table(["run", "phase", "ranks", "seconds", "steps", "seconds a step",
-                                             "of it rotating"], rows),
-                    '<p class="dim">Wall time of the launch that finished each run. Runs named layers or full train without a '
-                    "mask: the difference to the others is what the mask costs.</p>")
+    head, rows = costs.table(runs.all, runs.name)
+    return _section("What it took", _table(head, rows), f'<p class="dim">{_text(costs.CAPTION)}</p>') if rows else ""
 
 
 def _certificates(runs: Runs, pictures: Path) -> str:
@@ -280,7 +285,7 @@ def _answers(runs: Runs, pictures: Path) -> str:
             sources.setdefault(runs.name(run), run / "answers.jsonl")
     table: dict[tuple[str, str], dict[str, tuple[str, str]]] = {}
     for arm, path in sources.items():
-        for row in _lines(path):
+        for row in read_lines(path):
             mark = row.get("verdict") or ("right" if row["correct"] else "wrong")
             table.setdefault((row["suite"], row["prompt"]), {})[arm] = (row["answer"], mark)
     if not table:
@@ -303,7 +308,7 @@ def _answers(runs: Runs, pictures: Path) -> str:
 def _reproduce(runs: Runs, pictures: Path) -> str:
     parts = []
     for run in runs.all:
-        config = _config(run)
+        config = run_config(run)
         if "command" in config and not any(parent in runs.all for parent in run.parents):
             versions = ", ".join(f"{k} {v}" for k, v in config.get("versions", {}).items())
             inputs = ", ".join(f"{k} {v}" for k, v in config.get("inputs", {}).items())
@@ -358,24 +363,6 @@ def _blocks(text: str) -> Iterator[str | list[list[str]]]:
             table = []
         if line:
             yield line
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # empty, or being written when the run was looked at or died
-    return found
-
-
-def _config(run: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((run / "config.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def run_report(arguments: Any) -> int:

@@ -1,0 +1,79 @@
+"""What runs took, in seconds and memory, and that against training without a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from warp_ds.artifacts import read_json, read_lines, run_config
+
+CAPTION = (
+    "Seconds: wall time of the launch that finished the run. Peak memory: of the rank that held most, from the run's start on; "
+    "what its process held before is in it (the phases of a comparison share one). Where the system cannot count anew it is "
+    "the process's so far, marked *. × plain: over the median of the training runs without a mask that lie beside the run and "
+    "have its start model and number of ranks, of the same parameters (for other phases: of all) and data where there are any.")
+MEASURES = {"seconds": ("seconds", 1.0), "host": ("peak GB", 1e9), "gpu": ("GPU peak GB", 1e9)}
+
+
+def table(runs: Sequence[Path], name: Callable[[Path], str]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of the finished ones of ``runs``; columns that would stay empty are left out."""
+    found = {run: _measured(run) for run in runs if (run / "finished.json").is_file()}
+    configs = {run: run_config(run) for run in found}
+    rows: list[dict[str, str]] = []
+    for run, measured in found.items():
+        config = configs[run]
+        row = {"run": name(run), "phase": str(config.get("phase", "")), "ranks": str(config.get("world_size", ""))}
+        plain = [found[other] for other in _plain(run, configs)]
+        for measure, (title, unit) in MEASURES.items():
+            value, beside = measured.get(measure), [p[measure] for p in plain if p.get(measure)]
+            star = "*" if measure == "host" and measured.get("of_process") else ""
+            row[title] = "" if value is None else f"{value / unit:.{1 if unit == 1 else 2}f}{star}"
+            row[f"{title} × plain"] = f"{value / median(beside):.2f}" if value and beside else ""
+        rows.append(row | _steps(run))
+    head = [column for column in (rows[0] if rows else ()) if any(row[column] for row in rows)]
+    return head, [[row[column] for column in head] for row in rows]
+
+
+def markdown(runs: Sequence[Path], name: Callable[[Path], str]) -> str:
+    """The same as a markdown table, with its caption; empty where no run has finished."""
+    head, rows = table(runs, name)
+    if not rows:
+        return ""
+    first, *lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join(["", "What each phase took:", "", first, "|" + "---|" * len(head), *lines, "", CAPTION, ""])
+
+
+def _measured(run: Path) -> dict[str, Any]:
+    finished = read_json(run / "finished.json")
+    return {"seconds": float(finished["seconds"]), **finished.get("peak_memory", {})}
+
+
+def _plain(run: Path, configs: Mapping[Path, dict[str, Any]]) -> list[Path]:
+    """The training runs without a mask that ``run`` is held against."""
+    def start(config: dict[str, Any]) -> tuple[Any, ...]:
+        return config.get("inputs", {}).get("model"), config.get("world_size")
+
+    def scope(config: dict[str, Any]) -> Any:
+        return config.get("settings", {}).get("train_scope", "all")
+
+    def data(config: dict[str, Any]) -> Any:
+        return config.get("inputs", {}).get("data")
+
+    own = configs[run]
+    found = {other: config for other, config in configs.items() if other.parent == run.parent and start(config) == start(own)
+             and config.get("phase") == "phase3" and "masks" not in config.get("inputs", {})}
+    for like in (scope, data):
+        found = {other: config for other, config in found.items() if like(config) == like(own)} or found
+    return list(found)
+
+
+def _steps(run: Path) -> dict[str, str]:
+    """How many steps a training run took, and the seconds of one."""
+    lines = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+    steps = max((int(line["step"]) for line in lines), default=0)
+    runtime = next((line["train_runtime"] for line in lines if "train_runtime" in line), None)
+    rotating = [float(line["rotate_seconds"]) for line in lines if "rotate_seconds" in line]
+    return {"steps": str(steps or ""), "seconds a step": f"{runtime / steps:.3f}" if runtime and steps else "",
+            "of it rotating": f"{sum(rotating) / len(rotating):.3f}" if rotating else ""}
