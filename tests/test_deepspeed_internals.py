@@ -35,7 +35,7 @@ CALLED = {
 #: Attributes of the ZeRO-3 optimizer that are read.
 READ = ("optimizer", "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "fp16_groups", "grad_position",
         "sub_group_to_group_id", "swap_optimizer", "offload_optimizer", "parameter_offload", "all2all_process_group",
-        "zero_hpz_partition_size", "use_muon", "zenflow", "model_parallel_group")
+        "zero_hpz_partition_size", "use_muon", "zenflow", "model_parallel_group", "torch_autocast_gradscaler")
 
 
 def unwrapped(method: Any) -> Any:

@@ -31,20 +31,40 @@ def refused(what: Callable[[], Any], *words: str, error: type[Exception] = Unsup
         assert word in str(caught.value), f"{word!r} is not in {str(caught.value)!r}"
 
 
-STAGES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "no ZeRO": ({"zero_optimization": {"stage": 0}}, ("without ZeRO",)),
-    "no ZeRO, bf16": ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, ("16-bit training without ZeRO",)),
-    "ZeRO-1": ({"zero_optimization": {"stage": 1}}, ("ZeRO stage 1 or 2",)),
-    "ZeRO-2": ({"zero_optimization": {"stage": 2}}, ("ZeRO stage 1 or 2",)),
-    "ZeRO-2, offloaded": ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-                          ("ZeRO stage 1 or 2",)),
-    "hpZ": ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, ("hpZ", "zero_hpz_partition_size")),
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+BF16_MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+#: name -> (configuration, optimizer, words of the refusal); the engine is the real one.
+SETTINGS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
+    "no ZeRO": ({"zero_optimization": {"stage": 0}}, "adamw", ("without ZeRO",)),
+    "no ZeRO, bf16": ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "adamw",
+                      ("16-bit training without ZeRO",)),
+    "ZeRO-1": ({"zero_optimization": {"stage": 1}}, "adamw", ("ZeRO stage 1 or 2",)),
+    "ZeRO-2": ({"zero_optimization": {"stage": 2}}, "adamw", ("ZeRO stage 1 or 2",)),
+    "ZeRO-2, offloaded": ({"zero_optimization": {"stage": 2, **OFFLOAD}}, "adamw", ("ZeRO stage 1 or 2",)),
+    "hpZ": ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "adamw", ("hpZ", "zero_hpz_partition_size")),
+    "quantized gradients": ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "adamw",
+                            ("zero_quantized_gradients",)),
+    "ZenFlow": ({"zero_optimization": {"stage": 3, **OFFLOAD, "zenflow": {
+        "select_strategy": "step", "select_interval": 2, "update_interval": 2}}}, "adamw", ("ZenFlow",)),
+    "Muon": ({"zero_optimization": {"stage": 3, "reduce_scatter": False},
+              "optimizer": {"type": "Muon", "params": {"lr": 1e-3, "torch_adam": True}}}, "by DeepSpeed", ("Muon",)),
+    "bf16 masters": ({"zero_optimization": {"stage": 3, **OFFLOAD}, **BF16_MASTERS}, "cpu adam",
+                     ("bf16_master_weights_and_grads",)),
+    # Last, as these two stay on for every later engine of a process.
+    "fp16 autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "adamw", ("torch_autocast", "bfloat16")),
+    "tensor parallelism": ({"zero_optimization": {"stage": 3}, "tensor_parallel": {"autotp_size": 2}}, "adamw",
+                           ("tensor_parallel",)),
 }
 
 
-def refuse_stage(config: dict[str, Any], words: tuple[str, ...], artefacts: Artefacts) -> None:
+def refuse_setting(config: dict[str, Any], optimizer: str, words: tuple[str, ...], artefacts: Artefacts) -> None:
     dtype = torch.bfloat16 if config.get("bf16") else torch.float32
-    engine = make_engine(Case("refused", clip=0.0), dtype, **config)
+    if optimizer == "by DeepSpeed":
+        model = odd_model(dtype)
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(),
+                                          config={"train_micro_batch_size_per_gpu": 1, **config})
+    else:
+        engine = make_engine(Case("refused", optimizer=optimizer, clip=0.0), dtype, **config)
     refused(lambda: warp_ds.protect(engine, artefacts.basis, artefacts.masks), *words)
     refused(lambda: warp_ds.protect_optimizer(engine.module, engine.optimizer, None, artefacts.masks)
             if not isinstance(engine.optimizer, torch.optim.Optimizer) else warp_ds.protect(engine, None, artefacts.masks),
@@ -53,18 +73,13 @@ def refuse_stage(config: dict[str, Any], words: tuple[str, ...], artefacts: Arte
 
 
 def refuse_attributes(artefacts: Artefacts) -> None:
-    """Settings that need a GPU, or another DeepSpeed, to start."""
+    """Settings that need a GPU or async I/O (quantized weights, fp16, NVMe, SuperOffload), or another DeepSpeed, to start."""
     engine = make_engine(Case("refused"))
     optimizer = engine.optimizer
     param = optimizer.fp16_groups[0][0]
     for target, name, value, words in [
         (optimizer.parameter_offload, "zero_quantized_weights", True, ("quantized weights",)),
-        (optimizer, "all2all_process_group", object(), ("quantized", "gradients")),
         (param.ds_tensor, "ds_quant_scale", torch.ones(1), ("quantized weights",)),
-        (optimizer, "zenflow", True, ("ZenFlow",)),
-        (optimizer, "use_muon", True, ("Muon",)),
-        (optimizer, "zero_hpz_partition_size", 8, ("hpZ",)),
-        (optimizer, "model_parallel_group", object(), ("model parallelism",)),
         (optimizer, "fp16_partitioned_groups_flat", [None], ("NVMe parameter offload",)),
     ]:
         had = name in vars(target)
@@ -77,8 +92,8 @@ def refuse_attributes(artefacts: Artefacts) -> None:
             delattr(target, name)
     # Masters of 16 bits, and masters that are the model's own weights.
     masters_flat = optimizer.fp32_partitioned_groups_flat
-    optimizer.fp32_partitioned_groups_flat = [flat.bfloat16() for flat in masters_flat]
-    refused(lambda: protect(engine, artefacts), "bf16_master_weights_and_grads")
+    optimizer.fp32_partitioned_groups_flat = [flat.half() for flat in masters_flat]
+    refused(lambda: protect(engine, artefacts), "fp16_master_weights_and_grads")
     optimizer.fp32_partitioned_groups_flat = optimizer.fp16_partitioned_groups_flat
     refused(lambda: protect(engine, artefacts), "torch_autocast")
     optimizer.fp32_partitioned_groups_flat = masters_flat
@@ -160,10 +175,10 @@ def test_refused_by_name(tmp_path: Path) -> None:
     write_artefacts(tmp_path / "nano", nano_model(), {"ffn_down": 1, "attn_q": 2})
     odd_model().save_pretrained(tmp_path / "model")
     jobs: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
-        (name, refuse_stage, (config, words, these)) for name, (config, words) in STAGES.items()]
-    jobs += [("attributes", refuse_attributes, (these,)), ("optimizers", refuse_optimizers, (these,)),
-             ("partial offload", refuse_checkpoints_of_partial_offload, (these, tmp_path / "partial")),
-             ("FSDP", refuse_fsdp, (these,)), ("artefacts", refuse_artefacts, (tmp_path,))]
+        ("attributes", refuse_attributes, (these,)), ("optimizers", refuse_optimizers, (these,)),
+        ("partial offload", refuse_checkpoints_of_partial_offload, (these, tmp_path / "partial")),
+        ("FSDP", refuse_fsdp, (these,)), ("artefacts", refuse_artefacts, (tmp_path,))]
+    jobs += [(name, refuse_setting, (*setting, these)) for name, setting in SETTINGS.items()]
     assert list(run_ranks(2, run_all, jobs)[0]) == [name for name, _, _ in jobs]
 
 

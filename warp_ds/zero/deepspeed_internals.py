@@ -95,6 +95,9 @@ def refuse_unsupported(optimizer: Any) -> None:
             flat is None for flat in optimizer.fp16_partitioned_groups_flat
         ),
         "model parallelism (mpu, tensor_parallel)": getattr(optimizer, "model_parallel_group", None) is not None,
+        # Its GradScaler unscales within a sub-group's step, after clipping and coupled decay have seen the gradient.
+        "torch_autocast with float16 (with bfloat16 it does)": (
+            getattr(optimizer, "torch_autocast_gradscaler", None) is not None),
     }
     for setting, on in refused.items():
         if on:
