@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from warp_ds.artifacts import TargetLayer
 from warp_ds.method.rotation import Rotation
@@ -197,3 +199,53 @@ def whole_bases_alive(n: int) -> tuple[list[int], list[int]]:
 
 def test_a_sharded_basis_is_gathered_while_the_one_before_is_used_and_then_dropped() -> None:
     assert run_ranks(2, whole_bases_alive, 64) == [(AT_GATHER, AT_USE)] * 2
+
+
+class EmulatedTF32(TorchDispatchMode):
+    """What a GPU does where torch's setting asks for TF32: its products see 10 bits of their operands' fp32 mantissas.
+
+    Emulated, because a CPU's products stay fp32 whatever is set. ``rounded``, as libraries do, or cut off, as tensor cores
+    do by themselves, which is the worse.
+    """
+
+    def __init__(self, rounded: bool) -> None:
+        super().__init__()
+        self.added = 1 << 12 if rounded else 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        if func.overloadpacket in products and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            seen = (((t.contiguous().view(torch.int32) + self.added) & -(1 << 13)).view(torch.float32) for t in args[-2:])
+            args = (*args[:-2], *seen)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rounded", [True, False], ids=["rounded", "cut off"])
+@pytest.mark.parametrize("r", [192, 12], ids=["dense", "reflectors"])
+@pytest.mark.parametrize("apply", [Rotation.rotate, Rotation.unrotate], ids=["rotate", "unrotate"])
+def test_reduced_products_err_less_than_the_rounding_of_the_weights(apply: Any, r: int, rounded: bool) -> None:
+    """In Frobenius norm, over the error of rounding the exact product to the weights' dtype.
+
+    The products' own rounding is 2^-11 (cut off, 2^-10) of each operand; bf16 rounds by 2^-8, fp16 by 2^-11, fp32 by 2^-24.
+    """
+    m, n = 64, 192
+    (layer,), weights, _ = make_layers("replicated", m, n, r, 1)
+    flat = weights[layer.target.name]
+    assert layer.rotation is not None
+    columns = layer.rotation.unrotate(torch.eye(n)).T[:, :r]
+    exact = apply(Rotation(columns, n, torch.float64), flat.view(m, n).double()).flatten()
+    whole = apply(layer.rotation, flat.view(m, n)).flatten()
+
+    def product(weights: torch.dtype) -> torch.Tensor:
+        layer_of_dtype = replace(layer, param=torch.nn.Parameter(torch.empty(0, dtype=weights)))
+        with EmulatedTF32(rounded):
+            return next(ShardRotation(torch.device("cpu"))([layer_of_dtype], lambda _: flat, apply, fast=True))[1]
+
+    def error(product: torch.Tensor, weights: torch.dtype) -> float:
+        return float((product - exact).norm() / (exact.to(weights) - exact).norm())
+
+    reduced = product(torch.bfloat16)
+    assert not torch.equal(reduced, whole), "nothing is emulated"
+    assert error(reduced, torch.bfloat16) < 0.5
+    assert error(reduced, torch.float16) > 0.5, "then fp16 could have it too"
+    assert torch.equal(product(torch.float16), whole) and torch.equal(product(torch.float32), whole)
