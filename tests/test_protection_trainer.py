@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from masked_artefacts import (
     Artefacts,
     DenseAnyOptimizer,
@@ -21,6 +22,7 @@ from masked_artefacts import (
     write_artefacts,
 )
 from ranks import run_ranks
+from safetensors.torch import load_file
 from test_masked_step import LOSS, WEIGHT, Case, gathered, make_engine, protect, run_all, train_step
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerCallback
@@ -157,6 +159,16 @@ def under_zero3(artefacts: Artefacts, folder: Path) -> None:
 def resumes_under_zero3(artefacts: Artefacts, folder: Path, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
     whole, _, kept = fit(artefacts, folder, {"stage3_param_persistence_threshold": 100}, dtype=dtype, **options)
+    whole.save_model(str(folder / "model"))
+    if runtime.rank() == 0:
+        saved = load_file(folder / "model" / "model.safetensors")
+        assert saved.keys() == kept.weights.keys() and all(torch.equal(saved[k], v) for k, v in kept.weights.items())
+        checkpoint = folder / "checkpoint-4"
+        exported = get_fp32_state_dict_from_zero_checkpoint(checkpoint)
+        for name, value in load_file(checkpoint / "model.safetensors").items():
+            # In fp32 exactly the weights trained on; in bf16 those, before they were rounded.
+            assert torch.equal(exported[name].to(dtype), value), name
+            assert value.dtype == dtype
     again, _, kept_again = fit(artefacts, folder, {"stage3_param_persistence_threshold": 100}, dtype=dtype, resume=True,
                                **options)
     assert [line["loss"] for line in lines(again)] == [line["loss"] for line in lines(whole)]
