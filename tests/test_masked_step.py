@@ -332,6 +332,9 @@ def replays(world_size: int, root: Path) -> dict[str, Any]:
              (Case("bf16", groups=True, accumulation=accumulation, zero=zero,
                    placement="owner" if place == "offloaded" else "replicated"), torch.bfloat16, config, root))
             for kind, (config, _) in REPLAYED.items() for place, (zero, accumulation) in zeros.items()]
+    # Last, as it stays on for every later engine of a process.
+    jobs.append(("autocast", run_replay, (Case("autocast", groups=True, zero={"sub_group_size": 100}), torch.float32,
+                                          {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, root)))
     return run_ranks(world_size, run_all, jobs)[0]
 
 
@@ -346,6 +349,14 @@ def test_bf16_steps_as_the_reference_does_with_the_same_gradients(
     assert found["masters"] < REPLAYED[kind][1], found
     assert found["shards"] == 0 and found["weights"] < 2 * REPLAYED[kind][1], found
     assert found["norm"] < (1e-5 if kind == "fp32 accumulation" else 2.0**-8), found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_bf16_autocast_steps_as_the_reference_does_with_the_same_gradients(artefacts_root: Path, world_size: int) -> None:
+    """fp32 weights, of which the linear layers' gradients are reduced in bf16; the step is an fp32 one."""
+    found = replays(world_size, artefacts_root)["autocast"]
+    assert found["moved"] == 0 and found["shards"] == 0, found
+    assert found["masters"] < 2e-6 and found["weights"] < 4e-6 and found["norm"] < 1e-5, found
 
 
 def run_overflow(zero: dict[str, Any], root: Path) -> dict[str, float]:
