@@ -67,6 +67,7 @@ class DemoArguments(RunArguments):
     learning_rates: str = flag("1e-3", "comma-separated grid of every arm")
     arm_rates: str | None = flag(None, "other grids, such as 'full=1e-4:3e-4,osft=3e-3'")
     seeds: str = flag("42", "comma-separated seeds of the training")
+    at_utility: float = flag(0.0, "task NLL to compare at; 0 = the best that the arm 'rotated' reaches")
     harmful_data: str | None = flag(None, "file of harmful prompts to use in place of the demo's own requests")
     utility_data: str | None = flag(None, "file of task items (answers end in #### N) to train on, in place of its own")
     utility_heldout: str | None = flag(None, "file of task items to evaluate on; needed with --utility_data")
@@ -99,9 +100,10 @@ def run_demo(arguments: DemoArguments) -> None:
         seconds = {"phase 0": round(time.time() - began, 1)}
         settings = CompareArguments(
             **common, model_name=str(safe), arms=arguments.arms, learning_rates=arguments.learning_rates,
-            arm_rates=arguments.arm_rates, seeds=arguments.seeds, layer_type=LAYER_TYPE, keep_ratio=KEEP_RATIO,
-            safety_samples=0, importance_samples=200, utility_samples=0, epochs=5, global_batch_size=16,
-            max_new_tokens=arguments.max_new_tokens, eval_batch_size=50, neuron_rate=1e-3, unaligned_rate=1e-3,
+            arm_rates=arguments.arm_rates, seeds=arguments.seeds, at_utility=arguments.at_utility, layer_type=LAYER_TYPE,
+            keep_ratio=KEEP_RATIO, safety_samples=0, importance_samples=200, utility_samples=0, epochs=5,
+            global_batch_size=16, max_new_tokens=arguments.max_new_tokens, eval_batch_size=50, neuron_rate=1e-3,
+            unaligned_rate=1e-3,
         )
         arms = parse_arms(settings.arms)
         refusals = data["refusals_fit"]
