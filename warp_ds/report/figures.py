@@ -76,6 +76,13 @@ def tradeoff(raw: Sequence[Mapping[str, Any]], prompts: int, target: float, fron
         axes.plot([row[UTILITY] for row in best], [row["refusal_rate"] for row in best], label="the front", color="#bbbbbb",
                   linewidth=6, alpha=0.6, zorder=0, solid_capstyle="round")
     axes.axvline(target, color="#888888", linewidth=0.8, linestyle=":")
+    losses = [row[UTILITY] for row in raw if UTILITY in row]
+    if losses and max(losses) > 3 * min(losses) > 0:
+        # The start model has several times the loss of what was trained: on a linear axis all else would be one line.
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0)))
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("task loss, nats a token (left is better)")
     axes.set_ylabel("refused harmful prompts")
     axes.set_ylim(-0.03, 1.05)
