@@ -28,10 +28,14 @@ from warp_ds.report.verify import certify
 from warp_ds.zero import runtime, universal
 
 STEPS = 5
+MASKED = ["masked", "bf16, offloaded"]
 #: Three steps an epoch, so that the stops at 2 and 4 are in mid-epoch, under another accumulation on each world size.
 FLAGS: dict[str, Any] = {"global_batch_size": 3, "train_scope": "all"}
 PASSED = {"max_steps": STEPS, "lr_scheduler_type": "linear"}
-KINDS = {"masked": {}, "unmasked": {"masks_dir": "none"}}
+OFFLOADED = Path(__file__).parents[1] / "ds_configs" / "zero3_offload.json"
+KINDS: dict[str, dict[str, Any]] = {
+    "masked": {}, "unmasked": {"masks_dir": "none"}, "bf16, offloaded": {"dtype": "bfloat16", "deepspeed": str(OFFLOADED)},
+}
 
 
 def run(kind: str, root: Path, output: Path, stop_at: int | None = None, passed: dict[str, Any] | None = None,
@@ -97,16 +101,16 @@ def logged(output: Path) -> str:
     return "".join(path.read_text() for path in (output / "logs").glob("*.log") if ".rank" not in path.name)
 
 
-def goes_on(root: Path, output: Path) -> str:
+def goes_on(kind: str, root: Path, output: Path) -> str:
     """On another number of ranks until step 4, then from that checkpoint, an ordinary one, to the end."""
     part = next(output.glob("phase3_2*")) / "trainer" / "universal-2.part"
     if runtime.rank() == 0:
         (part / "zero").mkdir(parents=True)  # by a conversion that was killed
     runtime.barrier()
-    assert run("masked", root, output, stop_at=4) is None
+    assert run(kind, root, output, stop_at=4) is None
     trainer = part.parent
     assert sorted(path.name for path in trainer.iterdir() if path.is_dir()) == ["checkpoint-4"]
-    finished = run("masked", root, output)
+    finished = run(kind, root, output)
     assert finished is not None and finished == trainer.parent
     if runtime.rank() == 0:
         starts = [line.rsplit("/", 1)[1] for line in logged(output).splitlines() if "training: going on from" in line]
@@ -166,11 +170,11 @@ def on_one(root: Path, output: Path) -> dict[str, str]:
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "world_size": 2}))
     message = refusal(lambda: run("unmasked", root, sgd, passed={"optim": "sgd"}))
     assert "no exp_avg, exp_avg_sq, step" in message, message
-    return {"masked": goes_on(root, output / "masked"), "unmasked": str(finished)}
+    return {**on_three(root, output), "unmasked": str(finished)}
 
 
 def on_three(root: Path, output: Path) -> dict[str, str]:
-    return {"masked": goes_on(root, output / "masked")}
+    return {kind: goes_on(kind, root, output / kind) for kind in MASKED}
 
 
 @pytest.fixture(scope="module")
@@ -188,36 +192,44 @@ def runs(root: Path) -> dict[int, dict[str, str]]:
     return found
 
 
-CASES = [(1, "masked"), (3, "masked"), (1, "unmasked")]
+#: Of losses, fp32 masters, and of weights besides, relative. In fp32, sums over another number of ranks and micro-batches, in
+#: another order (1e-5, 1e-5, 0); in bf16 such sums are rounded to 2^-8 of a gradient, of which Adam makes that share of three
+#: steps of 2e-3 and more (measured: 7e-5 and 5e-5), and a weight may be rounded the other way: a unit of bf16.
+ALIKE = {"bf16, offloaded": (5e-4, 2e-4, 2.0**-7)}
+CASES = [(1, "unmasked"), *((world, kind) for world in (1, 3) for kind in MASKED)]
 
 
 @pytest.mark.parametrize("world, kind", CASES)
 def test_goes_on_as_the_undisturbed_run(runs: Any, world: int, kind: str) -> None:
     whole, resumed = Path(runs[2][kind]), Path(runs[world][kind])
     assert len(losses(resumed)) == STEPS
-    # Sums in fp32 over another number of ranks and micro-batches, in another order.
-    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-5)
+    loss, master, rounding = ALIKE.get(kind, (1e-5, 1e-5, 0.0))
+    assert losses(resumed) == pytest.approx(losses(whole), abs=loss)
     ends = [torch.load(path / "end.pt", weights_only=True) for path in (whole, resumed)]
     for end in ends:
-        assert end["decay"].tolist() == [0.1, 0.0]
+        # Trainer makes one parameter group, norms and all, for an optimizer that the DeepSpeed configuration names.
+        assert end["decay"].tolist() == ([0.1] if kind == "bf16, offloaded" else [0.1, 0.0])
         assert set(end["steps"].tolist()) == {float(STEPS)}
     models = [load_file(path / "model" / "model.safetensors") for path in (whole, resumed)]
     assert any("norm" in name for name in models[0])
     for name, value in models[0].items():
         # Norms with the weights' decay would be off by 3 steps * 1e-3 * 0.1.
-        assert (models[1][name] - value).abs().max() < 1e-5, name
+        assert ((models[1][name] - value).abs() <= master + rounding * value.abs()).all(), name
+    for name in ends[0].keys() - {"decay", "steps"}:
+        assert (ends[1][name] - ends[0][name]).abs().max() < master, name
 
 
+@pytest.mark.parametrize("kind", MASKED)
 @pytest.mark.parametrize("world", [1, 3])
-def test_frozen_coefficients_are_the_same_to_the_bit(root: Path, runs: Any, world: int) -> None:
+def test_frozen_coefficients_are_the_same_to_the_bit(root: Path, runs: Any, world: int, kind: str) -> None:
     masks = (root / "artefacts" / "phase2_latest" / "masks").resolve()
-    whole, resumed = (torch.load(Path(runs[w]["masked"]) / "end.pt", weights_only=True) for w in (2, world))
+    whole, resumed = (torch.load(Path(runs[w][kind]) / "end.pt", weights_only=True) for w in (2, world))
     layers = json.loads((masks / "metadata.json").read_text())["layers"]
     for name, entry in layers.items():
         bits = load_file(masks / entry["file"])["frozen"].numpy()
         frozen = torch.from_numpy(np.unpackbits(bits, axis=1)[:, : entry["shape"][1]].astype(bool))
         assert frozen.any() and torch.equal(resumed[name][frozen], whole[name][frozen]), name
-    kept = certify(root / "m", Path(runs[world]["masked"]) / "model", masks)
+    kept = certify(root / "m", Path(runs[world][kind]) / "model", masks)
     assert kept["kept"], kept["problems"]
 
 
