@@ -47,7 +47,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "ZenFlow": ({"zero_optimization": {"stage": 3, **OFFLOAD, "zenflow": {
         "select_strategy": "step", "select_interval": 2, "update_interval": 2}}}, "adamw", ("ZenFlow",)),
     "Muon": ({"zero_optimization": {"stage": 3, "reduce_scatter": False},
-              "optimizer": {"type": "Muon", "params": {"lr": 1e-3, "torch_adam": True}}}, "by DeepSpeed", ("Muon",)),
+              "optimizer": {"type": "Muon", "params": {"lr": 1e-3, "torch_adam": True}}}, "by DeepSpeed",
+             ("does not support Muon",)),
     "bf16 masters": ({"zero_optimization": {"stage": 3, **OFFLOAD}, **BF16_MASTERS}, "cpu adam",
                      ("bf16_master_weights_and_grads",)),
     # Last, as these two stay on for every later engine of a process.
