@@ -72,7 +72,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def remove_unfinished(directory: Path) -> None:
     """Removes what a process that was killed had begun to write anywhere under ``directory``."""
     for aside in directory.glob("**/.*.tmp"):
-        aside.unlink(missing_ok=True)
+        if aside.is_file():
+            aside.unlink(missing_ok=True)
 
 
 def _write_aside(path: Path, write: Any) -> None:

@@ -79,7 +79,8 @@ def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> li
         for name, bits in frozen.items():
             write_tensors(aside / "masks" / masks.metadata.layers[name]["file"], {"frozen": pack_bits(_moved(bits, kept))})
         entries[file] = {**basis.metadata.bases[file], "rank": len(kept), "bytes": (aside / "basis" / file).stat().st_size}
-        entries[file].pop("energy", None)
+        for of_the_whole in ("energy", "residual", "orthogonality_error"):
+            entries[file].pop(of_the_whole, None)
         found.append(Shrunk(file, n, stored, len(kept), Rotation.held_bytes(n, stored), Rotation.held_bytes(n, len(kept))))
     smaller = replace(basis.metadata, bases=entries, layers={layer.name: basis.metadata.layers[layer.name]
                                                              for layer in masks.layers})

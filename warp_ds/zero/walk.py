@@ -186,9 +186,10 @@ class HiddenStates:
                 self._kept[key] = torch.from_file(
                     str(self._on_disk[key]), shared=True, size=hidden.numel(), dtype=hidden.dtype
                 ).view(hidden.shape)
-        if key in self._kept:
+        kept = self._kept.get(key)
+        if kept is not None and (key in self._on_disk or kept.dtype == hidden.dtype):
             # In place: what stays, moved about among what comes and goes, would leave holes everywhere.
-            self._kept[key].copy_(hidden)
+            kept.copy_(hidden)
         else:
             self._kept[key] = hidden.cpu()
 
