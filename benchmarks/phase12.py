@@ -15,7 +15,6 @@ one. ``--m`` and ``--n`` give it other shapes.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import resource
@@ -107,13 +106,6 @@ def median(values: list[float]) -> float:
     return round(statistics.median(values), 4)
 
 
-def keep_large_pieces() -> None:
-    """Undoes phase 1's setting of the C library, which costs time: as glibc is after its first large piece."""
-    mmap_threshold = -3
-    if hasattr(library := ctypes.CDLL(None), "mallopt"):
-        library.mallopt(mmap_threshold, 32 << 20)
-
-
 def make_model(arguments: Any, layers: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -164,7 +156,7 @@ def collect(arguments: Any) -> dict[str, Any]:
     from warp_ds.phases.targets import find_blocks, find_targets
     from warp_ds.zero.batches import Samples
     from warp_ds.zero.collect import Traffic, collect_by_walk, deliver
-    from warp_ds.zero.runtime import return_large_pieces
+    from warp_ds.zero.runtime import returning_large_pieces
     from warp_ds.zero.walk import BlockWalk
 
     model = make_model(arguments, arguments.layers)
@@ -176,8 +168,8 @@ def collect(arguments: Any) -> dict[str, Any]:
     def collecting(types: str) -> Callable[[], None]:
         layers = find_targets(model, "all", types)
 
+        @returning_large_pieces()  # as phase 1 does, and is charged for
         def run() -> None:
-            return_large_pieces()
             for found in collect_by_walk(walk, layers, samples, arguments.batch_size, scratch, 4):
                 deliver(found, 0, torch.float32, Traffic())
 
@@ -185,7 +177,6 @@ def collect(arguments: Any) -> dict[str, Any]:
 
     @torch.no_grad()
     def forward_alone() -> None:
-        keep_large_pieces()
         batches = [samples.batch(part) for part in samples.deal(arguments.batch_size, 1, 0)]
         hidden = [walk.embed(batch) for batch in batches]
         for index in range(arguments.layers):

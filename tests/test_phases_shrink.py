@@ -11,8 +11,9 @@ from masked_artefacts import MODULES, Artefacts, odd_model, read_artefacts, writ
 from torch import Tensor, nn
 
 import warp_ds
-from warp_ds.artifacts import ArtifactError, BasisStore
+from warp_ds.artifacts import ArtifactError, BasisStore, write_tensors
 from warp_ds.cli import main
+from warp_ds.method.mask import pack_bits
 from warp_ds.phases.shrink import shrink
 
 
@@ -103,10 +104,14 @@ def test_wrong_input(whole: Artefacts, tmp_path: Path) -> None:
         shrink(identity.masks, None, tmp_path / "small")
     with pytest.raises(ArtifactError, match="were made with the basis"):
         shrink(whole.masks, other.basis, tmp_path / "small")
+    rows = write_artefacts(tmp_path / "rows", odd_model())
+    write_tensors(rows.masks / "layer_01_ffn_down_mask.safetensors", {"frozen": pack_bits(torch.ones(15, 21) > 0)})
+    with pytest.raises(ArtifactError, match="beyond the 5 stored columns, as --mask_unit row does"):
+        shrink(rows.masks, None, tmp_path / "small")
     next(whole.masks.glob("*.safetensors")).unlink()
     with pytest.raises(ArtifactError, match="cannot be read"):
         shrink(whole.masks, None, tmp_path / "small")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["identity", "other", "whole"]  # nothing half-written
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["identity", "other", "rows", "whole"]  # nothing half-written
 
 
 def test_a_layer_without_frozen_coefficients_keeps_a_column(tmp_path: Path) -> None:

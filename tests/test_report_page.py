@@ -162,6 +162,9 @@ def test_costs_are_held_against_plain_training(tmp_path: Path) -> None:
     spending(tmp_path, "phase3_all+masked", 240, 6, settings=of_all, inputs=masked, gpu=4_500_000_000)
     spending(tmp_path, "phase3_of_another", 90, 3, settings=of_layers, inputs={**masked, "model": "another"})
     spending(tmp_path, "phase2", 30, 1, of_process=True)
+    for name, kind in (("phase3_full_went_on", {"inputs": {"data": "d"}}), ("phase3_masked_went_on", {"inputs": masked})):
+        spending(tmp_path, name, 1, 1, settings=of_all, **kind)
+        (tmp_path / name / "state.jsonl").write_text('{"event": "started"}\n{"event": "restarted"}\n')
     write_json(run_of(tmp_path, "phase1", "phase1_older") / "finished.json", {"seconds": 66.0})
     head, rows = costs.table(sorted(tmp_path.iterdir()), lambda run: run.name)
     assert head == ["run", "phase", "ranks", "seconds", "seconds × plain", "peak GB", "peak GB × plain", "GPU peak GB",
@@ -169,6 +172,7 @@ def test_costs_are_held_against_plain_training(tmp_path: Path) -> None:
     found = {row[0]: row[3:] for row in rows}
     assert found["phase3_masked"] == ["90.0", "1.50", "3.00", "1.50", "", ""], "against the same layers"
     assert found["phase3_all+masked"] == ["240.0", "2.00", "6.00", "1.50", "4.50", "1.50"], "the median of the same data"
+    assert found["phase3_masked_went_on"] == ["1.0", "", "1.00", "", "", ""], "what one of its launches took is no whole"
     assert found["phase3_of_another"] == ["90.0", "", "3.00", "", "", ""]
     assert found["phase2"] == ["30.0", "0.14", "1.00*", "0.17", "", ""], "the median of all that train every parameter: 210, 6"
     assert found["phase1_older"] == ["66.0", "0.31", "", "", "", ""]

@@ -254,7 +254,7 @@ class MaskStore:
 
     def scores(self) -> dict[str, Any] | None:
         """How the scores lie: bins_per_decade b; layer name -> {zeros, first, counts}, the counts of the bins that begin at
-        10^(first / b), 10^((first + 1) / b) ... None for masks of an older version."""
+        10^(first / b), 10^((first + 1) / b) ... None where the masks have none: older ones, shrunk ones."""
         path = self.directory / self.SCORES
         return read_json(path) if path.is_file() else None
 

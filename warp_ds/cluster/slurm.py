@@ -80,7 +80,7 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
 
     SlurmError where squeue does not answer: then nothing is known, and no job may be taken for ended.
     """
-    queued = dict(line.split("|") for line in run("squeue", "--array", "--noheader", "--format=%i|%T").splitlines())
+    queued = dict(line.split("|") for line in run("squeue", "--me", "--array", "--noheader", "--format=%i|%T").splitlines())
     states = {}
     for job in jobs:
         if job in queued:

@@ -50,7 +50,7 @@ from warp_ds.zero.runtime import (
     on_every_rank_or_none,
     on_rank_0,
     rank,
-    return_large_pieces,
+    returning_large_pieces,
     world_size,
     zero3_config,
 )
@@ -93,6 +93,7 @@ def safety_pairs(arguments: Any) -> Any:
         )
 
 
+@returning_large_pieces()
 def compute_basis(
     model: Any, tokenizer: Any, layers: Sequence[TargetLayer], dataset: Any, arguments: BasisArguments,
     directory: Path, fingerprints: dict[str, str],
@@ -104,7 +105,6 @@ def compute_basis(
     ConfigError.
     """
     _check(arguments)
-    return_large_pieces()
     samples = Samples(dataset, tokenizer, arguments.resolved_device, arguments.token_scope)
     metadata = BasisMetadata(
         basis=arguments.basis, model_fingerprint=fingerprints["model"], data_fingerprint=fingerprints["data"],

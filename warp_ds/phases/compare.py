@@ -114,9 +114,9 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
     with start_run("compare", arguments, inputs, passed) as run:
         report = compare(Bench(arguments, model_dir, run.directory, data, passed or {}), arms, rates, seeds)
         runtime.on_rank_0(lambda: write_report(run.directory, report), "writing the report")
-        if runtime.rank() == 0:
-            print_tables((run.directory / "table.md").read_text())
         run.finish()
+        if runtime.rank() == 0:
+            print_tables((run.directory / "table.md").read_text(encoding="utf-8"))
         return run.directory
 
 

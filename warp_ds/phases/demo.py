@@ -116,15 +116,16 @@ def run_demo(arguments: DemoArguments) -> None:
             foundation=[row["prompt"] for row in data["harmless_fit"]],
         )
         bench = Bench(settings, safe, root, texts, {}, seconds)
-        report = compare(bench, arms, settings.rates([arm.name for arm in arms]), settings.seed_list)
+        rates = settings.rates([arm.name for arm in arms])
+        report = compare(bench, arms, rates, settings.seed_list)
         report["total_seconds"] = round(time.time() - start, 1)
         report["arms"] = [{**point, "name": TITLES.get(point["arm"], point["arm"])} for point in report["points"]]
         runtime.on_rank_0(partial(write_report, root, report), "writing the report")
         if runtime.rank() == 0:
-            alone = len(settings.seed_list) == len(settings.rate_list) == 1
+            alone = len(settings.seed_list) == 1 and all(len(grid) == 1 for grid in rates.values())
             if alone:
                 print_table(report)
-            print_tables(spent(root) if alone else (root / "table.md").read_text())
+            print_tables(spent(root) if alone else (root / "table.md").read_text(encoding="utf-8"))
 
 
 def _make(root: Path, arguments: DemoArguments) -> dict[str, Any]:

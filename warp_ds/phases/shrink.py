@@ -34,7 +34,7 @@ class Shrunk:
     kept: int
     """Columns that some layer has a frozen coefficient in."""
     held_before: int
-    """Bytes of the fp32 rotation in training, to which its products are proportional; so is ``held_after``."""
+    """Bytes of the fp32 rotation in training, to which its products are nearly proportional; so is ``held_after``."""
     held_after: int
 
 
@@ -72,7 +72,8 @@ def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> li
         frozen = {name: unpack_bits(masks.packed(name), n) for name in names}
         used = torch.stack([bits.any(dim=0) for bits in frozen.values()]).any(dim=0)
         if used[stored:].any():
-            raise ArtifactError(f"{masks.directory}: {names[0]} freezes coefficients beyond the {stored} stored columns")
+            raise ArtifactError(f"{masks.directory}: {names[0]} freezes coefficients beyond the {stored} stored columns, as "
+                                "--mask_unit row does: there is nothing to drop, train with the masks as they are")
         used[0] |= ~used.any()  # a basis has a column
         kept = used[:stored].nonzero().squeeze(1)
         write_tensors(aside / "basis" / file, {"U": u[:, kept], "S": s[kept]})

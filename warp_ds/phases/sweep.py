@@ -104,9 +104,9 @@ def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -
                  **tradeoff.compare(points, {k: n for k, n in report["prompts"].items() if n},
                                     arguments.at_utility, "middle")}
         runtime.on_rank_0(lambda: write_report(run.directory, found), "writing the report")
-        if runtime.rank() == 0:
-            print_tables((run.directory / "table.md").read_text())
         run.finish()
+        if runtime.rank() == 0:
+            print_tables((run.directory / "table.md").read_text(encoding="utf-8"))
         return run.directory
 
 

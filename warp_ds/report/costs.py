@@ -8,12 +8,14 @@ from statistics import median
 from typing import Any
 
 from warp_ds.artifacts import read_json, read_lines, run_config
+from warp_ds.phases.state import STATE
 
 CAPTION = (
     "Seconds: wall time of the launch that finished the run. Peak memory: of the rank that held most, from the run's start on; "
     "what its process held before is in it (the phases of a comparison share one). Where the system cannot count anew it is "
     "the process's so far, marked *. × plain: over the median of the training runs without a mask that lie beside the run and "
-    "have its start model and number of ranks, of the same parameters (for other phases: of all) and data where there are any.")
+    "have its start model and number of ranks, of the same parameters (for other phases: of all) and data where there are any; "
+    "not for runs that were stopped and went on, of which the last launch alone is counted.")
 MEASURES = {"seconds": ("seconds", 1.0), "host": ("peak GB", 1e9), "gpu": ("GPU peak GB", 1e9)}
 
 
@@ -25,13 +27,14 @@ def table(runs: Sequence[Path], name: Callable[[Path], str]) -> tuple[list[str],
     for run, measured in found.items():
         config = configs[run]
         row = {"run": name(run), "phase": str(config.get("phase", "")), "ranks": str(config.get("world_size", ""))}
-        plain = [found[other] for other in _plain(run, configs)]
+        whole = not _went_on(run)
+        plain = [found[other] for other in _plain(run, configs) if not _went_on(other)] if whole else []
         for measure, (title, unit) in MEASURES.items():
             value, beside = measured.get(measure), [p[measure] for p in plain if p.get(measure)]
             star = "*" if measure == "host" and measured.get("of_process") else ""
             row[title] = "" if value is None else f"{value / unit:.{1 if unit == 1 else 2}f}{star}"
             row[f"{title} × plain"] = f"{value / median(beside):.2f}" if value and beside else ""
-        rows.append(row | _steps(run))
+        rows.append(row | _steps(run, whole))
     head = [column for column in (rows[0] if rows else ()) if any(row[column] for row in rows)]
     return head, [[row[column] for column in head] for row in rows]
 
@@ -69,11 +72,17 @@ def _plain(run: Path, configs: Mapping[Path, dict[str, Any]]) -> list[Path]:
     return list(found)
 
 
-def _steps(run: Path) -> dict[str, str]:
-    """How many steps a training run took, and the seconds of one."""
+def _went_on(run: Path) -> bool:
+    """Whether a later launch finished what another had begun: what it measured is not the whole run's."""
+    state = run / STATE
+    return state.is_file() and any(line.get("event") == "restarted" for line in read_lines(state))
+
+
+def _steps(run: Path, whole: bool) -> dict[str, str]:
+    """How many steps a training run took, and, where one launch took all of them, the seconds of one."""
     lines = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
     steps = max((int(line["step"]) for line in lines), default=0)
     runtime = next((line["train_runtime"] for line in lines if "train_runtime" in line), None)
     rotating = [float(line["rotate_seconds"]) for line in lines if "rotate_seconds" in line]
-    return {"steps": str(steps or ""), "seconds a step": f"{runtime / steps:.3f}" if runtime and steps else "",
+    return {"steps": str(steps or ""), "seconds a step": f"{runtime / steps:.3f}" if runtime and steps and whole else "",
             "of it rotating": f"{sum(rotating) / len(rotating):.3f}" if rotating else ""}

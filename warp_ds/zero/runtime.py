@@ -100,15 +100,20 @@ def barrier() -> None:
         all_reduce_sum(torch.zeros(1, device=collective_device()))
 
 
-def return_large_pieces() -> None:
-    """From now on the C library (glibc) takes pieces of 2 MB and more from the system one by one, and gives them back.
+@contextmanager
+def returning_large_pieces() -> Iterator[None]:
+    """Lets the C library (glibc) take pieces of 2 MB and more from the system one by one, and give them back.
 
     Else it moves that limit up to 32 MB once such a piece is freed, and keeps the smaller ones in an arena a thread, where
     activations and bases that come and go leave holes between the hidden states that stay: phase 1 held up to twice as
-    much, and more the longer it ran. Taking them one by one costs it 4 % of its processor time.
+    much, and more the longer it ran. It costs processor time, so what comes after the block has the 32 MB again.
     """
     mmap_threshold = -3
     _call_libc("mallopt", mmap_threshold, 2 << 20)
+    try:
+        yield
+    finally:
+        _call_libc("mallopt", mmap_threshold, 32 << 20)
 
 
 def return_freed_memory() -> None:
