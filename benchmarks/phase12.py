@@ -515,11 +515,13 @@ class Peak:
 def memory_job(arguments: Any) -> dict[str, Any]:
     from warp_ds.phases.basis import compute_basis
     from warp_ds.phases.targets import find_targets
+    from warp_ds.zero.runtime import return_freed_memory
 
     model = load_spread(arguments)
     rows = make_rows(arguments.intermediate + arguments.length, arguments.length)
     flags = basis_flags(arguments, "ffn_down", arguments.collect)
     warm_up()
+    return_freed_memory()  # what loading has left would be counted as held before, and be used again
     peak = Peak(arguments.device)
     compute_basis(model, Tokenizer(), find_targets(model, "all", "ffn_down"), rows, flags,
                   Path(arguments.folder) / "basis", {"model": "m", "data": "d"})

@@ -24,12 +24,14 @@ from tiny_models import SIZES, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Phi3Config
 
-from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, newest
+from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, TargetLayer, newest
 from warp_ds.config import ConfigError
 from warp_ds.data.datasets import DataError
 from warp_ds.phases.basis import compute_basis, run_basis
 from warp_ds.phases.importance import compute_masks
 from warp_ds.phases.targets import find_targets
+from warp_ds.zero.batches import Samples
+from warp_ds.zero.collect import in_small_pieces
 from warp_ds.zero.model import load_model, resolve_model_dir
 
 ROWS = make_rows()
@@ -201,3 +203,19 @@ def test_both_phases_from_flags_to_artefacts(model_dir: Path, tmp_path: Path) ->
     masks.check(store, masks.metadata.model_fingerprint, str(model_dir))
     assert masks.metadata.frozen == sum(round(0.05 * m * n) for m, n in ((40, 51), (40, 40), (40, 51), (40, 40)))
     assert store.metadata.tokens > 0 and not (Path(run) / "scores").exists()
+
+
+@pytest.mark.parametrize("device, sizes", [("cpu", [2, 2, 1, 1, 1, 1, 1]), ("cuda", [5, 4])])
+def test_micro_batches_are_cut_on_a_cpu(device: str, sizes: list[int]) -> None:
+    """Until the widest activation, 1,000 wide in fp32, is below 4 MB (1,048 tokens), or down to one sample."""
+    lengths = [500, 400, 400, 450, 300, 300, 20, 300, 1200]
+    rows = [{"input_ids": [3] * length, "labels": [3] * length} for length in lengths]
+    layers = [TargetLayer("a", 0, "attn_q", 64, 64), TargetLayer("b", 0, "ffn_up", 1000, 64)]
+    batches = [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
+    pieces = in_small_pieces(batches, layers, Samples(rows, Tokens(), device), 4)
+    assert [i for piece in pieces for i in piece] == [i for batch in batches for i in batch]
+    assert [len(piece) for piece in pieces] == sizes
+
+
+class Tokens:
+    eos_token_id = pad_token_id = 2

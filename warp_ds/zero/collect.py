@@ -25,6 +25,7 @@ from warp_ds.method.covariance import Covariance
 from warp_ds.zero.batches import Batch, Samples, sample_sums
 from warp_ds.zero.fetch import FetchHooks, outside
 from warp_ds.zero.runtime import (
+    LARGE_PIECE,
     all_gather_object,
     collective_device,
     on_every_rank_or_none,
@@ -321,7 +322,7 @@ def collect_by_walk(
     ``scratch``: where hidden states go that host memory does not hold.
     """
     batches = [[i for i in part if i != EMPTY] for part in samples.deal(batch_size, world_size(), rank())]
-    batches = [part for part in batches if part]
+    batches = in_small_pieces([part for part in batches if part], layers, samples, itemsize)
     by_block: dict[int, list[TargetLayer]] = {}
     for layer in layers:
         by_block.setdefault(layer.layer, []).append(layer)
@@ -343,6 +344,24 @@ def collect_by_walk(
             return_freed_memory()
     finally:
         hidden.close()
+
+
+def in_small_pieces(
+    batches: list[list[int]], layers: Sequence[TargetLayer], samples: Samples, itemsize: int
+) -> list[list[int]]:
+    """On a CPU, micro-batches cut until their widest activation is below LARGE_PIECE, or down to single samples.
+
+    Smaller ones are no slower there, and memory for them need not be asked of the system in every pass.
+    """
+    if torch.device(samples.device).type != "cpu":
+        return batches
+    width = max(max(layer.m, layer.n) for layer in layers) * itemsize
+    pieces = []
+    for part in batches:
+        longest = max(len(samples.rows[i]["input_ids"]) for i in part)
+        rows = max(1, (LARGE_PIECE - 1) // (longest * width))
+        pieces += [part[first : first + rows] for first in range(0, len(part), rows)]
+    return pieces
 
 
 def _on_every_rank(

@@ -100,20 +100,28 @@ def barrier() -> None:
         all_reduce_sum(torch.zeros(1, device=collective_device()))
 
 
+LARGE_PIECE = 4 << 20
+"""Bytes from which ``returning_large_pieces`` gives each piece of memory back by itself."""
+
+
 @contextmanager
 def returning_large_pieces() -> Iterator[None]:
-    """Lets the C library (glibc) take pieces of 2 MB and more from the system one by one, and give them back.
+    """Lets the C library (glibc) take pieces of LARGE_PIECE and more from the system one by one, and give them back.
 
     Else it moves that limit up to 32 MB once such a piece is freed, and keeps the smaller ones in an arena a thread, where
     activations and bases that come and go leave holes between the hidden states that stay: phase 1 held up to twice as
-    much, and more the longer it ran. It costs processor time, so what comes after the block has the 32 MB again.
+    much, and more the longer it ran. Each such piece costs page faults, so what comes and goes often should be smaller
+    (``collect.in_small_pieces``), and what comes after the block has the limits that the library would have found.
     """
-    mmap_threshold = -3
-    _call_libc("mallopt", mmap_threshold, 2 << 20)
+    trim_threshold, mmap_threshold = -1, -3
+    _call_libc("mallopt", mmap_threshold, LARGE_PIECE)
     try:
         yield
     finally:
         _call_libc("mallopt", mmap_threshold, 32 << 20)
+        # Setting one limit ends the library's own care for both, and the other is 128 KB until then: what is freed at the
+        # heap's end would go back to the system after every layer of a forward pass.
+        _call_libc("mallopt", trim_threshold, 64 << 20)
 
 
 def return_freed_memory() -> None:
