@@ -14,10 +14,13 @@ from warp_ds.method.covariance import Covariance
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sum_over_pieces(monkeypatch: pytest.MonkeyPatch, n: int, dtype: torch.dtype) -> None:
     monkeypatch.setattr(covariance, "BLOCK", 32)  # several blocks, the last one not whole
+    monkeypatch.setattr(covariance, "TOKENS", 30)  # pieces that do not fill the buffer, and that fill it several times
     x = torch.randn(200, n, generator=torch.Generator().manual_seed(0)).to(dtype)
     running = Covariance(n)
     for piece in (x[:1], x[1:90], x[90:90], x[90:]):
-        running.add(piece)
+        given = piece.clone()
+        running.add(given)
+        given.fill_(7)  # the model may write over its activations
     exact = x.double().numpy().T @ x.double().numpy() / 200
     sigma = running.result()
     assert sigma.dtype == torch.float32 and running.tokens == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from warp_ds.phases.basis import compute_basis, run_basis
 from warp_ds.phases.importance import compute_masks
 from warp_ds.phases.targets import find_targets
 from warp_ds.zero.batches import Samples
-from warp_ds.zero.collect import in_small_pieces
+from warp_ds.zero.collect import TOKENS, Background, LayerInput, in_small_pieces
 from warp_ds.zero.model import load_model, resolve_model_dir
 
 ROWS = make_rows()
@@ -219,3 +220,26 @@ def test_micro_batches_are_cut_on_a_cpu(device: str, sizes: list[int]) -> None:
 
 class Tokens:
     eos_token_id = pad_token_id = 2
+
+
+def test_a_lone_rank_on_a_cpu_decomposes_at_once() -> None:
+    """Its failures come when all ranks meet, as ever; what follows a failure is not begun."""
+    done: list[int] = []
+
+    def failing() -> None:
+        raise ArithmeticError("no convergence")
+
+    with Background("decomposing") as decompositions:
+        for job in (lambda: done.append(threading.get_ident()), failing, lambda: done.append(0)):
+            decompositions.start(job)
+        with pytest.raises(ArithmeticError, match="no convergence"):
+            decompositions.meet()
+    assert done == [threading.get_ident()]
+
+
+def test_tokens_that_are_sent_are_copied() -> None:
+    """The model may write over its activations."""
+    kept, x = LayerInput([], TOKENS, None), torch.ones(3, 5)
+    kept.add(x)
+    x.fill_(7)
+    assert torch.equal(kept.pieces[0], torch.ones(3, 5)) and kept.tokens == 3

@@ -8,8 +8,8 @@ from torch import Tensor
 BLOCK = 256
 """Rows of Σ that one product fills. Only what lies right of the diagonal block is formed: 1/2 + BLOCK / 2n of n²."""
 TOKENS = 1024
-"""Tokens that are put together before they are multiplied: Σ is read and written once for so many. (Twice as many are no
-faster, and hold twice the memory.)"""
+"""Tokens that are put together, in one fp32 buffer, before they are multiplied: Σ is read and written once for so many.
+(Twice as many are no faster, and hold twice the memory.)"""
 
 
 class Covariance:
@@ -22,24 +22,29 @@ class Covariance:
         self.n = n
         self.tokens = 0
         self.sum = torch.zeros(n, n, device=device)
-        self._waiting: list[Tensor] = []
+        self._waiting: Tensor | None = None
+        self._filled = 0
 
     def add(self, x: Tensor) -> None:
-        """Adds the tokens x [t, n]; the sum may hold them only after ``flush``."""
+        """Adds the tokens x [t, n], which are copied; the sum may hold them only after ``flush``."""
         self.tokens += x.shape[0]
-        self._waiting.append(x)
-        if sum(piece.shape[0] for piece in self._waiting) >= TOKENS:
-            self.flush()
+        if self._waiting is None:
+            self._waiting = torch.empty(TOKENS, self.n, device=self.sum.device)
+        while len(x):
+            taken = x[: TOKENS - self._filled]
+            self._waiting[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            if self._filled == TOKENS:
+                self.flush()
+            x = x[len(taken) :]
 
     def flush(self) -> None:
         """Brings ``sum`` up to date."""
-        if not self._waiting:
+        if self._waiting is None or not self._filled:
             return
-        x = (torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]).float()
-        self._waiting.clear()
-        for block in self.blocks():
-            first = block.start
-            self.sum[block, first:].addmm_(x[:, block].T, x[:, first:])
+        x, self._filled = self._waiting[: self._filled], 0
+        for block in self.blocks():  # tall products, by columns: a tenth faster on a CPU than wide ones, by rows
+            self.sum[: block.stop, block].addmm_(x[:, : block.stop].T, x[:, block])
 
     def blocks(self) -> list[slice]:
         """The row blocks; of each, the columns from its start on are kept."""
@@ -51,6 +56,7 @@ class Covariance:
         Raises ValueError where no token was counted.
         """
         self.flush()
+        self._waiting = None
         count = self.tokens if tokens is None else tokens
         if count < 1:
             raise ValueError("no token was counted, so there is no covariance: give samples with tokens in scope")

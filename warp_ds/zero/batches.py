@@ -35,13 +35,15 @@ class Batch:
         return self.counted.flatten().nonzero().squeeze(1)
 
     def take(self, x: Tensor) -> Tensor:
-        """The tokens that count [t, n] of x [B, L, n], a copy. (Several times faster than x[counted] on a CPU.)
+        """The tokens that count [t, n] of x [B, L, n]: a copy, or x itself where all do.
 
         Raises ValueError for any other shape, as of a layer that sees some of the tokens, or in another order.
         """
         if x.shape[:-1] != self.counted.shape:
             raise ValueError(f"a layer's input is {tuple(x.shape)}, but the batch is {tuple(self.counted.shape)} tokens")
-        return x.reshape(-1, x.shape[-1]).index_select(0, self._places)
+        x = x.reshape(-1, x.shape[-1])
+        # Several times faster than x[counted] on a CPU.
+        return x if len(self._places) == len(x) else x.index_select(0, self._places)
 
 
 def sample_sums(x: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class LayerInput:
         """Adds tokens x [t, n]."""
         self.tokens += x.shape[0]
         if self.covariance is None:
-            self.pieces.append(x)
+            self.pieces.append(x.clone())  # what the model does with it later is its own business
         else:
             self.covariance.add(x)
 
@@ -197,8 +197,12 @@ class Background:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def start(self, job: Callable[[], None]) -> None:
-        """Starts ``job`` once the one before has ended."""
+        """Starts ``job`` once the one before has ended. A lone rank on a CPU does it at once: the same cores would do both,
+        and hold both's memory."""
         self.wait()
+        if self.device.type == "cpu" and world_size() == 1:
+            self._guarded(job)
+            return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # its inputs are ready
         self._running = self._pool.submit(self._guarded, job)

@@ -8,6 +8,7 @@ block's output, as it is, to the next; ``BlockWalk.why_not`` finds out without f
 from __future__ import annotations
 
 import inspect
+import mmap
 import os
 import shutil
 import socket
@@ -180,15 +181,18 @@ class HiddenStates:
         """Keeps ``hidden`` under ``key``, over what was kept there (of the same shape)."""
         hidden = hidden.detach()
         if key not in self._kept:
-            self.bytes += hidden.numel() * hidden.element_size()
-            if self.bytes > self.limit:
+            size = hidden.numel() * hidden.element_size()
+            self.bytes += size
+            if self.bytes <= self.limit and size:
+                # Apart from the heap: what stays, among what comes and goes, would leave holes everywhere.
+                self._kept[key] = torch.frombuffer(mmap.mmap(-1, size), dtype=hidden.dtype).view(hidden.shape)
+            elif size:
                 self._on_disk[key] = self._new_file()
                 self._kept[key] = torch.from_file(
                     str(self._on_disk[key]), shared=True, size=hidden.numel(), dtype=hidden.dtype
                 ).view(hidden.shape)
         kept = self._kept.get(key)
         if kept is not None and (key in self._on_disk or kept.dtype == hidden.dtype):
-            # In place: what stays, moved about among what comes and goes, would leave holes everywhere.
             kept.copy_(hidden)
         else:
             self._kept[key] = hidden.cpu()
