@@ -126,8 +126,7 @@ def deliver(found: LayerInput, owner: int, dtype: torch.dtype, traffic: Traffic)
         x = _send(local, counts, owner, traffic)
         if x is not None and found.route == SEND:
             total = Covariance(n, x.device)
-            for piece in x.split(4096):
-                total.add(piece)
+            total.add(x)
             x, sigma = None, total.result()
     return sum(counts), Delivered(found.layers, sum(counts), x, sigma) if mine else None
 
