@@ -2,7 +2,7 @@
 
     python benchmarks/phase12.py [--sections collect svd scores select memory scaling layer]
                                  [--hidden 1024] [--intermediate 2816] [--layers 4] [--tokens 6144] [--length 256]
-                                 [--ranks 1 2 4] [--repeats 5] [--device cpu] [--threads 2] [--cpu_clock]
+                                 [--ranks 1 2 4] [--repeats 5] [--device cpu] [--dtype float32] [--threads 2] [--cpu_clock]
 
 Models and texts are random: only shapes matter. Ways that are compared take turns in one process, and a ratio is the
 median of the ratios of neighbouring runs. ``*_flops_ratio`` is what the operations of the shapes say. The last line is
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="in collect and scores")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--cpu_clock", action="store_true",
                         help="one thread, and its processor time: ratios on a machine that others use too")
@@ -63,7 +65,8 @@ def main() -> None:
         global clock
         arguments.threads, clock = 1, time.process_time
     torch.set_num_threads(arguments.threads)
-    found: dict[str, Any] = {"device": arguments.device, "cores": os.cpu_count(), "threads": arguments.threads,
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+                             "dtype": arguments.dtype, "cores": os.cpu_count(), "threads": arguments.threads,
                              "clock": "processor" if arguments.cpu_clock else "wall",
                              "hidden": arguments.hidden, "intermediate": arguments.intermediate,
                              "layers": arguments.layers, "tokens": arguments.tokens}
@@ -116,7 +119,7 @@ def make_model(arguments: Any, layers: int) -> Any:
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096, use_cache=False,
         eos_token_id=2, pad_token_id=0,
     )
-    return LlamaForCausalLM(config).eval().to(arguments.device)
+    return LlamaForCausalLM(config).eval().to(arguments.device, getattr(torch, arguments.dtype))
 
 
 def make_rows(tokens: int, length: int) -> list[dict[str, list[int]]]:
@@ -163,15 +166,15 @@ def collect(arguments: Any) -> dict[str, Any]:
     samples = Samples(make_rows(arguments.tokens, arguments.length), Tokenizer(), arguments.device)
     walk = BlockWalk(model, list(find_blocks(model)[1]))
     assert walk.why_not(samples.batch([0])) is None
-    scratch = Path(tempfile.mkdtemp())
+    scratch, dtype = Path(tempfile.mkdtemp()), getattr(torch, arguments.dtype)
 
     def collecting(types: str) -> Callable[[], None]:
         layers = find_targets(model, "all", types)
 
         @returning_large_pieces()  # as phase 1 does, and is charged for
         def run() -> None:
-            for found in collect_by_walk(walk, layers, samples, arguments.batch_size, scratch, 4):
-                deliver(found, 0, torch.float32, Traffic())
+            for found in collect_by_walk(walk, layers, samples, arguments.batch_size, scratch, dtype.itemsize):
+                deliver(found, 0, dtype, Traffic())
 
         return run
 
@@ -297,8 +300,9 @@ def scores(arguments: Any) -> dict[str, Any]:
 def importance_flags(arguments: Any, types: str, recompute: bool = False) -> Any:
     from warp_ds.config import ImportanceArguments
 
-    return ImportanceArguments(dtype="float32", device=arguments.device, layer_type=types, gradient_checkpointing=recompute,
-                               batch_size=arguments.batch_size, importance_batch_size=arguments.batch_size)
+    return ImportanceArguments(dtype=arguments.dtype, device=arguments.device, layer_type=types,
+                               gradient_checkpointing=recompute, batch_size=arguments.batch_size,
+                               importance_batch_size=arguments.batch_size)
 
 
 def make_basis(arguments: Any, model: Any, types: str, directory: Path) -> Any:
@@ -308,7 +312,7 @@ def make_basis(arguments: Any, model: Any, types: str, directory: Path) -> Any:
     from warp_ds.phases.basis import compute_basis
     from warp_ds.phases.targets import find_targets
 
-    flags = BasisArguments(dtype="float32", device=arguments.device, layer_type=types, basis="random")
+    flags = BasisArguments(dtype=arguments.dtype, device=arguments.device, layer_type=types, basis="random")
     compute_basis(model, Tokenizer(), find_targets(model, "all", types), make_rows(8, 8), flags, directory,
                   {"model": "m", "data": "d"})
     return BasisStore(directory)
@@ -398,7 +402,7 @@ def ranks_of(arguments: Any, ranks: int, job: dict[str, Any]) -> list[dict[str, 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    shapes = {k: v for k, v in vars(arguments).items() if k not in ("sections", "worker", "ranks")}
+    shapes = {k: v for k, v in vars(arguments).items() if k not in ("sections", "worker", "ranks")} | {"dtype": "float32"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--worker", json.dumps({**shapes, **job, "folder": folder})]
         env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
@@ -475,7 +479,7 @@ def runtime_world() -> int:
 def basis_flags(arguments: Any, types: str, collect: str = "auto") -> Any:
     from warp_ds.config import BasisArguments
 
-    return BasisArguments(dtype="float32", device=arguments.device, layer_type=types, collect=collect,
+    return BasisArguments(dtype=arguments.dtype, device=arguments.device, layer_type=types, collect=collect,
                           batch_size=arguments.batch_size)
 
 
@@ -487,7 +491,7 @@ def load_spread(arguments: Any) -> Any:
     folder = Path(arguments.folder) / "model"
     on_rank_0(lambda: make_model(argparse.Namespace(**{**vars(arguments), "device": "cpu"}), arguments.layers)
               .save_pretrained(folder), "making the model")
-    return load_sharded(folder, ds_config={"zero_optimization": {"stage": 3}}, dtype=torch.float32,
+    return load_sharded(folder, ds_config={"zero_optimization": {"stage": 3}}, dtype=getattr(torch, arguments.dtype),
                         device=arguments.device, progress=False).eval()
 
 
@@ -585,7 +589,7 @@ def scaling_job(arguments: Any) -> dict[str, Any]:
 def layer(arguments: Any) -> dict[str, Any]:
     """Covariance or Gram matrix, decomposition, scores of one importance batch, and mask, of one m x n layer."""
     from warp_ds.method.covariance import Covariance, covariance_flops
-    from warp_ds.method.eigenbasis import token_basis
+    from warp_ds.method.eigenbasis import covariance_basis, token_basis
     from warp_ds.method.importance import add_importance, importance_flops
     from warp_ds.method.mask import pack_bits
     from warp_ds.zero.select import choose
@@ -606,16 +610,20 @@ def layer(arguments: Any) -> dict[str, Any]:
         found[f"layer_{name}_s"] = round(time.perf_counter() - begun, 3)
         return value
 
-    def sigma() -> None:
+    def covariance() -> torch.Tensor:
         total = Covariance(n, device)
         for piece in x.split(2048):
             total.add(piece)
-        total.result()
+        return total.result()
 
-    timed("covariance", sigma)
+    sigma = timed("covariance", covariance)
     found["layer_covariance_tflop"] = round(covariance_flops(tokens, n) / 1e12, 2)
-    basis = timed("gram_basis", lambda: token_basis(x))
-    batch = 4 * 256
+    few = tokens < n  # phase 1 chooses so
+    decompose = partial(token_basis, x) if few else partial(covariance_basis, sigma)
+    del sigma
+    basis = timed("basis", decompose)
+    found["layer_basis_from"] = "tokens" if few else "covariance"
+    batch = min(4 * 256, tokens)
     g = torch.randn(batch, m, generator=generator, device=device, dtype=torch.bfloat16)
     total = torch.zeros(m, basis.rank, device=device)
     timed("scores", lambda: add_importance(total, g, x[:batch].float() @ basis.columns))
