@@ -532,9 +532,9 @@ def memory_job(arguments: Any) -> dict[str, Any]:
     return {"peak_mb": peak.mb()}
 
 
-def warm_up() -> None:
+def warm_up(device: str = "cpu") -> None:
     """Libraries take their buffers at first use."""
-    x = torch.randn(64, 64)
+    x = torch.randn(64, 64, device=device)
     torch.linalg.eigh(x @ x.T)
 
 
@@ -592,12 +592,15 @@ def layer(arguments: Any) -> dict[str, Any]:
     from warp_ds.method.eigenbasis import covariance_basis, token_basis
     from warp_ds.method.importance import add_importance, importance_flops
     from warp_ds.method.mask import pack_bits
+    from warp_ds.report.plan import _decomposition
+    from warp_ds.zero.collect import REDUCE
     from warp_ds.zero.select import choose
 
     m, n, tokens, device = arguments.m, arguments.n, arguments.layer_tokens, arguments.device
     generator = torch.Generator(device=device).manual_seed(0)
     x = torch.randn(tokens, n, generator=generator, device=device, dtype=torch.bfloat16)
     found: dict[str, Any] = {"layer_shape": [m, n], "layer_tokens": tokens}
+    warm_up(device)
     peak = Peak(device)
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -634,8 +637,9 @@ def layer(arguments: Any) -> dict[str, Any]:
         return pack_bits(torch.nn.functional.pad(chosen.mask(total), (0, n - basis.rank)))
 
     timed("mask", mask)
+    says = max(_decomposition(tokens, n, basis.rank, 2, REDUCE) - x.nbytes, 4.0 * n * n)  # x was there before
     return {**found, "layer_rank": basis.rank, "layer_orthogonality": basis.orthogonality_error,
-            "layer_residual": basis.residual, "layer_peak_mb": peak.mb()}
+            "layer_residual": basis.residual, "layer_peak_mb": peak.mb(), "layer_peak_says_mb": round(says / 1e6, 1)}
 
 
 if __name__ == "__main__":

@@ -17,13 +17,16 @@ from warp_ds.zero import runtime
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}
 SCALED = {"fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1, "loss_scale_window": 100}}
 ACCUMULATE_FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+#: Gradients of bf16 weights are rotated in TF32, which rounds both factors by 2^-11 of their size: a relative 2^-10 of a
+#: gradient, of which Adam makes about lr * 2^-10 a step. (A CPU has no TF32, so the same case is held to 2e-6 there.)
+TF32 = STEPS * 1e-2 * 2.0**-10
 #: name -> (case, dtype, configuration, error allowed to the masters; see test_masked_step.py)
 GPU = {
     "fused adam": (Case("", "fused adam", groups=True), torch.float32, {}, 2e-6),
     "fused adam, coupled decay": (Case("", "fused adam coupled", groups=True, accumulation=2,
                                        zero={"sub_group_size": 100}), torch.float32, {}, 2e-6),
-    "fused adam, bf16": (Case("", "fused adam", groups=True), torch.bfloat16, ACCUMULATE_FP32, 2e-6),
-    "fused adam, bf16 accumulation": (Case("", "fused adam", groups=True), torch.bfloat16, {}, STEPS * 1e-2 * 2.0**-8),
+    "fused adam, bf16": (Case("", "fused adam", groups=True), torch.bfloat16, ACCUMULATE_FP32, TF32),
+    "fused adam, bf16 accumulation": (Case("", "fused adam", groups=True), torch.bfloat16, {}, STEPS * 1e-2 * 2.0**-8 + TF32),
     "fp16": (Case("", "fused adam", groups=True), torch.float16, {**SCALED, **ACCUMULATE_FP32}, 2e-6),
     "fp16, offloaded": (Case("", "cpu adam", groups=True, zero=OFFLOAD), torch.float16, {**SCALED, **ACCUMULATE_FP32}, 2e-6),
     "adamw": (Case("", "adamw", groups=True), torch.float32, {}, 2e-6),
@@ -40,12 +43,13 @@ def test_on_a_gpu(tmp_path: Path) -> None:
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     found = json.loads((tmp_path / "found.json").read_text())
+    wrong = {}
     for name, (_, dtype, _, allowed) in GPU.items():
         one = found[name]
-        assert one["moved"] == 0 and one["shards"] == 0, (name, one)
-        assert one["masters"] < allowed and one["weights"] < 2 * allowed, (name, one)
-        assert one["norm"] < 1e-3, (name, one)
-        assert (one["skipped"] > 0) == (dtype == torch.float16), (name, one)
+        exact = one["moved"] == 0 and one["shards"] == 0 and (one["skipped"] > 0) == (dtype == torch.float16)
+        if not (exact and one["masters"] < allowed and one["weights"] < 2 * allowed and one["norm"] < 1e-3):
+            wrong[name] = (one, allowed)
+    assert not wrong, wrong
 
 
 if __name__ == "__main__":

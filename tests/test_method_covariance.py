@@ -38,3 +38,22 @@ def test_division_by_the_tokens_of_all_ranks() -> None:
 def test_no_tokens() -> None:
     with pytest.raises(ValueError, match="no token was counted"):
         Covariance(3).result()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    """Halves are multiplied as they are; inputs of very different size keep their own accuracy."""
+    n = 2500  # three blocks, the last one not whole
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = (torch.randn(3000, n, generator=generator, device="cuda") * torch.logspace(0, -3, n, device="cuda")).to(dtype)
+    running = Covariance(n, "cuda")
+    for piece in x.split(700):
+        running.add(piece)
+    exact = x.double().T @ x.double() / len(x)
+    sigma = running.result()
+    deviations = exact.diagonal().sqrt()
+    worst = float(((sigma.double() - exact) / deviations / deviations[:, None]).abs().max())
+    # A product of 1,024 tokens is summed in 64 steps, of which each cuts at most 2^-23 on a tensor core.
+    assert worst < 64 * 2.0**-23, worst
+    assert torch.equal(sigma, sigma.T)

@@ -144,3 +144,16 @@ def test_columns_that_are_not_orthonormal_are_refused(columns: torch.Tensor) -> 
 def test_columns_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="is \\[8, r <= 8\\]"):
         Rotation(torch.zeros(shape), 8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("n,r", [(300, 100), (300, 200), (300, 300), (5, 1), (4, 3)])
+def test_made_on_a_gpu_it_is_the_same(n: int, r: int) -> None:
+    """Frozen coefficients belong to these very coordinates, whichever device completes the basis."""
+    columns = torch.linalg.qr(torch.randn(n, r, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0].float()
+    if r == 3:
+        columns = torch.eye(n)[:, :r]  # nothing to reflect
+    w = torch.randn(7, n, generator=torch.Generator().manual_seed(1))
+    here, there = Rotation(columns, n), Rotation(columns.cuda(), n)
+    torch.testing.assert_close(there.rotate(w.cuda()).cpu(), here.rotate(w), rtol=0, atol=1e-5)
+    torch.testing.assert_close(there.unrotate(there.rotate(w.cuda())).cpu(), w, rtol=0, atol=1e-5)

@@ -165,6 +165,23 @@ def test_hidden_states_go_to_disk_beyond_the_limit(tmp_path: Path) -> None:
     assert not (tmp_path / "hidden").exists()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_hidden_states_stay_on_a_gpu_that_has_room(tmp_path: Path) -> None:
+    hidden = HiddenStates(tmp_path / "hidden", limit=0)
+    given = torch.randn(5, 4, device="cuda")
+    hidden.put("first", given)
+    first = given.clone()
+    given.fill_(7.0)  # what the model does with it later is its own business
+    hidden.gpu_bytes_left = 100
+    hidden.put("second", first.bfloat16())
+    hidden.put("third", first)
+    assert torch.equal(hidden.get("first", "cuda"), first) and torch.equal(hidden.get("third", "cuda"), first)
+    assert len(list((tmp_path / "hidden").iterdir())) == 1 and hidden.gpu_bytes_left == 60
+    hidden.drop("second")
+    hidden.drop("third")
+    assert hidden.gpu_bytes_left == 100 and hidden.bytes == 0
+
+
 # ---------------------------------------------------------------- models that cannot be walked
 
 

@@ -214,10 +214,12 @@ class BasisStore:
             n, r = opened.get_slice("U").get_shape()
         return file, Rotation.held_bytes(n, r)
 
-    def rotation(self, name: str, dtype: torch.dtype = torch.float32) -> Rotation:
-        """The complete basis of the layer called ``name``, on the CPU."""
+    def rotation(
+        self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Rotation:
+        """The complete basis of the layer called ``name``, made and held on ``device``."""
         columns, _ = self.columns(name)
-        return Rotation(columns, columns.shape[0], dtype)
+        return Rotation(columns.to(device), columns.shape[0], dtype)
 
     def fingerprint(self) -> str:
         return fingerprint_files([self.directory / file for file in self.metadata.bases])

@@ -150,8 +150,7 @@ def _layers(
             if key not in rotations:
                 rotations[key] = None
                 if placed.owners[key] in (None, rank):
-                    rotation = Rotation(None, target.n) if basis is None else basis.rotation(target.name)
-                    rotation = rotation.to(_compute_device(param)).polished()
+                    rotation = _rotation(basis, target, _compute_device(param))
                     if placed.placement == "sharded":
                         shards[key] = BasisShard(rotation, world_size, rank)
                     else:
@@ -167,6 +166,18 @@ def _layers(
             ))
             layers[-1].whole_frozen = layers[-1].whole_frozen.to(_compute_device(param))
     return layers
+
+
+def _rotation(basis: BasisStore | None, target: TargetLayer, device: torch.device) -> Rotation:
+    """The layer's complete basis on ``device``, and made there: on the core that launchers give a rank, the n³ operations
+    take minutes at n = 14,336, for each basis of a model."""
+    if basis is None:
+        return Rotation(None, target.n)
+    try:
+        return basis.rotation(target.name, device=device).polished()
+    except torch.OutOfMemoryError:
+        logger.warning("%s: its basis is completed on the CPU, which takes long: there is no GPU memory for it", target.name)
+    return basis.rotation(target.name).to(device).polished()
 
 
 def _compute_device(param: nn.Parameter) -> torch.device:

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
+from warp_ds import __version__
 from warp_ds.artifacts import ArtifactError, fingerprint_model
 from warp_ds.cluster import slurm
 from warp_ds.config import (
@@ -104,7 +105,11 @@ def examine(arguments: DoctorArguments, given: set[str]) -> Iterator[Finding]:
 def versions() -> Iterator[Finding]:
     """Every package that this one names, in its range."""
     wrong = []
-    for text in importlib.metadata.requires("warp_ds") or []:
+    try:
+        named = importlib.metadata.requires("warp_ds") or []
+    except importlib.metadata.PackageNotFoundError:  # on the path, but not installed
+        named, wrong = [], ["warp_ds is not installed, so what it needs is not known"]
+    for text in named:
         wanted = Requirement(text)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
@@ -334,7 +339,8 @@ def _check_model_path(name: str) -> None:
 
 
 def _versions_of_results() -> str:
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("warp_ds", "torch", "transformers", "deepspeed"))
+    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
+    return ", ".join(f"{name} {version}" for name, version in {"warp_ds": __version__, **found}.items())
 
 
 def _warn(findings: Iterator[Finding] | Sequence[Finding]) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 256
+BLOCK, GPU_BLOCK = 256, 1024
 """Rows of Σ that one product fills. Only what lies right of the diagonal block is formed: 1/2 + BLOCK / 2n of n²."""
 TOKENS = 1024
 """Tokens that are put together, in one fp32 buffer, before they are multiplied: Σ is read and written once for so many.
-(Twice as many are no faster, and hold twice the memory.)"""
+(On a CPU twice as many are no faster, and hold twice the memory; on a GPU they add up with less accuracy.)"""
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Covariance:
     """The running sum Σ_t x_t x_tᵀ, [n, n] in fp32, of which only the upper block triangle is kept.
 
-    ``add`` takes any float dtype: products of low-precision activations are exact in fp32, and add up in it.
+    ``add`` takes any float dtype: products of low-precision activations are exact in fp32, and add up in it. A GPU
+    multiplies those as they are, an order of magnitude faster. Its tensor cores cut sums where fp32 rounds: an entry is
+    off by some 3e-6 of the standard deviations of its two inputs, instead of 6e-7 (measured on an H200).
     """
 
     def __init__(self, n: int, device: torch.device | str = "cpu"):
@@ -28,8 +31,10 @@ class Covariance:
     def add(self, x: Tensor) -> None:
         """Adds the tokens x [t, n], which are copied; the sum may hold them only after ``flush``."""
         self.tokens += x.shape[0]
-        if self._waiting is None:
-            self._waiting = torch.empty(TOKENS, self.n, device=self.sum.device)
+        kind = x.dtype if self.sum.is_cuda and x.dtype in HALVES else torch.float32
+        if self._waiting is None or self._waiting.dtype != kind:
+            self.flush()
+            self._waiting = torch.empty(TOKENS, self.n, dtype=kind, device=self.sum.device)
         while len(x):
             taken = x[: TOKENS - self._filled]
             self._waiting[self._filled : self._filled + len(taken)] = taken
@@ -44,11 +49,16 @@ class Covariance:
             return
         x, self._filled = self._waiting[: self._filled], 0
         for block in self.blocks():  # tall products, by columns: a tenth faster on a CPU than wide ones, by rows
-            self.sum[: block.stop, block].addmm_(x[:, : block.stop].T, x[:, block])
+            total, left, right = self.sum[: block.stop, block], x[:, : block.stop].T, x[:, block]
+            if x.dtype == torch.float32:
+                total.addmm_(left, right)
+            else:
+                torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
     def blocks(self) -> list[slice]:
         """The row blocks; of each, the columns from its start on are kept."""
-        return [slice(first, min(first + BLOCK, self.n)) for first in range(0, self.n, BLOCK)]
+        size = GPU_BLOCK if self.sum.is_cuda else BLOCK
+        return [slice(first, min(first + size, self.n)) for first in range(0, self.n, size)]
 
     def result(self, tokens: int | None = None) -> Tensor:
         """Σ [n, n], symmetric to the bit; divides by ``tokens`` (default: those added). Uses up the running sum.

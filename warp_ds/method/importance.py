@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ROWS = 128
-"""Rows of ∂L/∂C made at a time, small enough to stay in a cache until their absolute values are added to S."""
+ROWS, GPU_ROWS = 128, 1024
+"""Rows of ∂L/∂C made at a time: on a CPU few enough to stay in a cache until their absolute values are added to S, on a
+GPU enough to fill it."""
 
 
 def tokens_first(tokens: float, ranks: int, rows: Sequence[int], n: int, r: int) -> bool:
@@ -48,8 +49,9 @@ def add_importance(total: Tensor, g: Tensor, right: Tensor, columns: Tensor | No
     ``pending`` [rows, k]: what earlier tokens of the same importance batch have given.
     """
     g, right = g.float(), right.float()
-    for first in range(0, total.shape[0], ROWS):
-        block = slice(first, min(first + ROWS, total.shape[0]))
+    rows = GPU_ROWS if total.is_cuda else ROWS
+    for first in range(0, total.shape[0], rows):
+        block = slice(first, min(first + rows, total.shape[0]))
         part = g[:, block].T @ right
         if pending is not None:
             part += pending[block]

@@ -251,7 +251,7 @@ def basis(shape: Shape, job: Job, sharding: Sharding) -> Needs:
     fetched = 2 * shape.embedding + sum(shape.blocks[: last + 1])
     found.gpu["gathered"] = max(shape.embedding, *shape.blocks) * b
     found.gpu["activations"] = _forward_activations(shape, _micro_batch(job.batch_size, mine, job) , b)
-    found.host["hidden states"] = mine * shape.hidden * b
+    _keep_hidden_states(found, mine * shape.hidden * b, job)
     found.sent = fetched * b * _others(n_ranks)
     by_block: dict[int, float] = {}
     decomposing = 0.0
@@ -293,7 +293,7 @@ def importance(shape: Shape, job: Job, sharding: Sharding) -> Needs:
     found.gpu["logits"] = _logits(shape, of_rank, b)
     deep = len(shape.blocks) - lowest + 1
     kept = deep * (steps if job.gradient_checkpointing else 0) + 2
-    found.host["hidden states"] = kept * of_rank * shape.hidden * b
+    _keep_hidden_states(found, kept * of_rank * shape.hidden * b, job)
     scores = columns = 0.0
     step_tokens = of_rank * n_ranks
     for group in shared_inputs(shape.targets):
@@ -411,11 +411,19 @@ def _rank_of(n: int, job: Job) -> int:
     return min(r, job.max_rank) if job.max_rank else r
 
 
+def _keep_hidden_states(found: Needs, size: float, job: Job) -> None:
+    """Of zero/walk.py's ``HiddenStates``: on a GPU up to a quarter of what the weights leave free, the rest in host memory."""
+    on_gpu = min(size, max(0.0, (job.gpu_memory - found.gpu_total) / 4)) if job.on_gpu else 0.0
+    if on_gpu:
+        found.gpu["hidden states"] = on_gpu
+    found.host["hidden states"] = size - on_gpu
+
+
 def _decomposition(tokens: int, n: int, r: int, b: int, way: str) -> float:
     """Peak of method/eigenbasis.py on the owner: what it is given, and its workspaces."""
     if tokens < n:
-        # x, x in fp64; the Gram matrix, its eigenvectors and LAPACK's workspace; u, and its QR.
-        return tokens * n * (b + 8.0) + 8.0 * 5 * tokens * tokens + 8.0 * 3 * n * r
+        # x, x in fp64; the Gram matrix, its eigenvectors and LAPACK's workspace, then the eigenvectors, u, and its QR.
+        return tokens * n * (b + 8.0) + max(8.0 * 5 * tokens * tokens, 8.0 * tokens * tokens + 8.0 * 3 * n * r)
     gathered = 0.0 if way == REDUCE else float(tokens * n * b)
     return max(gathered + 4.0 * n * n, 4.0 * 6 * n * n)
 
