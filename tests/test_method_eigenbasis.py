@@ -45,10 +45,17 @@ def check(basis: Basis, sigma: np.ndarray) -> None:
 
 @pytest.mark.parametrize("count,n", [(300, 40), (40, 40), (25, 64), (1, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_eigenvectors_of_a_covariance(count: int, n: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("library", ["torch", "scipy"])
+def test_eigenvectors_of_a_covariance(
+    count: int, n: int, dtype: torch.dtype, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if library == "scipy":
+        monkeypatch.setattr(eigenbasis, "WIDE", 3)
     x = tokens(count, n)
     sigma = x.double().T @ x.double() / count
-    check(covariance_basis(sigma.to(dtype), dtype=dtype), sigma.numpy())
+    given = sigma.to(dtype)
+    check(covariance_basis(given, dtype=dtype), sigma.numpy())
+    assert torch.equal(given, sigma.to(dtype))
 
 
 @pytest.mark.parametrize("count,n", [(25, 64), (1, 5), (63, 64), (90, 30)])

@@ -35,6 +35,8 @@ DTYPES: dict[str, torch.dtype] = {
 READ_BUFFER_BYTES = 16 << 20
 READ_AHEAD_BYTES = 2 << 30
 """What a rank lets the system read before it is asked for: more could push out what was read ahead first."""
+ADVICE_BYTES = 128 << 10
+"""Of one call: Linux reads no more than the disk's own read-ahead (128 KB by default), and drops the rest unsaid."""
 
 
 class CheckpointError(ValueError):
@@ -97,7 +99,7 @@ class ReadAhead:
     """Lets the system read a rank's ranges of the files into its page cache, while the model is still being built.
 
     A hint and no more (posix_fadvise): a wrong one costs a read that nobody wants, never a wrong byte, and one that
-    fails is not missed. Measured on files that were not in the cache, two ranks: a quarter off the time to load.
+    fails is not missed. Measured on files that were not in the cache: 5 % off the time to load, on two ranks and on four.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -121,8 +123,9 @@ class ReadAhead:
                 piece = -(-tensor.numel // self.world_size) * tensor.dtype.itemsize
                 first = min(self.rank * piece, tensor.nbytes)
                 length = min(piece, tensor.nbytes - first, self.left)
-                if length > 0:
-                    os.posix_fadvise(descriptor, tensor.offset + first, length, os.POSIX_FADV_WILLNEED)
+                for begin in range(0, length, ADVICE_BYTES):
+                    part = min(ADVICE_BYTES, length - begin)
+                    os.posix_fadvise(descriptor, tensor.offset + first + begin, part, os.POSIX_FADV_WILLNEED)
                 self.left -= length
         finally:
             os.close(descriptor)
