@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -53,9 +55,22 @@ def test_eigenvectors_of_a_covariance(
         monkeypatch.setattr(eigenbasis, "WIDE", 3)
     x = tokens(count, n)
     sigma = x.double().T @ x.double() / count
-    given = sigma.to(dtype)
+    given = sigma.to(dtype, copy=True)
     check(covariance_basis(given, dtype=dtype), sigma.numpy())
     assert torch.equal(given, sigma.to(dtype))
+
+
+def test_beside_other_work_the_library_that_lets_it_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SciPy holds the interpreter while it decomposes: in a thread it is not used."""
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("SciPy was asked")
+
+    monkeypatch.setattr(eigenbasis, "WIDE", 3)
+    monkeypatch.setattr(eigenbasis.scipy.linalg, "eigh", refuse)
+    with ThreadPoolExecutor(1) as beside:
+        assert beside.submit(covariance_basis, torch.eye(5)).result().rank == 5
+    with pytest.raises(AssertionError, match="SciPy was asked"):
+        covariance_basis(torch.eye(5))
 
 
 @pytest.mark.parametrize("count,n", [(25, 64), (1, 5), (63, 64), (90, 30)])

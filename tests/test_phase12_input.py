@@ -208,8 +208,8 @@ def test_both_phases_from_flags_to_artefacts(model_dir: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("device, sizes", [("cpu", [2, 2, 1, 1, 1, 1, 1]), ("cuda", [5, 4])])
 def test_micro_batches_are_cut_on_a_cpu(device: str, sizes: list[int]) -> None:
-    """Until the widest activation, 1,000 wide in fp32, is below 4 MB (1,048 tokens), or down to one sample."""
-    lengths = [500, 400, 400, 450, 300, 300, 20, 300, 1200]
+    """Until the widest activation, 1,000 wide in fp32, is below 8 MB (2,097 tokens), or down to one sample."""
+    lengths = [1000, 800, 800, 900, 600, 600, 40, 600, 2400]
     rows = [{"input_ids": [3] * length, "labels": [3] * length} for length in lengths]
     layers = [TargetLayer("a", 0, "attn_q", 64, 64), TargetLayer("b", 0, "ffn_up", 1000, 64)]
     batches = [[0, 1, 2, 3, 4], [5, 6, 7, 8]]

@@ -17,7 +17,8 @@ from test_masked_step import Case, make_engine, masters, protect, run_all
 from torch import nn
 
 import warp_ds
-from warp_ds.artifacts import ArtifactError
+from warp_ds import protection
+from warp_ds.artifacts import ArtifactError, BasisStore
 from warp_ds.zero import deepspeed_internals as internals
 from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import UnsupportedSetting
@@ -209,3 +210,26 @@ def test_a_sharded_model_with_a_plain_optimizer_is_refused(tmp_path: Path) -> No
 def test_the_callback_wants_masks() -> None:
     with pytest.raises(ArtifactError, match="masks_dir"):
         warp_ds.WarpCallback(basis_dir="somewhere")
+
+
+@pytest.mark.parametrize("message, falls_back", [("CUSOLVER_STATUS_ALLOC_FAILED", True), ("out of memory", True),
+                                                 ("CUSOLVER_STATUS_INTERNAL_ERROR", False)])
+def test_a_basis_is_completed_on_the_cpu_where_a_gpu_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str, falls_back: bool
+) -> None:
+    write_artefacts(tmp_path / "artefacts", odd_model())
+    store = BasisStore(read_artefacts(tmp_path / "artefacts").basis)
+    target, made = store.layers[0], BasisStore.rotation
+
+    def full(self: BasisStore, name: str, dtype: torch.dtype = torch.float32, device: Any = None) -> Any:
+        if device is not None:
+            raise torch.OutOfMemoryError(message) if message == "out of memory" else RuntimeError(message)
+        return made(self, name, dtype)
+
+    monkeypatch.setattr(BasisStore, "rotation", full)
+    if not falls_back:
+        refused(lambda: protection._rotation(store, target, torch.device("cpu")), message, error=RuntimeError)
+        return
+    w = torch.randn(3, target.n, generator=torch.Generator().manual_seed(0))
+    found = protection._rotation(store, target, torch.device("cpu"))
+    torch.testing.assert_close(found.rotate(w), made(store, target.name).polished().rotate(w), rtol=0, atol=0)

@@ -51,6 +51,22 @@ def test_figures_that_are_exact(configs: Path) -> None:
         assert training.disk - training.checkpoint >= 2 * 70_553_706_496
 
 
+def test_hidden_states_take_a_quarter_of_what_is_free(configs: Path) -> None:
+    """Of a GPU of 100 GB beside 17.6 GB of weights, a gathered block or embedding, and the context; the rest is host memory."""
+    shape = read_shape(str(configs / "70b"), "ffn_down", "all")
+    found = {}
+    for samples in (100, 100_000):
+        job = Job(nodes=1, gpus_per_node=8, gpu_memory=100e9, tokens=512, basis_samples=samples, max_rank=64)
+        found[samples] = needs(shape, job, module.SHARDINGS[0])[1]
+    small, large = found[100], found[100_000]
+    assert small.gpu["hidden states"] == 13 * 512 * 8192 * 2 and small.host["hidden states"] == 0
+    before = sum(large.gpu[part] for part in ("weights", "context", "gathered"))
+    assert large.gpu["hidden states"] == pytest.approx((100e9 - before) / 4)
+    assert large.gpu["hidden states"] + large.host["hidden states"] == 12_500 * 512 * 8192 * 2
+    on_cpu = needs(shape, module.replace(job, on_gpu=False), module.SHARDINGS[0])[1]
+    assert "hidden states" not in on_cpu.gpu and on_cpu.host["hidden states"] == 12_500 * 512 * 8192 * 2
+
+
 @pytest.mark.parametrize("offload", ["none", "optimizer", "all"])
 def test_smallest_machine(configs: Path, offload: str) -> None:
     """Fits as said, and on fewer nodes does not."""

@@ -165,6 +165,8 @@ def _layers(
                 int(masks.metadata.layers[target.name]["frozen"]), placed.owners[key], shards.get(key),
             ))
             layers[-1].whole_frozen = layers[-1].whole_frozen.to(_compute_device(param))
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what completing the bases took in fp64, which NCCL may want
     return layers
 
 
@@ -175,7 +177,9 @@ def _rotation(basis: BasisStore | None, target: TargetLayer, device: torch.devic
         return Rotation(None, target.n)
     try:
         return basis.rotation(target.name, device=device).polished()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # of torch, or an ALLOC_FAILED of the libraries below it
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+            raise
         logger.warning("%s: its basis is completed on the CPU, which takes long: there is no GPU memory for it", target.name)
     return basis.rotation(target.name).to(device).polished()
 

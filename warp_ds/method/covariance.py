@@ -8,7 +8,7 @@ from torch import Tensor
 BLOCK, GPU_BLOCK = 256, 1024
 """Rows of Σ that one product fills. Only what lies right of the diagonal block is formed: 1/2 + BLOCK / 2n of n²."""
 TOKENS = 1024
-"""Tokens that are put together, in one fp32 buffer, before they are multiplied: Σ is read and written once for so many.
+"""Tokens that are put together, in one buffer, before they are multiplied: Σ is read and written once for so many.
 (On a CPU twice as many are no faster, and hold twice the memory; on a GPU they add up with less accuracy.)"""
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -76,6 +76,11 @@ class Covariance:
             diagonal.copy_(torch.triu(diagonal) + torch.triu(diagonal, 1).T)
             sigma[block.stop :, block].copy_(sigma[block, block.stop :].T)
         return sigma
+
+
+def kept_entries(n: int, device: str = "cpu") -> float:
+    """Entries of Σ [n, n] that are formed, and sent where it is reduced: the upper triangle of blocks."""
+    return n * (n + (BLOCK if device == "cpu" else GPU_BLOCK)) / 2
 
 
 def covariance_flops(tokens: int, n: int) -> float:

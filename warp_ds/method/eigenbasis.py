@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ SPREAD = 1e-6
 PROBES = 32
 BLOCK = 512
 WIDE = 2048
-"""On a CPU, wider ones are decomposed by SciPy's library: on one core of an AMD EPYC, which is what a rank has, 2,816 took two
-thirds of the time of torch's (on two, 85 %); 1,024 and below took as much or more."""
+"""On a CPU, wider ones are decomposed by SciPy's library: on one core of an AMD EPYC 2,816 took two thirds of the time of
+torch's (on two, 85 %); 1,024 and below took as much or more."""
 
 
 @dataclass
@@ -105,8 +106,10 @@ def random_basis(n: int, seed: int, max_rank: int = 0) -> Basis:
 
 
 def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [k], ascending, and eigenvectors [k, k] of ``symmetric``, which is left as it is: LAPACK's ``syevd``."""
-    if symmetric.device.type != "cpu" or len(symmetric) <= WIDE:
+    """Eigenvalues [k], ascending, and eigenvectors [k, k] of ``symmetric``, which is left as it is."""
+    # SciPy holds the interpreter meanwhile: in a thread beside this rank's own work, that would stop.
+    beside = threading.current_thread() is not threading.main_thread()
+    if beside or symmetric.device.type != "cpu" or len(symmetric) <= WIDE:
         values, vectors = torch.linalg.eigh(symmetric)
         return values, vectors
     # To LAPACK a symmetric matrix is its own transpose, which lies in memory as LAPACK wants it.

@@ -68,7 +68,7 @@ from warp_ds.zero.scores import (
     steps_at_once,
 )
 from warp_ds.zero.select import Chosen, choose, gather_packed
-from warp_ds.zero.walk import BlockWalk
+from warp_ds.zero.walk import BlockWalk, free_gpu_memory
 
 logger = logging.getLogger(__name__)
 SAVE_SECONDS = 300.0
@@ -240,7 +240,7 @@ class _Columns:
         self.basis = basis
         self.device = torch.device(device)
         # On a CPU the files are mapped: nothing is read twice while they fit in memory.
-        self.free = torch.cuda.mem_get_info(self.device)[0] // 4 if self.device.type == "cuda" else 0
+        self.free = free_gpu_memory(self.device) // 4 if self.device.type == "cuda" else 0
         self._kept: dict[str, Tensor] = {}
 
     def get(self, name: str) -> Tensor | None:

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from warp_ds.artifacts import TargetLayer
 from warp_ds.config import DTYPES, BasisArguments, ConfigError, ImportanceArguments, TrainArguments
+from warp_ds.method.covariance import kept_entries
 from warp_ds.method.importance import tokens_first
 from warp_ds.method.rotation import Rotation
 from warp_ds.phases.targets import find_blocks, find_targets, shared_inputs
@@ -48,6 +49,7 @@ CURES = {
     "rotating": "its owner rotates a layer whole: lower --max_rank, so that every rank can hold the bases",
     "decomposition": "fewer tokens than inputs are decomposed in a smaller form: fewer --safety_samples",
     "activations": "use --gradient_checkpointing, or a smaller --batch_size",
+    "hidden states": "use more nodes, a smaller --max_length, or fewer --safety_samples",
     "logits": "use a smaller --batch_size or --max_length",
     "masters and moments": "use --offload optimizer, more nodes, or --train_scope warp",
     "weights": "use more nodes, or --offload all",
@@ -250,8 +252,8 @@ def basis(shape: Shape, job: Job, sharding: Sharding) -> Needs:
     # The embedding is gathered to find out whether the model can be walked, and to walk it.
     fetched = 2 * shape.embedding + sum(shape.blocks[: last + 1])
     found.gpu["gathered"] = max(shape.embedding, *shape.blocks) * b
-    found.gpu["activations"] = _forward_activations(shape, _micro_batch(job.batch_size, mine, job) , b)
     _keep_hidden_states(found, mine * shape.hidden * b, job)
+    found.gpu["activations"] = _forward_activations(shape, _micro_batch(job.batch_size, mine, job) , b)
     found.sent = fetched * b * _others(n_ranks)
     by_block: dict[int, float] = {}
     decomposing = 0.0
@@ -259,7 +261,7 @@ def basis(shape: Shape, job: Job, sharding: Sharding) -> Needs:
         first, r = group[0], _rank_of(group[0].n, job)
         n = first.n
         if route(tokens, n, n_ranks, b) == REDUCE:
-            kept, sent = 4.0 * n * n, 2.0 * n * (n + 512) * _others(n_ranks)
+            kept, sent = 4.0 * n * n, 4.0 * kept_entries(n, "cuda" if job.on_gpu else "cpu") * _others(n_ranks)
         else:
             kept, sent = float(mine * n * b), mine * n * b * _others(n_ranks)
         by_block[first.layer] = by_block.get(first.layer, 0.0) + kept
@@ -287,14 +289,10 @@ def importance(shape: Shape, job: Job, sharding: Sharding) -> Needs:
     walked = sum(shape.blocks[:lowest]) + 2 * sum(shape.blocks[lowest:])
     fetched = shape.embedding * (parts + 1) + parts * (shape.head + walked)
     found.sent = fetched * b * _others(n_ranks)
-    traced = 1 if job.gradient_checkpointing else len(shape.blocks) - lowest
     found.gpu["gathered"] = max(shape.embedding, shape.head, *shape.blocks) * b
-    found.gpu["activations"] = traced * _saved_activations(shape, of_rank, b) + _forward_activations(shape, of_rank, b)
-    found.gpu["logits"] = _logits(shape, of_rank, b)
     deep = len(shape.blocks) - lowest + 1
     kept = deep * (steps if job.gradient_checkpointing else 0) + 2
-    _keep_hidden_states(found, kept * of_rank * shape.hidden * b, job)
-    scores = columns = 0.0
+    scores = columns = bases = 0.0
     step_tokens = of_rank * n_ranks
     for group in shared_inputs(shape.targets):
         n, r = group[0].n, _rank_of(group[0].n, job)
@@ -302,6 +300,7 @@ def importance(shape: Shape, job: Job, sharding: Sharding) -> Needs:
         first = tokens_first(job.importance_batch_size * job.tokens, n_ranks, rows, n, r)
         scores += 4.0 * r * sum(rows)
         columns = max(columns, 4.0 * n * r)
+        bases += 4.0 * n * r
         # A GPU keeps bases as far as it has room; for a CPU the files are mapped, and read in every step.
         found.read += 4.0 * n * r * (1 if job.on_gpu else steps)
         found.sent += steps * step_tokens * (4 * r if first else n * b) * _others(n_ranks)
@@ -309,6 +308,13 @@ def importance(shape: Shape, job: Job, sharding: Sharding) -> Needs:
         found.disk += sum(layer.m * math.ceil(layer.n / 8) for layer in group)
     found.gpu["scores"] = scores
     found.gpu["a basis"] = columns
+    if job.on_gpu:
+        found.gpu["bases"] = min(bases, _quarter(found, job))
+    _keep_hidden_states(found, kept * of_rank * shape.hidden * b, job)
+    # Both before any pass has run.
+    traced = 1 if job.gradient_checkpointing else len(shape.blocks) - lowest
+    found.gpu["activations"] = traced * _saved_activations(shape, of_rank, b) + _forward_activations(shape, of_rank, b)
+    found.gpu["logits"] = _logits(shape, of_rank, b)
     found.gpu["masks being chosen"] = max(4.0 * layer.m * layer.n / n_ranks for layer in shape.targets)
     found.written = found.disk
     return found
@@ -411,9 +417,13 @@ def _rank_of(n: int, job: Job) -> int:
     return min(r, job.max_rank) if job.max_rank else r
 
 
+def _quarter(found: Needs, job: Job) -> float:
+    return max(0.0, job.gpu_memory - found.gpu_total) / 4
+
+
 def _keep_hidden_states(found: Needs, size: float, job: Job) -> None:
-    """Of zero/walk.py's ``HiddenStates``: on a GPU up to a quarter of what the weights leave free, the rest in host memory."""
-    on_gpu = min(size, max(0.0, (job.gpu_memory - found.gpu_total) / 4)) if job.on_gpu else 0.0
+    """Of zero/walk.py's ``HiddenStates``: on a GPU up to a quarter of what is free so far, the rest in host memory."""
+    on_gpu = min(size, _quarter(found, job)) if job.on_gpu else 0.0
     if on_gpu:
         found.gpu["hidden states"] = on_gpu
     found.host["hidden states"] = size - on_gpu

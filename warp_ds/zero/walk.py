@@ -166,7 +166,7 @@ def keep_last(model: Any, positions: int) -> dict[str, int]:
 class HiddenStates:
     """Hidden states of this rank's micro-batches between blocks.
 
-    On a GPU as far as a quarter of the memory that is free at the first ``put`` goes (through host memory they took three
+    On a GPU as far as a quarter of the memory that is free at the first ``put`` goes (through host memory they took 2.7
     times as long as the forward pass itself, on an H200); then in host memory; beyond ``limit`` bytes of that, on disk.
     The files lie in ``directory``, which ``close`` removes.
     """
@@ -186,7 +186,7 @@ class HiddenStates:
         hidden = hidden.detach()
         size = hidden.numel() * hidden.element_size()
         if hidden.is_cuda and self.gpu_bytes_left is None:
-            self.gpu_bytes_left = torch.cuda.mem_get_info(hidden.device)[0] // 4
+            self.gpu_bytes_left = free_gpu_memory(hidden.device) // 4
         if key not in self._kept and self.gpu_bytes_left is not None and size <= self.gpu_bytes_left:
             self.gpu_bytes_left -= size
             self._kept[key] = torch.empty_like(hidden)
@@ -229,6 +229,12 @@ class HiddenStates:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._made += 1
         return self.directory / f"{self._made}.bin"
+
+
+def free_gpu_memory(device: torch.device) -> int:
+    """Bytes that torch can still give out on a GPU: the driver's, and its own that are not in use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def host_memory() -> int:
