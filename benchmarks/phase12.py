@@ -386,18 +386,42 @@ def memory(arguments: Any) -> dict[str, Any]:
 
 
 def scaling(arguments: Any) -> dict[str, Any]:
-    """Both phases on several ranks of one thread each: seconds, bytes sent for the phase's own work, peak memory."""
+    """Both phases on several ranks of one thread each: seconds, bytes sent for the phase's own work, peak memory.
+
+    ``says``: seconds of the fewest ranks shared out evenly, as far as there are cores; memory as ``warp-ds plan`` has it.
+    """
     found: dict[str, Any] = {}
-    for ranks in arguments.ranks:
+    fewest = min(arguments.ranks)
+    for ranks in sorted(arguments.ranks):
         results = ranks_of(arguments, ranks, {"job": "scaling", "layers": arguments.layers})
+        memory_says = planned_memory(arguments, ranks)
         for phase in ("basis", "importance"):
             key = f"{phase}_{ranks}"
             found[f"{key}_s"] = round(max(r[phase]["seconds"] for r in results), 2)
+            shared = max(1.0, min(ranks, os.cpu_count() or 1) / fewest)
+            found[f"{key}_says_s"] = round(found[f"{phase}_{fewest}_s"] / shared, 2)
+            found[f"{key}_peak_says_mb"] = round(memory_says[phase] / 1e6, 1)
             found[f"{key}_sent_mb"] = round(sum(r[phase]["sent_mb"] for r in results), 1)
             found[f"{key}_sent_says_mb"] = round(sum(r[phase]["says_mb"] for r in results), 1)
             found[f"{key}_peak_mb"] = round(max(r[phase]["peak_mb"] for r in results), 1)
         found[f"scores_{ranks}_mb_a_rank"] = round(max(r["scores_mb"] for r in results), 1)
     return found
+
+
+def planned_memory(arguments: Any, ranks: int) -> dict[str, float]:
+    """Bytes that a rank needs beyond its shard of the weights, by phase."""
+    from warp_ds.report import plan
+
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(argparse.Namespace(**{**vars(arguments), "device": "cpu"}), arguments.layers).config.save_pretrained(folder)
+        shape = plan.read_shape(folder, FIVE, "all")
+    samples = max(1, arguments.tokens // arguments.length)
+    job = plan.Job(nodes=1, gpus_per_node=ranks, dtype="float32", layer_type=FIVE, tokens=arguments.length,
+                   basis_samples=samples, importance_samples=samples, batch_size=arguments.batch_size,
+                   importance_batch_size=arguments.batch_size, on_gpu=arguments.device == "cuda")
+    _, basis, importance, _ = plan.needs(shape, job, plan.SHARDINGS[0])
+    return {name: need.gpu_total + need.host_total - need.gpu["weights"]
+            for name, need in (("basis", basis), ("importance", importance))}
 
 
 def ranks_of(arguments: Any, ranks: int, job: dict[str, Any]) -> list[dict[str, Any]]:
