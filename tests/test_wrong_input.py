@@ -282,3 +282,23 @@ def test_flags_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("keep_ration: 0.3\n")
     with pytest.raises(ConfigError, match="unknown flag --keep_ration: did you mean --keep_ratio"):
         parse_arguments(ImportanceArguments, words)
+
+
+def test_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job starts, with the checkout's own version; the doctor says what is missing."""
+    import importlib.metadata
+
+    import warp_ds
+    from warp_ds.cluster import doctor
+
+    found = importlib.metadata.distribution
+
+    def without(name: str) -> importlib.metadata.Distribution:
+        if name == "warp_ds":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", without)
+    assert f"warp_ds {warp_ds.__version__}, torch " in doctor._versions_of_results()
+    (finding,) = doctor.versions()
+    assert "warp_ds is not installed" in finding.found and "pip install" in finding.cure

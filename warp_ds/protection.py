@@ -172,7 +172,7 @@ def _layers(
 
 def _rotation(basis: BasisStore | None, target: TargetLayer, device: torch.device) -> Rotation:
     """The layer's complete basis on ``device``, and made there: on the core that launchers give a rank, the n³ operations
-    take minutes at n = 14,336, for each basis of a model."""
+    would take minutes at n = 14,336 (by arithmetic), for each basis of a model."""
     if basis is None:
         return Rotation(None, target.n)
     try:

@@ -18,7 +18,7 @@ class Covariance:
 
     ``add`` takes any float dtype: products of low-precision activations are exact in fp32, and add up in it. A GPU
     multiplies those as they are, an order of magnitude faster. Its tensor cores cut sums where fp32 rounds: an entry is
-    off by some 3e-6 of the standard deviations of its two inputs, instead of 6e-7 (measured on an H200).
+    off by some 3e-6 of the standard deviations of its two inputs, instead of 6e-7 (8,192 tokens, on an H200).
     """
 
     def __init__(self, n: int, device: torch.device | str = "cpu"):

@@ -17,8 +17,9 @@ SPREAD = 1e-6
 PROBES = 32
 BLOCK = 512
 WIDE = 2048
-"""On a CPU, wider ones are decomposed by SciPy's library: on one core of an AMD EPYC 2,816 took two thirds of the time of
-torch's (on two, 85 %); 1,024 and below took as much or more."""
+"""On a CPU, wider ones are decomposed by SciPy's library: on one thread of an AMD EPYC the bases of a block (2,816 and twice
+1,024) took two thirds of the time that they take by torch's alone; on two threads 2,816 by itself took 85 %, and 1,024 and
+below as much or more."""
 
 
 @dataclass

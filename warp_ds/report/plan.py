@@ -311,7 +311,7 @@ def importance(shape: Shape, job: Job, sharding: Sharding) -> Needs:
     if job.on_gpu:
         found.gpu["bases"] = min(bases, _quarter(found, job))
     _keep_hidden_states(found, kept * of_rank * shape.hidden * b, job)
-    # Both before any pass has run.
+    # Bases and hidden states took their quarters before any pass ran: what passes need comes on top.
     traced = 1 if job.gradient_checkpointing else len(shape.blocks) - lowest
     found.gpu["activations"] = traced * _saved_activations(shape, of_rank, b) + _forward_activations(shape, of_rank, b)
     found.gpu["logits"] = _logits(shape, of_rank, b)
