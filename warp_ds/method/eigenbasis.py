@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import scipy.linalg
 import torch
@@ -12,8 +12,13 @@ from torch import Tensor
 
 BAR = 1e-5
 """The largest orthogonality error and relative residual of a basis that is stored."""
-SPREAD = 1e-6
-"""Variances of single inputs further apart than this are more than an fp32 decomposition resolves."""
+SPREAD = 1e-5
+"""An fp32 decomposition is off by some 3e-7 λ_1 (measured, any n): where all eigenvalues lie within this share of λ_1, the
+coefficients UᵀΣU of two columns correlate by less than 0.05 through it. Where they do not, Σ is decomposed in fp64."""
+FROM_ROUNDING = 1e-11
+"""Of a few tokens, eigenvalues below this share of λ_1 are not stored: the same token, computed twice in fp32, differs by
+some 1e-7 of its length, which squares to 1e-14, and tokens that do differ were seen to leave 1e-9 and more. Far from both,
+so that the rank does not hang on the order in which a batch was computed."""
 PROBES = 32
 BLOCK = 512
 WIDE = 2048
@@ -44,25 +49,36 @@ class Basis:
 
 
 def covariance_basis(sigma: Tensor, energy: float = 1.0, max_rank: int = 0, dtype: torch.dtype | None = None) -> Basis:
-    """Eigenvectors of the symmetric Σ [n, n] whose eigenvalues are above rounding.
+    """Eigenvectors of Σ [n, n], symmetric, of at least n tokens: one for every input that is not always 0.
 
-    ``dtype`` None takes the cheapest precision that gives errors below ``BAR``: fp32, or fp64 where inputs have such
-    different variances (outlier activations) that an fp32 decomposition would resolve the largest alone.
+    The rank is counted, not cut at a threshold: where the small end of a spectrum runs into fp32's rounding, as those of real
+    models do, a threshold would cut elsewhere on other ranks or processors. Eigenvalues that rounding made negative are 0.
+
+    ``dtype`` None takes the cheapest precision that resolves the small end: fp32, or fp64 (see ``SPREAD``).
     """
-    if dtype is None:
-        variances = torch.diagonal(sigma)
-        there = variances[variances > 0]
-        wide = bool(there.numel()) and bool(there.min() < SPREAD * there.max())
-        basis = covariance_basis(sigma, energy, max_rank, torch.float64 if wide else torch.float32)
-        if wide or (basis.orthogonality_error <= BAR and basis.residual <= BAR):
+    variances = torch.diagonal(sigma)
+    live = variances != 0
+    if not bool(live.all()):
+        inner = covariance_basis(sigma[live][:, live], energy, max_rank, dtype or torch.float64)
+        columns = inner.columns.new_zeros(len(sigma), inner.rank)
+        columns[live] = inner.columns
+        return replace(inner, columns=columns)
+    if dtype is not None:
+        return _decomposed(sigma.to(dtype), energy, max_rank)
+    if bool(variances.min() >= SPREAD * variances.max()):  # no smaller than the smallest eigenvalue
+        basis = _decomposed(sigma.float(), energy, max_rank)
+        resolved = bool(basis.values[-1] >= SPREAD * basis.values[0])
+        if resolved and basis.orthogonality_error <= BAR and basis.residual <= BAR:
             return basis
-        return covariance_basis(sigma, energy, max_rank, torch.float64)
-    sigma = sigma.to(dtype)
+    return _decomposed(sigma.double(), energy, max_rank)
+
+
+def _decomposed(sigma: Tensor, energy: float, max_rank: int) -> Basis:
+    """The same in the precision that Σ [n, n] has."""
     values, columns = _eigh(sigma)
     values = values.flip(0).clamp_min(0.0)
-    tolerance = torch.finfo(dtype).eps * (sigma.shape[0] if dtype == torch.float64 else 1)
-    rank = _kept(values, tolerance, energy, max_rank)
-    descending = torch.arange(sigma.shape[0] - 1, sigma.shape[0] - 1 - rank, -1, device=sigma.device)
+    rank = _kept(values, len(values), energy, max_rank)
+    descending = torch.arange(len(sigma) - 1, len(sigma) - 1 - rank, -1, device=sigma.device)
     return _basis(columns, values[:rank], values, lambda z: sigma @ z, descending)
 
 
@@ -72,11 +88,12 @@ def token_basis(x: Tensor, energy: float = 1.0, max_rank: int = 0) -> Basis:
     The T x T Gram matrix has the same eigenvalues, and u = xᵀ v / ‖xᵀ v‖ for each of its vectors v. It squares the
     spread of x's singular values, so it is formed and decomposed in fp64.
     """
-    count, n = x.shape
+    count = len(x)
     x = x.double()
     values, v = _eigh(x @ x.T / count)
     values, v = values.flip(0).clamp_min(0.0), v.flip(1)
-    rank = _kept(values, max(count, n) * torch.finfo(torch.float64).eps, energy, max_rank)
+    there = int((values > FROM_ROUNDING * values[:1]).sum())
+    rank = _kept(values, there, energy, max_rank)
     kept = values[:rank]
     u = x.T @ (v[:, :rank] / (kept * count).sqrt())
     # Rounding leaves u_i a part of size eps λ_1 / λ_i along the first directions: QR takes it out, and keeps the rest.
@@ -107,7 +124,12 @@ def random_basis(n: int, seed: int, max_rank: int = 0) -> Basis:
 
 
 def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [k], ascending, and eigenvectors [k, k] of ``symmetric``, which is left as it is."""
+    """Eigenvalues [k], ascending, and eigenvectors [k, k] of ``symmetric``, which is left as it is.
+
+    Raises ValueError where an entry is not finite: libraries then return numbers without a word.
+    """
+    if not bool(torch.isfinite(symmetric).all()):
+        raise ValueError("the inputs' covariance holds NaN or infinity: no basis can be made of it")
     # SciPy holds the interpreter meanwhile: in a thread beside this rank's own work, that would stop.
     beside = threading.current_thread() is not threading.main_thread()
     if beside or symmetric.device.type != "cpu" or len(symmetric) <= WIDE:
@@ -118,18 +140,12 @@ def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
 
-def _kept(values: Tensor, tolerance: float, energy: float, max_rank: int) -> int:
-    """How many of the descending ``values`` [k] are stored: above rounding, then ``energy``, then ``max_rank``.
-
-    ``tolerance`` is relative to the largest. At least one is kept where any value is above 0.
-    """
-    if not values.numel() or not float(values[0]) > 0.0:
-        return 0
-    rank = int((values > values[0] * tolerance).sum())
-    if energy < 1.0:
+def _kept(values: Tensor, count: int, energy: float, max_rank: int) -> int:
+    """How many of the descending ``values`` [k] are stored: of the first ``count``, ``energy``, then ``max_rank``."""
+    if energy < 1.0 and count:
         share = torch.cumsum(values.double(), 0) / values.double().sum()
-        rank = min(rank, int((share < energy).sum()) + 1)
-    return min(rank, max_rank) if max_rank else rank
+        count = min(count, int((share < energy).sum()) + 1)
+    return min(count, max_rank) if max_rank else count
 
 
 def _basis(
