@@ -283,8 +283,8 @@ def _filled(texts: Sequence[str | None], column: str, rows: Table, empty: bool =
             text.encode()
         except UnicodeEncodeError as error:
             half = text[error.start : error.end]
-            raise DataError(f"{rows.source}, {rows.place(row)}: column {column!r} holds half a surrogate pair ({half!r}), which "
-                            "is no character: write the character itself") from error
+            raise DataError(f"{rows.source}, {rows.place(row)}: column {column!r} holds half a surrogate pair ({half!r}), "
+                            "which is no character: write the character itself") from error
     return found
 
 
