@@ -418,7 +418,7 @@ def _with_config_file(argv: list[str] | None, kinds: Sequence[Any]) -> list[str]
         # Composed and not loaded: every value stays as it is written, where YAML would make 34 of 042 and a day of 2021-05-03.
         top = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from error
+        raise ConfigError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(top, yaml.MappingNode):
         raise ConfigError(f"--config {path} must be a mapping of flag names to values, such as 'keep_ratio: 0.1'")
     fields = {f.name: f for kind in kinds for f in reversed(dataclasses.fields(kind)) if f.init}
@@ -427,12 +427,16 @@ def _with_config_file(argv: list[str] | None, kinds: Sequence[Any]) -> list[str]
     for key, value in top.value:
         where = f"--config {path}, line {key.start_mark.line + 1}"
         name = _yaml_text(key, where).replace("-", "_")
+        if name.startswith("_"):
+            raise ConfigError(f"{where}: {key.value!r}: names stand there without dashes before them, such as 'keep_ratio: 0.1'")
+        if isinstance(value, yaml.MappingNode):
+            _yaml_text(value, f"{where}: {name}")
         if name in lines:
             raise ConfigError(f"{where}: {name} stands there twice (line {lines[name]}, too): keep one of them")
-        if name.startswith("_") or name == "config" or not name:
-            raise ConfigError(f"{where}: {key.value!r} is no flag: write names without dashes before them, such as 'keep_ratio: 0.1'")
+        if name not in fields:
+            raise ConfigError(f"{where}: {unknown_flags(['--' + name], fields)}")
         lines[name] = key.start_mark.line + 1
-        flags += _flags_of(name, value, fields.get(name), where)
+        flags += _flags_of(name, value, fields[name], where)
     return flags + argv
 
 
@@ -453,20 +457,19 @@ def _flags_of(name: str, node: Any, field: Any, where: str) -> list[str]:
     if isinstance(node, yaml.SequenceNode):
         items = [_yaml_text(item, f"{where}: {name}") for item in node.value]
         if any(item.tag.endswith(":null") for item in node.value) or not items:
-            raise ConfigError(f"{where}: {name} is a list that is empty, or holds nothing (null): give its values, or leave it out")
-        if field is not None and "comma-separated" in str(field.metadata.get("help")):
+            raise ConfigError(f"{where}: {name} is an empty list, or has an empty item: give its values, or leave it out")
+        if "comma-separated" in str(field.metadata.get("help")):
             return [f"--{name}={','.join(items)}"]
-        if field is not None and "list" in str(field.type):
-            if any(item.startswith("-") for item in items):
-                raise ConfigError(f"{where}: {name} holds {[item for item in items if item.startswith('-')][0]!r}, which would be "
-                                  "another flag")
-            return [f"--{name}", *items]
-        raise ConfigError(f"{where}: {name} takes one value, not a list" if field is not None else
-                          str(unknown_flags([f"--{name}"], [])))
+        if "list" not in str(field.type):
+            raise ConfigError(f"{where}: {name} takes one value, not a list")
+        dashed = [item for item in items if item.startswith("-")]
+        if dashed:
+            raise ConfigError(f"{where}: {name} holds {dashed[0]!r}, which would be another flag")
+        return [f"--{name}", *items]
     text = _yaml_text(node, f"{where}: {name}")
     if node.tag.endswith(":null"):
         return []
-    if node.tag.endswith(":bool") and field is not None and "bool" in str(field.type):
+    if node.tag.endswith(":bool") and "bool" in str(field.type):
         text = {"on": "true", "off": "false"}.get(text.lower(), text)
     return [f"--{name}={text}"]
 
