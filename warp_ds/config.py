@@ -428,7 +428,7 @@ def _with_config_file(argv: list[str] | None, kinds: Sequence[Any]) -> list[str]
         where = f"--config {path}, line {key.start_mark.line + 1}"
         name = _yaml_text(key, where).replace("-", "_")
         if name.startswith("_"):
-            raise ConfigError(f"{where}: {key.value!r}: names stand there without dashes before them, such as 'keep_ratio: 0.1'")
+            raise ConfigError(f"{where}: {key.value!r}: write names without dashes before them, such as 'keep_ratio: 0.1'")
         if isinstance(value, yaml.MappingNode):
             _yaml_text(value, f"{where}: {name}")
         if name in lines:

@@ -172,8 +172,8 @@ def _values_of_lines(path: Path, source: str) -> list[tuple[int | None, Any]]:
         try:
             values.append((number, _parse(line)))
         except ValueError as error:
-            raise DataError(f"{source}, row {row} (line {number}) cannot be read as json with one object a line: "
-                            f"{_reason(error)}, in {line[:60]!r}") from error
+            raise DataError(f"{source} cannot be read as json, one object a line: row {row} (line {number}): {_reason(error)}, "
+                            f"in {line[:60]!r}") from error
     return _items(values[0][1], source) if len(values) == 1 and isinstance(values[0][1], list) else values
 
 
