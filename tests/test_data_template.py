@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from warp_ds.config import BasisArguments, parse_arguments
+from warp_ds.config import BasisArguments, ConfigError, parse_arguments
 from warp_ds.data import template
 from warp_ds.data.datasets import DataError
 from warp_ds.data.formats import IGNORE, encode, encode_prompt, opening_ids
@@ -185,5 +185,5 @@ def test_the_date_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert template.writes_date(tokenizer) and not template.writes_date(make(CHATML)) and not template.writes_date(make())
     assert parse_arguments(BasisArguments, ["--template_date", "2025-01-02"]).template_date == "2025-01-02"
     for wrong in ("today", "2025-1-2", "2025-02-30"):
-        with pytest.raises(DataError, match="--template_date .*YYYY-MM-DD"):
+        with pytest.raises(ConfigError, match="--template_date .*YYYY-MM-DD"):
             BasisArguments(template_date=wrong).check()

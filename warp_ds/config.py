@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from warp_ds.data.template import DEFAULT_DATE, check_date
+from warp_ds.data.template import DEFAULT_DATE, is_date
 
 LAYER_TYPES = ("ffn_down", "ffn_up", "ffn_gate", "attn_q", "attn_k", "attn_v", "attn_o")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -58,7 +58,8 @@ class RunArguments:
         """ConfigError for values that no run can use; reads nothing but the flags, so that every rank finds the same."""
         _at_least(self, "batch_size", 1)
         _at_least(self, "max_length", 2)
-        check_date(self.template_date)
+        if not is_date(self.template_date):
+            raise ConfigError(f"--template_date {self.template_date!r}: give a day as YYYY-MM-DD")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"--device is auto, cuda or cpu, not {self.device!r} (ranks pick their own GPU)")
 

@@ -262,10 +262,15 @@ def _texts(rows: Table, column: str, role: str, holes: bool = False) -> list[str
         try:
             found.append(text_of(value, role))
         except NotText as error:
-            raise DataError(f"{rows.source}, {rows.place(row)}: column {column!r} {error}") from error
+            hint = "" if _is_file(rows) else " (the loader of `datasets` may have made it so: fetch the file and name it)"
+            raise DataError(f"{rows.source}, {rows.place(row)}: column {column!r} {error}{hint}") from error
     if holes:
         found = [text or "" for text in found]
     return _filled(found, column, rows, empty=not holes)
+
+
+def _is_file(rows: Table) -> bool:
+    return rows.lines is not None or Path(rows.source.removeprefix(_REFUSAL_FILE)).expanduser().is_file()
 
 
 def _filled(texts: Sequence[str | None], column: str, rows: Table, empty: bool = True) -> list[str]:
@@ -274,7 +279,7 @@ def _filled(texts: Sequence[str | None], column: str, rows: Table, empty: bool =
                         ("empty", [row for row, text in enumerate(texts) if empty and text is not None and not text.strip()])):
         if wrong:
             hint = " (the CSV reader of `datasets` takes NA, None and null for holes: fetch the file and name it)" if (
-                what == "missing" and rows.lines is None and local_file(rows.source) is None) else ""
+                what == "missing" and not _is_file(rows)) else ""
             raise DataError(f"{rows.source}: column {column!r} is {what} in {len(wrong)} of {len(texts)} rows "
                             f"{rows.places(wrong)}: fill or remove them{hint}")
     found = [text for text in texts if text is not None]
@@ -291,9 +296,12 @@ def _filled(texts: Sequence[str | None], column: str, rows: Table, empty: bool =
 # ---------------------------------------------------------------- refusals
 
 
+_REFUSAL_FILE = "--refusal_file "
+
+
 def _refusals(path: str | os.PathLike[str]) -> list[str]:
     """The lines of a text file; or the texts, or the column of REFUSAL_COLUMNS, of a file that READERS know."""
-    file, name = Path(path).expanduser(), f"--refusal_file {path}"
+    file, name = Path(path).expanduser(), f"{_REFUSAL_FILE}{path}"
     if not file.is_file():
         raise DataError(f"{name} cannot be read: {'Is a directory' if file.is_dir() else 'No such file or directory'}")
     if file.suffix.lower() in (".json", ".jsonl"):

@@ -33,19 +33,18 @@ _USER, _REPLY = "somebodyasks", "somebodyanswers"
 _fixed = {"date": DEFAULT_DATE}
 
 
-def check_date(date: str) -> None:
-    """Raises `DataError` where `date` is no YYYY-MM-DD."""
+def is_date(date: str) -> bool:
+    """Whether `date` is a day as YYYY-MM-DD."""
     try:
-        known = datetime.strptime(date, "%Y-%m-%d").strftime("%Y-%m-%d") == date
+        return datetime.strptime(date, "%Y-%m-%d").strftime("%Y-%m-%d") == date
     except ValueError:
-        known = False
-    if not known:
-        raise DataError(f"--template_date {date!r}: give a day as YYYY-MM-DD")
+        return False
 
 
 def fix_date(date: str) -> None:
-    """Makes `date` (YYYY-MM-DD) the day that templates of this process write. Raises `DataError`."""
-    check_date(date)
+    """Makes `date` (YYYY-MM-DD) the day that templates of this process write."""
+    if not is_date(date):
+        raise ValueError(f"{date!r} is no day as YYYY-MM-DD")
     _fixed["date"] = date
 
 
