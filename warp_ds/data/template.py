@@ -195,7 +195,7 @@ def _closing(opens: str, closes: str, text: str) -> str:
 
 # ---------------------------------------------------------------- control tokens that somebody typed
 
-_controls: WeakKeyDictionary[Any, tuple[tuple[int, str], tuple[re.Pattern[str], re.Pattern[str]]]] = WeakKeyDictionary()
+_controls: WeakKeyDictionary[Any, tuple[tuple[str, str], tuple[re.Pattern[str], re.Pattern[str]]]] = WeakKeyDictionary()
 
 
 def cut_control(text: str, tokenizer: PreTrainedTokenizerBase, response: bool = False) -> str:
@@ -207,7 +207,7 @@ def cut_control(text: str, tokenizer: PreTrainedTokenizerBase, response: bool = 
     if CUT in text:
         raise DataError(f"a text holds U+FDD0, which is no character ({text[:60]!r}): remove it")
     template = _template(tokenizer) if tokenizer.chat_template else ""
-    key = (len(tokenizer), template)
+    key = (template, str(tokenizer.special_tokens_map))
     known = _controls.get(tokenizer)
     if known is None or known[0] != key:
         _controls[tokenizer] = known = (key, _control_patterns(tokenizer, template))
