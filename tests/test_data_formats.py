@@ -28,7 +28,7 @@ def tokenizer(request):
     if request.param == "chat":
         tokenizer.chat_template = CHAT
     if request.param == "no bos":
-        tokenizer.bos_token = None
+        tokenizer.backend_tokenizer.post_processor = None  # a bos_token that the tokenizer puts before no text
     return tokenizer
 
 
@@ -47,10 +47,10 @@ def test_the_prompt_is_a_prefix_and_only_the_response_is_trained(tokenizer, prom
     assert sum(response_mask(labels)) == len(ids) - len(before)
 
 
-def test_there_is_one_bos_where_the_tokenizer_has_one(tokenizer):
+def test_there_is_one_bos_where_the_tokenizer_puts_one(tokenizer):
     bos = tokenizer.convert_tokens_to_ids("<s>")
     ids = encode("How", "I'm sorry", tokenizer)["input_ids"]
-    assert ids.count(bos) == (0 if tokenizer.bos_token is None else 1)
+    assert ids.count(bos) == tokenizer("How")["input_ids"].count(bos)
 
 
 def test_the_whole_text_reads_as_documented():
@@ -93,6 +93,25 @@ def test_a_data_set_is_encoded_in_order(tokenizer):
     alone = encode_dataset(pairs, tokenizer, 64, 128, prompt_only=True)
     assert alone["input_ids"][:] == [encode_prompt(p, tokenizer) for p, _ in PAIRS]
     assert all(set(row) == {IGNORE} for row in alone["labels"])
+
+
+def test_all_rows_that_are_too_long_are_named_at_once_and_cut_responses_are_counted(tokenizer, caplog):
+    """Rows 2 and 4 have long prompts; the responses of rows 1 and 3 are cut."""
+    prompts = ["How"] * 2 + ["How do I bake bread?" * 9, "How", "How do I bake bread?" * 5]
+    pairs = Dataset.from_dict({"prompt": prompts, "response": ["So.", "flour " * 40] * 2 + ["So."]})
+    long = {row: len(encode_prompt(prompts[row], tokenizer)) for row in (2, 4)}
+    with pytest.raises(DataError) as error:
+        encode_dataset(pairs, tokenizer, 30)
+    assert f"2 of 5 prompts (row 2: {long[2]} tokens, row 4: {long[4]} tokens) leave no room for a " in str(error.value)
+    assert f"raise --max_length to {long[2] + 1} or more" in str(error.value)
+    encode_dataset(pairs, tokenizer, long[2] + 1)  # and that is enough
+    with pytest.raises(DataError, match=f"2 of 5 prompts .* do not fit in .*raise --max_length to {long[2]} or more"):
+        encode_dataset(pairs, tokenizer, 30, prompt_only=True)
+    encode_dataset(pairs, tokenizer, long[2], prompt_only=True)
+    caplog.clear()
+    short = encode_dataset(pairs.select([0, 1, 3]), tokenizer, 30)
+    assert [row[-1] == tokenizer.eos_token_id for row in short["input_ids"]] == [True, False, False]
+    assert "2 of 3 responses are cut at --max_length 30, and their end is not learned (rows 1, 2)" in caplog.text
 
 
 @pytest.mark.parametrize("length, words", [(129, "context of 128.*--max_length 128"), (1, "too short")])

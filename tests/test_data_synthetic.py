@@ -101,8 +101,10 @@ def test_tokenizer_and_model(data, tmp_path):
     samples = {split: [encode(**pair, tokenizer=loaded) for pair in pairs] for split, pairs in data.items()}
     assert max(len(sample["input_ids"]) for split in samples.values() for sample in split) <= 96
     text = "Anna has 12 pens. é?"
-    assert loaded.decode(loaded(text)["input_ids"]) == text
-    assert loaded("12")["input_ids"] == loaded("1")["input_ids"] + loaded("2")["input_ids"]
+    assert loaded.decode(loaded(text)["input_ids"]) == "<s>" + text
+    assert loaded("a")["input_ids"] == [loaded.bos_token_id, *loaded("a", add_special_tokens=False)["input_ids"]]
+    one, two, both = (loaded(digits, add_special_tokens=False)["input_ids"] for digits in ("1", "2", "12"))
+    assert both == one + two
     assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == ("<s>", "</s>", "<pad>")
     assert loaded("x </s>")["input_ids"] == tokenizer("x </s>")["input_ids"]
 

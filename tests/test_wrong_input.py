@@ -52,7 +52,8 @@ def _prepare(root: Path) -> None:
         (root / "blank.jsonl").write_text(json.dumps({"prompt": "", "response": "x"}) + "\n")
         (root / "columns.jsonl").write_text(json.dumps({"a": "x", "b": "y"}) + "\n")
         (root / "prompts.jsonl").write_text(json.dumps({"prompt": "x"}) + "\n")
-        (root / "long.jsonl").write_text(json.dumps({"prompt": "word " * 300, "response": "y"}) + "\n")
+        (root / "long.jsonl").write_text("".join(
+            json.dumps({"prompt": "word " * many, "response": "y"}) + "\n" for many in (1, 300, 400)))
         (root / "csv.jsonl").write_text("prompt,response\nx,y\n")
         (root / "lines.csv").write_text("just text\nwithout a header\n")
         (root / "list.jsonl").write_text("[1, 2]\n")
@@ -106,7 +107,21 @@ def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
         "no responses": ("--refusal_file", basis(safety_data=str(root / "prompts.jsonl"))),
         "empty data set": ("no rows|empty", basis(safety_data=str(root / "empty.jsonl"))),
         "empty prompt": ("empty", basis(safety_data=str(root / "blank.jsonl"))),
-        "a prompt longer than max_length": ("--max_length", basis(safety_data=str(root / "long.jsonl"))),
+        "a prompt longer than max_length": ("2 of 3 prompts .row 1: [0-9]+ tokens, row 2: .*--max_length", unloaded(basis(
+            safety_data=str(root / "long.jsonl")))),
+        "such a prompt, without its answer": ("2 of 3 prompts .*do not fit.*--max_length", unloaded(basis(
+            safety_data=str(root / "long.jsonl"), token_scope="prompt"))),
+        "such a prompt in phase 2": ("2 of 3 prompts .row 1: ", unloaded(importance(safety_data=str(root / "long.jsonl")))),
+        "such a prompt in phase 3": ("2 of 3 prompts .row 1: ", unloaded(train(
+            utility_data=str(root / "long.jsonl"), masks_dir="none"))),
+        "such a prompt in an evaluation": ("refusal: 2 of 3 prompts .row 1: .* exceed .* 256 tokens: leave", unloaded(evaluate(
+            suite="refusal", harmful_data=str(root / "long.jsonl"), max_new_tokens=8))),
+        "new tokens beyond the context": ("refusal: 7 of 7 prompts .*--max_new_tokens 250 exceed .* 256 tokens: lower it to "
+                                          "[0-9]+ or", unloaded(evaluate(suite="refusal", max_new_tokens=250))),
+        "items too long for their loss": ("loss: 2 of 3 prompts .row 1: ", unloaded(evaluate(
+            suite="loss", utility_data=str(root / "long.jsonl")))),
+        "such a prompt in a comparison": ("refusal: 2 of 3 .*safety: 2 of 3 ", unloaded(compare(
+            safety_data=str(root / "long.jsonl"), harmful_data=str(root / "long.jsonl"), max_new_tokens=8))),
         "max_length beyond the context": ("context of 256", basis(max_length=300)),
         "no such layer range": ("--target_layers .5-9.*0-1", basis(target_layers="5-9")),
         "no such layer type": ("--layer_type.*ffn_down", basis(layer_type="ffn")),
@@ -148,6 +163,21 @@ def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
         "a comparison on items without numbers": ("'#### N'", compare(utility_heldout=str(root / "refusals_fit.jsonl"))),
         "unknown resume": ("--resume", basis(resume="yesterday")),
     }
+
+
+def unloaded(run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run``, which must end before it reads a weight."""
+    def checked() -> Any:
+        from warp_ds.zero import model
+
+        def load(*_: Any, **__: Any) -> Any:
+            raise AssertionError("a model was loaded")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "load_sharded", load)
+            return run()
+
+    return checked
 
 
 def _checked(arguments: Any) -> Any:

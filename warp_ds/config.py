@@ -17,6 +17,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from warp_ds.data.template import DEFAULT_DATE, is_date
+
 LAYER_TYPES = ("ffn_down", "ffn_up", "ffn_gate", "attn_q", "attn_k", "attn_v", "attn_o")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -45,6 +47,7 @@ class RunArguments:
     run_name: str | None = flag(None, "name of the run directory; else phase and time, or Slurm job id")
     resume: str = flag("auto", "auto (newest unfinished run of the same settings), never, or a run directory")
     seed: int = flag(42, "seed of everything random")
+    template_date: str = flag(DEFAULT_DATE, "the day that a chat template writes where it writes today's, as YYYY-MM-DD")
     debug: bool = flag(False, "5 samples, one layer, verbose, checks on")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, more time")
     timeout: int = flag(1800, "seconds after which a rank that waits for another gives up")
@@ -55,6 +58,8 @@ class RunArguments:
         """ConfigError for values that no run can use; reads nothing but the flags, so that every rank finds the same."""
         _at_least(self, "batch_size", 1)
         _at_least(self, "max_length", 2)
+        if not is_date(self.template_date):
+            raise ConfigError(f"--template_date {self.template_date!r}: give a day as YYYY-MM-DD")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"--device is auto, cuda or cpu, not {self.device!r} (ranks pick their own GPU)")
 
@@ -338,7 +343,7 @@ PASSED_HELP = ("Every other flag of transformers' TrainingArguments is taken too
 
 def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:
     """The flags of one phase; ConfigError for one that it does not have."""
-    arguments, rest = _parse(kind, argv, CONFIG_HELP)
+    arguments, rest = _parse(kind, argv, CONFIG_HELP, [kind])
     if rest:
         raise unknown_flags(rest, names_of(kind))
     return arguments
@@ -346,7 +351,7 @@ def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arg
 
 def parse_training(kind: type[Arguments], argv: list[str] | None = None) -> tuple[Arguments, dict[str, Any]]:
     """The flags of phase 0 or 3, and what else of transformers' TrainingArguments was given (name -> value)."""
-    arguments, rest = _parse(kind, argv, f"{CONFIG_HELP} {PASSED_HELP}")
+    arguments, rest = _parse(kind, argv, f"{CONFIG_HELP} {PASSED_HELP}", [TrainingArguments, kind])
     if not rest:
         return arguments, {}
     passed = FlagParser(TrainingArguments)
@@ -362,11 +367,13 @@ def parse_training(kind: type[Arguments], argv: list[str] | None = None) -> tupl
     return arguments, given
 
 
-def _parse(kind: type[Arguments], argv: list[str] | None, epilog: str) -> tuple[Arguments, list[str]]:
-    """The flags of ``kind``, and the words that belong to none of them."""
+def _parse(
+    kind: type[Arguments], argv: list[str] | None, epilog: str, kinds: Sequence[Any]
+) -> tuple[Arguments, list[str]]:
+    """The flags of ``kind``, and the words that belong to none of them; a configuration file may have those of ``kinds``."""
     parser = FlagParser(kind, description=kind.__doc__, epilog=epilog)
     arguments, rest = parser.parse_args_into_dataclasses(
-        args=_with_config_file(argv), look_for_args_file=False, return_remaining_strings=True
+        args=_with_config_file(argv, kinds), look_for_args_file=False, return_remaining_strings=True
     )
     return arguments, rest
 
@@ -400,8 +407,8 @@ _REPLACED = {
 }
 
 
-def _with_config_file(argv: list[str] | None) -> list[str]:
-    """Puts the flags of ``--config FILE`` (YAML mapping of names to values) before the others."""
+def _with_config_file(argv: list[str] | None, kinds: Sequence[Any]) -> list[str]:
+    """Puts the flags of ``--config FILE`` (YAML mapping of the names of ``kinds``' fields to values) before the others."""
     parser = FlagParser([], add_help=False)
     parser.add_argument("--config", metavar="FILE")
     found, argv = parser.parse_known_args(argv)
@@ -409,16 +416,63 @@ def _with_config_file(argv: list[str] | None) -> list[str]:
         return argv
     path = Path(found.config)
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from error
-    if not isinstance(values, dict):
+        # Composed and not loaded: every value stays as it is written, where YAML would make 34 of 042 and a day of 2021-05-03.
+        top = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(top, yaml.MappingNode):
         raise ConfigError(f"--config {path} must be a mapping of flag names to values, such as 'keep_ratio: 0.1'")
+    fields = {f.name: f for kind in kinds for f in reversed(dataclasses.fields(kind)) if f.init}
     flags: list[str] = []
-    for name, value in values.items():
-        flags.append(f"--{name}")
-        flags += [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    lines: dict[str, int] = {}
+    for key, value in top.value:
+        where = f"--config {path}, line {key.start_mark.line + 1}"
+        name = _yaml_text(key, where).replace("-", "_")
+        if name.startswith("_"):
+            raise ConfigError(f"{where}: {key.value!r}: write names without dashes before them, such as 'keep_ratio: 0.1'")
+        if isinstance(value, yaml.MappingNode):
+            _yaml_text(value, f"{where}: {name}")
+        if name in lines:
+            raise ConfigError(f"{where}: {name} stands there twice (line {lines[name]}, too): keep one of them")
+        if name not in fields:
+            raise ConfigError(f"{where}: {unknown_flags(['--' + name], fields)}")
+        lines[name] = key.start_mark.line + 1
+        flags += _flags_of(name, value, fields[name], where)
     return flags + argv
+
+
+_PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "value")}
+
+
+def _yaml_text(node: Any, where: str) -> str:
+    """A scalar as it is written."""
+    if isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN:
+        return str(node.value)
+    what = {"MappingNode": "a nested mapping", "SequenceNode": "a list"}.get(type(node).__name__, f"a {node.tag}")
+    raise ConfigError(f"{where}: {what} where one value belongs: flags are one name and one value a line, without groups; a "
+                      "flag that takes JSON has it in quotes")
+
+
+def _flags_of(name: str, node: Any, field: Any, where: str) -> list[str]:
+    """The words of one flag of a configuration file; none for null, which means that it is not given."""
+    if isinstance(node, yaml.SequenceNode):
+        items = [_yaml_text(item, f"{where}: {name}") for item in node.value]
+        if any(item.tag.endswith(":null") for item in node.value) or not items:
+            raise ConfigError(f"{where}: {name} is an empty list, or has an empty item: give its values, or leave it out")
+        if "comma-separated" in str(field.metadata.get("help")):
+            return [f"--{name}={','.join(items)}"]
+        if "list" not in str(field.type):
+            raise ConfigError(f"{where}: {name} takes one value, not a list")
+        dashed = [item for item in items if item.startswith("-")]
+        if dashed:
+            raise ConfigError(f"{where}: {name} holds {dashed[0]!r}, which would be another flag")
+        return [f"--{name}", *items]
+    text = _yaml_text(node, f"{where}: {name}")
+    if node.tag.endswith(":null"):
+        return []
+    if node.tag.endswith(":bool") and "bool" in str(field.type):
+        text = {"on": "true", "off": "false"}.get(text.lower(), text)
+    return [f"--{name}={text}"]
 
 
 def parse_layer_types(text: str) -> list[str]:

@@ -252,9 +252,9 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE with `<s>`, `</s>` and `<pad>`, digits one by one; saved to `directory` where one is given.
 
-    Few texts give fewer than `vocab_size` tokens.
+    It begins every text with `<s>`. Few texts give fewer than `vocab_size` tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
@@ -269,6 +269,8 @@ def train_tokenizer(
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B",
+                                                        special_tokens=[("<s>", core.token_to_id("<s>"))])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<s>",

@@ -12,7 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from warp_ds.config import ConfigError
-from warp_ds.data.formats import IGNORE, Sample
+from warp_ds.data.formats import IGNORE, Sample, opening_ids
+from warp_ds.data.template import chat_text, render
 from warp_ds.evaluation.generate import generate_after, pad_token, token_scores
 from warp_ds.zero import runtime
 
@@ -53,15 +54,13 @@ class ShardedLM(TemplateLM):  # type: ignore[misc]
         return str(self.tokenizer.chat_template) if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False,
-                                                      add_generation_prompt=add_generation_prompt))
+        return chat_text(chat_history, self.tokenizer) if add_generation_prompt else render(chat_history, self.tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         ids = list(self.tokenizer(string, add_special_tokens=False)["input_ids"])
-        bos = self.tokenizer.bos_token_id
+        opening = opening_ids(self.tokenizer)
         # A chat template writes the beginning of the text itself.
-        begins = add_special_tokens is not False and bos is not None and ids[:1] != [bos]
-        return [int(bos), *ids] if begins else ids  # type: ignore[arg-type]
+        return [*opening, *ids] if add_special_tokens is not False and ids[: len(opening)] != opening else ids
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any

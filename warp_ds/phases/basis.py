@@ -25,11 +25,11 @@ from warp_ds.artifacts import (
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.config import LAYER_TYPES, BasisArguments, ConfigError
 from warp_ds.data.datasets import load_pairs
-from warp_ds.data.formats import encode_dataset
 from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, weight_basis
 from warp_ds.phases.run import start_run
 from warp_ds.phases.state import Progress
 from warp_ds.phases.targets import check_targets, find_blocks, find_targets, shared_inputs
+from warp_ds.phases.texts import tokenise
 from warp_ds.zero.batches import Samples
 from warp_ds.zero.collect import (
     Background,
@@ -43,7 +43,7 @@ from warp_ds.zero.collect import (
     deliver,
 )
 from warp_ds.zero.fetch import gathered
-from warp_ds.zero.model import context_length, load_model, resolve_model_dir
+from warp_ds.zero.model import load_model, resolve_model_dir
 from warp_ds.zero.runtime import (
     all_gather_object,
     init_distributed,
@@ -74,10 +74,9 @@ def run_basis(arguments: BasisArguments, pairs: Any = None) -> Path:
     with start_run("phase1", arguments, inputs=inputs) as run:
         if run.done:
             return run.directory
+        dataset = tokenise(pairs, arguments, prompt_only=arguments.token_scope == "prompt")
         model, tokenizer = load_model(arguments, ds_config)
         layers = find_targets(model, arguments.target_layers, arguments.layer_type)
-        dataset = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(model.config),
-                                 prompt_only=arguments.token_scope == "prompt")
         compute_basis(model, tokenizer, layers, dataset, arguments, run.directory / "basis", inputs)
         run.finish()
     return run.directory

@@ -38,6 +38,7 @@ from warp_ds.method.baselines import safety_share
 from warp_ds.phases.arms import ARMS, Arm, parse_arms
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.evaluate import (
+    SUITES,
     EvaluationSets,
     Measurement,
     NoiseRule,
@@ -57,6 +58,7 @@ from warp_ds.phases.merge import merge, resta_formula, safe_delta_formula
 from warp_ds.phases.neurons import LAYERS, safety_neuron_masks
 from warp_ds.phases.run import link_latest, start_run, versions
 from warp_ds.phases.state import Progress
+from warp_ds.phases.texts import check_lengths
 from warp_ds.phases.training import run_safety_tuning, run_training
 from warp_ds.report import card, costs, tradeoff
 from warp_ds.zero import runtime
@@ -125,6 +127,7 @@ def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[floa
     points = [Point(arm, rate, seed) for seed in seeds for arm in arms if arm.trains for rate in rates[arm.name]]
     if any(arm.trains is None for arm in arms):
         points.insert(0, Point(next(arm for arm in arms if arm.trains is None), 0.0, seeds[0]))
+    bench.check_lengths()
     bench.write_data()
     for which, count in bench.overlap.items():
         logger.warning("%d prompts of the evaluation (%s) were there before: what is measured on them is memory", count, which)
@@ -218,9 +221,16 @@ class Bench:
         return {"model_name": str(model), "dtype": a.dtype, "device": a.device, "deepspeed": a.deepspeed,
                 "output_dir": str(self.root), "log_dir": str(Path(a.log_dir) / here), "seed": a.seed,
                 "max_length": a.max_length, "batch_size": a.batch_size, "gradient_checkpointing": a.gradient_checkpointing,
-                "timeout": a.timeout, **more}
+                "timeout": a.timeout, "template_date": a.template_date, **more}
 
     # ---------------------------------------------------------------- data
+
+    def check_lengths(self) -> None:
+        """DataError, before any phase, for texts that are too long for one of them. Collective."""
+        data = self.data
+        check_lengths(self._evaluation(self.model_dir), data.sets.generated(SUITES), {
+            "safety": data.safety, "task": data.task, "--mix_file": data.mix, "--unaligned_data": data.unaligned,
+            "loss": data.sets.utility}, self.arguments.max_new_tokens)
 
     def write_data(self) -> None:
         """The texts as files, for the phases to read."""

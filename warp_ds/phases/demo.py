@@ -20,15 +20,16 @@ from rich.console import Console
 from rich.table import Table
 
 from warp_ds.artifacts import fingerprint_rows, read_json, write_json
-from warp_ds.config import CompareArguments, ConfigError, RunArguments, SafetyTuningArguments, flag
+from warp_ds.config import CompareArguments, ConfigError, EvaluateArguments, RunArguments, SafetyTuningArguments, flag
 from warp_ds.data.datasets import load_pairs, load_prompts
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
 from warp_ds.evaluation.metrics import extract_number
 from warp_ds.phases.arms import parse_arms
 from warp_ds.phases.compare import Bench, ComparisonData, compare, print_tables, spent, write_report
-from warp_ds.phases.evaluate import EvaluationSets
+from warp_ds.phases.evaluate import SUITES, EvaluationSets
 from warp_ds.phases.launcher import launch
 from warp_ds.phases.run import log_to_file
+from warp_ds.phases.texts import check_lengths
 from warp_ds.phases.training import run_safety_tuning
 from warp_ds.zero import runtime
 
@@ -90,7 +91,11 @@ def run_demo(arguments: DemoArguments) -> None:
             "dtype": arguments.dtype, "device": arguments.device, "deepspeed": arguments.deepspeed,
             "output_dir": str(root), "log_dir": arguments.log_dir, "seed": arguments.seed,
             "max_length": arguments.max_length, "batch_size": arguments.batch_size,
+            "template_date": arguments.template_date,
         }
+        texts = _comparison(data, arguments.seed)
+        check_lengths(EvaluateArguments(**common, model_name=str(root / "base")), texts.sets.generated(SUITES), {
+            "harmful": texts.safety, "task": texts.task, "loss": texts.sets.utility}, arguments.max_new_tokens)
         logger.info("phase 0: a model that refuses harmful requests and answers harmless ones")
         began = time.time()
         safe = run_safety_tuning(SafetyTuningArguments(
@@ -106,15 +111,6 @@ def run_demo(arguments: DemoArguments) -> None:
             unaligned_rate=1e-3,
         )
         arms = parse_arms(settings.arms)
-        refusals = data["refusals_fit"]
-        draw = random.Random(arguments.seed)
-        texts = ComparisonData(
-            refusals, data["utility_train"],
-            EvaluationSets([row["prompt"] for row in data["refusals_heldout"]],
-                           [row["prompt"] for row in data["harmless_heldout"]], data["utility_heldout"]),
-            unaligned=[{"prompt": row["prompt"], "response": draw.choice(COMPLIANT)} for row in refusals],
-            foundation=[row["prompt"] for row in data["harmless_fit"]],
-        )
         bench = Bench(settings, safe, root, texts, {}, seconds)
         rates = settings.rates([arm.name for arm in arms])
         report = compare(bench, arms, rates, settings.seed_list)
@@ -126,6 +122,18 @@ def run_demo(arguments: DemoArguments) -> None:
             if alone:
                 print_table(report)
             print_tables(spent(root) if alone else (root / "table.md").read_text(encoding="utf-8"))
+
+
+def _comparison(data: dict[str, Any], seed: int) -> ComparisonData:
+    refusals = data["refusals_fit"]
+    draw = random.Random(seed)
+    return ComparisonData(
+        refusals, data["utility_train"],
+        EvaluationSets([row["prompt"] for row in data["refusals_heldout"]],
+                       [row["prompt"] for row in data["harmless_heldout"]], data["utility_heldout"]),
+        unaligned=[{"prompt": row["prompt"], "response": draw.choice(COMPLIANT)} for row in refusals],
+        foundation=[row["prompt"] for row in data["harmless_fit"]],
+    )
 
 
 def _make(root: Path, arguments: DemoArguments) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from warp_ds.evaluation.metrics import agreement, exact_match, extract_number, m
 from warp_ds.evaluation.movement import mean_movement, movement, open_basis
 from warp_ds.evaluation.verdicts import verdict
 from warp_ds.phases.run import start_run
+from warp_ds.phases.texts import check_lengths
 from warp_ds.report import card
 from warp_ds.zero import runtime
 from warp_ds.zero.model import load_model, resolve_model_dir
@@ -69,6 +70,11 @@ class EvaluationSets:
         found = {"refusal": self.harmful, "over_refusal": self.harmless}
         chosen = {suite: prompts for suite, prompts in found.items() if suite in suites and prompts}
         return chosen | {f"attack_{name}": prompts for name, prompts in self.attacks.items()}
+
+    def generated(self, suites: Sequence[str]) -> dict[str, Sequence[str]]:
+        """Suite -> the prompts that the model answers."""
+        prompts = self.refusal_prompts(suites)
+        return prompts | ({"gsm8k": [row["prompt"] for row in self.utility]} if "gsm8k" in suites and self.utility else {})
 
 
 def shared_prompts(fitted: Mapping[str, Sequence[str]], sets: EvaluationSets) -> dict[tuple[str, str], int]:
@@ -139,11 +145,8 @@ def collect_answers(model: Any, tokenizer: PreTrainedTokenizerBase, sets: Evalua
                     max_new_tokens: int, suites: Sequence[str] = SUITES, log: AnswerLog | None = None) -> list[Row]:
     """Every prompt of ``suites`` with its greedy answer, without verdicts. Collective; the same on every rank."""
     log = log or AnswerLog()
-    prompts: dict[str, Sequence[str]] = sets.refusal_prompts(suites)
-    if "gsm8k" in suites and sets.utility:
-        prompts["gsm8k"] = [row["prompt"] for row in sets.utility]
     rows: list[Row] = []
-    for suite, texts in prompts.items():
+    for suite, texts in sets.generated(suites).items():
         done = log.done(suite)
         done = done if len(done) == len(texts) else done[: len(done) // batch_size * batch_size]
         written = [len(done)]
@@ -285,6 +288,9 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
             logger.warning("%d %s prompts of the evaluation stand in %s: what is measured on them is memory; give held-out "
                            "ones", count, kind, where)
         options: dict[str, Any] = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
+        for model in (arguments, *([] if start is None else [replace(arguments, model_name=str(start))])):
+            check_lengths(model, sets.generated(suites), {"loss": sets.utility} if "loss" in suites else {},
+                          arguments.max_new_tokens)
         judge = None
         if judge_dir is not None:
             with runtime.on_every_rank_or_none("loading the judge"):

@@ -30,7 +30,6 @@ from warp_ds.artifacts import (
 )
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.config import ConfigError, ImportanceArguments
-from warp_ds.data.formats import encode_dataset
 from warp_ds.method.importance import response_loss, tokens_first
 from warp_ds.method.mask import frozen_count, pack_bits
 from warp_ds.method.selection import DECADE, LOG_BINS, random_scores
@@ -38,9 +37,10 @@ from warp_ds.phases.basis import safety_pairs
 from warp_ds.phases.run import start_run
 from warp_ds.phases.state import Progress
 from warp_ds.phases.targets import check_targets, find_blocks, find_targets, shared_inputs
+from warp_ds.phases.texts import tokenise
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.collect import Background, stop_together
-from warp_ds.zero.model import context_length, load_model, resolve_model_dir
+from warp_ds.zero.model import load_model, resolve_model_dir
 from warp_ds.zero.runtime import (
     all_reduce_sum,
     broadcast_object,
@@ -95,9 +95,9 @@ def run_importance(arguments: ImportanceArguments, pairs: Any = None) -> Path:
     with start_run("phase2", arguments, inputs=inputs) as run:
         if run.done:
             return run.directory
+        dataset = tokenise(pairs, arguments)
         model, tokenizer = load_model(arguments, ds_config)
         layers = find_targets(model, arguments.target_layers, arguments.layer_type)
-        dataset = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(model.config))
         compute_masks(model, tokenizer, layers, dataset, basis, arguments, run.directory / "masks", inputs)
         run.finish()
     return run.directory

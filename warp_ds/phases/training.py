@@ -42,15 +42,15 @@ from warp_ds.cluster import preemption
 from warp_ds.config import ConfigError, RunArguments, SafetyTuningArguments, TrainArguments, TrainingFlags
 from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch
 from warp_ds.data.datasets import load_pairs
-from warp_ds.data.formats import encode_dataset
 from warp_ds.evaluation.generate import pad_token
 from warp_ds.phases.run import start_run
 from warp_ds.phases.state import Progress
 from warp_ds.phases.targets import check_targets, find_targets
+from warp_ds.phases.texts import tokenise
 from warp_ds.protection import WarpCallback
 from warp_ds.zero import runtime, universal
 from warp_ds.zero.deepspeed_internals import end_engine
-from warp_ds.zero.model import context_length, load_model, resolve_model_dir
+from warp_ds.zero.model import load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
 
 logger = logging.getLogger(__name__)
@@ -77,9 +77,9 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     with start_run("phase3", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
+        samples = tokenise(pairs, arguments)
         checkpoint = find_checkpoint(run.directory, arguments)
         model, tokenizer = load_model(arguments, runtime.zero3_config(arguments))
-        samples = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(model.config))
         layers = MaskStore(masks_dir).layers if masks_dir is not None else find_targets(
             model, arguments.target_layers, arguments.layer_type)
         choose_trained(model, [layer.name for layer in layers] if arguments.train_scope == "warp" else None)
@@ -106,9 +106,9 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
     with start_run("phase0", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
+        samples = tokenise(pairs, arguments)
         checkpoint = find_checkpoint(run.directory, arguments)
         model, tokenizer = load_model(arguments, runtime.zero3_config(arguments))
-        samples = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(model.config))
         trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, [], passed)
         export(trainer, tokenizer, run.directory / "model",
                f"# Safety-tuned {arguments.model_name}\n\nTrained by warp_ds phase 0 on {arguments.safety_data}.\n")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import gc
+import logging
 import socket
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from warp_ds.config import ConfigError, RunArguments
+from warp_ds.data import template
 from warp_ds.data.formats import check_length
 from warp_ds.zero.load import load_sharded
 from warp_ds.zero.runtime import on_every_rank_or_none, on_rank_0
 
+logger = logging.getLogger(__name__)
 _FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -68,11 +72,10 @@ def snapshot(name: str, flag: str = "--model_name", files: Sequence[str] = _FILE
                           f"reached ({cause}): {advice}") from error
 
 
-def load_model(arguments: RunArguments, ds_config: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model with ZeRO-3 partitioned parameters in evaluation mode, and its tokenizer.
+def load_tokenizer(arguments: RunArguments) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model's configuration and tokenizer, without its weights; --template_date is what its template writes from now on.
 
-    Every rank calls it, after ``init_distributed``. Raises ConfigError for a model that is missing, broken or too
-    short for ``--max_length``, before any weight is read.
+    Every rank calls it. Raises ConfigError for what is missing, broken, or too short for ``--max_length``.
     """
     directory = resolve_model_dir(arguments.model_name)
     with on_every_rank_or_none(f"reading the configuration of {arguments.model_name}"):
@@ -83,6 +86,26 @@ def load_model(arguments: RunArguments, ds_config: dict[str, Any]) -> tuple[Any,
             raise ConfigError(f"--model_name {arguments.model_name}: its configuration or tokenizer cannot be read: "
                               f"{error}") from error
         check_length(arguments.max_length, context_length(config))
+        template.fix_date(arguments.template_date)
+        if template.writes_date(tokenizer):
+            _say_date(arguments.model_name, arguments.template_date)
+    return config, tokenizer
+
+
+@cache
+def _say_date(name: str, date: str) -> None:
+    """Once a process."""
+    logger.info("the chat template of %s writes today's date: here it is %s on every day (--template_date)", name, date)
+
+
+def load_model(arguments: RunArguments, ds_config: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model with ZeRO-3 partitioned parameters in evaluation mode, and its tokenizer.
+
+    Every rank calls it, after ``init_distributed``. Raises ConfigError for a model that is missing, broken or too
+    short for ``--max_length``, before any weight is read.
+    """
+    directory = resolve_model_dir(arguments.model_name)
+    _, tokenizer = load_tokenizer(arguments)
     gc.collect()  # engines that have ended are cycles: none may stay while the next model comes
     model = load_sharded(directory, ds_config=ds_config, dtype=arguments.torch_dtype, device=arguments.resolved_device)
     model.eval()
