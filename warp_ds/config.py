@@ -148,10 +148,8 @@ class BasisArguments(SafetyDataArguments, LayerArguments, RunArguments):
     def check(self) -> None:
         super().check()
         _at_least(self, "safety_samples", 0)
-        _at_least(self, "max_rank", 0)
         parse_layer_types(self.layer_type)
-        if not 0.0 < self.energy <= 1.0:
-            raise ConfigError(f"--energy is a share above 0 and at most 1, not {self.energy}")
+        _check_rank(self)
 
 
 @dataclass
@@ -260,6 +258,13 @@ class CompareArguments(SafetyDataArguments, LayerArguments, RunArguments):
     keep_ratio: float = flag(0.1, "share of the coefficients to freeze")
     mask_scope: str = flag("layer", "layer or global", choices=["layer", "global"])
     token_scope: str = flag("all", "tokens that bases count: all, response, prompt", choices=["all", "response", "prompt"])
+    energy: float = flag(1.0, "bases keep the leading directions that hold this share of the eigenvalues' sum")
+    max_rank: int = flag(0, "bases keep at most this many directions; 0 = no limit")
+    collect: str = flag("auto", "as of phase 1: auto, walk or hooks", choices=["auto", "walk", "hooks"])
+    svd_placement: str = flag("auto", "as of phase 1: auto, balanced or rank0", choices=["auto", "balanced", "rank0"])
+    basis_placement: str = flag("auto", "as of phase 3: auto, replicated, sharded or owner",
+                                choices=["auto", "replicated", "sharded", "owner"])
+    save_minutes: float = flag(15.0, "minutes between a training's checkpoints; 0 = none but those of TrainingArguments")
     importance_batch_size: int = flag(4, "samples whose mean loss gives one gradient")
     train_scope: str = flag("warp", "warp: masked arms train the masked layers alone; all: every parameter",
                              choices=["warp", "all"])
@@ -276,6 +281,7 @@ class CompareArguments(SafetyDataArguments, LayerArguments, RunArguments):
             _at_least(self, name, 1)
         parse_layer_types(self.layer_type)
         check_keep_ratio(self.keep_ratio)
+        _check_rank(self)
         if not 0.0 < self.neuron_share <= 1.0:
             raise ConfigError(f"--neuron_share is a share above 0 and at most 1, not {self.neuron_share}")
         if self.mix_ratio < 0:
@@ -368,7 +374,9 @@ def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:
         name = words[0].lstrip("-").replace("-", "_")
         field = name if name in trainer_flags.FIELDS else name.removeprefix("no_")
         value = words[1:] if field == name else ["false"]
-        if not words[0].startswith("--") or field not in trainer_flags.FIELDS:
+        if hasattr(kind, "arms") and (instead := DECIDED_BY_ARMS.get(name)):
+            problems.append(f"--{name} is decided by {instead}")
+        elif not words[0].startswith("--") or field not in trainer_flags.FIELDS:
             unknown += words
         elif field in trainer_flags.WORKS:
             kept += words
@@ -389,6 +397,14 @@ def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:
         return trainer_flags.settle(vars(found))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+#: Flags of the phases that a comparison and a sweep do not take, and what decides them there.
+DECIDED_BY_ARMS = {
+    "basis": "--arms (original, osft, random-basis), and --bases of a sweep",
+    "mask_unit": "--arms (column), and --units of a sweep", "score": "--arms (osft, random-mask)",
+    "basis_dir": "the comparison, which makes its own bases", "masks_dir": "the comparison, which makes its own masks",
+}
 
 
 def grouped(words: Sequence[str]) -> list[list[str]]:
@@ -512,6 +528,12 @@ def _plain(name: str, value: Any) -> Any:
 def _at_least(arguments: RunArguments, name: str, least: int) -> None:
     if getattr(arguments, name) < least:
         raise ConfigError(f"--{name} must be at least {least}, not {getattr(arguments, name)}")
+
+
+def _check_rank(arguments: Any) -> None:
+    _at_least(arguments, "max_rank", 0)
+    if not 0.0 < arguments.energy <= 1.0:
+        raise ConfigError(f"--energy is a share above 0 and at most 1, not {arguments.energy}")
 
 
 def _check_training(arguments: Any) -> None:

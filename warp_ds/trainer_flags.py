@@ -26,11 +26,15 @@ CHANGES_NO_TRAINING = frozenset({
     "torch_empty_cache_steps", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level",
     "log_level_replica", "disable_tqdm", "report_to", "save_strategy", "save_steps", "save_total_limit",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context",
 })
 WORKS = CHANGES_TRAINING | CHANGES_NO_TRAINING
 
 #: Where they are not given: other than TrainingArguments' own.
-DEFAULTS: dict[str, Any] = {"logging_steps": 10, "save_strategy": "no", "report_to": "none"}
+DEFAULTS: dict[str, Any] = {
+    "logging_steps": 10, "save_strategy": "no", "report_to": "none",
+    "logging_nan_inf_filter": False,  # else a training that has come apart says that its loss is 0
+}
 
 #: Field -> the flag of this project that decides it.
 OURS = {
@@ -94,7 +98,6 @@ REFUSED = {
     "ignore_data_skip": "a run that goes on would see samples of its epoch twice; leave it out",
     "skip_memory_metrics": "it resets the peaks that every phase writes into finished.json; read them there",
     "dataloader_drop_last": "no sample is dropped: the last global batch may be short; leave it out",
-    "dataloader_multiprocessing_context": "workers are forked; leave it out",
     "dataloader_in_order": "the order of the samples is that of --seed; leave it out",
     "train_sampling_strategy": "the order of the samples is that of --seed, on any number of ranks; leave it out",
     "accelerator_config": "the global batches are this project's, the same on any number of ranks; leave it out",
@@ -195,7 +198,7 @@ def settle(given: Mapping[str, Any]) -> dict[str, Any]:
         found["lr_scheduler_kwargs"] = _mapping("lr_scheduler_kwargs", found["lr_scheduler_kwargs"])
     _check_scheduler(found)
     if not found.get("dataloader_num_workers"):
-        for name in ("dataloader_persistent_workers", "dataloader_prefetch_factor"):
+        for name in ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"):
             if found.get(name):
                 raise ValueError(f"--{name} needs workers: give --dataloader_num_workers")
     if "report_to" in found:

@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -343,10 +344,11 @@ class GlobalBatchTrainer(Trainer):
         return self.accelerator.prepare(DataLoader(
             WithEmpty(self.train_dataset, empty_sample(eos), self.sampler),
             batch_sampler=self.sampler,
-            collate_fn=lambda rows: pad_batch(rows, pad),
+            collate_fn=partial(pad_batch, pad_token_id=pad),
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         ))
 
