@@ -76,8 +76,8 @@ def test_submit_takes_both(tmp_path: Path) -> None:
 
 
 def test_a_comparison_takes_what_its_phases_take() -> None:
-    words = ["--max_rank", "9", "--energy", "0.9", "--svd_placement", "rank0", "--basis_placement", "owner", "--save-minutes", "2"]
-    arguments, passed = parse_training(CompareArguments, [*words, "--weight_decay", "0.1"])
+    words = "--max_rank 9 --energy 0.9 --svd_placement rank0 --basis_placement owner --save-minutes 2 --weight_decay 0.1"
+    arguments, passed = parse_training(CompareArguments, words.split())
     assert (arguments.max_rank, arguments.energy, passed) == (9, 0.9, {"weight_decay": 0.1})
     made = training_flags(arguments)
     assert (made.basis_placement, made.save_minutes, made.learning_rate) == ("owner", 2.0, 5e-5)

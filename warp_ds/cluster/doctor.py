@@ -258,7 +258,7 @@ def needs(arguments: Any, directory: Path, nodes: int, ranks_per_node: int, phas
     host = max(counted, key=lambda c: c.host_total if gpu else c.host_total + c.gpu_total)
     wanted = ranks_per_node * (host.host_total if gpu else host.host_total + host.gpu_total)
     left = memory.available()
-    yield Finding("memory", f"{left / 1e9:.1f} GB available on this node (its control group's limit counts), {wanted / 1e9:.1f} GB needed by {host.phase}",
+    yield Finding("memory", f"{left / 1e9:.1f} GB available to this job here, {wanted / 1e9:.1f} GB needed by {host.phase}",
                   "more nodes, fewer ranks a node, or a smaller --batch_size: see warp-ds plan" if left < wanted else "",
                   fatal=False)
     if gpu:
