@@ -106,6 +106,7 @@ def test_reporters(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in ("tensorboard wandb", "tensorboard,wandb", "tensorboard, wandb,", "all"):
         assert passed(f"--report_to {words} --weight_decay 0.1") == {"report_to": ["tensorboard", "wandb"], "weight_decay": 0.1}
     assert passed("--report_to none") == {"report_to": []}
+    assert "flyte: its package is not installed here" in refusal("--report_to flyte")
     assert "mlflow: its package is not installed here" in refusal("--report_to wandb mlflow")
 
 
@@ -239,6 +240,7 @@ SECTIONS: Mapping[str, tuple[dict[str, Any], str]] = {
     "another warmup": (_warmup(warmup_num_steps=5), "--warmup_steps 3"),
     "another clipping": ({"gradient_clipping": 0.3}, "--max_grad_norm 0.5"),
     "batch of the file": ({"train_batch_size": 8}, ""),
+    "a scheduler above its rate": ({}, "--lr_scheduler_type polynomial --lr_scheduler_kwargs {\"lr_end\":0.1}"),
 }
 
 
@@ -250,5 +252,5 @@ def test_a_deepspeed_configuration_that_contradicts_the_flags(root: Path) -> Non
     assert "--weight_decay has no effect" in said["no decay there"] and "--learning_rate has no effect" in said["no rate there"]
     assert "--lr_scheduler_type has no effect" in said["two schedulers"]
     assert "total_num_steps to 100" in said["steps of the file"] and "warmup_num_steps to 5" in said["another warmup"]
-    assert "sets train_batch_size" in said["batch of the file"]
+    assert "sets train_batch_size" in said["batch of the file"] and "lr_end" in said["a scheduler above its rate"]
     assert not any("\n" in text for text in said.values())

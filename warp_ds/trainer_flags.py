@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -196,7 +197,7 @@ def settle(given: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("--logging_first_step contradicts --logging_strategy no: leave one of them out")
     if isinstance(found.get("lr_scheduler_kwargs"), str):
         found["lr_scheduler_kwargs"] = _mapping("lr_scheduler_kwargs", found["lr_scheduler_kwargs"])
-    _check_scheduler(found)
+    check_scheduler(found)
     if not found.get("dataloader_num_workers"):
         for name in ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"):
             if found.get(name):
@@ -234,13 +235,14 @@ def _mapping(name: str, text: str) -> dict[str, Any]:
     return found
 
 
-def _check_scheduler(found: Mapping[str, Any]) -> None:
+def check_scheduler(found: Mapping[str, Any], learning_rate: float = 1.0) -> None:
+    """ValueError where the scheduler of these flags cannot be made; some look at the learning rate."""
     kind = found.get("lr_scheduler_type", "linear")
     if kind in ("reduce_lr_on_plateau", "greedy"):
         raise ValueError(f"--lr_scheduler_type {kind} is refused: {_NO_EVALUATION}")
     if "lr_scheduler_type" not in found and "lr_scheduler_kwargs" not in found:
         return
-    some = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    some = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
     try:
         get_scheduler(kind, some, 2, 10, found.get("lr_scheduler_kwargs") or {})
     except (TypeError, ValueError) as error:
@@ -257,10 +259,11 @@ def reporters(given: str | Sequence[str]) -> list[str]:
     here = get_available_reporting_integrations()
     if names == ["all"]:
         return list(here)
+    here = [*here, *(["flyte"] if find_spec("flytekit") else [])]  # transformers does not look for it
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(f"--report_to {name}: choose from none, all, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
-        if name not in here and name != "flyte":  # transformers does not look for flyte's package
+        if name not in here:
             raise ValueError(f"--report_to {name}: its package is not installed here; install it, or leave {name} out")
     return names
 

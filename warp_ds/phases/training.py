@@ -150,6 +150,8 @@ def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
     """
     found = runtime.on_rank_0(lambda: newest_whole_checkpoint(directory / "trainer"), "looking for a checkpoint")
     if found is None:
+        if (directory / "trainer").is_dir():
+            logger.warning("%s holds no whole checkpoint: its training begins at the first step", directory)
         return None
     checkpoint = Path(found)
     wrote = runtime.on_rank_0(lambda: read_json(checkpoint / WholeCheckpoints.MARK).get("world_size"), "reading a checkpoint")
@@ -246,6 +248,7 @@ def check_training(arguments: TrainingFlags, passed: Mapping[str, Any] | None) -
         given.pop("save_total_limit", None)
         _check_sections(_trainer_config(arguments, converted=False), passed or {})
         try:
+            trainer_flags.check_scheduler(given, arguments.learning_rate)
             made = trainer_arguments(arguments, given, Path(arguments.output_dir) / "run", sampler.accumulation_steps)
         except (ValueError, TypeError, OSError, ImportError) as error:
             raise ConfigError(f"these flags do not go together: {error}") from error
