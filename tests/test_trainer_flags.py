@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,14 @@ def sections_job(root: Path) -> dict[str, str]:
             said[name] = ""
         except ConfigError as error:
             said[name] = str(error)
+        if name == "auto":
+            compiler, os.environ["CXX"] = os.environ.get("CXX", "c++"), "no-compiler"
+            try:
+                training.check_training(arguments, passed(words))
+            except ConfigError as error:
+                said["no compiler"] = str(error)
+            finally:
+                os.environ["CXX"] = compiler
         assert not transformers.integrations.is_deepspeed_zero3_enabled(), "the model would be loaded otherwise than before"
     return said
 
@@ -252,5 +261,6 @@ def test_a_deepspeed_configuration_that_contradicts_the_flags(root: Path) -> Non
     assert "--weight_decay has no effect" in said["no decay there"] and "--learning_rate has no effect" in said["no rate there"]
     assert "--lr_scheduler_type has no effect" in said["two schedulers"]
     assert "total_num_steps to 100" in said["steps of the file"] and "warmup_num_steps to 5" in said["another warmup"]
+    assert "optimizer.type AdamW is compiled at its first use" in said["no compiler"]
     assert "sets train_batch_size" in said["batch of the file"] and "lr_end" in said["a scheduler above its rate"]
     assert not any("\n" in text for text in said.values())

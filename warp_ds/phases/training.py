@@ -52,7 +52,7 @@ from warp_ds.phases.state import Progress
 from warp_ds.phases.targets import check_targets, find_targets
 from warp_ds.protection import WarpCallback
 from warp_ds.zero import runtime, universal
-from warp_ds.zero.deepspeed_internals import end_engine
+from warp_ds.zero.deepspeed_internals import end_engine, is_built
 from warp_ds.zero.model import context_length, load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
 
@@ -246,7 +246,9 @@ def check_training(arguments: TrainingFlags, passed: Mapping[str, Any] | None) -
         sampler = GlobalBatchSampler(1, arguments.global_batch_size, arguments.batch_size, runtime.world_size())
         given = {**trainer_flags.DEFAULTS, **(passed or {})}
         given.pop("save_total_limit", None)
-        _check_sections(_trainer_config(arguments, converted=False), passed or {})
+        config = _trainer_config(arguments, converted=False)
+        _check_sections(config, passed or {})
+        _check_operators(config)
         try:
             trainer_flags.check_scheduler(given, arguments.learning_rate)
             made = trainer_arguments(arguments, given, Path(arguments.output_dir) / "run", sampler.accumulation_steps)
@@ -288,6 +290,18 @@ def _check_sections(config: Mapping[str, Any], passed: Mapping[str, Any]) -> Non
         if given not in ("auto", wanted):
             raise ConfigError(f"the DeepSpeed configuration sets scheduler.params.{key} to {given}, which the flags decide: "
                               "write \"auto\" there")
+
+
+def _check_operators(config: Mapping[str, Any]) -> None:
+    """ConfigError where the configuration's optimizer is one that DeepSpeed compiles, and there is no compiler."""
+    section = config.get("optimizer", {})
+    compiled = str(section.get("type", "")).lower() in ("adam", "adamw", "lamb", "lion", "adagrad", "fusedadam", "muon")
+    offloaded = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none"
+    if compiled and not (section.get("params", {}).get("torch_adam") and not offloaded) and not (
+            runtime.has_compiler() or is_built("cpu_adam" if offloaded else "fused_adam")):
+        raise ConfigError(f"the DeepSpeed configuration's optimizer.type {section['type']} is compiled at its first use, and "
+                          "there is no C++ compiler, or no ninja, here: install them (apt-get install g++ ninja-build), leave "
+                          "the optimizer section out, or write \"torch_adam\": true into its params (without offloading)")
 
 
 def _has_no(key: str, kind: str | None) -> bool:
