@@ -142,3 +142,10 @@ def test_deepspeed_is_the_version_that_was_checked() -> None:
     documented = internals.__doc__ or ""
     assert f"deepspeed {deepspeed.__version__}" in documented, (
         f"deepspeed is {deepspeed.__version__}: read runtime/zero/stage3.py against deepspeed_internals.py, then name it there")
+
+
+def test_what_deepspeed_was_installed_with() -> None:
+    from deepspeed.git_version_info import installed_ops
+
+    assert {"fused_adam", "cpu_adam"} <= installed_ops.keys()
+    assert isinstance(internals.is_built("fused_adam"), bool) and internals.is_built("no such operator") is False

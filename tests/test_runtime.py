@@ -14,10 +14,11 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from warp_ds.cluster import memory
 from warp_ds.config import BasisArguments
 from warp_ds.zero import runtime
 from warp_ds.zero.runtime import rank, returning_large_pieces, zero3_config
-from warp_ds.zero.walk import _control_group_memory, host_memory
+from warp_ds.zero.walk import host_memory
 
 
 @pytest.mark.parametrize("dtype, expected", [("bfloat16", {"grad_accum_dtype": "fp32"}), ("float32", None)])
@@ -135,7 +136,7 @@ def test_peaks_of_the_whole_process_are_called_that() -> None:
 
 
 def memory_of_this_rank() -> tuple[int, int]:
-    return host_memory(), min(_control_group_memory(), default=1 << 60)
+    return host_memory(), min(memory.left_in_groups(), default=1 << 60)
 
 
 def test_ranks_of_one_machine_share_its_memory() -> None:

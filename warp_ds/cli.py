@@ -6,6 +6,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from warp_ds import __version__
@@ -55,11 +56,17 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument("--output", default="report.html", help="the file; its pictures go beside it")
     report.set_defaults(run=_report)
 
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(underscored(sys.argv[1:] if argv is None else argv))
     if rest and arguments.command not in ("demo", "doctor"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     arguments.rest = rest
     return int(arguments.run(arguments))
+
+
+def underscored(words: Sequence[str]) -> list[str]:
+    """Flags in the phases' spelling: --gpus-per-node is --gpus_per_node."""
+    return [name.replace("-", "_").replace("__", "--", 1) + mark + value if word.startswith("--") else word
+            for word in words for name, mark, value in [word.partition("=")]]
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -17,6 +17,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from warp_ds import trainer_flags
 from warp_ds.data.template import DEFAULT_DATE, is_date
 
 LAYER_TYPES = ("ffn_down", "ffn_up", "ffn_gate", "attn_q", "attn_k", "attn_v", "attn_o")
@@ -151,10 +152,8 @@ class BasisArguments(SafetyDataArguments, LayerArguments, RunArguments):
     def check(self) -> None:
         super().check()
         _at_least(self, "safety_samples", 0)
-        _at_least(self, "max_rank", 0)
         parse_layer_types(self.layer_type)
-        if not 0.0 < self.energy <= 1.0:
-            raise ConfigError(f"--energy is a share above 0 and at most 1, not {self.energy}")
+        _check_rank(self)
 
 
 @dataclass
@@ -263,6 +262,13 @@ class CompareArguments(SafetyDataArguments, LayerArguments, RunArguments):
     keep_ratio: float = flag(0.1, "share of the coefficients to freeze")
     mask_scope: str = flag("layer", "layer or global", choices=["layer", "global"])
     token_scope: str = flag("all", "tokens that bases count: all, response, prompt", choices=["all", "response", "prompt"])
+    energy: float = flag(1.0, "bases keep the leading directions that hold this share of the eigenvalues' sum")
+    max_rank: int = flag(0, "bases keep at most this many directions; 0 = no limit")
+    collect: str = flag("auto", "as of phase 1: auto, walk or hooks", choices=["auto", "walk", "hooks"])
+    svd_placement: str = flag("auto", "as of phase 1: auto, balanced or rank0", choices=["auto", "balanced", "rank0"])
+    basis_placement: str = flag("auto", "as of phase 3: auto, replicated, sharded or owner",
+                                choices=["auto", "replicated", "sharded", "owner"])
+    save_minutes: float = flag(15.0, "minutes between a training's checkpoints; 0 = none but those of TrainingArguments")
     importance_batch_size: int = flag(4, "samples whose mean loss gives one gradient")
     train_scope: str = flag("warp", "warp: masked arms train the masked layers alone; all: every parameter",
                              choices=["warp", "all"])
@@ -279,6 +285,7 @@ class CompareArguments(SafetyDataArguments, LayerArguments, RunArguments):
             _at_least(self, name, 1)
         parse_layer_types(self.layer_type)
         check_keep_ratio(self.keep_ratio)
+        _check_rank(self)
         if not 0.0 < self.neuron_share <= 1.0:
             raise ConfigError(f"--neuron_share is a share above 0 and at most 1, not {self.neuron_share}")
         if self.mix_ratio < 0:
@@ -323,7 +330,12 @@ Arguments = TypeVar("Arguments", bound=RunArguments)
 #: Flags that do not change what a run computes: two runs that differ in these alone may resume one another.
 NOT_IDENTITY = ("output_dir", "log_dir", "run_name", "resume", "debug", "device", "timeout", "local_rank", "deepspeed",
                 "save_minutes", "max_requeues", "arms", "learning_rates", "arm_rates", "seeds", "at_utility",
-                "keep_models")
+                "keep_models", "batch_size", "eval_batch_size", "gradient_checkpointing", "basis_placement", "collect",
+                "svd_placement")
+#: Of what lies on this machine's disks, a run knows the contents (``start_run``'s fingerprints), whatever the path.
+BY_CONTENT = ("model_name", "safety_data", "utility_data", "utility_heldout", "harmful_data", "harmless_data", "refusal_file",
+              "basis_dir", "masks_dir", "reference_model", "judge_model", "unaligned_model", "unaligned_data", "mix_file",
+              "foundation_data", "prompt_file")
 
 
 class FlagParser(HfArgumentParser):
@@ -337,8 +349,8 @@ class FlagParser(HfArgumentParser):
 
 
 CONFIG_HELP = "--config FILE reads flags from a YAML file, such as 'keep_ratio: 0.1'; those on the command line win."
-PASSED_HELP = ("Every other flag of transformers' TrainingArguments is taken too and passed on, such as --lr_scheduler_type "
-               "cosine --warmup_steps 50 --report_to tensorboard.")
+PASSED_HELP = ("Flags of transformers' TrainingArguments are taken too, such as --lr_scheduler_type cosine --warmup_steps 50 "
+               f"--report_to tensorboard wandb: {', '.join(sorted(trainer_flags.WORKS))}.")
 
 
 def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:
@@ -352,19 +364,65 @@ def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arg
 def parse_training(kind: type[Arguments], argv: list[str] | None = None) -> tuple[Arguments, dict[str, Any]]:
     """The flags of phase 0 or 3, and what else of transformers' TrainingArguments was given (name -> value)."""
     arguments, rest = _parse(kind, argv, f"{CONFIG_HELP} {PASSED_HELP}", [TrainingArguments, kind])
+    return arguments, _passed(rest, kind)
+
+
+def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:
+    """The TrainingArguments in ``rest``; ConfigError for what is unknown, refused, or has no effect here."""
     if not rest:
-        return arguments, {}
+        return {}
+    kept: list[str] = []
+    unknown: list[str] = []
+    problems: list[str] = []
+    for words in grouped(rest):
+        name = words[0].lstrip("-").replace("-", "_")
+        field = name if name in trainer_flags.FIELDS else name.removeprefix("no_")
+        value = words[1:] if field == name else ["false"]
+        if hasattr(kind, "arms") and (instead := DECIDED_BY_ARMS.get(name)):
+            problems.append(f"--{name} is decided by {instead}")
+        elif not words[0].startswith("--") or field not in trainer_flags.FIELDS:
+            unknown += words
+        elif field in trainer_flags.WORKS:
+            kept += words
+        elif reason := trainer_flags.why_refused(field, value):
+            problems.append(reason)
+    if unknown:
+        raise unknown_flags(unknown, [*names_of(kind), *trainer_flags.WORKS])
+    if problems:
+        raise ConfigError("; ".join(problems))
     passed = FlagParser(TrainingArguments)
+    trainer_flags.several_words(passed)
     for action in passed._actions:
         action.default, action.required = argparse.SUPPRESS, False
-    found, unknown = passed.parse_known_args(rest)
-    if unknown:
-        raise unknown_flags(unknown, [*names_of(kind), *names_of(TrainingArguments)])
-    given = vars(found)
-    for name in given:
-        if hasattr(arguments, name) or name in _REPLACED:
-            raise ConfigError(f"--{name} is set by this project: use {_REPLACED.get(name, '--' + name)}")
-    return arguments, given
+    found, more = passed.parse_known_args(kept)
+    if more:
+        raise unknown_flags(more, names_of(kind))
+    try:
+        return trainer_flags.settle(vars(found))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+#: Flags of the phases that a comparison and a sweep do not take, and what decides them there.
+DECIDED_BY_ARMS = {
+    "basis": "--arms (original, osft, random-basis), and --bases of a sweep",
+    "mask_unit": "--arms (column), and --units of a sweep", "score": "--arms (osft, random-mask)",
+    "basis_dir": "the comparison, which makes its own bases", "masks_dir": "the comparison, which makes its own masks",
+}
+
+
+def grouped(words: Sequence[str]) -> list[list[str]]:
+    """Each flag with its values: ['--a=1', '--b', '2', '3'] -> [['--a', '1'], ['--b', '2', '3']]. Words before the first flag
+    are groups by themselves."""
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") and word != "--":
+            groups.append(word.split("=", 1))
+        elif groups and groups[-1][0].startswith("--"):
+            groups[-1].append(word)
+        else:
+            groups.append([word])
+    return groups
 
 
 def _parse(
@@ -391,20 +449,6 @@ def unknown_flags(words: Sequence[str], known: Iterable[str]) -> ConfigError:
         near = difflib.get_close_matches(name.lstrip("-").replace("-", "_").lower(), known, n=1)
         found.append(f"unknown flag {name}: " + (f"did you mean --{near[0]}?" if near else "--help lists all"))
     return ConfigError("; ".join(found) or f"{words[0]!r} belongs to no flag: --help lists all")
-
-
-_REPLACED = {
-    "learning_rate": "--learning_rates",  # of compare and sweep: phases 0 and 3 have it themselves
-    "num_train_epochs": "--epochs",
-    "activation_checkpointing": "--gradient_checkpointing",
-    "per_device_train_batch_size": "--batch_size",
-    "gradient_accumulation_steps": "--global_batch_size",
-    "resume_from_checkpoint": "--resume",
-    "bf16": "--dtype bfloat16",
-    "fp16": "--dtype float16",
-    "use_cpu": "--device cpu",
-    "optim": "the optimizer section of the DeepSpeed configuration",
-}
 
 
 def _with_config_file(argv: list[str] | None, kinds: Sequence[Any]) -> list[str]:
@@ -515,13 +559,34 @@ def check_keep_ratio(keep_ratio: float) -> None:
 
 
 def identity_settings(arguments: RunArguments) -> dict[str, Any]:
-    """The flags that decide what a run computes."""
-    return {k: v for k, v in dataclasses.asdict(arguments).items() if k not in NOT_IDENTITY}
+    """The flags that decide what a run computes, in one spelling each."""
+    return in_one_spelling(dataclasses.asdict(arguments))
+
+
+def in_one_spelling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As ``identity_settings``, of flags that a run has written down."""
+    return {name: _plain(name, value) for name, value in settings.items() if name not in NOT_IDENTITY}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name in ("basis_dir", "masks_dir"):
+        return "none" if value == "none" else "by content"  # given, or the newest: the fingerprint says which
+    if name in BY_CONTENT and value and all(Path(part).expanduser().exists() for part in str(value).split(",")):
+        return "by content"
+    if name == "lm_eval_include" and value:
+        return str(Path(value).expanduser().resolve())
+    return int(value) if isinstance(value, float) and value.is_integer() else value  # 3.0 epochs are 3
 
 
 def _at_least(arguments: RunArguments, name: str, least: int) -> None:
     if getattr(arguments, name) < least:
         raise ConfigError(f"--{name} must be at least {least}, not {getattr(arguments, name)}")
+
+
+def _check_rank(arguments: Any) -> None:
+    _at_least(arguments, "max_rank", 0)
+    if not 0.0 < arguments.energy <= 1.0:
+        raise ConfigError(f"--energy is a share above 0 and at most 1, not {arguments.energy}")
 
 
 def _check_training(arguments: Any) -> None:

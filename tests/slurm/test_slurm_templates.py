@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 from chain import ROOT, Reference, assert_as_undisturbed, events, flags
 from throwaway import ENDED, ThrowAwaySlurm
+
+from warp_ds.cluster.chain import CPUS_OF_TASKS, Chain, SubmitArguments, _slurm_jobs
 
 
 def submit(slurm: ThrowAwaySlurm, phase: str, reference: Reference, output: Path, *more: str, options: tuple = ()) -> str:
@@ -61,6 +64,47 @@ def test_disturbed_phase_ends_as_an_undisturbed_one(
     print(phase, disturb.__name__, assert_as_undisturbed(run, reference), events(run))
     assert events(run)[:2] == ["started", "stopped"] and events(run)[-2:] == ["restarted", "finished"], events(run)
     assert slurm.restarts(job) == 1, "requeued more than once"
+
+
+#: What a task is given: of the step that it is in, cores a task.
+SAYS_ITS_CORES = """
+import os, subprocess
+step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+found = dict(word.split("=", 1) for word in subprocess.run(
+    ["scontrol", "-o", "show", "step", step], capture_output=True, text=True, check=True).stdout.split() if "=" in word)
+print("cores of this step:", found["CPUs"], "asked of srun:", os.environ.get("SRUN_CPUS_PER_TASK"))
+"""
+
+
+@pytest.mark.parametrize("cores", [3, None])
+def test_cores_of_a_task_reach_srun(slurm: ThrowAwaySlurm, tmp_path: Path, cores: int | None) -> None:
+    """A template, with a program in the phase's place that says what it was given; the others have the same line."""
+    templates = {path.stem: path.read_text() for path in (ROOT / "slurm").glob("*.sbatch")}
+    assert len(templates) == 5 and all(CPUS_OF_TASKS in text.splitlines() for text in templates.values())
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "phase1.py").write_text(SAYS_ITS_CORES)
+    asked = () if cores is None else (f"--cpus-per-task={cores}",)
+    job = slurm.sbatch("--nodes=1", "--gpus-per-node=1", f"--output={tmp_path}/%x.out", *asked, "slurm/phase1.sbatch", cwd=ROOT,
+                       WARP_DS_ROOT=str(tmp_path))
+    state, text = slurm.wait(job), (tmp_path / "phase1.out").read_text()
+    assert state == "COMPLETED" and f"asked of srun: {cores}" in text, text
+    if cores is not None:
+        assert f"cores of this step: {cores}" in text, text
+
+
+def test_cores_of_a_task_reach_the_srun_of_a_chain(
+    slurm: ThrowAwaySlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, slurm.environment[name])
+    (tmp_path / "says.py").write_text(SAYS_ITS_CORES)
+    chain = Chain(tmp_path / "chain", "slurm", {"phase1": []})
+    chain.directory.mkdir()
+    asked = SubmitArguments(cpus_per_rank=3, ranks_per_node=1, hours=0.1, python=f"{sys.executable} {tmp_path / 'says.py'}")
+    (job,) = _slurm_jobs(chain, ["phase1"], asked, [])
+    slurm.wait(job)
+    text = next((chain.directory / "submitit").glob(f"{job}*.out")).read_text()
+    assert "cores of this step: 3 asked of srun: 3" in text, text
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ from warp_ds.config import (
     SafetyTuningArguments,
     TrainArguments,
     flag,
+    grouped,
     names_of,
     parse_arguments,
     parse_training,
@@ -51,6 +52,8 @@ PHASES: dict[str, type[RunArguments]] = {
     "evaluate": EvaluateArguments, "compare": CompareArguments,
 }
 TRAINING = ("phase0", "phase3", "compare")
+CPUS_OF_TASKS = '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'
+"""Since 22.05 srun does not take --cpus-per-task over from sbatch: each rank would be bound to one core."""
 
 
 @dataclass
@@ -167,21 +170,16 @@ def phase_flags(phases: Sequence[str], rest: Sequence[str], directory: Path) -> 
 
     ``--phase3.batch_size 2`` is for one phase alone. ConfigError for a flag that no phase has.
     """
-    groups: list[list[str]] = []
-    for word in rest:
-        if word.startswith("--"):
-            groups.append(word.split("=", 1))
-        elif groups:
-            groups[-1].append(word)
-        else:
-            raise ConfigError(f"{word!r} belongs to no flag")
+    groups = grouped(rest)
+    if groups and not groups[0][0].startswith("--"):
+        raise ConfigError(f"{groups[0][0]!r} belongs to no flag")
     has = {phase: {f.name for f in dataclasses.fields(PHASES[phase])} for phase in phases}
     # What one phase has as its own, no other passes on to transformers: phase 0's --learning_rate beside compare.
     passed = {f.name for f in dataclasses.fields(TrainingArguments)}.difference(*has.values())
     has = {phase: names | passed if phase in TRAINING else names for phase, names in has.items()}
     found: dict[str, list[str]] = {phase: [] for phase in phases}
     for name, *values in groups:
-        only, _, own = name[2:].rpartition(".")
+        only, _, own = name[2:].replace("-", "_").rpartition(".")
         takers = [phase for phase in phases if own in has[phase] and only in ("", phase, phase.removeprefix("phase"))]
         if not takers and not any(own in names for names in has.values()):
             known = set().union(*has.values(), names_of(SubmitArguments))
@@ -284,7 +282,7 @@ def _slurm_jobs(chain: Chain, phases: list[str], arguments: SubmitArguments, aft
         "tasks_per_node": arguments.ranks_per_node or arguments.gpus_per_node or 1,
         "slurm_signal_delay_s": arguments.warning_seconds, "slurm_additional_parameters": more,
         # submitit starts each task with srun: one rank's failure ends all of them.
-        "slurm_srun_args": ["--kill-on-bad-exit=1"], "slurm_setup": arguments.setup or None, "stderr_to_stdout": True,
+        "slurm_srun_args": ["--kill-on-bad-exit=1"], "slurm_setup": [CPUS_OF_TASKS, *arguments.setup], "stderr_to_stdout": True,
         "slurm_partition": arguments.partition, "slurm_account": arguments.account,
         "gpus_per_node": arguments.gpus_per_node or None, "cpus_per_task": arguments.cpus_per_rank or None,
         "slurm_array_parallelism": arguments.parallel or len(phases),
@@ -383,9 +381,11 @@ def run_phase(phase: str, words: list[str]) -> None:
 
 def run_directly(phase: str, words: list[str]) -> None:
     """The phase in this process, one rank; its errors are raised."""
+    from warp_ds.phases.launcher import apply_debug
     from warp_ds.zero.runtime import init_distributed
 
     arguments, passed = _parse(phase, words)
+    apply_debug(arguments)
     init_distributed(arguments.resolved_device, arguments.timeout)
     phase_function(kind_of(phase))(arguments, *passed)
 

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from warp_ds import __version__
 from warp_ds.artifacts import ArtifactError, fingerprint_model
-from warp_ds.cluster import slurm
+from warp_ds.cluster import memory, slurm
 from warp_ds.config import (
     ConfigError,
     FlagParser,
@@ -257,9 +257,9 @@ def needs(arguments: Any, directory: Path, nodes: int, ranks_per_node: int, phas
                   f"{disk.phase}", "free some, or another --output_dir" if free < disk.disk else "")
     host = max(counted, key=lambda c: c.host_total if gpu else c.host_total + c.gpu_total)
     wanted = ranks_per_node * (host.host_total if gpu else host.host_total + host.gpu_total)
-    memory = _available_memory()
-    yield Finding("memory", f"{memory / 1e9:.1f} GB available on this node, {wanted / 1e9:.1f} GB needed by {host.phase}",
-                  "more nodes, fewer ranks a node, or a smaller --batch_size: see warp-ds plan" if memory < wanted else "",
+    left = memory.available()
+    yield Finding("memory", f"{left / 1e9:.1f} GB available to this job here, {wanted / 1e9:.1f} GB needed by {host.phase}",
+                  "more nodes, fewer ranks a node, or a smaller --batch_size: see warp-ds plan" if left < wanted else "",
                   fatal=False)
     if gpu:
         most = max(counted, key=lambda c: c.gpu_total)
@@ -267,11 +267,6 @@ def needs(arguments: Any, directory: Path, nodes: int, ranks_per_node: int, phas
         yield Finding("GPU memory", f"{have / 1e9:.1f} GB a GPU, {most.gpu_total / 1e9:.1f} GB needed by {most.phase}", (
             "more nodes, --gradient_checkpointing or an offloading ds_config: see warp-ds plan" if have < most.gpu_total
             else ""), fatal=False)
-
-
-def _available_memory() -> int:
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 
 
 # ---------------------------------------------------------------- all ranks, at a job's start

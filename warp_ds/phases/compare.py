@@ -12,7 +12,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ from warp_ds.phases.neurons import LAYERS, safety_neuron_masks
 from warp_ds.phases.run import link_latest, start_run, versions
 from warp_ds.phases.state import Progress
 from warp_ds.phases.texts import check_lengths
-from warp_ds.phases.training import run_safety_tuning, run_training
+from warp_ds.phases.training import check_training, run_safety_tuning, run_training
 from warp_ds.report import card, costs, tradeoff
 from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import end_engine
@@ -101,6 +101,7 @@ class Point:
 
 def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = None) -> Path:
     """Returns the run directory with report.json and table.md. Collective."""
+    check_training(training_flags(arguments), passed)
     with runtime.on_every_rank_or_none("checking the arms"):
         arms = parse_arms(arguments.arms)
         rates, seeds = arguments.rates([arm.name for arm in arms]), arguments.seed_list
@@ -120,6 +121,12 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
         if runtime.rank() == 0:
             print_tables((run.directory / "table.md").read_text(encoding="utf-8"))
         return run.directory
+
+
+def training_flags(a: CompareArguments) -> TrainArguments:
+    """The flags of a comparison that its trainings take, to be checked before any work."""
+    same = {f.name: getattr(a, f.name) for f in fields(TrainArguments) if hasattr(a, f.name)}
+    return TrainArguments(**same, learning_rate=max(a.rate_list))
 
 
 def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> dict[str, Any]:
@@ -223,6 +230,10 @@ class Bench:
                 "max_length": a.max_length, "batch_size": a.batch_size, "gradient_checkpointing": a.gradient_checkpointing,
                 "timeout": a.timeout, "template_date": a.template_date, **more}
 
+    def _same(self, *names: str) -> dict[str, Any]:
+        """Flags that a phase has by the same name."""
+        return {name: getattr(self.arguments, name) for name in names}
+
     # ---------------------------------------------------------------- data
 
     def check_lengths(self) -> None:
@@ -281,7 +292,7 @@ class Bench:
         return run_training(TrainArguments(
             **self.common(self.model_dir), masks_dir=str(masks), utility_data=str(self.root / "data" / "safety.jsonl"),
             utility_samples=0, run_name=f"phase3_{kind}", epochs=1, learning_rate=a.neuron_rate,
-            global_batch_size=a.global_batch_size), self.passed) / "model"
+            **self._same("global_batch_size", "basis_placement", "save_minutes")), self.passed) / "model"
 
     def basis(self, start: str | None, kind: str, layer_type: str, seed: int) -> Path:
         name = self.basis_name(start, kind, layer_type, seed)
@@ -289,7 +300,7 @@ class Bench:
         return self.once(name, lambda: run_basis(BasisArguments(
             **self.common(self.start(start), seed=seed), layer_type=layer_type, target_layers=self.arguments.target_layers,
             safety_data=str(self.root / "data" / "safety.jsonl"), safety_samples=0, basis=kind, run_name=name,
-            token_scope=self.arguments.token_scope))) / "basis"
+            **self._same("token_scope", "energy", "max_rank", "collect", "svd_placement")))) / "basis"
 
     def link_latest(self, point: Point) -> None:
         """Lets the links to the newest runs end at this arm's, whatever arm came last. Rank 0 alone calls it."""
@@ -332,7 +343,7 @@ class Bench:
         return self.once("phase0_unaligned", lambda: run_safety_tuning(SafetyTuningArguments(
             **self.common(self.model_dir), safety_data=str(self.root / "data" / "unaligned.jsonl"), safety_samples=0,
             run_name="phase0_unaligned", epochs=a.epochs, learning_rate=a.unaligned_rate or max(a.rate_list),
-            global_batch_size=a.global_batch_size), self.passed)) / "model"
+            **self._same("global_batch_size", "save_minutes")), self.passed)) / "model"
 
     # ---------------------------------------------------------------- points
 
@@ -349,7 +360,7 @@ class Bench:
             **self.common(self.start(arm.start), seed=point.seed), layer_type=a.layer_type, target_layers=a.target_layers,
             train_scope=scope, masks_dir=str(self.masks(arm, point.seed)) if arm.basis else "none",
             utility_data=str(self.task(arm.safety_share)), utility_samples=0, run_name=f"phase3_{point.name}",
-            epochs=a.epochs, learning_rate=point.rate, global_batch_size=a.global_batch_size)
+            epochs=a.epochs, learning_rate=point.rate, **self._same("global_batch_size", "basis_placement", "save_minutes"))
         runtime.on_rank_0(partial(self._remember, self.root / f"phase3_{point.name}"), "looking for a removed model")
         return self.timed(f"phase3_{point.name}", lambda: run_training(settings, self.passed)) / "model"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import logging
 import os
 import sys
@@ -30,6 +31,7 @@ from warp_ds.zero.deepspeed_internals import UnsupportedSetting
 logger = logging.getLogger(__name__)
 PHASE_OF = {"SafetyTuningArguments": "phase0", "BasisArguments": "phase1", "ImportanceArguments": "phase2",
             "TrainArguments": "phase3"}
+DEBUG_SAMPLES = 5
 SECONDS_FOR_RANK_0 = 20.0
 """Launchers end every rank once one has ended; some ranks take longer to import than others."""
 A = TypeVar("A", bound=RunArguments)
@@ -100,12 +102,14 @@ def _go_on_later(stop: preemption.Preempted, max_requeues: int) -> None:
 
 
 def apply_debug(arguments: RunArguments) -> None:
-    """--debug: 5 samples, the last layer."""
+    """--debug: 5 samples of everything, the last layer."""
     if not arguments.debug:
         return
-    for name in ("safety_samples", "utility_samples", "harmful_samples", "harmless_samples"):
-        if hasattr(arguments, name):
-            setattr(arguments, name, 5)
+    for field in dataclasses.fields(arguments):
+        if field.name.endswith("_samples") or field.name == "lm_eval_limit":
+            setattr(arguments, field.name, DEBUG_SAMPLES)
+        elif field.name == "sample_counts" and getattr(arguments, field.name):
+            setattr(arguments, field.name, str(DEBUG_SAMPLES))
     if hasattr(arguments, "target_layers"):
         arguments.target_layers = "last"
 

@@ -11,8 +11,9 @@ from typing import Any
 from warp_ds.artifacts import fingerprint_model, fingerprint_rows
 from warp_ds.config import CompareArguments, ConfigError, check_keep_ratio, flag, parse_layer_types
 from warp_ds.phases.arms import ARMS, Arm
-from warp_ds.phases.compare import Bench, Point, compare, load_data, print_tables, write_report
+from warp_ds.phases.compare import Bench, Point, compare, load_data, print_tables, training_flags, write_report
 from warp_ds.phases.run import start_run
+from warp_ds.phases.training import check_training
 from warp_ds.report import tradeoff
 from warp_ds.zero import runtime
 from warp_ds.zero.model import resolve_model_dir
@@ -71,6 +72,7 @@ def settings(a: SweepArguments) -> Iterator[tuple[str, Arm, dict[str, Any]]]:
 
 def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -> Path:
     """Returns the run directory with report.json, table.md and the front. Collective."""
+    check_training(training_flags(arguments), passed)
     with runtime.on_every_rank_or_none("checking the settings"):
         wanted = list(settings(arguments))
     model_dir = resolve_model_dir(arguments.model_name)
@@ -78,8 +80,9 @@ def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -
         data = {count: load_data(replace(arguments, safety_samples=count))
                 for count in {change.get("safety_samples", arguments.safety_samples) for _, _, change in wanted}}
         middle = data[arguments.safety_samples]
+        sets = [middle.sets.harmful, middle.sets.harmless, list(middle.sets.utility)]
         inputs = {"model": fingerprint_model(model_dir), "data": fingerprint_rows(
-            [list(middle.safety), list(middle.task), middle.sets.harmful, middle.sets.harmless, list(middle.sets.utility)])}
+            [*(list(data[count].safety) for count in sorted(data)), list(middle.task), list(middle.mix), *sets])}
     with start_run("sweep", arguments, inputs, passed) as run:
         points: list[dict[str, Any]] = []
         reports: list[dict[str, Any]] = []

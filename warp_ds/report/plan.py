@@ -496,9 +496,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``warp-ds plan``."""
     parser.add_argument("--model_name", required=True, help="hub name, local folder, or a config.json")
     parser.add_argument("--nodes", type=int, default=1, help="of each job (default 1)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="of each node; one rank each (default 8)")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB of one GPU (default 80)")
-    parser.add_argument("--host-memory", type=float, help="GB of one node; not checked where not given")
+    parser.add_argument("--gpus_per_node", type=int, default=8, help="of each node; one rank each (default 8)")
+    parser.add_argument("--gpu_memory", type=float, default=80.0, help="GB of one GPU (default 80)")
+    parser.add_argument("--host_memory", type=float, help="GB of one node; not checked where not given")
     parser.add_argument("--offload", choices=OFFLOADS, default="none", help="what lies in host memory (default none)")
     parser.add_argument("--safety_samples", type=int, help="of phases 0, 1 and 2 (default 100, 100, 50)")
     parser.add_argument("--batch_size", type=int, help="micro-batch of every phase (default 4, phase 3: 2)")

@@ -238,3 +238,10 @@ def wrap(optimizer: Any, name: str, make: Callable[[Callable[..., Any]], Callabl
     original = getattr(optimizer, name)
     setattr(optimizer, name, make(original))
     return lambda: delattr(optimizer, name)
+
+
+def is_built(operator: str) -> bool:
+    """Whether DeepSpeed was installed with ``operator`` ('fused_adam', 'cpu_adam') compiled (DS_BUILD_OPS)."""
+    from deepspeed.git_version_info import installed_ops
+
+    return bool(installed_ops.get(operator))

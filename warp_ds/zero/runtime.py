@@ -67,12 +67,17 @@ def free_port() -> int:
 
 def _check_compiler() -> None:
     """Without a C++ compiler DeepSpeed's shared-memory collective cannot be built: run without it, on plain gloo."""
-    if not shutil.which(os.environ.get("CXX", "c++")) or not shutil.which("ninja"):
+    if not has_compiler():
         from warp_ds.zero.deepspeed_internals import disable_shm_collective
 
         disable_shm_collective()
         logger.warning("no C++ compiler or no ninja found: collectives between ranks of this machine will be slower; "
                        "install g++ and ninja (apt-get install g++ ninja-build) to speed them up")
+
+
+def has_compiler() -> bool:
+    """Whether DeepSpeed's operators can be built here."""
+    return bool(shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja"))
 
 
 def shutdown() -> None:

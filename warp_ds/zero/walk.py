@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import mmap
-import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from warp_ds.cluster import memory
 from warp_ds.zero.batches import Batch
 from warp_ds.zero.fetch import gathered, outside
 from warp_ds.zero.runtime import all_gather_object
@@ -240,23 +240,6 @@ def free_gpu_memory(device: torch.device) -> int:
 def host_memory() -> int:
     """Bytes of host memory that are available to this rank: of the machine, or of its control group (a Slurm job's, a
     container's), shared evenly with the other ranks of this machine. Collective."""
-    try:
-        with open("/proc/meminfo") as file:
-            found = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    found = memory.available()
     hosts = all_gather_object(socket.gethostname())
-    return min([found, *_control_group_memory()]) // hosts.count(socket.gethostname())
-
-
-def _control_group_memory() -> Iterator[int]:
-    """Bytes left under this process's memory limits (cgroup v2, at every level above it)."""
-    try:
-        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-        group = Path("/sys/fs/cgroup") / own.removeprefix("0::").strip().lstrip("/")
-        for level in (group, *group.parents):
-            limit = level / "memory.max"
-            if limit.is_file() and limit.read_text().strip() != "max":
-                yield max(0, int(limit.read_text()) - int((level / "memory.current").read_text()))
-    except (OSError, StopIteration, ValueError):
-        return
+    return found // hosts.count(socket.gethostname())

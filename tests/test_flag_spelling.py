@@ -1,0 +1,93 @@
+"""One spelling of flags everywhere, and --debug, which reaches every count of samples."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from warp_ds.cli import main, underscored
+from warp_ds.cluster.chain import phase_flags
+from warp_ds.cluster.doctor import DoctorArguments
+from warp_ds.config import (
+    BasisArguments,
+    CompareArguments,
+    ConfigError,
+    EvaluateArguments,
+    ImportanceArguments,
+    SafetyTuningArguments,
+    TrainArguments,
+    parse_training,
+)
+from warp_ds.phases.compare import training_flags
+from warp_ds.phases.launcher import DEBUG_SAMPLES, apply_debug
+from warp_ds.phases.sweep import SweepArguments
+from warp_ds.report import plan
+
+KINDS = (SafetyTuningArguments, BasisArguments, ImportanceArguments, TrainArguments, EvaluateArguments, CompareArguments,
+         SweepArguments, DoctorArguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_debug_reaches_every_count_of_samples(kind: Any) -> None:
+    arguments = kind(debug=True)
+    if hasattr(arguments, "sample_counts"):
+        arguments.sample_counts = "20,0"
+    before = dataclasses.asdict(arguments)
+    apply_debug(arguments)
+    # By their words, not their names: a count that is called otherwise is found here.
+    counts = [f.name for f in dataclasses.fields(kind) if "0 = all" in f.metadata["help"]]
+    assert counts or kind is DoctorArguments
+    for name in counts:
+        assert getattr(arguments, name) in (DEBUG_SAMPLES, str(DEBUG_SAMPLES)), name
+    changed = {name for name, value in before.items() if getattr(arguments, name) != value}
+    assert changed <= {*counts, "target_layers"}
+    quiet = kind()
+    apply_debug(quiet)
+    assert quiet == kind()
+
+
+def test_dashes_and_underscores_are_one() -> None:
+    assert underscored(["plan", "--gpus-per-node", "8", "--host-memory=2-3", "-x", "a-b", "--config"]) == [
+        "plan", "--gpus_per_node", "8", "--host_memory=2-3", "-x", "a-b", "--config"]
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    assert not [option for option in parser._option_string_actions if "-" in option.lstrip("-")], "others than the phases'"
+
+
+def test_plan_takes_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=100).save_pretrained(tmp_path)
+    shown = []
+    for words in (("--gpus-per-node", "2", "--gpu-memory", "40"), ("--gpus_per_node", "2", "--gpu_memory", "40")):
+        assert main(["plan", "--model_name", str(tmp_path), *words]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "1 x 2 GPUs of 40.00 GB" in shown[0]
+
+
+def test_submit_takes_both(tmp_path: Path) -> None:
+    words = ["--safety-samples", "7", "--phase3.batch-size=3"]
+    found = phase_flags(["phase1", "phase3"], words, tmp_path)
+    assert found["phase1"][:2] == ["--safety_samples", "7"] and found["phase3"][:2] == ["--batch_size", "3"]
+
+
+def test_a_comparison_takes_what_its_phases_take() -> None:
+    words = "--max_rank 9 --energy 0.9 --svd_placement rank0 --basis_placement owner --save-minutes 2 --weight_decay 0.1"
+    arguments, passed = parse_training(CompareArguments, words.split())
+    assert (arguments.max_rank, arguments.energy, passed) == (9, 0.9, {"weight_decay": 0.1})
+    made = training_flags(arguments)
+    assert (made.basis_placement, made.save_minutes, made.learning_rate) == ("owner", 2.0, 5e-5)
+    # Whatever a phase of it has is a flag of the comparison's, or is decided there.
+    own = {f.name for f in dataclasses.fields(CompareArguments)}
+    decided = {"basis", "mask_unit", "score", "basis_dir", "masks_dir", "learning_rate"}
+    for kind in (BasisArguments, ImportanceArguments, TrainArguments):
+        assert {f.name for f in dataclasses.fields(kind)} <= own | decided
+    for name in decided:
+        with pytest.raises(ConfigError, match=f"--{name} is (decided|set) by"):
+            parse_training(CompareArguments, [f"--{name}", "x"])
+    with pytest.raises(ConfigError, match="--energy is a share"):
+        CompareArguments(energy=2.0).check()
