@@ -46,7 +46,7 @@ def test_flags_that_pass_through(tmp_path: Path) -> None:
     text = ("save_total_limit: ~\nwarmup_steps: 010\nlogging_nan_inf_filter: off\nlr_scheduler_type: cosine\n"
             "lr_scheduler_kwargs: '{\"num_cycles\": 2}'\n")
     assert read(tmp_path / "c.yaml", text) == ({}, {"warmup_steps": 10, "logging_nan_inf_filter": False, "lr_scheduler_kwargs":
-                                                    '{"num_cycles": 2}', "lr_scheduler_type": "cosine"})
+                                                    {"num_cycles": 2}, "lr_scheduler_type": "cosine"})
 
 
 def test_lists_for_comma_separated_flags(tmp_path: Path) -> None:
