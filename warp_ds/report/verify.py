@@ -84,7 +84,7 @@ def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_
         problems.append("nothing moved at all: both directories hold the same weights in the masked layers")
     frozen = sum(c.frozen for c in layers)
     return {
-        "format": "warp_ds.certificate", "version": 1, "kept": not problems, "problems": problems,
+        "format": "warp_ds.certificate", "version": 2, "kept": not problems, "problems": problems,
         "notes": [*_trained_with(after, masks, bool(problems)), *_too_coarse(layers)],
         "before": str(before), "after": str(after), "masks": str(masks.directory),
         "basis": None if basis is None else str(basis.directory),
@@ -230,6 +230,19 @@ def certificate_path(after: Path) -> Path:
     """certificate.json in the run that ``after`` lies in, where ``warp-ds report`` finds it; else in this directory."""
     runs = [directory for directory in (after.resolve(), *after.resolve().parents) if phase_of(directory)]
     return (runs[0] if runs and os.access(runs[0], os.W_OK) else Path()) / "certificate.json"
+
+
+def still_describes(certificate: Any, directory: Path) -> bool:
+    """Whether a certificate's verdict is of the model that lies in ``directory`` now: by the digest of all its bytes.
+
+    False for anything that is no certificate of this version, and for a directory that cannot be read.
+    """
+    if not isinstance(certificate, dict) or certificate.get("version") != 2:
+        return False
+    try:
+        return bool(certificate.get("after_fingerprint") == fingerprint_model(directory))
+    except (ArtifactError, OSError):
+        return False
 
 
 def write_certificate(certificate: dict[str, Any], path: Path) -> None:
