@@ -25,7 +25,13 @@ from warp_ds.method.eigenbasis import BAR, orthogonality_error, probed_orthogona
 from warp_ds.method.mask import frozen_count
 from warp_ds.method.rotation import Rotation
 from warp_ds.schema import SchemaError, check_fields
-from warp_ds.zero.checkpoint_index import CheckpointError, TensorLocation, read_header
+from warp_ds.zero.checkpoint_index import (
+    CheckpointError,
+    PickledCheckpoint,
+    TensorLocation,
+    read_header,
+    resolve_checkpoint,
+)
 
 BASIS_FORMAT, MASKS_FORMAT, VERSION = "warp_ds.basis", "warp_ds.masks", 2
 SHOWN = 16
@@ -154,37 +160,40 @@ class Contents:
     text: str
     parts: dict[str, Part]
 
-    def fingerprint(self, digests: Iterable[Digest] | None = None) -> str:
-        """64 hex digits; ``digests`` of ``parts``, in order, where they are known."""
-        found = _digests(list(self.parts.values())) if digests is None else digests
-        return combine(self.text, ((name, digest.sha256) for name, digest in zip(self.parts, found, strict=True)))
+    def digests(self, remember: bool = True) -> list[Digest]:
+        """Of ``parts``, in order. ``remember`` False reads every byte now. Raises ArtifactError."""
+        try:
+            return digest_parts(list(self.parts.values()), remember)
+        except OSError as error:
+            raise ArtifactError(f"{error}: it was removed or changed while it was read; try again") from error
+
+    def fingerprint(self, digests: Iterable[Digest]) -> str:
+        """64 hex digits from ``text`` and the digests of ``parts``."""
+        return combine(self.text, ((name, digest.sha256) for name, digest in zip(self.parts, digests, strict=True)))
 
 
-def fingerprint_model(directory: Path) -> str:
+def fingerprint_model(directory: Path, remember: bool = True) -> str:
     """Fingerprint of a model: every byte of its tensors by name, dtype and shape, and its config.json.
 
     The same whatever the directory is called, however the tensors are spread over files, and whatever VOLATILE keys say.
     Pickled weights (*.bin) count as whole files. Raises ArtifactError.
     """
-    return model_contents(directory).fingerprint()
+    contents = model_contents(directory)
+    return contents.fingerprint(contents.digests(remember))
 
 
 def model_contents(directory: Path) -> Contents:
     """What ``fingerprint_model`` covers; no weight is read. Raises ArtifactError."""
-    safetensors, pickled = sorted(directory.glob("*.safetensors")), sorted(directory.glob("*.bin"))
-    if not safetensors and not pickled:
-        raise ArtifactError(f"{directory} holds no model weights (*.safetensors)")
     config = read_json(directory / "config.json")
     if not isinstance(config, dict):
         raise ArtifactError(f"{directory / 'config.json'} is no JSON object")
-    parts: dict[str, Part] = {}
-    for path in safetensors:
-        for name, tensor in header_of(path).items():
-            key = f"{name} {tensor.dtype} {list(tensor.shape)}"
-            # Which of two is loaded is for their files to say.
-            parts[f"{key} {path.name}" if key in parts else key] = Part(tensor.path, tensor.offset, tensor.nbytes)
-    for path in pickled:
-        parts[path.name] = _whole(path)
+    try:
+        parts = {f"{name} {tensor.dtype} {list(tensor.shape)}": Part(tensor.path, tensor.offset, tensor.nbytes)
+                 for name, tensor in resolve_checkpoint(directory).items()}
+    except PickledCheckpoint:
+        parts = {path.name: _whole(path) for path in sorted(directory.glob("*.bin"))}
+    except CheckpointError as error:
+        raise ArtifactError(str(error)) from error
     kept = {key: value for key, value in config.items() if key not in VOLATILE}
     return Contents(json.dumps(kept, sort_keys=True), parts)
 
@@ -198,13 +207,6 @@ def header_of(path: Path) -> dict[str, TensorLocation]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); run the phase that wrote it again, or download the model "
                             "again") from error
-
-
-def _digests(parts: list[Part]) -> list[Digest]:
-    try:
-        return digest_parts(parts)
-    except OSError as error:
-        raise ArtifactError(f"{error}: it was removed or changed while it was read; try again") from error
 
 
 def _whole(path: Path) -> Part:
@@ -374,9 +376,10 @@ class BasisStore:
         return Contents(json.dumps(values, sort_keys=True),
                         {file: _whole(self.directory / file) for file in self.metadata.bases})
 
-    def fingerprint(self) -> str:
-        """64 hex digits over ``contents``."""
-        return self.contents().fingerprint()
+    def fingerprint(self, remember: bool = True) -> str:
+        """64 hex digits over ``contents``; ``remember`` False reads every byte now."""
+        contents = self.contents()
+        return contents.fingerprint(contents.digests(remember))
 
     @property
     def layers(self) -> list[TargetLayer]:
@@ -446,10 +449,13 @@ class MaskStore:
             parts[self.SCORES] = _whole(self.directory / self.SCORES)
         return Contents(json.dumps(metadata_dict(self.metadata), sort_keys=True), parts)
 
-    def fingerprint(self) -> str:
-        """64 hex digits over ``contents``. ArtifactError where the masks hold other bits than the metadata promise."""
+    def fingerprint(self, remember: bool = True) -> str:
+        """64 hex digits over ``contents``; ``remember`` False reads every byte now.
+
+        ArtifactError where the masks hold other bits than the metadata promise.
+        """
         contents = self.contents()
-        digests = _digests(list(contents.parts.values()))
+        digests = contents.digests(remember)
         for entry, digest in zip(self.metadata.layers.values(), digests, strict=False):
             path = self.directory / entry["file"]
             if digest.bits != entry["frozen"]:
@@ -484,16 +490,16 @@ class MaskStore:
         beside = self.directory.resolve().parent.parent / recorded.parent.name / "basis"
         return [recorded] if recorded == beside else [recorded, beside]
 
-    def check(self, basis: BasisStore | None, model_fingerprint: str | None, model_name: str) -> None:
+    def check(self, basis: BasisStore | None, model_fingerprint: str | None, model_name: str, remember: bool = True) -> None:
         """ArtifactError naming both sides where the masks belong to another model or basis, or are not what they promise."""
         _check_model(self.directory, self.metadata, model_fingerprint, model_name, "masks", "phase 2")
-        self.fingerprint()
+        self.fingerprint(remember)
         if basis is None:
             if self.metadata.basis != "identity":
                 raise ArtifactError(f"the masks in {self.directory} were made with the basis in "
                                     f"{self.metadata.basis_dir}, which was not given; use --basis_dir")
             return
-        found = basis.fingerprint()
+        found = basis.fingerprint(remember)
         if self.metadata.basis_fingerprint != found:
             raise ArtifactError(
                 f"the masks in {self.directory} were made with the basis {str(self.metadata.basis_fingerprint)[:SHOWN]} (in "
