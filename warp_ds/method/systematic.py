@@ -5,7 +5,7 @@ coefficients move by Δ = ε U (and by the inexact products that make W from C, 
 of them, ‖Δ_G‖ is a convex function of ε, Lipschitz with constant 1, so it exceeds its mean by t with probability
 exp(-t² / 2s²), s = 2 e / π for errors spread evenly between neighbours (the log-Sobolev constant of an interval); its mean is
 at most (Σ_G v)^½ with v_ij = Σ_k U_kj² e_ik² / 3. And Σ_G a Δ for a fixed pattern a is a sum of independent terms b_ik ε_ik,
-b = a Uᵀ: Hoeffding's inequality bounds it by (2 ln(2/p) Σ b² e²)^½, assuming no more of their distribution than a mean of 0.
+b = a Uᵀ: it exceeds (2 ln(2/p) Σ b² e² / 3)^½ with probability p, even errors being sub-Gaussian of proxy e² / 3.
 
 Where both models are stored in 16 bits, steps smaller than a unit in the last place leave errors that are neither even nor of
 mean 0 (weight decay of the free coefficients alone, say: measured, a variance up to 1.64 times the even one, and 0.28 of the
@@ -25,7 +25,7 @@ FALSE_ALARM = 1e-9
 """Probability that any sum of an honest pair of models is found too large."""
 SPREAD = 2.5
 """Of the variance, above that of errors spread evenly; 3 would be errors that are all as large as they can be."""
-PATTERNS = {"all in one direction": 0.2, "along their signs": 0.5, "in proportion to them": 0.5}
+PATTERNS = {"all in one direction": 0.1, "along their signs": 0.4, "in proportion to them": 0.4}
 """What a sum weighs the moves by: the share of the errors that may be alike in an honest pair."""
 
 
@@ -67,7 +67,7 @@ class Drift:
 
     def allowed(self, log_tests: float, bias: float) -> float:
         tail = math.sqrt(2.0 * (log_tests + math.log(2.0) - math.log(FALSE_ALARM)))
-        return tail * math.sqrt(self.squares) + bias * (self.alike + self.products)
+        return tail * math.sqrt(SPREAD * self.squares / 3) + bias * (self.alike + self.products)
 
     def __add__(self, other: Drift) -> Drift:
         return Drift(self.moved + other.moved, self.squares + other.squares, self.alike + other.alike,
