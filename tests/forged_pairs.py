@@ -301,9 +301,9 @@ def _push_ones(pair: Pair) -> None:
     pair.push(lambda c, frozen, allowed: torch.full_like(c, 0.3 * allowed))
 
 
-@forgery("broken", "... along their signs")
+@forgery("broken", "... by 0.5 of it along their signs")
 def _push_signs(pair: Pair) -> None:
-    pair.push(lambda c, frozen, allowed: 0.3 * allowed * torch.sign(c))
+    pair.push(lambda c, frozen, allowed: 0.5 * allowed * torch.sign(c))
 
 
 @forgery("broken", "... by random signs")
@@ -324,9 +324,9 @@ def _push_rank_one(pair: Pair) -> None:
         torch.randn(c.shape[0], generator=draw, dtype=c.dtype), torch.randn(c.shape[1], generator=draw, dtype=c.dtype)))
 
 
-@forgery("broken", "... in one layer alone")
+@forgery("broken", "... by 0.5 of it in one layer alone")
 def _push_one_layer(pair: Pair) -> None:
-    pair.push(lambda c, frozen, allowed: torch.full_like(c, 0.3 * allowed), only=MASKED)
+    pair.push(lambda c, frozen, allowed: torch.full_like(c, 0.5 * allowed), only=MASKED)
 
 
 @forgery("broken", "one row moved by 0.9 of the allowance")
