@@ -45,8 +45,8 @@ def read(root: Path) -> dict[str, Any]:
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one.keys() == other.keys() and all(
-        len(a) == len(b) and all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True))
-        for a, b in zip(one.values(), other.values(), strict=True))
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        for a, b in zip(one.values(), other.values(), strict=True) for x, y in zip(a, b, strict=True))
 
 
 def refused_or_same(root: Path, whole: dict[str, Any]) -> bool:

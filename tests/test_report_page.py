@@ -92,7 +92,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(run_of(root, "evaluate", "evaluate_rotated") / "metrics.json", {
         "refusal_rate": 0.9, "refusal_interval": [0.825, 0.945], "utility_nll": 1.5, "movement": 0.25,
         "refusal_p_against_before": 0.031, "movement_by_layer": {NAME: 0.25}, "overlap": {"harmful in safety.jsonl": 3}})
-    write_json(phase3 / "certificate.json", {"kept": True, "outcome": "kept", "problems": [], "frozen": 28, "frozen_drift": 1e-7})
+    write_json(phase3 / "certificate.json", {"kept": True, "outcome": "kept", "problems": [], "frozen": 28,
+                                                "frozen_drift": 1e-7})
     return root
 
 
