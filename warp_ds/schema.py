@@ -47,9 +47,9 @@ def check_type(value: Any, hint: Any, where: str) -> None:
         options = get_args(hint)
         if value is None and type(None) in options:
             return
-        (hint,) = [option for option in options if option is not type(None)]
-        return check_type(value, hint, where)
-    if origin is list:
+        (other,) = [option for option in options if option is not type(None)]
+        check_type(value, other, where)
+    elif origin is list:
         if not isinstance(value, list):
             raise SchemaError(f"{where} is {_kind(value)}, not a list")
         for number, item in enumerate(value):

@@ -91,8 +91,8 @@ class Sums:
         """Whole rows: Δ [k, n], C before, which are frozen, v, e of W's entries, q [k, 1], U [n, n] (None: the identity)."""
         zero = torch.zeros((), dtype=moved.dtype)
         of_rows = error.amax(1, keepdim=True).expand_as(moved)
-        parts = (moved.square(), variance.to(moved.dtype), products.square().expand_as(moved), of_rows)
-        parts = tuple(torch.where(frozen, part, zero) for part in parts)
+        whole = (moved.square(), variance.to(moved.dtype), products.square().expand_as(moved), of_rows)
+        parts = [torch.where(frozen, part, zero) for part in whole]
         counts = frozen.sum(1).to(moved.dtype)
         self.rows.append(torch.stack([*(p.sum(1) for p in parts[:3]), parts[3].amax(1), counts], 1))
         columns = torch.stack([*(p.sum(0) for p in parts[:3]), parts[3].amax(0), frozen.sum(0).to(moved.dtype)], 1)
@@ -102,7 +102,8 @@ class Sums:
             largest = torch.maximum(self.columns[:, 3], columns[:, 3])
             self.columns = self.columns + columns
             self.columns[:, 3] = largest
-        self.whole += Sum(*(float(p.sum()) for p in parts[:3]), float(parts[3].max()), int(frozen.sum()))
+        self.whole += Sum(float(parts[0].sum()), float(parts[1].sum()), float(parts[2].sum()), float(parts[3].max()),
+                          int(frozen.sum()))
         patterns = (torch.ones_like(size), torch.sign(size), size)
         for number, pattern in enumerate(patterns):
             self.drifts[number] += _drift(torch.where(frozen, pattern, zero), moved, error, products, basis)

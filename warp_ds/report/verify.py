@@ -368,9 +368,9 @@ def _certify_layer(target: TargetLayer, before: Model, after: Model, masks: Mask
     not_finite = int((~torch.isfinite(w_before)).sum()) + int((~torch.isfinite(w_after)).sum())
     if not_finite:
         frozen = masks.metadata.layers[target.name]["frozen"]
-        nothing = [math.nan] * 6
-        return LayerCertificate(target.name, frozen, target.m * target.n - frozen, *nothing, 0, math.nan, math.nan, 0,
-                                not_finite, math.nan, math.nan), Sums()
+        nan = math.nan
+        return LayerCertificate(target.name, frozen, target.m * target.n - frozen, nan, nan, nan, nan, nan, nan, 0, nan, nan, 0,
+                                not_finite, nan, nan), Sums()
     rotation = Rotation(None, target.n) if basis is None else _orthonormal(basis, target)
     absolute, squared, skew = _absolute(rotation)
     matrix = None if rotation.is_identity else rotation.rotate(torch.eye(target.n, dtype=torch.float64)).float()
