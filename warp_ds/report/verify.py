@@ -283,7 +283,7 @@ def _rest(old: Model, new: Model, masks: MaskStore) -> tuple[list[dict[str, str]
     for name in sorted(sides[1]):
         if sides[1][name] != sides[0].get(name) and sides[1][name].dtype in FLOATS and not torch.isfinite(new.read(name)).all():
             problems.append(f"{name}, which no mask covers, holds NaN or infinities after training")
-    compared = unmasked.compare_tensors(*sides, lambda name: (old.read(name), new.read(name)))
+    compared = unmasked.compare_tensors(sides[0], sides[1], lambda name: (old.read(name), new.read(name)))
     return [*compared, *unmasked.compare_files(old.directory, new.directory)], problems
 
 
@@ -384,10 +384,10 @@ def _certify_layer(target: TargetLayer, before: Model, after: Model, masks: Mask
         row_size = old.square().mean(dim=1, keepdim=True).sqrt()
         rounding = _half_ulp(new, grid)
         products = row_size * max(FP32_PRODUCTS * max(16.0, 2 * target.n**0.5), TF32_PRODUCTS if low_precision else 0.0)
-        allowed, variance = rounding + products, rounding.square() / 3
+        allowed, variance = rounding + products, rounding.square().div(3)
         skewed: Tensor | float = 0.0
         if absolute is not None and squared is not None and skew is not None:
-            variance = _weighted(rounding.square(), squared) / 3
+            variance = _weighted(rounding.square(), squared).div(3)
             deviation = variance.sqrt() + products / 3**0.5
             allowed = torch.minimum(_weighted(allowed, absolute), SIGMAS * deviation) + row_size * target.n**0.5 * skew
             skewed = 2 * row_size * skew.max()
