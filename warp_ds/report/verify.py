@@ -367,9 +367,8 @@ def _certify_layer(target: TargetLayer, before: Model, after: Model, masks: Mask
     w_before, w_after = before.weight(target), after.weight(target)
     not_finite = int((~torch.isfinite(w_before)).sum()) + int((~torch.isfinite(w_after)).sum())
     if not_finite:
-        frozen = masks.metadata.layers[target.name]["frozen"]
-        nan = math.nan
-        return LayerCertificate(target.name, frozen, target.m * target.n - frozen, nan, nan, nan, nan, nan, nan, 0, nan, nan, 0,
+        count, nan = masks.metadata.layers[target.name]["frozen"], math.nan
+        return LayerCertificate(target.name, count, target.m * target.n - count, nan, nan, nan, nan, nan, nan, 0, nan, nan, 0,
                                 not_finite, nan, nan), Sums()
     rotation = Rotation(None, target.n) if basis is None else _orthonormal(basis, target)
     absolute, squared, skew = _absolute(rotation)
