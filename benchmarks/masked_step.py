@@ -115,6 +115,7 @@ def write_artefacts(a: argparse.Namespace, root: Path) -> None:
         layer_entry,
         metadata_dict,
         write_json,
+        write_mask,
         write_tensors,
     )
     from warp_ds.method.mask import pack_bits
@@ -122,7 +123,7 @@ def write_artefacts(a: argparse.Namespace, root: Path) -> None:
     with torch.device("meta"):
         shape_of = make_model(argparse.Namespace(**{**vars(a), "device": "meta", "layers": a.layers}))
     basis = BasisMetadata("random", "benchmark", "none", "all", "benchmark", 0)
-    masks = MasksMetadata(a.keep_ratio, "layer", "entry", "random", "random", str(root / "basis"), None, "benchmark",
+    masks = MasksMetadata(a.keep_ratio, "global", "entry", "random", "random", str(root / "basis"), None, "benchmark",
                           "none", "benchmark")
     for name, kind, i, module in targets(a, shape_of):
         m, n = module.weight.shape
@@ -134,9 +135,10 @@ def write_artefacts(a: argparse.Namespace, root: Path) -> None:
             basis.bases[file] = {"n": n, "rank": r}
         basis.layers[name] = layer_entry(layer, file)
         frozen = random_mask(m, n, r, a.keep_ratio, i, a.device)
-        mask_file = f"{layer.stem}_mask.safetensors"
-        write_tensors(root / "masks" / mask_file, {"frozen": pack_bits(frozen)})
-        masks.layers[name] = layer_entry(layer, mask_file, frozen=int(frozen.sum()))
+        write_mask(root / "masks", layer, pack_bits(frozen))
+        masks.layers[name] = layer_entry(layer, layer.mask_file, frozen=int(frozen.sum()), wanted=None, threshold=None)
+        masks.frozen, masks.entries = masks.frozen + int(frozen.sum()), masks.entries + m * n
+    masks.keep_ratio = masks.frozen / masks.entries
     write_json(root / "basis" / "metadata.json", metadata_dict(basis))
     masks.basis_fingerprint = BasisStore(root / "basis").fingerprint()
     write_json(root / "masks" / "metadata.json", metadata_dict(masks))

@@ -21,6 +21,7 @@ from warp_ds.artifacts import (
     layer_entry,
     metadata_dict,
     write_json,
+    write_mask,
     write_tensors,
 )
 from warp_ds.method.mask import pack_bits, unpack_bits
@@ -87,7 +88,7 @@ def write_artefacts(
     ranks = {"ffn_down": 5, "attn_q": 10, "attn_k": 99} if ranks is None else ranks
     g = torch.Generator().manual_seed(seed)
     bases, masks = BasisMetadata("activation", model_fingerprint, "d", "all", "tiny", 10), MasksMetadata(
-        share, "layer", "entry", "importance", basis, str(root / "basis"), None, model_fingerprint, "d", "tiny")
+        share, "global", "entry", "importance", basis, str(root / "basis"), None, model_fingerprint, "d", "tiny")
     params = dict(model.named_parameters())
     for i in range(2):
         for kind, r in ranks.items():
@@ -99,12 +100,12 @@ def write_artefacts(
             if basis != "identity":
                 file = f"{target.stem}_svd.safetensors"
                 write_tensors(root / "basis" / file, {"U": u, "S": torch.ones(u.shape[1])})
-                bases.layers[name], bases.bases[file] = layer_entry(target, file), {}
+                bases.layers[name], bases.bases[file] = layer_entry(target, file), {"n": n, "rank": u.shape[1]}
                 frozen[:, u.shape[1] :] = False
-            file = f"{target.stem}_mask.safetensors"
-            write_tensors(root / "masks" / file, {"frozen": pack_bits(frozen)})
-            masks.layers[name] = layer_entry(target, file, frozen=int(frozen.sum()))
+            write_mask(root / "masks", target, pack_bits(frozen))
+            masks.layers[name] = layer_entry(target, target.mask_file, frozen=int(frozen.sum()), wanted=None, threshold=None)
             masks.frozen, masks.entries = masks.frozen + int(frozen.sum()), masks.entries + frozen.numel()
+    masks.keep_ratio = masks.frozen / masks.entries
     if basis != "identity":
         write_json(root / "basis" / "metadata.json", metadata_dict(bases))
         masks.basis_fingerprint = BasisStore(root / "basis").fingerprint()

@@ -11,7 +11,7 @@ from masked_artefacts import MODULES, Artefacts, odd_model, read_artefacts, writ
 from torch import Tensor, nn
 
 import warp_ds
-from warp_ds.artifacts import ArtifactError, BasisStore, write_tensors
+from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, metadata_dict, write_json, write_mask
 from warp_ds.cli import main
 from warp_ds.method.mask import pack_bits
 from warp_ds.phases.shrink import shrink
@@ -53,6 +53,17 @@ def test_the_same_directions_stay_frozen(whole: Artefacts, tmp_path: Path) -> No
     one = next(one for one in found if one.file == BasisStore(small.basis).metadata.layers[shared["attn_k"][:-7]]["file"])
     assert one.kept == int((used["attn_q"] | used["attn_k"]).sum()) < one.stored == 15
     assert len(found) == 4 and all(one.held_after < one.held_before for one in found)
+
+
+def freeze_all(artefacts: Artefacts, name: str) -> None:
+    """Every coefficient of one layer, beyond the stored columns too."""
+    metadata = MaskStore(artefacts.masks).metadata
+    entry = metadata.layers[name]
+    (layer,) = (layer for layer in MaskStore(artefacts.masks).layers if layer.name == name)
+    write_mask(artefacts.masks, layer, pack_bits(torch.ones(layer.m, layer.n) > 0))
+    metadata.frozen += layer.m * layer.n - entry["frozen"]
+    entry["frozen"], metadata.keep_ratio = layer.m * layer.n, metadata.frozen / metadata.entries
+    write_json(artefacts.masks / "metadata.json", metadata_dict(metadata))
 
 
 def trained(artefacts: Artefacts, kind: type[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -105,7 +116,7 @@ def test_wrong_input(whole: Artefacts, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="were made with the basis"):
         shrink(whole.masks, other.basis, tmp_path / "small")
     rows = write_artefacts(tmp_path / "rows", odd_model())
-    write_tensors(rows.masks / "layer_01_ffn_down_mask.safetensors", {"frozen": pack_bits(torch.ones(15, 21) > 0)})
+    freeze_all(rows, "model.layers.1.mlp.down_proj")
     with pytest.raises(ArtifactError, match="beyond the 5 stored columns, as --mask_unit row does"):
         shrink(rows.masks, None, tmp_path / "small")
     next(whole.masks.glob("*.safetensors")).unlink()

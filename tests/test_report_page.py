@@ -68,17 +68,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw = torch.Generator().manual_seed(0)
     entry = {"layer": 0, "type": "ffn_down", "shape": [6, 16]}
-    basis = BasisMetadata("activation", "m", "d", "all", "model", 40, {NAME: {**entry, "file": "b.safetensors"}},
-                          {"b.safetensors": {"n": 16, "rank": 12}})
+    basis = BasisMetadata("activation", "m", "d", "all", "model", 40,
+                          {NAME: {**entry, "file": "layer_00_ffn_down_svd.safetensors"}},
+                          {"layer_00_ffn_down_svd.safetensors": {"n": 16, "rank": 12}})
     phase1 = run_of(root, "phase1", "phase1_start") / "basis"
-    write_tensors(phase1 / "b.safetensors", {"U": torch.eye(16)[:, :12], "S": torch.logspace(0, -3, 12)})
+    write_tensors(phase1 / "layer_00_ffn_down_svd.safetensors", {"U": torch.eye(16)[:, :12], "S": torch.logspace(0, -3, 12)})
     write_json(phase1 / "metadata.json", metadata_dict(basis))
     frozen = torch.rand(6, 16, generator=draw) < 0.3
-    masks = MasksMetadata(0.3, "layer", "entry", "importance", "activation", str(phase1), "b", "m", "d", "model",
-                          {NAME: {**entry, "file": "mask.safetensors", "frozen": int(frozen.sum()), "threshold": 0.0125}},
+    masks = MasksMetadata(int(frozen.sum()) / 96, "global", "entry", "importance", "activation", str(phase1), "b", "m", "d",
+                          "model", {NAME: {**entry, "file": "layer_00_ffn_down_mask.safetensors", "frozen": int(frozen.sum()),
+                                           "wanted": None, "threshold": 0.0125}},
                           int(frozen.sum()), 96, ["a note"])
     phase2 = run_of(root, "phase2", "phase2_start") / "masks"
-    write_tensors(phase2 / "mask.safetensors", {"frozen": pack_bits(frozen)})
+    write_tensors(phase2 / "layer_00_ffn_down_mask.safetensors", {"frozen": pack_bits(frozen)})
     write_json(phase2 / "metadata.json", metadata_dict(masks))
     write_json(phase2 / "scores.json", {"bins_per_decade": 10, "layers": {NAME: {
         "zeros": 24, "first": -22, "counts": [12, 0, 36, 24]}}})
@@ -90,7 +92,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(run_of(root, "evaluate", "evaluate_rotated") / "metrics.json", {
         "refusal_rate": 0.9, "refusal_interval": [0.825, 0.945], "utility_nll": 1.5, "movement": 0.25,
         "refusal_p_against_before": 0.031, "movement_by_layer": {NAME: 0.25}, "overlap": {"harmful in safety.jsonl": 3}})
-    write_json(phase3 / "certificate.json", {"kept": True, "problems": [], "frozen": 28, "frozen_drift": 1e-7})
+    write_json(phase3 / "certificate.json", {"kept": True, "outcome": "kept", "problems": [], "frozen": 28,
+                                                "frozen_drift": 1e-7})
     return root
 
 

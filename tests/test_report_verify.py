@@ -135,8 +135,9 @@ def test_files_that_are_too_coarse_say_so(case: dict[str, Any], tmp_path: Path) 
         bits[:, 0] ^= 1
     save_file(tensors, tmp_path / "after" / "model.safetensors", metadata={"format": "pt"})
     found = certify(case["before"], tmp_path / "after", case["artefacts"].masks)
-    assert found["kept"] and "too coarse to tell for 6 of 6 layers" in found["notes"][0]
-    assert certify(case["before"], case["plain"], case["artefacts"].masks)["notes"] == []
+    assert found["outcome"] == "cannot tell" and not found["kept"] and found["problems"] == []
+    assert "too coarse to tell for 6 of 6 layers" in found["reasons"][0]
+    assert certify(case["before"], case["plain"], case["artefacts"].masks)["reasons"] == []
 
 
 def test_the_basis_is_found_after_a_move(case: dict[str, Any], tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_swapped_directories_are_refused(case: dict[str, Any]) -> None:
 
 def test_the_same_directory_twice_is_no_training(case: dict[str, Any]) -> None:
     found = certify(case["before"], case["before"], case["artefacts"].masks)
-    assert not found["kept"] and "nothing moved at all" in found["problems"][0]
+    assert found["outcome"] == "cannot tell" and "nothing moved at all" in found["reasons"][0]
 
 
 def test_shards_read_as_one_file(case: dict[str, Any], tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_shards_read_as_one_file(case: dict[str, Any], tmp_path: Path) -> None:
     for index, part in enumerate((names[::2], names[1::2])):
         save_file({k: tensors[k] for k in part}, tmp_path / "sharded" / f"model-{index}.safetensors")
         weight_map.update(dict.fromkeys(part, f"model-{index}.safetensors"))
-    (tmp_path / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     whole, sharded = (certify(case["before"], d, case["artefacts"].masks) for d in (case["protected"], tmp_path / "sharded"))
     assert sharded["kept"] and sharded["layers"] == whole["layers"]
 

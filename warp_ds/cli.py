@@ -23,7 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     demo.set_defaults(run=_demo)
 
     verify = commands.add_parser(
-        "verify", help="from two model directories, whether every frozen coefficient stayed where it was")
+        "verify", help="from two model directories, whether every frozen coefficient stayed where it was",
+        description="Exit status: 0 kept, 1 broken, 3 cannot tell (what was kept does not show in these files), 2 wrong "
+        "input.")
     verify.add_argument("--before", required=True, help="model directory before training")
     verify.add_argument("--after", required=True, help="model directory after training")
     verify.add_argument("--masks_dir", required=True, help="masks/ of phase 2")
@@ -100,7 +102,7 @@ def _free_port() -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from warp_ds.artifacts import ArtifactError
-    from warp_ds.report.verify import certificate_path, certify, print_certificate, write_certificate
+    from warp_ds.report.verify import EXIT, certificate_path, certify, print_certificate, write_certificate
 
     try:
         certificate = certify(arguments.before, arguments.after, arguments.masks_dir, arguments.basis_dir)
@@ -111,7 +113,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output) if arguments.output else certificate_path(Path(arguments.after))
     write_certificate(certificate, output)
     print(f"certificate: {output}")
-    return 0 if certificate["kept"] else 1
+    return EXIT[certificate["outcome"]]
 
 
 def _shrink(arguments: argparse.Namespace) -> int:

@@ -183,6 +183,23 @@ def _probed_errors(
     return float(rows.max()), float(torch.linalg.norm(error) / PROBES**0.5 / torch.linalg.norm(values))
 
 
+def probed_orthogonality(columns: Tensor) -> float:
+    """Largest row norm of UᵀU - I for U [n, r] as ``_probed_errors`` estimates it, in fp64; a block of columns at a time."""
+    if not columns.shape[1]:
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randint(0, 2, (columns.shape[1], PROBES), generator=generator).double() * 2.0 - 1.0
+    blocks = [slice(begin, begin + BLOCK) for begin in range(0, columns.shape[1], BLOCK)]
+    uz = torch.zeros(columns.shape[0], PROBES, dtype=torch.float64)
+    for block in blocks:
+        uz += columns[:, block].double() @ z[block]
+    worst = 0.0
+    for block in blocks:
+        rows = torch.linalg.vector_norm(columns[:, block].double().T @ uz - z[block], dim=1)
+        worst = max(worst, float(rows.max()) / PROBES**0.5)
+    return worst
+
+
 def fix_signs(columns: Tensor, order: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Each column [n, r] times ±1, so that its entry of largest magnitude (the first of equal ones) is positive.
 

@@ -122,7 +122,8 @@ def compute_basis(
     for layer in layers:
         file = next(file for file, entry in entries.items() if layer.name in entry["layers"])
         metadata.layers[layer.name] = layer_entry(layer, file)
-        metadata.bases[file] = {key: value for key, value in entries[file].items() if key != "layers"}
+        of_file: Any = {key: value for key, value in entries[file].items() if key != "layers"}
+        metadata.bases[file] = of_file
     on_rank_0(lambda: write_json(directory / "metadata.json", metadata_dict(metadata)), "writing the basis metadata")
     return metadata
 

@@ -26,7 +26,7 @@ from warp_ds.artifacts import (
     metadata_dict,
     remove_unfinished,
     write_json,
-    write_tensors,
+    write_mask,
 )
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.config import ConfigError, ImportanceArguments
@@ -316,8 +316,7 @@ def freeze(
             counts[layer.name] = int(mask.sum())
             packed = gather_packed(pack_bits(mask), layer.m, rows.most, number % world_size())
             if packed is not None:
-                path = directory / f"{layer.stem}_mask.safetensors"
-                writing.start(partial(write_tensors, path, {"frozen": packed}))
+                writing.start(partial(write_mask, directory, layer, packed))
         writing.meet()
 
     frozen = all_reduce_sum(torch.tensor([counts[layer.name] for layer in layers], device=collective_device())).tolist()
@@ -378,7 +377,7 @@ def _describe(
             metadata.notes.append(f"{where}: only {got} of {k} wanted {unit} units are frozen: no more score above 0")
         for layer, choice in zip(group, choices, strict=True):
             metadata.layers[layer.name] = layer_entry(
-                layer, f"{layer.stem}_mask.safetensors", frozen=frozen[layer.name],
+                layer, layer.mask_file, frozen=frozen[layer.name],
                 wanted=k * per_unit[layer.name] if len(group) == 1 else None, threshold=choice.value,
             )
     metadata.layers = {layer.name: metadata.layers[layer.name] for layer in layers}

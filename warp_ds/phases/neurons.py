@@ -18,7 +18,7 @@ from warp_ds.artifacts import (
     layer_entry,
     metadata_dict,
     write_json,
-    write_tensors,
+    write_mask,
 )
 from warp_ds.data.formats import encode_prompt
 from warp_ds.method.baselines import attention_neurons, linear_neurons, robust_neurons, top_share
@@ -119,10 +119,9 @@ def _write(layers: Sequence[TargetLayer], chosen: dict[str, Tensor], directory: 
             trained[neurons] = True
         else:
             trained[:, neurons] = True
-        file = f"{layer.stem}_mask.safetensors"
-        write_tensors(directory / file, {"frozen": pack_bits(~trained)})
+        write_mask(directory, layer, pack_bits(~trained))
         frozen = int((~trained).sum())
-        metadata.layers[layer.name] = layer_entry(layer, file, frozen=frozen, wanted=frozen, threshold=0.0)
+        metadata.layers[layer.name] = layer_entry(layer, layer.mask_file, frozen=frozen, wanted=frozen, threshold=0.0)
         metadata.frozen += frozen
         metadata.entries += layer.m * layer.n
     metadata.keep_ratio = metadata.frozen / metadata.entries

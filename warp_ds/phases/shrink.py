@@ -7,10 +7,12 @@ which acts entry by entry, takes another path in them. So this is a choice, and 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -18,7 +20,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, find_artifact, metadata_dict, write_json, write_tensors
+from warp_ds.artifacts import (
+    BASIS_FORMAT,
+    ArtifactError,
+    BasisStore,
+    MaskStore,
+    find_artifact,
+    metadata_dict,
+    write_json,
+    write_mask,
+    write_tensors,
+)
 from warp_ds.method.mask import pack_bits, unpack_bits
 from warp_ds.method.rotation import Rotation
 
@@ -65,7 +77,9 @@ def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> li
     by_file: dict[str, list[str]] = {}
     for layer in masks.layers:
         by_file.setdefault(basis.metadata.layers[layer.name]["file"], []).append(layer.name)
-    entries, found = {}, []
+    layers = {layer.name: layer for layer in masks.layers}
+    entries: dict[str, Any] = {}
+    found = []
     for file, names in by_file.items():
         u, s = basis.columns(names[0])
         n, stored = u.shape
@@ -76,9 +90,9 @@ def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> li
                                 "--mask_unit row does: there is nothing to drop, train with the masks as they are")
         used[0] |= ~used.any()  # a basis has a column
         kept = used[:stored].nonzero().squeeze(1)
-        write_tensors(aside / "basis" / file, {"U": u[:, kept], "S": s[kept]})
+        write_tensors(aside / "basis" / file, {"U": u[:, kept], "S": s[kept]}, {BASIS_FORMAT: json.dumps({"layers": names})})
         for name, bits in frozen.items():
-            write_tensors(aside / "masks" / masks.metadata.layers[name]["file"], {"frozen": pack_bits(_moved(bits, kept))})
+            write_mask(aside / "masks", layers[name], pack_bits(_moved(bits, kept)))
         entries[file] = {**basis.metadata.bases[file], "rank": len(kept), "bytes": (aside / "basis" / file).stat().st_size}
         for of_the_whole in ("energy", "residual", "orthogonality_error"):
             entries[file].pop(of_the_whole, None)

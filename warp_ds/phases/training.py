@@ -67,12 +67,15 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     """
     check_training(arguments, passed)
     model_dir = resolve_model_dir(arguments.model_name)
+    # Rank 0 reads every byte first; what it found the other ranks take from the user's cache of digests.
+    fingerprint = runtime.on_rank_0(lambda: fingerprint_model(model_dir), "reading the model")
+    runtime.on_rank_0(lambda: _find_masks(arguments, fingerprint), "reading basis and masks")
     with runtime.on_every_rank_or_none("checking the inputs"):
         pairs = load_pairs(
             arguments.utility_data, split=arguments.utility_split, samples=arguments.utility_samples,
             prompt_column=arguments.prompt_column, response_column=arguments.response_column,
         )
-        inputs = {"model": fingerprint_model(model_dir), "data": fingerprint_rows(pairs)}
+        inputs = {"model": fingerprint, "data": fingerprint_rows(pairs)}
         masks_dir, basis_dir = _find_masks(arguments, inputs["model"])
         if masks_dir is not None:
             inputs["masks"] = MaskStore(masks_dir).fingerprint()

@@ -185,6 +185,7 @@ def _masks(runs: Runs, pictures: Path) -> str:
     for run in _of_start(runs, "phase2"):
         if (run / "masks" / "metadata.json").is_file():
             masks = MaskStore(run / "masks")
+            masks.fingerprint()  # counts the bits that are drawn
             if (masks.metadata.basis, masks.metadata.unit, masks.metadata.score) == ("activation", "entry", "importance"):
                 found.append((run, masks))
     parts = []
@@ -262,9 +263,11 @@ def _certificates(runs: Runs, pictures: Path) -> str:
     parts = []
     for run in runs.with_file("certificate.json"):
         found = read_json(run / "certificate.json")
-        problems = "".join(f"<li>{_text(p)}</li>" for p in found["problems"])
-        parts.append(f"<p><strong>{'Kept' if found['kept'] else 'BROKEN'}</strong>: {found['frozen']:,} frozen coefficients, "
-                     f"relative drift {found['frozen_drift']:.1e} ({_text(runs.name(run))}).</p><ul>{problems}</ul>")
+        problems = "".join(f"<li>{_text(p)}</li>" for p in [*found["problems"], *found.get("reasons", ())])
+        verdict = {"kept": "Kept", "cannot tell": "Cannot tell"}.get(found.get("outcome"), "BROKEN")
+        drift = "not finite" if found["frozen_drift"] is None else f"{found['frozen_drift']:.1e}"
+        parts.append(f"<p><strong>{verdict}</strong>: {found['frozen']:,} frozen coefficients, "
+                     f"relative drift {drift} ({_text(runs.name(run))}).</p><ul>{problems}</ul>")
     return _section("Freeze certificate", *parts) if parts else ""
 
 

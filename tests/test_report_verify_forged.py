@@ -1,0 +1,169 @@
+"""Forged pairs: what the certificate says of each (docs/certificate.md has the same table, with what it said before)."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forged_pairs import FORGERIES, Forge, Pair
+from masked_artefacts import Artefacts, odd_model, token_batches, write_artefacts
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_tokenizer
+
+import warp_ds
+from warp_ds.artifacts import ArtifactError, fingerprint_model
+from warp_ds.cli import main
+from warp_ds.report.verify import Model, certify, still_describes, write_certificate
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DOCS = Path(__file__).parents[1] / "docs" / "certificate.md"
+
+
+def train(folder: Path, artefacts: Artefacts | None, dtype: torch.dtype, lr: float = 1e-3, seed: int = 0,
+          steps: int = 10) -> Path:
+    """AdamW steps in ``dtype`` with fp32 masters as the ZeRO step has them, or without where no mask needs them."""
+    model = odd_model(torch.float32)
+    if dtype != torch.float32:
+        model = model.to(dtype).float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
+    if artefacts is not None:
+        warp_ds.protect_optimizer(model, optimizer, None, artefacts.masks)
+    for ids in token_batches(steps + seed)[seed:]:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def honest(folder: Path, dtype: torch.dtype, **options: Any) -> Artefacts:
+    odd_model().to(dtype).save_pretrained(folder / "before")
+    tiny_tokenizer().save_pretrained(folder / "before")
+    artefacts = write_artefacts(folder, odd_model(), model_fingerprint=fingerprint_model(folder / "before"))
+    train(folder / "after", artefacts, dtype, **options)
+    return artefacts
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("forged")
+    slow = root / "slow"
+    honest(slow, torch.bfloat16)
+    # About a unit in the last place of the smaller weights.
+    train(slow / "after", None, torch.bfloat16, lr=2e-6, steps=4)
+    found: dict[str, Any] = {}
+    for name, dtype in DTYPES.items():
+        honest(root / name, dtype)
+        train(root / f"plain_{name}", None, dtype)
+        certificate = certify(root / name / "before", root / name / "after", root / name / "masks")
+        assert certificate["outcome"] == "kept", certificate["problems"]
+        found[name] = (root / name, {c["layer"]: c["allowed_max"] for c in certificate["layers"]}, root / f"plain_{name}", slow)
+    return found
+
+
+def outcome(pair: Pair) -> str:
+    try:
+        certificate = certify(pair.before, pair.after, pair.root / "masks", pair.root / "basis")
+    except ArtifactError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+        return "refused"
+    json.dumps(certificate, allow_nan=False)
+    assert certificate["kept"] is (certificate["outcome"] == "kept")
+    return str(certificate["outcome"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("what", "expected", "forge"), FORGERIES, ids=[f.__name__.strip("_") for _, _, f in FORGERIES])
+def test_forged(pairs: dict[str, Any], what: str, expected: str, forge: Forge, dtype: str, tmp_path: Path) -> None:
+    source, allowed, plain, slow = pairs[dtype]
+    shutil.copytree(source, tmp_path / "pair")
+    pair = Pair(tmp_path / "pair", allowed, plain, slow)
+    forge(pair)
+    assert outcome(pair) == expected
+
+
+def test_the_documents_table_is_this_one() -> None:
+    """Every shape has a line, and the line says what the tests say."""
+    lines = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \| (.+?) \|$", DOCS.read_text(), re.MULTILINE)
+    assert [(what, now) for _, what, _, now in lines] == [(what, expected) for what, expected, _ in FORGERIES]
+    assert len(lines) >= 40
+
+
+@pytest.mark.parametrize("lr", [1e-2, 1e-3, 1e-4])
+def test_honest_pairs_are_never_broken(lr: float, tmp_path: Path) -> None:
+    for name, dtype in (*DTYPES.items(), ("float16", torch.float16)):
+        for seed in range(2):
+            folder = tmp_path / f"{name}_{seed}"
+            honest(folder, dtype, lr=lr, seed=3 * seed, steps=4)
+            found = certify(folder / "before", folder / "after", folder / "masks")
+            assert found["outcome"] in ("kept", "cannot tell"), (name, seed, found["problems"])
+            assert found["outcome"] == "kept" or dtype != torch.float32
+
+
+def test_what_is_not_claimed_is_listed(pairs: dict[str, Any], tmp_path: Path) -> None:
+    source, allowed, plain, slow = pairs["float32"]
+    shutil.copytree(source, tmp_path / "pair")
+    pair = Pair(tmp_path / "pair", allowed, plain, slow)
+
+    def listed() -> dict[str, tuple[str, str]]:
+        found = certify(pair.before, pair.after, pair.root / "masks", pair.root / "basis")
+        return {part["what"]: (part["state"], part["detail"]) for part in found["not_claimed"]}
+
+    untouched = listed()
+    assert untouched["tokenizer"][0] == untouched["config.json"][0] == "the same"
+    forgeries = {forge.__name__: forge for _, _, forge in FORGERIES}
+    for name in ("_bias", "_config", "_tokenizer"):
+        forgeries[name](pair)
+    found = listed()
+    assert found["biases"] == ("changed", "1 of 1: model.layers.0.mlp.down_proj.bias (only after)")
+    assert found["config.json"] == ("changed", "rms_norm_eps, rope_theta, tie_word_embeddings")
+    assert found["tokenizer"][0] == found["chat template"][0] == "changed"
+
+
+def test_it_reads_what_from_pretrained_loads(pairs: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source, allowed, _, _ = pairs["bfloat16"]
+    loaded = AutoModelForCausalLM.from_pretrained(source / "after", dtype="auto").state_dict()
+    model = Model.of(source / "after")
+    assert all(torch.equal(model.read(f"{name}.weight"), loaded[f"{name}.weight"]) for name in allowed)
+
+
+def test_exit_status_and_json(pairs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, allowed, plain, slow = pairs["float32"]
+    forgeries = {forge.__name__: forge for _, _, forge in FORGERIES}
+    for name, status, word in ((None, 0, "KEPT"), ("_nan", 1, "BROKEN"), ("_same_twice", 3, "CANNOT TELL"), ("_zeroed", 2, "")):
+        shutil.copytree(source, tmp_path / str(name))
+        pair = Pair(tmp_path / str(name), allowed, plain, slow)
+        if name is not None:
+            forgeries[name](pair)
+        output = pair.root / "certificate.json"
+        assert main(["verify", "--before", str(pair.before), "--after", str(pair.after), "--masks_dir",
+                     str(pair.root / "masks"), "--basis_dir", str(pair.root / "basis"), "--output", str(output)]) == status
+        printed = capsys.readouterr()
+        assert f"{word}: " in printed.out if word else printed.err.startswith("error: ") and not printed.out
+        assert ("KEPT" in printed.out) is (word == "KEPT")
+        if word:
+            assert json.loads(output.read_text(), parse_constant=pytest.fail)["version"] == 2
+
+
+def test_a_certificate_is_of_the_model_that_lies_there(pairs: dict[str, Any], tmp_path: Path) -> None:
+    source, *_ = pairs["float32"]
+    found = certify(source / "before", source / "after", source / "masks")
+    write_certificate(found, tmp_path / "certificate.json")
+    certificate = json.loads((tmp_path / "certificate.json").read_text())
+    shutil.copytree(source / "after", tmp_path / "model")
+    assert still_describes(certificate, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"].view(torch.int32)[0] ^= 1
+    save_file(tensors, path)
+    assert not still_describes(certificate, tmp_path / "model")
+    for other in (None, [], {}, {"version": 2}, certificate | {"version": 1}, certificate | {"outcome": "fine"}):
+        assert not still_describes(other, source / "after")

@@ -1,0 +1,110 @@
+"""What a certificate does not claim, listed: tensors without a mask, configuration, tokenizer: changed, or the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warp_ds.artifacts import VOLATILE, is_regular, read_json
+
+#: The first that matches a tensor's name.
+KINDS = {
+    "biases": r"\.bias$",
+    "norms": r"norm[^.]*\.weight$|(^|\.)ln_\w+\.weight$",
+    "embeddings": r"(^|\.)(embed\w*|wte|wpe)\.weight$",
+    "output layer (lm_head)": r"(^|\.)(lm_head|embed_out|output)\.weight$",
+    "other layers": r"",
+}
+FILES = {
+    "generation_config.json": ("generation_config.json",),
+    "tokenizer": ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                  "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+    "chat template": ("chat_template.jinja", "chat_template.json"),
+}
+CONFIG = "config.json"
+SAME, CHANGED = "the same", "changed"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a model directory as a certificate compares it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    sha256: str
+
+
+def config_files() -> list[str]:
+    """Names of the files that are looked at beside the weights."""
+    return [CONFIG, *(name for names in FILES.values() for name in names)]
+
+
+def compare_tensors(before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor], read: Any) -> list[dict[str, str]]:
+    """{what, state, detail} of each kind of tensor; ``read`` (name -> both tensors) where dtypes differ."""
+    found = []
+    for kind in KINDS:
+        names = [name for name in sorted(before.keys() | after.keys()) if kind_of(name) == kind]
+        if not names:
+            found.append({"what": kind, "state": SAME, "detail": "none in either"})
+            continue
+        changed = [_named(name, before, after) for name in names if not _same(name, before, after, read)]
+        shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        found.append({"what": kind, "state": CHANGED if changed else SAME, "detail": (
+            f"{len(changed)} of {len(names)}: {shown}" if changed else f"{len(names)}")})
+    return found
+
+
+def kind_of(name: str) -> str:
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
+
+
+def _named(name: str, before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor]) -> str:
+    return name + (" (only before)" if name not in after else " (only after)" if name not in before else "")
+
+
+def _same(name: str, before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor], read: Any) -> bool:
+    if name not in before or name not in after or before[name].shape != after[name].shape:
+        return False
+    if before[name].dtype == after[name].dtype:
+        return before[name].sha256 == after[name].sha256
+    old, new = read(name)
+    return _equal(old, new)
+
+
+def _equal(old: Tensor, new: Tensor) -> bool:
+    return old.dtype.is_floating_point == new.dtype.is_floating_point and torch.equal(old.double(), new.double())
+
+
+def compare_files(before: Path, after: Path) -> list[dict[str, str]]:
+    """{what, state, detail} of configuration, tokenizer and chat template."""
+    old, new = (read_json(directory / CONFIG) for directory in (before, after))
+    keys = [key for key in sorted(old.keys() | new.keys()) if key not in VOLATILE and old.get(key) != new.get(key)]
+    found = [{"what": CONFIG, "state": CHANGED if keys else SAME, "detail": ", ".join(keys)}]
+    for what, names in FILES.items():
+        different = [name for name in names if _content(before / name) != _content(after / name)]
+        state = CHANGED if different else SAME
+        there = [name for name in names if _content(before / name) is not None]
+        found.append({"what": what, "state": state, "detail": ", ".join(different) or ("" if there else "none in either")})
+    return found
+
+
+def _content(path: Path) -> Any:
+    """What a file says, without what only says who wrote it; None where there is none."""
+    if not is_regular(path):
+        return None
+    data = path.read_bytes()
+    if path.suffix == ".json":
+        try:
+            value = json.loads(data)
+            return {k: v for k, v in value.items() if k not in VOLATILE} if isinstance(value, dict) else value
+        except (ValueError, RecursionError):
+            pass
+    return hashlib.sha256(data).hexdigest()
