@@ -49,7 +49,7 @@ from warp_ds.phases.state import Progress
 from warp_ds.phases.targets import check_targets, find_targets
 from warp_ds.protection import WarpCallback
 from warp_ds.zero import runtime, universal
-from warp_ds.zero.deepspeed_internals import end_engine
+from warp_ds.zero.deepspeed_internals import end_engine, nothing_unpickled, refuse_pickles, tag_of
 from warp_ds.zero.model import context_length, load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
 
@@ -147,10 +147,19 @@ def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
     if found is None:
         return None
     checkpoint = Path(found)
+    runtime.on_rank_0(lambda: check_checkpoint(checkpoint), "checking the checkpoint")
     wrote = runtime.on_rank_0(lambda: read_json(checkpoint / WholeCheckpoints.MARK).get("world_size"), "reading a checkpoint")
     if wrote in (None, runtime.world_size()):
         return checkpoint
-    return universal.convert(checkpoint, runtime.zero3_config(arguments, for_trainer=True), wrote)
+    converted = universal.convert(checkpoint, runtime.zero3_config(arguments, for_trainer=True), wrote)
+    runtime.on_rank_0(lambda: check_checkpoint(converted), "checking the converted checkpoint")
+    return converted
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """ConfigError, naming the file, where something of ``checkpoint`` would be run or lies outside of it."""
+    refuse_pickles(checkpoint)
+    tag_of(checkpoint, "latest_universal" if universal.is_converted(checkpoint) else "latest")
 
 
 def fit(
@@ -211,7 +220,8 @@ def fit(
     logger.info("training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %d)", len(samples),
                 math.ceil(arguments.epochs * sampler.steps), arguments.global_batch_size, runtime.world_size(),
                 sampler.accumulation_steps, arguments.batch_size)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with nothing_unpickled():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if whole.stopped_by is not None:
         raise preemption.Preempted(whole.stopped_by)
     runtime.on_rank_0(lambda: universal.remove_converted(directory / "trainer"), "removing a converted checkpoint")

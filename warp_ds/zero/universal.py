@@ -51,7 +51,7 @@ def convert(checkpoint: Path, deepspeed_config: dict[str, Any], wrote: int) -> P
     with runtime.on_every_rank_or_none("converting the checkpoint"):
         if runtime.rank() == 0:
             shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-            source = checkpoint / (checkpoint / "latest").read_text().strip()
+            source = checkpoint / internals.tag_of(checkpoint)
             if problem := _inconvertible(source, deepspeed_config) or _no_room(source):
                 raise ConfigError(f"{checkpoint} was written by {wrote} ranks, and these are {runtime.world_size()}; it cannot "
                                   f"be converted: {problem}. {cure}")
@@ -99,7 +99,7 @@ def complete(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
     Before a ``MaskedStep`` is made, which takes them from the optimizer's state, as after an ordinary load.
     """
     with runtime.on_every_rank_or_none("completing the loaded checkpoint"):
-        zero = checkpoint / (checkpoint / "latest_universal").read_text().strip() / "zero"
+        zero = checkpoint / internals.tag_of(checkpoint, "latest_universal") / "zero"
         saved = _read(zero / "optimizer_state.pt")[internals.OPTIMIZER_STATE]
         internals.repair_universal(optimizer.optimizer, saved["param_groups"])
         for name, param in model.named_parameters():
@@ -110,7 +110,7 @@ def complete(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
                 state = optimizer.optimizer.state[master]
                 if COEFFICIENTS not in state:
                     state[COEFFICIENTS] = master.detach().clone()
-                mine = torch.load(file, weights_only=True, mmap=True)[runtime.rank() * length :][:length]
+                mine = _read(file)[runtime.rank() * length :][:length]
                 state[COEFFICIENTS].narrow(0, offset, len(mine)).copy_(mine)
 
 
@@ -167,7 +167,8 @@ def _convert_here(source: Path, target: Path, workers: int) -> None:
 
     sys.argv = ["ds_to_universal", "--input_folder", str(source), "--output_folder", str(target),
                 "--num_extract_workers", str(workers), "--num_merge_workers", str(min(workers, 4))]
-    ds_to_universal.main(ds_to_universal.parse_arguments())
+    with internals.nothing_unpickled():  # in its workers too, which are forked
+        ds_to_universal.main(ds_to_universal.parse_arguments())
     _shrink(target / "zero" / "optimizer_state.pt")
     _add_coefficients(source, target / "zero")
     for path in target.parent.rglob("*"):
@@ -199,7 +200,7 @@ def _add_coefficients(source: Path, zero: Path) -> None:
             pieces = [state["state"][sub_group].get(COEFFICIENTS) for state in states]
             if pieces[0] is not None:
                 whole = torch.cat([piece[offset : offset + length] for piece in pieces])[:entries]
-                if not torch.equal(whole, torch.load(zero / name / "fp32.pt", weights_only=True, mmap=True)):
+                if not torch.equal(whole, _read(zero / name / "fp32.pt")):
                     torch.save(whole, zero / name / f"{COEFFICIENTS}.pt")
             offset += length
 
@@ -215,8 +216,8 @@ def _model_file(source: Path) -> Path:
 
 
 def _read(path: Path) -> Any:
-    with torch.serialization.safe_globals(internals.checkpoint_classes()):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with internals.nothing_unpickled():
+        return torch.load(path, map_location="cpu", mmap=True)
 
 
 def _end_with(parent: int) -> None:
