@@ -269,7 +269,7 @@ def refuse_pickles(directory: Path) -> None:
         try:
             with torch.serialization.safe_globals(checkpoint_classes()), safe_globals():
                 unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except Exception as error:  # noqa: BLE001: whatever is wrong with it, it is not loaded
+        except Exception as error:  # noqa: BLE001
             raise ConfigError(_refusal(path, f"{type(error).__name__}: {error}")) from error
         if unsafe:
             raise ConfigError(_refusal(path, ", ".join(sorted(unsafe))))
@@ -280,7 +280,7 @@ def _refusal(path: Any, what: str) -> str:
     try:
         with torch.serialization.safe_globals(checkpoint_classes()), safe_globals():
             found = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))) or what
-    except Exception:  # noqa: BLE001: what was said before is as good
+    except Exception:  # noqa: BLE001
         pass
     return (f"{path} is not loaded: it holds {' '.join(found.split())[:200]}, and a checkpoint holds tensors and plain values "
             "alone. Was it written by this program? Remove the checkpoint, or start anew with --resume never")
@@ -292,10 +292,11 @@ def tag_of(checkpoint: Path, file: str = "latest") -> str:
     try:
         tag = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): remove the checkpoint, or start anew with --resume never") from error
+        raise ConfigError(f"{path} cannot be read ({error}): remove the checkpoint, or start anew "
+                          "with --resume never") from error
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", tag) or not (checkpoint / tag).is_dir():
-        raise ConfigError(f"{path} names {tag[:80]!r}, which is no directory of this checkpoint: remove the checkpoint, or start "
-                          "anew with --resume never")
+        raise ConfigError(f"{path} names {tag[:80]!r}, which is no directory of this checkpoint: remove the checkpoint, or "
+                          "start anew with --resume never")
     return tag
 
 
