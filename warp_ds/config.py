@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -16,6 +16,8 @@ from typing import Any, Literal, NoReturn, TypeVar
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from warp_ds import trainer_flags
 
 LAYER_TYPES = ("ffn_down", "ffn_up", "ffn_gate", "attn_q", "attn_k", "attn_v", "attn_o")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -318,7 +320,12 @@ Arguments = TypeVar("Arguments", bound=RunArguments)
 #: Flags that do not change what a run computes: two runs that differ in these alone may resume one another.
 NOT_IDENTITY = ("output_dir", "log_dir", "run_name", "resume", "debug", "device", "timeout", "local_rank", "deepspeed",
                 "save_minutes", "max_requeues", "arms", "learning_rates", "arm_rates", "seeds", "at_utility",
-                "keep_models")
+                "keep_models", "batch_size", "eval_batch_size", "gradient_checkpointing", "basis_placement", "collect",
+                "svd_placement")
+#: Of what lies on this machine's disks, a run knows the contents (``start_run``'s fingerprints), whatever the path.
+BY_CONTENT = ("model_name", "safety_data", "utility_data", "utility_heldout", "harmful_data", "harmless_data", "refusal_file",
+              "basis_dir", "masks_dir", "reference_model", "judge_model", "unaligned_model", "unaligned_data", "mix_file",
+              "foundation_data", "prompt_file")
 
 
 class FlagParser(HfArgumentParser):
@@ -332,8 +339,8 @@ class FlagParser(HfArgumentParser):
 
 
 CONFIG_HELP = "--config FILE reads flags from a YAML file, such as 'keep_ratio: 0.1'; those on the command line win."
-PASSED_HELP = ("Every other flag of transformers' TrainingArguments is taken too and passed on, such as --lr_scheduler_type "
-               "cosine --warmup_steps 50 --report_to tensorboard.")
+PASSED_HELP = ("Flags of transformers' TrainingArguments are taken too, such as --lr_scheduler_type cosine --warmup_steps 50 "
+               f"--report_to tensorboard wandb: {', '.join(sorted(trainer_flags.WORKS))}.")
 
 
 def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:
@@ -347,19 +354,55 @@ def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arg
 def parse_training(kind: type[Arguments], argv: list[str] | None = None) -> tuple[Arguments, dict[str, Any]]:
     """The flags of phase 0 or 3, and what else of transformers' TrainingArguments was given (name -> value)."""
     arguments, rest = _parse(kind, argv, f"{CONFIG_HELP} {PASSED_HELP}")
+    return arguments, _passed(rest, kind)
+
+
+def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:
+    """The TrainingArguments in ``rest``; ConfigError for what is unknown, refused, or has no effect here."""
     if not rest:
-        return arguments, {}
+        return {}
+    kept: list[str] = []
+    unknown: list[str] = []
+    problems: list[str] = []
+    for words in grouped(rest):
+        name = words[0].lstrip("-").replace("-", "_")
+        field = name if name in trainer_flags.FIELDS else name.removeprefix("no_")
+        value = words[1:] if field == name else ["false"]
+        if not words[0].startswith("--") or field not in trainer_flags.FIELDS:
+            unknown += words
+        elif field in trainer_flags.WORKS:
+            kept += words
+        elif reason := trainer_flags.why_refused(field, value):
+            problems.append(reason)
+    if unknown:
+        raise unknown_flags(unknown, [*names_of(kind), *trainer_flags.WORKS])
+    if problems:
+        raise ConfigError("; ".join(problems))
     passed = FlagParser(TrainingArguments)
+    trainer_flags.several_words(passed)
     for action in passed._actions:
         action.default, action.required = argparse.SUPPRESS, False
-    found, unknown = passed.parse_known_args(rest)
-    if unknown:
-        raise unknown_flags(unknown, [*names_of(kind), *names_of(TrainingArguments)])
-    given = vars(found)
-    for name in given:
-        if hasattr(arguments, name) or name in _REPLACED:
-            raise ConfigError(f"--{name} is set by this project: use {_REPLACED.get(name, '--' + name)}")
-    return arguments, given
+    found, more = passed.parse_known_args(kept)
+    if more:
+        raise unknown_flags(more, names_of(kind))
+    try:
+        return trainer_flags.settle(vars(found))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def grouped(words: Sequence[str]) -> list[list[str]]:
+    """Each flag with its values: ['--a=1', '--b', '2', '3'] -> [['--a', '1'], ['--b', '2', '3']]. Words before the first flag
+    are groups by themselves."""
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") and word != "--":
+            groups.append(word.split("=", 1))
+        elif groups and groups[-1][0].startswith("--"):
+            groups[-1].append(word)
+        else:
+            groups.append([word])
+    return groups
 
 
 def _parse(kind: type[Arguments], argv: list[str] | None, epilog: str) -> tuple[Arguments, list[str]]:
@@ -384,20 +427,6 @@ def unknown_flags(words: Sequence[str], known: Iterable[str]) -> ConfigError:
         near = difflib.get_close_matches(name.lstrip("-").replace("-", "_").lower(), known, n=1)
         found.append(f"unknown flag {name}: " + (f"did you mean --{near[0]}?" if near else "--help lists all"))
     return ConfigError("; ".join(found) or f"{words[0]!r} belongs to no flag: --help lists all")
-
-
-_REPLACED = {
-    "learning_rate": "--learning_rates",  # of compare and sweep: phases 0 and 3 have it themselves
-    "num_train_epochs": "--epochs",
-    "activation_checkpointing": "--gradient_checkpointing",
-    "per_device_train_batch_size": "--batch_size",
-    "gradient_accumulation_steps": "--global_batch_size",
-    "resume_from_checkpoint": "--resume",
-    "bf16": "--dtype bfloat16",
-    "fp16": "--dtype float16",
-    "use_cpu": "--device cpu",
-    "optim": "the optimizer section of the DeepSpeed configuration",
-}
 
 
 def _with_config_file(argv: list[str] | None) -> list[str]:
@@ -461,8 +490,23 @@ def check_keep_ratio(keep_ratio: float) -> None:
 
 
 def identity_settings(arguments: RunArguments) -> dict[str, Any]:
-    """The flags that decide what a run computes."""
-    return {k: v for k, v in dataclasses.asdict(arguments).items() if k not in NOT_IDENTITY}
+    """The flags that decide what a run computes, in one spelling each."""
+    return in_one_spelling(dataclasses.asdict(arguments))
+
+
+def in_one_spelling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As ``identity_settings``, of flags that a run has written down."""
+    return {name: _plain(name, value) for name, value in settings.items() if name not in NOT_IDENTITY}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name in ("basis_dir", "masks_dir"):
+        return "none" if value == "none" else "by content"  # given, or the newest: the fingerprint says which
+    if name in BY_CONTENT and value and all(Path(part).expanduser().exists() for part in str(value).split(",")):
+        return "by content"
+    if name == "lm_eval_include" and value:
+        return str(Path(value).expanduser().resolve())
+    return int(value) if isinstance(value, float) and value.is_integer() else value  # 3.0 epochs are 3
 
 
 def _at_least(arguments: RunArguments, name: str, least: int) -> None:

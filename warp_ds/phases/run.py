@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import dataclasses
 import logging
 import os
 import sys
@@ -18,12 +17,13 @@ from typing import Any
 
 import datasets
 
-from warp_ds.artifacts import ArtifactError, read_json, remove_unfinished, write_json
+from warp_ds.artifacts import remove_unfinished, write_json
 from warp_ds.cluster import slurm
 from warp_ds.cluster.preemption import Preempted
-from warp_ds.config import ConfigError, RunArguments, identity_settings
+from warp_ds.config import ConfigError, RunArguments
 from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
-from warp_ds.phases.lock import RunLock, alive
+from warp_ds.phases.identity import Identity, identify, unfinished
+from warp_ds.phases.lock import RunLock
 from warp_ds.phases.state import note, now
 from warp_ds.zero import runtime
 
@@ -79,16 +79,15 @@ def start_run(
     """Makes, or goes on with, the run directory of ``phase`` ('phase1'); locked until the block ends. Collective.
 
     ``inputs`` are the fingerprints of what the run reads (model, data, basis ...): with the settings they decide
-    which unfinished run is the same one; ``passed`` are settings besides ``arguments``.
+    which unfinished run is the same one (``phases.identity``); ``passed`` are settings besides ``arguments``.
     Raises ConfigError on every rank where --run_name is taken by another run, or the run is alive elsewhere.
     """
-    settings = {**identity_settings(arguments), **(passed or {})}
-    identity = hashlib.sha256(json.dumps([phase, settings, inputs], sort_keys=True, default=str).encode()).hexdigest()[:16]
     lock: RunLock | None = None
 
     def choose() -> dict[str, Any]:
         nonlocal lock
-        for directory, goes_on, certain in _candidates(phase, arguments, identity, settings):
+        identity = identify(phase, arguments, inputs, passed or {})
+        for directory, goes_on, certain in _candidates(phase, arguments, identity):
             directory.mkdir(parents=True, exist_ok=True)
             candidate = RunLock(directory)
             try:
@@ -101,19 +100,22 @@ def start_run(
             break
         if not resumed:
             write_json(directory / "config.json", {
-                "phase": phase, "identity": identity, "settings": settings, "inputs": inputs,
+                **identity.record, "settings": {**dataclasses.asdict(arguments), **(passed or {})},
                 "started_at": now(), "versions": versions(), "command": sys.argv, "world_size": runtime.world_size(),
                 "working_directory": os.getcwd(),
             })
         (directory / FAILURE).unlink(missing_ok=True)
         remove_unfinished(directory)
-        return {"directory": str(directory), "resumed": resumed, "done": (directory / "finished.json").is_file()}
+        near = "" if resumed or arguments.resume != "auto" or arguments.run_name else identity.nearest(directory)
+        return {"directory": str(directory), "resumed": resumed, "done": (directory / "finished.json").is_file(), "near": near}
 
     try:
         chosen = runtime.on_rank_0(choose, "opening the run directory")
         directory = Path(chosen["directory"])
         with runtime.peak_memory() as memory, log_to_file(Path(arguments.log_dir), directory.name):
             run = Run(phase, directory, chosen["resumed"], chosen["done"], time.time(), memory)
+            if chosen["near"]:
+                logger.warning("%s: %s", phase, chosen["near"])
             if run.done:
                 logger.info("%s is finished already: %s", phase, run.directory)
             else:
@@ -135,9 +137,7 @@ def start_run(
             lock.release()
 
 
-def _candidates(
-    phase: str, arguments: RunArguments, identity: str, settings: dict[str, Any]
-) -> Iterator[tuple[Path, bool, bool]]:
+def _candidates(phase: str, arguments: RunArguments, identity: Identity) -> Iterator[tuple[Path, bool, bool]]:
     """(directory, whether a run is gone on with, whether no other directory will do), the best first."""
     root = Path(arguments.output_dir)
     if arguments.resume not in ("auto", "never"):
@@ -145,7 +145,7 @@ def _candidates(
         if not (wanted / "config.json").is_file():
             raise ConfigError(f"--resume {arguments.resume}: no run there (no config.json); use auto, never or a run's "
                               "directory")
-        _check_identity(wanted, identity, settings)
+        identity.check(wanted)
         yield wanted, True, True
         return
     job = slurm.job_id()
@@ -154,35 +154,19 @@ def _candidates(
     if named is not None and (named / "config.json").is_file():
         if arguments.resume == "never" and (arguments.run_name or not os.environ.get("SLURM_RESTART_COUNT")):
             raise ConfigError(f"--resume never, but {named} exists: choose another --run_name")
-        _check_identity(named, identity, settings)
+        identity.check(named)
         yield named, True, True
         return
     if arguments.resume == "auto" and not arguments.run_name:
-        for path in sorted(root.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
-            run = path.parent
-            if run.is_symlink() or (run / "finished.json").is_file() or alive(run):
-                continue
-            try:
-                if read_json(path).get("identity") == identity:
-                    yield run, True, False
-            except ArtifactError:
-                continue
+        for run in unfinished(root):
+            if identity.differences(run) == []:
+                yield run, True, False
     if named is not None:
         yield named, False, True
         return
     stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
     candidates = [root / f"{phase}_{stamp}"] + [root / f"{phase}_{stamp}_{i}" for i in range(2, 100)]
     yield next(path for path in candidates if not path.exists()), False, True
-
-
-def _check_identity(run: Path, identity: str, settings: dict[str, Any]) -> None:
-    config = read_json(run / "config.json")
-    if config.get("identity") == identity:
-        return
-    before = config.get("settings", {})
-    changed = [f"{k}: {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
-    raise ConfigError(f"{run} was started with other settings or data ({'; '.join(changed) or 'other model or data'}): "
-                      "use another --run_name, or the same settings")
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 
+from warp_ds import trainer_flags
 from warp_ds.artifacts import (
     MaskStore,
     find_artifact,
@@ -62,6 +64,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     ``passed`` are further TrainingArguments. Raises ConfigError, DataError or ArtifactError before any work where
     model, data, basis and masks do not fit together.
     """
+    check_training(arguments, passed)
     model_dir = resolve_model_dir(arguments.model_name)
     with runtime.on_every_rank_or_none("checking the inputs"):
         pairs = load_pairs(
@@ -95,6 +98,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
 
 def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] | None = None) -> Path:
     """Phase 0: every parameter trains on the safety set; returns the run directory. Collective."""
+    check_training(arguments, passed)
     model_dir = resolve_model_dir(arguments.model_name)
     with runtime.on_every_rank_or_none("checking the inputs"):
         pairs = load_pairs(
@@ -181,28 +185,12 @@ def fit(
         len(samples), arguments.global_batch_size, arguments.batch_size, runtime.world_size(), shuffle=True,
         seed=arguments.seed,
     )
-    options: dict[str, Any] = {
-        "logging_steps": 10, "save_strategy": "no", "report_to": "none", "disable_tqdm": runtime.rank() != 0,
-        **(passed or {}),
-    }
-    training = TrainingArguments(
-        output_dir=str(directory / "trainer"),
-        per_device_train_batch_size=arguments.batch_size,
-        gradient_accumulation_steps=sampler.accumulation_steps,
-        num_train_epochs=arguments.epochs,
-        learning_rate=arguments.learning_rate,
-        **_checkpointing(arguments.gradient_checkpointing),
-        bf16=arguments.dtype == "bfloat16",
-        fp16=arguments.dtype == "float16",
-        use_cpu=arguments.resolved_device == "cpu",
-        seed=arguments.seed,
-        deepspeed=_trainer_config(arguments, converted=checkpoint is not None and universal.is_converted(checkpoint)),
-        remove_unused_columns=False,
-        ddp_timeout=arguments.timeout,
-        **options,
-    )
+    passed = {**trainer_flags.DEFAULTS, **(passed or {})}
+    keep = passed.pop("save_total_limit", None)
+    training = trainer_arguments(arguments, passed, directory, sampler.accumulation_steps,
+                                 converted=checkpoint is not None and universal.is_converted(checkpoint))
     metrics = MetricsFile(directory / "metrics.jsonl")
-    whole = WholeCheckpoints(arguments.save_minutes)
+    whole = WholeCheckpoints(arguments.save_minutes, keep or 1)
     trainer = GlobalBatchTrainer(
         model=model, args=training, train_dataset=samples, tokenizer=tokenizer, sampler=sampler,
         callbacks=[*callbacks, metrics, whole],
@@ -210,6 +198,9 @@ def fit(
     for callback in callbacks:
         if isinstance(callback, WarpCallback):
             callback.before_reporters(trainer)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(directory / "tensorboard")  # one curve, however often the run goes on
     if runtime.rank() > 0:
         trainer.remove_callback(PrinterCallback)  # rank 0's lines are enough
     if checkpoint is not None:
@@ -217,15 +208,98 @@ def fit(
         runtime.on_rank_0(lambda: metrics.keep_until(checkpoint.name), "trimming the metrics")
         if universal.is_converted(checkpoint):
             trainer.callback_handler.callbacks.insert(0, CompleteConverted(trainer, checkpoint))  # before the WarpCallback
-    logger.info("training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %d)", len(samples),
-                math.ceil(arguments.epochs * sampler.steps), arguments.global_batch_size, runtime.world_size(),
-                sampler.accumulation_steps, arguments.batch_size)
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(arguments.epochs * sampler.steps)
+    logger.info("training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %d)", len(samples), steps,
+                arguments.global_batch_size, runtime.world_size(), sampler.accumulation_steps, arguments.batch_size)
+    runtime.on_rank_0(lambda: checkpoints.refuse_foreign(directory / "trainer", steps), "looking for foreign checkpoints")
     with nothing_unpickled():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if whole.stopped_by is not None:
         raise preemption.Preempted(whole.stopped_by)
     runtime.on_rank_0(lambda: universal.remove_converted(directory / "trainer"), "removing a converted checkpoint")
     return trainer
+
+
+def trainer_arguments(arguments: TrainingFlags, passed: Mapping[str, Any], directory: Path, accumulation_steps: int,
+                      converted: bool = False) -> TrainingArguments:
+    """What Trainer is told; ``passed`` are TrainingArguments of the user's, and trainer_flags.DEFAULTS."""
+    config = _trainer_config(arguments, converted)
+    options = {"disable_tqdm": runtime.rank() != 0, **passed}
+    clipping = config["gradient_clipping"]
+    if clipping != "auto":
+        options.setdefault("max_grad_norm", clipping)
+    return TrainingArguments(
+        output_dir=str(directory / "trainer"),
+        run_name=directory.name,
+        per_device_train_batch_size=arguments.batch_size,
+        gradient_accumulation_steps=accumulation_steps,
+        num_train_epochs=arguments.epochs,
+        learning_rate=arguments.learning_rate,
+        **_checkpointing(arguments.gradient_checkpointing),
+        bf16=arguments.dtype == "bfloat16",
+        fp16=arguments.dtype == "float16",
+        use_cpu=arguments.resolved_device == "cpu",
+        seed=arguments.seed,
+        deepspeed=config,
+        remove_unused_columns=False,
+        ddp_timeout=arguments.timeout,
+        **options,
+    )
+
+
+def check_training(arguments: TrainingFlags, passed: Mapping[str, Any] | None) -> None:
+    """ConfigError, on every rank and before any work, for flags that Trainer or the DeepSpeed configuration contradict.
+    Collective."""
+    with runtime.on_every_rank_or_none("checking the flags of the training"):
+        sampler = GlobalBatchSampler(1, arguments.global_batch_size, arguments.batch_size, runtime.world_size())
+        given = {**trainer_flags.DEFAULTS, **(passed or {})}
+        given.pop("save_total_limit", None)
+        _check_sections(_trainer_config(arguments, converted=False), passed or {})
+        try:
+            made = trainer_arguments(arguments, given, Path(arguments.output_dir) / "run", sampler.accumulation_steps)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            raise ConfigError(f"these flags do not go together: {error}") from error
+        found = made.hf_deepspeed_config.mismatches  # which Trainer would find once the model is loaded
+        if found:
+            said = "; ".join(line.strip(" -") for line in found)
+            raise ConfigError(f"--deepspeed {arguments.deepspeed} contradicts the flags ({said}): set these values of the file "
+                              "to 'auto', and give the flags")
+
+
+#: Flags that fill the optimizer's and the scheduler's section of a DeepSpeed configuration, and the keys that they fill.
+_FILLED = {
+    "optimizer": {"learning_rate": "lr", "adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps",
+                  "weight_decay": "weight_decay"},
+    "scheduler": {"learning_rate": "warmup_max_lr", "warmup_steps": "warmup_num_steps"},
+}
+
+
+def _check_sections(config: Mapping[str, Any], passed: Mapping[str, Any]) -> None:
+    """ConfigError for a flag that the optimizer's or scheduler's section of the DeepSpeed configuration overrules."""
+    for section, keys in _FILLED.items():
+        params = config.get(section, {}).get("params", {})
+        for name in ("learning_rate", *passed):
+            key = keys.get(name)
+            if section in config and key and key not in params and not _has_no(key, config[section].get("type")):
+                raise ConfigError(f"--{name} has no effect: the {section} section of the DeepSpeed configuration decides it, "
+                                  f"without params.{key}; write \"{key}\": \"auto\" there")
+    if "scheduler" not in config:
+        return
+    for name in ("lr_scheduler_type", "lr_scheduler_kwargs"):
+        if name in passed:
+            raise ConfigError(f"--{name} has no effect: the scheduler section of the DeepSpeed configuration decides it; leave "
+                              "one of them out")
+    warmup = passed.get("warmup_steps", 0)
+    for key, wanted in (("total_num_steps", "auto"), ("warmup_num_steps", max(1, warmup) if warmup == int(warmup) else "auto")):
+        given = config["scheduler"].get("params", {}).get(key, "auto")
+        if given not in ("auto", wanted):
+            raise ConfigError(f"the DeepSpeed configuration sets scheduler.params.{key} to {given}, which the flags decide: "
+                              "write \"auto\" there")
+
+
+def _has_no(key: str, kind: str | None) -> bool:
+    """Whether DeepSpeed's optimizer or scheduler ``kind`` has no such parameter, so that the flag reaches it otherwise."""
+    return key == "warmup_max_lr" and kind not in ("WarmupLR", "WarmupDecayLR")
 
 
 def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, directory: Path, model_card: str) -> None:
@@ -282,6 +356,8 @@ class GlobalBatchTrainer(Trainer):
             batch_sampler=self.sampler,
             collate_fn=lambda rows: pad_batch(rows, pad),
             num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         ))
 
@@ -308,6 +384,8 @@ class MetricsFile(TrainerCallback):
         if self._progress is None:
             self._progress = Progress(self.path.parent, state.max_steps, "steps")
         self._progress.at(state.global_step)
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # else a run shorter than --logging_steps says no loss at all
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -340,8 +418,9 @@ class WholeCheckpoints(TrainerCallback):
 
     MARK = "whole.json"
 
-    def __init__(self, minutes: float):
-        self.minutes = minutes
+    def __init__(self, minutes: float, keep: int = 1):
+        """``keep``: how many checkpoints stay. Trainer itself would remove older ones before the new one is marked."""
+        self.minutes, self.keep = minutes, keep
         self.stopped_by: str | None = None
         """The signal that ended training, with a checkpoint; after the last step too, as writing the model takes long."""
         self._last = time.monotonic()
@@ -370,11 +449,14 @@ class WholeCheckpoints(TrainerCallback):
             root = Path(args.output_dir or ".")
             directory = root / f"checkpoint-{state.global_step}"
             write_json(directory / self.MARK, {"step": state.global_step, "world_size": runtime.world_size()})
-            for older in root.glob("checkpoint-*"):
-                # One whole checkpoint is kept unless the user asked for more.
-                if older != directory and args.save_total_limit is None:
-                    shutil.rmtree(older, ignore_errors=True)
+            made = [path for path in root.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+            for older in sorted(made, key=_step_of, reverse=True)[self.keep :]:
+                shutil.rmtree(older, ignore_errors=True)
             universal.remove_converted(root)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def newest_whole_checkpoint(directory: Path) -> str | None:
@@ -383,7 +465,7 @@ def newest_whole_checkpoint(directory: Path) -> str | None:
         if not (path / WholeCheckpoints.MARK).is_file():
             shutil.rmtree(path, ignore_errors=True)
     found = [p.parent for p in directory.glob(f"checkpoint-*/{WholeCheckpoints.MARK}")]
-    return str(max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))) if found else None
+    return str(max(found, key=_step_of)) if found else None
 
 
 def _model_card(arguments: TrainArguments, masks_dir: Path | None) -> str:

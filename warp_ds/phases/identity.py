@@ -1,0 +1,153 @@
+"""Which unfinished run is the same one: what changes a run's result, by content, and nothing else.
+
+Micro-batch, checkpointing, placement, the spelling of paths, saving and logging change no result (``config.NOT_IDENTITY``,
+``config.BY_CONTENT``, ``trainer_flags.CHANGES_NO_TRAINING``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from warp_ds import trainer_flags
+from warp_ds.artifacts import ArtifactError, BasisStore, find_artifact, fingerprint_model, read_json
+from warp_ds.config import ConfigError, RunArguments, identity_settings, in_one_spelling
+from warp_ds.phases.lock import alive
+from warp_ds.phases.state import PROGRESS
+from warp_ds.zero import runtime
+
+NEAR = 3
+"""Differences up to which another run is nearly the same one."""
+
+
+@dataclass
+class Identity:
+    """What decides a run's result."""
+
+    phase: str
+    settings: dict[str, Any]
+    """The flags that count, in one spelling each, and the sections of the DeepSpeed configuration that do."""
+    inputs: dict[str, str]
+    """Fingerprints of what the phase reads, by name."""
+    contents: dict[str, str]
+    """Digests of what flags name besides, by name."""
+    given: dict[str, Any]
+    """The flags as they were given, for messages."""
+    defaults: dict[str, Any]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Its part of config.json."""
+        known = {"phase": self.phase, "inputs": self.inputs, "compared": self.settings, "contents": self.contents}
+        return {**known, "identity": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]}
+
+    def differences(self, run: Path) -> list[str] | None:
+        """What keeps ``run`` apart, one phrase each; None where it is another phase's, or no run."""
+        try:
+            config = read_json(run / "config.json")
+        except ArtifactError:
+            return None
+        if config.get("phase") != self.phase or not isinstance(config.get("settings"), dict):
+            return None
+        there, before = config["settings"], config.get("compared") or in_one_spelling(config["settings"])
+        found = []
+        for name in sorted(self.settings.keys() | before.keys()):
+            old, new = (side.get(name, self.defaults.get(name)) for side in (before, self.settings))
+            if old != new:
+                found.append(f"--{name} was {_shown(there.get(name, old))} and is {_shown(self.given.get(name, new))}")
+        for kind, mine in (("inputs", self.inputs), ("contents", self.contents)):
+            others = config.get(kind, mine)
+            found += [f"the contents of {_of(name)} are others ({others.get(name, 'none')} and {mine.get(name, 'none')})"
+                      for name in sorted(mine.keys() | others.keys()) if others.get(name) != mine.get(name)]
+        return found
+
+    def check(self, run: Path) -> None:
+        """ConfigError where ``run``, which was named, is not this one, with all that keeps it apart."""
+        found = self.differences(run)
+        if found is None:
+            other = read_json(run / "config.json").get("phase")
+            raise ConfigError(f"{run} is a run of {other}, not of {self.phase}: use another --run_name or --resume")
+        if found:
+            raise ConfigError(f"{run} was started with other settings or data: {'; '.join(found)}. Give them as they were to "
+                              "go on with it, or another --run_name to start anew")
+
+    def nearest(self, own: Path) -> str:
+        """Which unfinished run beside ``own`` is nearly this one, and what keeps it apart, in words; '' for none."""
+        near = [(len(found), place, run, found) for place, run in enumerate(unfinished(own.parent))
+                if run != own and (found := self.differences(run)) and len(found) <= NEAR]
+        if not near:
+            return ""
+        _, _, run, found = min(near)
+        return (f"{run}, unfinished{_progress(run)}, is nearly the same run and is not gone on with: {'; '.join(found)}. Give "
+                "them as they were to go on with it")
+
+
+def identify(phase: str, arguments: RunArguments, inputs: Mapping[str, str], passed: Mapping[str, Any]) -> Identity:
+    """The identity of a run of ``arguments``. Reads what they name on the disk: rank 0 alone calls it."""
+    settings = {**identity_settings(arguments), **trainer_flags.training_settings(passed), **_sections(arguments)}
+    defaults = {f.name: f.default for f in dataclasses.fields(arguments)}
+    return Identity(phase, json.loads(json.dumps(settings, default=str)), dict(inputs), _contents(arguments, inputs),
+                    {**dataclasses.asdict(arguments), **passed}, in_one_spelling(defaults))
+
+
+def unfinished(root: Path) -> Iterator[Path]:
+    """Runs in ``root`` that nobody works on and that are not finished, the newest first."""
+    for path in sorted(root.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+        run = path.parent
+        try:
+            if not run.is_symlink() and not (run / "finished.json").is_file() and not alive(run):
+                yield run
+        except OSError:
+            continue  # another user's
+
+
+def _sections(arguments: RunArguments) -> dict[str, Any]:
+    """What of the DeepSpeed configuration changes a training."""
+    if not hasattr(arguments, "global_batch_size") or arguments.deepspeed is None:
+        return {}
+    config = runtime.zero3_config(arguments, for_trainer=True)
+    return {f"deepspeed {key}": config[key] for key in ("optimizer", "scheduler", "gradient_clipping")
+            if config.get(key, "auto") != "auto"}
+
+
+_TOKENIZER = ("tokenizer*.json", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+              "generation_config.json")
+
+
+def _contents(arguments: RunArguments, inputs: Mapping[str, str]) -> dict[str, str]:
+    """Of models: the tokenizer's files; of what the phase's own ``inputs`` leave out: its weights, or its basis."""
+    found = {}
+    for flag in ("model_name", "reference_model", "judge_model", "unaligned_model"):
+        directory = Path(getattr(arguments, flag, None) or "").expanduser()
+        if getattr(arguments, flag, None) and directory.is_dir():
+            digest = hashlib.sha256()
+            for path in sorted({path for pattern in _TOKENIZER for path in directory.glob(pattern) if path.is_file()}):
+                digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+            found[f"{flag}'s tokenizer"] = digest.hexdigest()[:16]
+            if flag != "model_name":
+                found[flag] = fingerprint_model(directory)
+    basis = getattr(arguments, "basis_dir", None)
+    if basis and not {"basis", "masks"} & inputs.keys():
+        found["basis_dir"] = BasisStore(find_artifact(basis, "basis", arguments.output_dir)).fingerprint()
+    return found
+
+
+def _of(name: str) -> str:
+    return f"--{name}" if name.startswith(("model_name", "reference_", "judge_", "unaligned_", "basis_dir")) else f"the {name}"
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else str(value)
+
+
+def _progress(run: Path) -> str:
+    try:
+        found = json.loads((run / PROGRESS).read_text())
+        return f" ({found['done']:g} of {found['total']:g} {found['unit']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
