@@ -107,6 +107,7 @@ def goes_on(kind: str, root: Path, output: Path) -> str:
     part = next(output.glob("phase3_2*")) / "trainer" / "universal-2.part"
     if runtime.rank() == 0:
         (part / "zero").mkdir(parents=True)  # by a conversion that was killed
+        (part / "begun.json").touch()
     runtime.barrier()
     assert run(kind, root, output, stop_at=4) is None
     trainer = part.parent

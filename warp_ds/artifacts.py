@@ -5,10 +5,12 @@ Every file appears under its final name only when whole: written aside, fsynced,
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -70,15 +72,38 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Removes what a process that was killed had begun to write anywhere under ``directory``."""
-    for aside in directory.glob("**/.*.tmp"):
-        if aside.is_file():
-            aside.unlink(missing_ok=True)
+    """Removes what a process of this program that was killed had begun to write anywhere under ``directory``."""
+    for parent, _, files in os.walk(directory):  # through no link
+        for name in filter(is_aside, files):
+            aside = Path(parent, name)
+            if not aside.is_symlink():
+                aside.unlink(missing_ok=True)
+
+
+def remove_own(directory: Path, names: str) -> None:
+    """Removes the files in ``directory`` whose names match ``names``, and it, if nothing else is in it."""
+    if directory.is_dir() and not directory.is_symlink():
+        for path in directory.iterdir():
+            if (re.fullmatch(names, path.name) or is_aside(path.name)) and path.is_file():
+                path.unlink(missing_ok=True)
+        try:
+            directory.rmdir()
+        except OSError:
+            pass
+
+
+def is_aside(name: str) -> bool:
+    """Whether a file of this name was begun by this program, and never finished."""
+    return _ASIDE.fullmatch(name) is not None
+
+
+#: What ``_write_aside`` calls the files it writes, and nobody else.
+_ASIDE = re.compile(r"\..+\.[0-9a-f]{8}\.warp_ds\.tmp", re.DOTALL)
 
 
 def _write_aside(path: Path, write: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.warp_ds.tmp")
     try:
         write(aside)
         with open(aside, "rb+") as file:
@@ -89,11 +114,20 @@ def _write_aside(path: Path, write: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises ArtifactError where the file is missing or no JSON."""
+    """Raises ArtifactError where the file is missing, no file (a pipe, a directory) or no JSON."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        return json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """A file's UTF-8 text. OSError where it is none: opening a pipe would wait for ever for somebody to write."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        return file.read()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -383,11 +417,17 @@ def phase_of(run: Path) -> str | None:
     return run_config(run).get("phase")
 
 
+def is_run(directory: Path) -> bool:
+    """Whether ``directory`` is a run's: a model's directory, say, has a config.json too."""
+    config = run_config(directory)
+    return isinstance(config.get("phase"), str) and isinstance(config.get("identity"), str)
+
+
 def run_config(run: Path) -> dict[str, Any]:
     """A run's config.json; empty where ``run`` is no run's directory."""
     try:
-        found = json.loads((run / "config.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        found = read_json(run / "config.json")
+    except ArtifactError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -15,6 +15,8 @@ import hashlib
 import itertools
 import json
 import os
+import re
+import shlex
 import signal
 import time
 from collections.abc import Sequence
@@ -38,10 +40,13 @@ from warp_ds.config import (
     RunArguments,
     SafetyTuningArguments,
     TrainArguments,
+    check_run_name,
     flag,
     names_of,
     parse_arguments,
     parse_training,
+    refuse_control_characters,
+    refuse_control_characters_in_words,
     unknown_flags,
 )
 from warp_ds.phases.arms import parse_arms
@@ -128,9 +133,12 @@ def find_chain(arguments: SubmitArguments, rest: Sequence[str]) -> Chain:
     phases = parse_phases(arguments.phases)
     if arguments.parallel < 0:
         raise ConfigError(f"--parallel is a number of seeds, 0 for all, not {arguments.parallel}")
+    check_submit(arguments, rest)
     root = Path(arguments.output_dir)
     if arguments.run_name:
         directory = root / arguments.run_name
+        if directory.is_symlink() or (directory.exists() and not (directory / "chain.json").is_file()):
+            raise ConfigError(f"{directory} is there already, and no chain of launch/submit.py: use another --run_name")
     else:
         directory = root / f"chain_{datetime.now():%Y%m%d_%H%M%S}"
         for path in sorted(root.glob("*/chain.json"), key=lambda p: p.stat().st_mtime, reverse=True):
@@ -150,6 +158,49 @@ def find_chain(arguments: SubmitArguments, rest: Sequence[str]) -> Chain:
             raise ConfigError(f"{directory} holds a chain of another command: use another --run_name, or the same flags")
         return before
     return chain
+
+
+def check_submit(arguments: SubmitArguments, rest: Sequence[str]) -> None:
+    """ConfigError for a value that would be more than one value in the batch script, or in the shell that runs it."""
+    for name, value in vars(arguments).items():
+        refuse_control_characters(f"--{name}", value)
+    refuse_control_characters_in_words(rest)
+    check_run_name(arguments.run_name)
+    for name in ("partition", "account"):
+        value = getattr(arguments, name)
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,:@+-]*", value):
+            raise ConfigError(f"--{name} {value!r} is no name that Slurm knows: letters, digits and _ . , : @ + -")
+    for option in arguments.slurm:
+        name = option.lstrip("-").partition("=")[0].replace("_", "-")
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
+            raise ConfigError(f"--slurm {option!r}: give an option of sbatch as NAME=VALUE or NAME")
+        if name in _OURS:
+            raise ConfigError(f"--slurm {option!r}: the chain itself sets {name}, by which it finds its jobs")
+    for name, value in (("output_dir", arguments.output_dir), ("run_name", arguments.run_name or ""),
+                        *(("slurm", option) for option in arguments.slurm)):
+        # In paths it replaces what follows a %; quotes within quotes it reads in its own way.
+        wrong = re.search("['\"\\\\]" if name == "slurm" else "['\"\\\\%]", value)
+        if arguments.cluster == "slurm" and wrong:
+            raise ConfigError(f"--{name} {value!r}: Slurm reads {wrong[0]} as more than itself; leave it out")
+    if arguments.python is not None:
+        _python_words(arguments.python)
+
+
+#: Options of sbatch without which a chain does not find its jobs, their output or their order.
+_OURS = ("array", "chdir", "comment", "dependency", "error", "input", "job-name", "kill-on-invalid-dep", "open-mode", "output",
+         "signal", "wrap")
+
+
+def _python_words(text: str) -> str:
+    """--python as one command of a shell, each of its words quoted; ConfigError where it is more than that."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"--python {text!r}: {error}") from error
+    if not words or re.search(r"[;&|<>`$()]", text):
+        raise ConfigError(f"--python {text!r} is one command and its words, without ; & | < > ` $ ( ): put the rest into "
+                          "--setup")
+    return shlex.join(words)
 
 
 def parse_phases(text: str) -> list[str]:
@@ -271,7 +322,8 @@ def _submit_slurm(chain: Chain, arguments: SubmitArguments) -> None:
 
 def _slurm_jobs(chain: Chain, phases: list[str], arguments: SubmitArguments, after: list[str]) -> list[str]:
     """Submits one phase as a job, several as a job array; their ids."""
-    executor = submitit.AutoExecutor(chain.directory / "submitit", cluster="slurm", slurm_python=arguments.python)
+    executor = submitit.AutoExecutor(chain.directory / "submitit", cluster="slurm",
+                                      slurm_python=arguments.python and _python_words(arguments.python))
     more: dict[str, Any] = {"requeue": True, "comment": chain.mark(*phases)}
     for option in arguments.slurm:
         name, _, value = option.lstrip("-").partition("=")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds import trainer_flags
-from warp_ds.artifacts import ArtifactError, BasisStore, find_artifact, fingerprint_model, read_json
+from warp_ds.artifacts import BasisStore, find_artifact, fingerprint_model, is_run, run_config
 from warp_ds.config import ConfigError, RunArguments, identity_settings, in_one_spelling
 from warp_ds.phases.lock import alive
 from warp_ds.phases.state import PROGRESS
@@ -48,13 +48,12 @@ class Identity:
 
     def differences(self, run: Path) -> list[str] | None:
         """What keeps ``run`` apart, one phrase each; None where it is another phase's, or no run."""
-        try:
-            config = read_json(run / "config.json")
-        except ArtifactError:
+        config = run_config(run)
+        parts = [config.get(name, {}) for name in ("settings", "compared", "inputs", "contents")]
+        if not is_run(run) or config["phase"] != self.phase or not all(isinstance(part, dict) for part in parts):
             return None
-        if config.get("phase") != self.phase or not isinstance(config.get("settings"), dict):
-            return None
-        there, before = config["settings"], config.get("compared") or in_one_spelling(config["settings"])
+        there = config.get("settings", {})
+        before = config.get("compared") or in_one_spelling(there)
         found = []
         for name in sorted(self.settings.keys() | before.keys()):
             old, new = (side.get(name, self.defaults.get(name)) for side in (before, self.settings))
@@ -70,7 +69,7 @@ class Identity:
         """ConfigError where ``run``, which was named, is not this one, with all that keeps it apart."""
         found = self.differences(run)
         if found is None:
-            other = read_json(run / "config.json").get("phase")
+            other = run_config(run).get("phase")
             raise ConfigError(f"{run} is a run of {other}, not of {self.phase}: use another --run_name or --resume")
         if found:
             raise ConfigError(f"{run} was started with other settings or data: {'; '.join(found)}. Give them as they were to "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import socket
@@ -21,7 +20,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from warp_ds.artifacts import write_json
+from warp_ds.artifacts import ArtifactError, read_json, write_json
 from warp_ds.config import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class RunLock:
 
     def acquire(self) -> None:
         """Takes the directory; over from an owner that is dead. Waits ``dead_seconds`` to tell, where flock does not."""
-        self._fd = os.open(self.directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        self._fd = os.open(self.directory / ".lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         free = _flock(self._fd, fcntl.LOCK_EX)
         deadline = time.monotonic() + 1.0  # ``alive`` holds it for a moment
         while free is False and time.monotonic() < deadline:
@@ -115,9 +114,9 @@ class RunLock:
 
     def _owner(self) -> dict[str, Any] | None:
         try:
-            found = json.loads(self.owner_file.read_text())
+            found = read_json(self.owner_file)
             return found if isinstance(found, dict) else None
-        except (OSError, json.JSONDecodeError):
+        except ArtifactError:
             return None
 
     def _in_use(self, owner: dict[str, Any] | None) -> str:
@@ -130,7 +129,10 @@ class RunLock:
 
 def alive(directory: Path) -> bool:
     """Whether some process holds ``directory`` now, as far as flock reaches. Waits for nothing."""
-    fd = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fd = os.open(directory / ".lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False  # nobody has ever locked it
     try:
         return _flock(fd, fcntl.LOCK_SH) is False  # shared: two that look do not take each other for an owner
     finally:

@@ -17,14 +17,14 @@ from typing import Any
 
 import datasets
 
-from warp_ds.artifacts import remove_unfinished, write_json
+from warp_ds.artifacts import is_aside, is_run, remove_unfinished, write_json
 from warp_ds.cluster import slurm
 from warp_ds.cluster.preemption import Preempted
 from warp_ds.config import ConfigError, RunArguments
 from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
 from warp_ds.phases.identity import Identity, identify, unfinished
 from warp_ds.phases.lock import RunLock
-from warp_ds.phases.state import note, now
+from warp_ds.phases.state import STATE, note, now
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
@@ -142,15 +142,17 @@ def _candidates(phase: str, arguments: RunArguments, identity: Identity) -> Iter
     root = Path(arguments.output_dir)
     if arguments.resume not in ("auto", "never"):
         wanted = Path(arguments.resume) if Path(arguments.resume).is_dir() else root / arguments.resume
-        if not (wanted / "config.json").is_file():
-            raise ConfigError(f"--resume {arguments.resume}: no run there (no config.json); use auto, never or a run's "
-                              "directory")
+        if not is_run(wanted):
+            raise ConfigError(f"--resume {arguments.resume}: no run of this program there (no config.json of one); "
+                              "use auto, never or a run's directory")
         identity.check(wanted)
-        yield wanted, True, True
+        yield wanted.resolve() if wanted.is_symlink() else wanted, True, True
         return
     job = slurm.job_id()
     # A requeued job keeps its id, and goes on in its own directory.
     named = root / (arguments.run_name or f"{phase}_{job}") if arguments.run_name or job else None
+    if named is not None:
+        _refuse_foreign(named)
     if named is not None and (named / "config.json").is_file():
         if arguments.resume == "never" and (arguments.run_name or not os.environ.get("SLURM_RESTART_COUNT")):
             raise ConfigError(f"--resume never, but {named} exists: choose another --run_name")
@@ -167,6 +169,14 @@ def _candidates(phase: str, arguments: RunArguments, identity: Identity) -> Iter
     stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
     candidates = [root / f"{phase}_{stamp}"] + [root / f"{phase}_{stamp}_{i}" for i in range(2, 100)]
     yield next(path for path in candidates if not path.exists()), False, True
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """ConfigError where ``directory`` is there already and no run of this program, or one that was only begun."""
+    begun = (directory / ".lock").is_file() and not (directory / "config.json").exists() and all(
+        path.name in (".lock", "owner.json", FAILURE, STATE) or is_aside(path.name) for path in directory.iterdir())
+    if (directory.exists() or directory.is_symlink()) and (directory.is_symlink() or not (begun or is_run(directory))):
+        raise ConfigError(f"{directory} is there already, and no run of this program: use another --run_name")
 
 
 def versions() -> dict[str, str]:

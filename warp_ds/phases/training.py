@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,8 +36,7 @@ from warp_ds.artifacts import (
     find_artifact,
     fingerprint_model,
     fingerprint_rows,
-    read_json,
-    write_json,
+    write_text,
 )
 from warp_ds.cluster import preemption
 from warp_ds.config import ConfigError, RunArguments, SafetyTuningArguments, TrainArguments, TrainingFlags
@@ -46,6 +44,7 @@ from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pa
 from warp_ds.data.datasets import load_pairs
 from warp_ds.data.formats import encode_dataset
 from warp_ds.evaluation.generate import pad_token
+from warp_ds.phases import checkpoints
 from warp_ds.phases.run import start_run
 from warp_ds.phases.state import Progress
 from warp_ds.phases.targets import check_targets, find_targets
@@ -147,13 +146,13 @@ def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
 
     Raises ConfigError where that cannot be done.
     """
-    found = runtime.on_rank_0(lambda: newest_whole_checkpoint(directory / "trainer"), "looking for a checkpoint")
+    found = runtime.on_rank_0(lambda: checkpoints.newest_whole(directory / "trainer"), "looking for a checkpoint")
     if found is None:
         return None
     checkpoint = Path(found)
     runtime.on_rank_0(lambda: check_checkpoint(checkpoint), "checking the checkpoint")
-    wrote = runtime.on_rank_0(lambda: read_json(checkpoint / WholeCheckpoints.MARK).get("world_size"), "reading a checkpoint")
-    if wrote in (None, runtime.world_size()):
+    wrote = runtime.on_rank_0(lambda: checkpoints.world_size_of(checkpoint), "reading a checkpoint")
+    if wrote == runtime.world_size():
         return checkpoint
     converted = universal.convert(checkpoint, runtime.zero3_config(arguments, for_trainer=True), wrote)
     runtime.on_rank_0(lambda: check_checkpoint(converted), "checking the converted checkpoint")
@@ -336,6 +335,12 @@ class GlobalBatchTrainer(Trainer):
         self.sampler, self.tokenizer = sampler, tokenizer
         super().__init__(*args, **{**kwargs, "processing_class": tokenizer})
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer does; what is begun is marked, so that a killed save can be told from somebody else's files."""
+        checkpoint = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+        runtime.on_rank_0(lambda: checkpoints.begin(checkpoint), "beginning a checkpoint")
+        super()._save_checkpoint(model, trial)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer does, without its advice to use zero_to_fp32: the model is exported by ``export``."""
         trainer_log = logging.getLogger("transformers.trainer")
@@ -399,9 +404,7 @@ class MetricsFile(TrainerCallback):
         step = int(checkpoint.rsplit("-", 1)[1])
         if self.path.is_file():
             lines = [line for line in self.path.read_text().splitlines() if _whole_until(step, line)]
-            aside = self.path.with_suffix(".tmp")
-            aside.write_text("".join(f"{line}\n" for line in lines))
-            aside.replace(self.path)
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
 
 
 def _whole_until(step: int, line: str) -> bool:
@@ -415,8 +418,6 @@ def _whole_until(step: int, line: str) -> bool:
 class WholeCheckpoints(TrainerCallback):
     """Saves every ``minutes``, and where a rank is asked to leave; marks a checkpoint once it is whole, so that a killed
     save is never resumed from."""
-
-    MARK = "whole.json"
 
     def __init__(self, minutes: float, keep: int = 1):
         """``keep``: how many checkpoints stay. Trainer itself would remove older ones before the new one is marked."""
@@ -447,25 +448,9 @@ class WholeCheckpoints(TrainerCallback):
         runtime.barrier()
         if state.is_world_process_zero:
             root = Path(args.output_dir or ".")
-            directory = root / f"checkpoint-{state.global_step}"
-            write_json(directory / self.MARK, {"step": state.global_step, "world_size": runtime.world_size()})
-            made = [path for path in root.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-            for older in sorted(made, key=_step_of, reverse=True)[self.keep :]:
-                shutil.rmtree(older, ignore_errors=True)
+            checkpoints.finish(root / f"checkpoint-{state.global_step}", runtime.world_size())
+            checkpoints.keep_newest(root, self.keep)
             universal.remove_converted(root)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def newest_whole_checkpoint(directory: Path) -> str | None:
-    """Path of the newest checkpoint that was written to its end; what was not takes space, and is removed."""
-    for path in directory.glob("checkpoint-*"):
-        if not (path / WholeCheckpoints.MARK).is_file():
-            shutil.rmtree(path, ignore_errors=True)
-    found = [p.parent for p in directory.glob(f"checkpoint-*/{WholeCheckpoints.MARK}")]
-    return str(max(found, key=_step_of)) if found else None
 
 
 def _model_card(arguments: TrainArguments, masks_dir: Path | None) -> str:

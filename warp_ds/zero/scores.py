@@ -7,7 +7,6 @@ that is spread over ranks is summed before the absolute value.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from warp_ds.artifacts import TargetLayer, read_json, write_json, write_tensors
+from warp_ds.artifacts import TargetLayer, read_json, remove_own, write_json, write_tensors
 from warp_ds.data.collate import EMPTY
 from warp_ds.data.formats import IGNORE
 from warp_ds.method.importance import add_importance
@@ -287,15 +286,13 @@ class SavedScores:
 
         def mark() -> None:
             write_json(self.progress, {"batches": batches, "ranks": world_size()})
-            for path in self.directory.glob("*.safetensors"):
-                if not path.name.startswith(f"{batches}_"):
-                    path.unlink()
+            remove_own(self.directory, rf"(?!{batches}_)\d+_rank_\d+\.safetensors")
 
         on_rank_0(mark, "saving scores")
 
     def remove(self) -> None:
         """Forgets what was saved. Collective."""
-        on_rank_0(lambda: shutil.rmtree(self.directory, ignore_errors=True), "removing saved scores")
+        on_rank_0(lambda: remove_own(self.directory, r"progress\.json|\d+_rank_\d+\.safetensors"), "removing saved scores")
 
     def _file(self, batches: int, other: int) -> Path:
         return self.directory / f"{batches}_rank_{other}.safetensors"

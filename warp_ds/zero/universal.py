@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from warp_ds.artifacts import write_json
 from warp_ds.cluster import preemption
 from warp_ds.config import ConfigError
 from warp_ds.zero import deepspeed_internals as internals
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "universal-"
 """Converted ``checkpoint-12`` is ``universal-12`` beside it, ``universal-12.part`` until it is whole."""
+_BEGUN = "begun.json"
+"""Written before anything else of a conversion."""
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -44,13 +48,14 @@ def convert(checkpoint: Path, deepspeed_config: dict[str, Any], wrote: int) -> P
     target = checkpoint.with_name(PREFIX + checkpoint.name.rsplit("-", 1)[1])
     part = target.with_name(f"{target.name}.part")
     cure = f"Start again on {wrote} ranks, or start the training anew with --resume never"
-    if runtime.on_rank_0(target.is_dir, "looking for a converted checkpoint"):
+    if runtime.on_rank_0(lambda: _is_own(target), "looking for a converted checkpoint"):
         return target
     memory = host_memory()
     process: subprocess.Popen[bytes] | None = None
     with runtime.on_every_rank_or_none("converting the checkpoint"):
         if runtime.rank() == 0:
-            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+            if _is_own(part):
+                shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
             source = checkpoint / internals.tag_of(checkpoint)
             if problem := _inconvertible(source, deepspeed_config) or _no_room(source):
                 raise ConfigError(f"{checkpoint} was written by {wrote} ranks, and these are {runtime.world_size()}; it cannot "
@@ -89,7 +94,17 @@ def is_converted(checkpoint: Path) -> bool:
 def remove_converted(directory: Path) -> None:
     """Removes what ``convert`` made, or was making, in ``directory``."""
     for path in directory.glob(f"{PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if re.fullmatch(rf"{PREFIX}\d+(\.part)?", path.name) and not path.is_symlink() and (path / _BEGUN).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether ``convert`` has made, or begun, ``path``; ConfigError where somebody else's files are in its place."""
+    if not path.exists() and not path.is_symlink():
+        return False
+    if path.is_symlink() or not (path / _BEGUN).is_file():
+        raise ConfigError(f"{path} was not written by this program, which would convert a checkpoint there: move it elsewhere")
+    return True
 
 
 @torch.no_grad()
@@ -148,7 +163,7 @@ def _workers(source: Path, memory: int) -> int:
 
 
 def _start(source: Path, part: Path, workers: int) -> subprocess.Popen[bytes]:
-    part.mkdir(parents=True)
+    write_json(part / _BEGUN, {"source": str(source)})
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",

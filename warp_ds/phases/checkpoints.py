@@ -1,0 +1,77 @@
+"""The checkpoints in a run's trainer/: which of them are this program's, whole, and which it may remove."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from warp_ds.artifacts import ArtifactError, read_json, write_json
+
+logger = logging.getLogger(__name__)
+BEGUN, WHOLE = "begun.json", "whole.json"
+"""Written by this program before anything else of a checkpoint, and after all of it."""
+
+
+def step_of(path: Path) -> int | None:
+    """Of checkpoint-12 the 12; None where that is no checkpoint's name."""
+    found = re.fullmatch(r"checkpoint-(\d{1,12})", path.name, re.ASCII)
+    return int(found[1]) if found else None
+
+
+def begin(checkpoint: Path) -> None:
+    """Marks a checkpoint as this program's before it is written."""
+    write_json(checkpoint / BEGUN, {"step": step_of(checkpoint)})
+
+
+def finish(checkpoint: Path, world_size: int) -> None:
+    """Marks a checkpoint as whole: from any other a run never goes on."""
+    write_json(checkpoint / WHOLE, {"step": step_of(checkpoint), "world_size": world_size})
+
+
+def world_size_of(checkpoint: Path) -> int:
+    """How many ranks wrote a whole checkpoint. ArtifactError where its mark is not what ``finish`` writes."""
+    path = checkpoint / WHOLE
+    found = read_json(path)
+    step, ranks = (found.get("step"), found.get("world_size")) if isinstance(found, dict) else (None, None)
+    if type(step) is not int or step != step_of(checkpoint) or type(ranks) is not int or ranks < 1:
+        raise ArtifactError(f"{path} is not what this program writes (step {step!r}, world_size {ranks!r}): remove "
+                            f"{checkpoint}, or start anew with --resume never")
+    return ranks
+
+
+def own(directory: Path, mark: str = BEGUN) -> Iterator[Path]:
+    """Checkpoints in ``directory`` that have ``mark``, the newest first. What has none, or is a link, is somebody else's."""
+    found = {step: path for path in directory.glob("checkpoint-*") if (step := step_of(path)) is not None}
+    for _, path in sorted(found.items(), reverse=True):
+        if not path.is_symlink() and any((path / name).is_file() for name in {mark, WHOLE}):
+            yield path
+
+
+def newest_whole(directory: Path) -> str | None:
+    """Path of the newest checkpoint that was written to its end; what this program left half written is removed."""
+    for path in own(directory):
+        if not (path / WHOLE).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+    return next((str(path) for path in own(directory, WHOLE)), None)
+
+
+def keep_newest(directory: Path, count: int) -> None:
+    """Removes all but the ``count`` newest of this program's checkpoints."""
+    for path in list(own(directory))[count:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_foreign(directory: Path, steps: int) -> None:
+    """ArtifactError where a run of ``steps`` would write a checkpoint where somebody else's lies."""
+    mine = set(own(directory))
+    for path in directory.glob("checkpoint-*"):
+        step = step_of(path)
+        if path in mine:
+            continue
+        if step is not None and step <= steps:
+            raise ArtifactError(f"{path} was not written by this program, which would write its own checkpoint there: move it "
+                                "elsewhere")
+        logger.warning("%s was not written by this program: it is left alone", path)
