@@ -17,7 +17,8 @@ EVIL = "touch marker"
 REFUSED = [
     ("--run_name", f"x\n{EVIL}"), ("--run_name", "../x"), ("--run_name", "/tmp/x"), ("--run_name", "."),
     ("--run_name", ""), ("--run_name", "a' #SBATCH --uid=0"), ("--run_name", 'a"b'), ("--slurm", "constraint='a"),
-    ("--run_name", "50%j"), ("--run_name", "a/b"), ("--output_dir", f"x\n{EVIL}"), ("--output_dir", "x\r"),
+    ("--run_name", "50%j"), ("--run_name", "a/b"),
+    ("--output_dir", f"x\n{EVIL}"), ("--output_dir", "x\r"),
     ("--output_dir", "%x"), ("--account", f"me\n{EVIL}"), ("--account", "me --wrap=x"), ("--account", "$(id)"), ("--account", ""),
     ("--partition", "gpu\n#SBATCH --uid=0"), ("--partition", "gpu;x"), ("--partition", "a b"), ("--partition", "\x1b[0m"),
     ("--slurm", f"qos=high\n{EVIL}"), ("--slurm", f"qos\n{EVIL}=high"), ("--slurm", "qos high"), ("--slurm", "=x"),
