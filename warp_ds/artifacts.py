@@ -14,6 +14,7 @@ import stat
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from warp_ds.held import check_there
 from warp_ds.method.rotation import Rotation
 
 BASIS_FORMAT, MASKS_FORMAT, VERSION = "warp_ds.basis", "warp_ds.masks", 1
@@ -101,7 +103,18 @@ def is_aside(name: str) -> bool:
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{8}\.warp_ds\.tmp", re.DOTALL)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file, in one write. OSError where that is no regular file (opening a pipe would wait for a reader)."""
+    check_there(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    with open(descriptor, "a", encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        file.write(f"{line}\n")
+
+
 def _write_aside(path: Path, write: Any) -> None:
+    check_there(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.warp_ds.tmp")
     try:
@@ -407,9 +420,32 @@ def _summary(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 def newest(output_dir: str | Path, phase: str) -> Path | None:
     """The newest finished run of ``phase`` ('phase1') under ``output_dir``: itself, not the link that follows runs."""
-    found = (p for p in Path(output_dir).glob("*/finished.json") if not p.parent.is_symlink())
-    finished = [p for p in found if phase_of(p.parent) == phase]
-    return max(finished, key=lambda p: p.stat().st_mtime).parent if finished else None
+    found = (p.parent for p in Path(output_dir).glob("*/finished.json") if not p.parent.is_symlink())
+    finished = [run for run in found if phase_of(run) == phase]
+    return next(iter(newest_first(finished, "finished.json", "finished_at")), None)
+
+
+CLOCKS = timedelta(minutes=5)
+"""By which the clocks of hosts may differ."""
+
+
+def newest_first(runs: Iterable[Path], file: str, key: str) -> list[Path]:
+    """By the time that each run's ``file`` has under ``key``, and by name where two are the same.
+
+    Not by the files' own times, which copying and touching change. A run that recorded none, or one that has not come yet,
+    says nothing about when it was: it comes last.
+    """
+    latest = datetime.now().astimezone() + CLOCKS
+
+    def when(run: Path) -> tuple[bool, float, str]:
+        try:
+            time = datetime.fromisoformat(read_json(run / file)[key]).astimezone()
+            known = time <= latest
+        except (ArtifactError, ValueError, TypeError, KeyError, IndexError, OverflowError, OSError):
+            known = False
+        return known, time.timestamp() if known else 0.0, run.name
+
+    return sorted(runs, key=when, reverse=True)
 
 
 def phase_of(run: Path) -> str | None:

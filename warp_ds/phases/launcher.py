@@ -20,6 +20,7 @@ from warp_ds.cluster.doctor import start_checks
 from warp_ds.cluster.slurm import task_environment
 from warp_ds.config import ConfigError, RunArguments, parse_arguments, parse_training
 from warp_ds.data.datasets import DataError
+from warp_ds.held import DirectoryGoneError
 from warp_ds.phases.failures import explain, is_later
 from warp_ds.phases.inputs import check_inputs, on_one_machine
 from warp_ds.phases.run import log_to_terminal
@@ -66,7 +67,7 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
                 raise ConfigError(restarts)
         start_checks(arguments, PHASE_OF.get(kind.__name__, ""))
         phase(arguments, passed) if training else phase(arguments)
-    except (ConfigError, ArtifactError, DataError, UnsupportedSetting, runtime.OtherRankError) as error:
+    except (ConfigError, ArtifactError, DataError, UnsupportedSetting, DirectoryGoneError, runtime.OtherRankError) as error:
         _fail(error, status=2, wrong_input=True)
     except preemption.Preempted as stop:
         assert arguments is not None

@@ -22,6 +22,7 @@ from typing import Any
 
 from warp_ds.artifacts import ArtifactError, read_json, write_json
 from warp_ds.config import ConfigError
+from warp_ds.held import DirectoryGoneError
 
 logger = logging.getLogger(__name__)
 BEAT_SECONDS = 10.0
@@ -105,6 +106,11 @@ class RunLock:
             beat += 1
             try:
                 self._beat(beat)
+            except DirectoryGoneError as error:
+                # This rank may wait in a collective, or compute for hours: what it makes has no place any more.
+                logger.error("%s", error)
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
             except OSError as error:
                 logger.warning("the heartbeat in %s could not be written: %s", self.owner_file, error)
 

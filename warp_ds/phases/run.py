@@ -21,6 +21,7 @@ from warp_ds.artifacts import is_aside, is_run, remove_unfinished, write_json
 from warp_ds.cluster import slurm
 from warp_ds.cluster.preemption import Preempted
 from warp_ds.config import ConfigError, RunArguments
+from warp_ds.held import check_there, held
 from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
 from warp_ds.phases.identity import Identity, identify, unfinished
 from warp_ds.phases.lock import RunLock
@@ -112,7 +113,7 @@ def start_run(
     try:
         chosen = runtime.on_rank_0(choose, "opening the run directory")
         directory = Path(chosen["directory"])
-        with runtime.peak_memory() as memory, log_to_file(Path(arguments.log_dir), directory.name):
+        with held(directory), runtime.peak_memory() as memory, log_to_file(Path(arguments.log_dir), directory.name):
             run = Run(phase, directory, chosen["resumed"], chosen["done"], time.time(), memory)
             if chosen["near"]:
                 logger.warning("%s: %s", phase, chosen["near"])
@@ -129,6 +130,7 @@ def start_run(
                 logger.info("%s: %s has come, and every rank has saved what it had", run.directory.name, stop)
                 raise
             except Exception as error:
+                check_there(directory)  # whatever failed, failed for that
                 explain(error, arguments)
                 record_failure(run.directory, error, Path(arguments.log_dir))
                 raise

@@ -33,6 +33,7 @@ from transformers.integrations import TensorBoardCallback
 from warp_ds import trainer_flags
 from warp_ds.artifacts import (
     MaskStore,
+    append_line,
     find_artifact,
     fingerprint_model,
     fingerprint_rows,
@@ -395,9 +396,7 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            append_line(self.path, json.dumps({"step": state.global_step, **logs}))
 
     def keep_until(self, checkpoint: str) -> None:
         """Drops the lines of steps after ``checkpoint``, which will be made again, and summaries of runs that stopped."""
