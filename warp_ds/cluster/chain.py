@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import re
 import shlex
@@ -23,13 +22,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import submitit
 from filelock import FileLock
 from transformers import TrainingArguments
 
-from warp_ds.artifacts import ArtifactError, read_json, write_json
+from warp_ds.artifacts import ArtifactError, read_json, read_lines, write_json
 from warp_ds.cluster import slurm
 from warp_ds.config import (
     BasisArguments,
@@ -50,6 +49,7 @@ from warp_ds.config import (
     unknown_flags,
 )
 from warp_ds.phases.arms import parse_arms
+from warp_ds.schema import SchemaError, check_fields
 
 PHASES: dict[str, type[RunArguments]] = {
     "phase0": SafetyTuningArguments, "phase1": BasisArguments, "phase2": ImportanceArguments, "phase3": TrainArguments,
@@ -84,6 +84,17 @@ class SubmitArguments:
     cancel: str | None = flag(None, "end a chain's jobs, and do nothing else")
 
 
+class _Recorded(TypedDict):
+    """chain.json"""
+
+    cluster: str
+    flags: dict[str, list[str]]
+    jobs: dict[str, list[str]]
+
+
+_PHASE = re.compile(r"phase[0-3]|evaluate|compare|compare_seed\d{1,12}")
+
+
 @dataclass
 class Chain:
     """One run directory with its phases and their jobs."""
@@ -103,7 +114,17 @@ class Chain:
     def load(directory: Path) -> Chain:
         if not (directory / "chain.json").is_file():
             raise ConfigError(f"{directory} is no chain of launch/submit.py (no chain.json there)")
-        return Chain(directory, **read_json(directory / "chain.json"))
+        path = directory / "chain.json"
+        found = read_json(path)
+        try:
+            check_fields(found, _Recorded)
+            odd = [phase for phase in (*found["flags"], *found["jobs"]) if not _PHASE.fullmatch(phase)]
+            odd += [job for jobs in found["jobs"].values() for job in jobs if not re.fullmatch(r"\d{1,12}(_\d{1,9})?", job)]
+            if odd or found["cluster"] not in ("slurm", "local", "debug") or not found["flags"]:
+                raise SchemaError(f"{ascii(odd[0] if odd else found['cluster'])[:60]} is no phase, job or cluster of a chain")
+        except SchemaError as error:
+            raise ArtifactError(f"{path} is not what launch/submit.py writes ({error}): use another --run_name") from error
+        return Chain(directory, **found)
 
     def finished(self, phase: str) -> bool:
         return (self.directory / phase / "finished.json").is_file()
@@ -473,7 +494,7 @@ def status(chain: Chain) -> tuple[list[PhaseState], bool]:
     lines = []
     for phase, state in states.items():
         events = _events(chain.directory / phase)
-        restarts = sum(event["event"] == "restarted" for event in events)
+        restarts = sum(event.get("event") == "restarted" for event in events)
         last = events[-1] if events else {}
         if state not in ("finished", unknown, *slurm.ALIVE) and last.get("event") in ("failed", "left"):
             state = f"{state}: {last.get('error') or last.get('reason')}"
@@ -489,21 +510,23 @@ def status(chain: Chain) -> tuple[list[PhaseState], bool]:
 
 def _events(run: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in (run / "state.jsonl").read_text().splitlines()]
-    except (OSError, json.JSONDecodeError):
+        return read_lines(run / "state.jsonl")
+    except ArtifactError:
         return []
 
 
 def _progress(run: Path) -> str:
     try:
-        found = json.loads((run / "progress.json").read_text())
+        found = read_json(run / "progress.json")
         return f"{found['done']:g} of {found['total']:g} {found['unit']}"
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (ArtifactError, ValueError, KeyError, TypeError, IndexError):
         return ""
 
 
 def _last_line(log: Path) -> str:
     try:
+        if not log.is_file():
+            return ""
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - 4096))
             lines = file.read().decode(errors="replace").strip().splitlines()

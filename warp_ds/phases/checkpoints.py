@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from warp_ds.artifacts import ArtifactError, read_json, write_json
+from warp_ds.sealed import contents, difference
 
 logger = logging.getLogger(__name__)
 BEGUN, WHOLE = "begun.json", "whole.json"
@@ -28,17 +29,24 @@ def begin(checkpoint: Path) -> None:
 
 def finish(checkpoint: Path, world_size: int) -> None:
     """Marks a checkpoint as whole: from any other a run never goes on."""
-    write_json(checkpoint / WHOLE, {"step": step_of(checkpoint), "world_size": world_size})
+    write_json(checkpoint / WHOLE, {"step": step_of(checkpoint), "world_size": world_size,
+                                    "files": contents(checkpoint, WHOLE)})
 
 
 def world_size_of(checkpoint: Path) -> int:
-    """How many ranks wrote a whole checkpoint. ArtifactError where its mark is not what ``finish`` writes."""
+    """How many ranks wrote a whole checkpoint. ArtifactError where it is not what ``finish`` has seen."""
     path = checkpoint / WHOLE
     found = read_json(path)
     step, ranks = (found.get("step"), found.get("world_size")) if isinstance(found, dict) else (None, None)
     if type(step) is not int or step != step_of(checkpoint) or type(ranks) is not int or ranks < 1:
         raise ArtifactError(f"{path} is not what this program writes (step {step!r}, world_size {ranks!r}): remove "
                             f"{checkpoint}, or start anew with --resume never")
+    changed = difference(checkpoint, WHOLE, found.get("files"))
+    if not changed and sum(name.endswith("optim_states.pt") for name in found["files"]) != ranks:
+        changed = f"it has not the optimizer's states of {ranks} ranks"
+    if changed:
+        raise ArtifactError(f"{checkpoint} is not as this program left it: {changed}. Remove it, or start anew with "
+                            "--resume never")
     return ranks
 
 

@@ -47,6 +47,7 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
     passed: dict[str, Any] = {}
     arguments: A | None = None
     try:
+        runtime.check_launch(os.environ)
         if stoppable:
             preemption.watch()
         if training:
@@ -119,7 +120,10 @@ def _fail(error: BaseException, status: int, wrong_input: bool) -> None:
     """
     rank = runtime.rank()
     if not torch.distributed.is_initialized():
-        rank = int(({**(task_environment(os.environ) or {}), **os.environ}).get("RANK", 0))
+        try:
+            rank = int(({**(task_environment(os.environ) or {}), **os.environ}).get("RANK", 0))
+        except ValueError:
+            rank = 0  # that is the error, and every rank's
         if wrong_input and rank > 0:
             time.sleep(SECONDS_FOR_RANK_0)
     text = f"error: {error}" if wrong_input else "".join(traceback.format_exception(error))

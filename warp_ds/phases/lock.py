@@ -23,6 +23,7 @@ from typing import Any
 from warp_ds.artifacts import ArtifactError, read_json, write_json
 from warp_ds.config import ConfigError
 from warp_ds.held import DirectoryGoneError
+from warp_ds.phases.written import is_owner
 
 logger = logging.getLogger(__name__)
 BEAT_SECONDS = 10.0
@@ -121,7 +122,7 @@ class RunLock:
     def _owner(self) -> dict[str, Any] | None:
         try:
             found = read_json(self.owner_file)
-            return found if isinstance(found, dict) else None
+            return found if is_owner(found) else None  # written whole, by this program alone
         except ArtifactError:
             return None
 

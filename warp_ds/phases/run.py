@@ -26,6 +26,7 @@ from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
 from warp_ds.phases.identity import Identity, identify, unfinished
 from warp_ds.phases.lock import RunLock
 from warp_ds.phases.state import STATE, note, now
+from warp_ds.phases.written import check_written
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ def start_run(
         nonlocal lock
         identity = identify(phase, arguments, inputs, passed or {})
         for directory, goes_on, certain in _candidates(phase, arguments, identity):
+            if goes_on:
+                check_written(directory)
             directory.mkdir(parents=True, exist_ok=True)
             candidate = RunLock(directory)
             try:
@@ -213,8 +216,12 @@ def log_to_terminal(level: int = logging.INFO) -> None:
 @contextmanager
 def log_to_file(log_dir: Path, name: str) -> Iterator[None]:
     """This rank's log file: logs/<run>.log for rank 0, logs/<run>.rank<r>.log beside it for the others."""
-    log_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(log_file(log_dir, name, runtime.rank()))
+    path = log_file(log_dir, name, runtime.rank())
+    with runtime.on_every_rank_or_none("opening the log"):
+        log_dir.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}, which would be the run's log, is no file: move it, or give another --log_dir")
+        handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter(_FORMAT))
     root = logging.getLogger("warp_ds")
     root.addHandler(handler)

@@ -37,6 +37,7 @@ from warp_ds.artifacts import (
     find_artifact,
     fingerprint_model,
     fingerprint_rows,
+    read_text,
     write_text,
 )
 from warp_ds.cluster import preemption
@@ -151,8 +152,8 @@ def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
     if found is None:
         return None
     checkpoint = Path(found)
-    runtime.on_rank_0(lambda: check_checkpoint(checkpoint), "checking the checkpoint")
     wrote = runtime.on_rank_0(lambda: checkpoints.world_size_of(checkpoint), "reading a checkpoint")
+    runtime.on_rank_0(lambda: check_checkpoint(checkpoint), "checking the checkpoint")
     if wrote == runtime.world_size():
         return checkpoint
     converted = universal.convert(checkpoint, runtime.zero3_config(arguments, for_trainer=True), wrote)
@@ -402,16 +403,18 @@ class MetricsFile(TrainerCallback):
         """Drops the lines of steps after ``checkpoint``, which will be made again, and summaries of runs that stopped."""
         step = int(checkpoint.rsplit("-", 1)[1])
         if self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines() if _whole_until(step, line)]
+            text = read_text(self.path, errors="replace")
+            lines = [line for line in text.split("\n") if _whole_until(step, line)]
             write_text(self.path, "".join(f"{line}\n" for line in lines))
 
 
 def _whole_until(step: int, line: str) -> bool:
     try:
         logged = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False  # the process was killed while it wrote
-    return bool(logged["step"] <= step) and "train_runtime" not in logged
+    known = isinstance(logged, dict) and isinstance(logged.get("step"), int)
+    return known and logged["step"] <= step and "train_runtime" not in logged
 
 
 class WholeCheckpoints(TrainerCallback):

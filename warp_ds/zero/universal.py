@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from warp_ds.artifacts import write_json
+from warp_ds.artifacts import ArtifactError, read_json, write_json
 from warp_ds.cluster import preemption
 from warp_ds.config import ConfigError
+from warp_ds.sealed import contents, difference
 from warp_ds.zero import deepspeed_internals as internals
 from warp_ds.zero import runtime
 from warp_ds.zero.masked_step import COEFFICIENTS
@@ -49,6 +50,7 @@ def convert(checkpoint: Path, deepspeed_config: dict[str, Any], wrote: int) -> P
     part = target.with_name(f"{target.name}.part")
     cure = f"Start again on {wrote} ranks, or start the training anew with --resume never"
     if runtime.on_rank_0(lambda: _is_own(target), "looking for a converted checkpoint"):
+        runtime.on_rank_0(lambda: _check_whole(target), "checking the converted checkpoint")
         return target
     memory = host_memory()
     process: subprocess.Popen[bytes] | None = None
@@ -80,6 +82,7 @@ def convert(checkpoint: Path, deepspeed_config: dict[str, Any], wrote: int) -> P
         for name in ("trainer_state.json", "scheduler.pt"):  # not rng_state: those are of the ranks that wrote it
             if (checkpoint / name).is_file():
                 shutil.copy2(checkpoint / name, part / name)
+        write_json(part / _BEGUN, {"files": contents(part, _BEGUN)})
         os.replace(part, target)
 
     runtime.on_rank_0(rename, "converting the checkpoint")
@@ -105,6 +108,13 @@ def _is_own(path: Path) -> bool:
     if path.is_symlink() or not (path / _BEGUN).is_file():
         raise ConfigError(f"{path} was not written by this program, which would convert a checkpoint there: move it elsewhere")
     return True
+
+
+def _check_whole(path: Path) -> None:
+    """ArtifactError where a converted checkpoint is not as ``convert`` has left it."""
+    said = read_json(path / _BEGUN)
+    if changed := difference(path, _BEGUN, said.get("files") if isinstance(said, dict) else None):
+        raise ArtifactError(f"{path} is not as this program left it: {changed}. Remove it: it is made again")
 
 
 @torch.no_grad()
