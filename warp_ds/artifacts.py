@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from warp_ds.method.rotation import Rotation
+from warp_ds.secrets import redact
 
 BASIS_FORMAT, MASKS_FORMAT, VERSION = "warp_ds.basis", "warp_ds.masks", 1
 
@@ -55,9 +56,15 @@ class TargetLayer:
 # ---------------------------------------------------------------- files
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, whole or not at all."""
-    _write_aside(path, lambda aside: aside.write_text(json.dumps(value, indent=2) + "\n"))
+def write_json(path: Path, value: Any, private: bool = False) -> None:
+    """Writes ``value`` as indented JSON, whole or not at all; ``private``: for its owner's eyes alone, without secrets."""
+    text = json.dumps(redact(value) if private else value, indent=2) + "\n"
+
+    def write(aside: Path) -> None:
+        aside.touch(mode=0o600 if private else 0o666)
+        aside.write_text(text)
+
+    _write_aside(path, write)
 
 
 def write_text(path: Path, text: str) -> None:

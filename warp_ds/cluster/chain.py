@@ -46,7 +46,8 @@ from warp_ds.config import (
     parse_arguments,
     parse_training,
     refuse_control_characters,
-    refuse_control_characters_in_words,
+    refuse_secrets,
+    refuse_words,
     unknown_flags,
 )
 from warp_ds.phases.arms import parse_arms
@@ -97,7 +98,8 @@ class Chain:
     local controller's process)"""
 
     def save(self) -> None:
-        write_json(self.directory / "chain.json", {"cluster": self.cluster, "flags": self.flags, "jobs": self.jobs})
+        kept = {"cluster": self.cluster, "flags": self.flags, "jobs": self.jobs}
+        write_json(self.directory / "chain.json", kept, private=True)
 
     @staticmethod
     def load(directory: Path) -> Chain:
@@ -164,7 +166,8 @@ def check_submit(arguments: SubmitArguments, rest: Sequence[str]) -> None:
     """ConfigError for a value that would be more than one value in the batch script, or in the shell that runs it."""
     for name, value in vars(arguments).items():
         refuse_control_characters(f"--{name}", value)
-    refuse_control_characters_in_words(rest)
+        refuse_secrets(f"--{name}", value)
+    refuse_words(rest)
     check_run_name(arguments.run_name)
     for name in ("partition", "account"):
         value = getattr(arguments, name)
@@ -285,6 +288,7 @@ def _parse(phase: str, words: list[str]) -> tuple[RunArguments, Any]:
 def submit(chain: Chain, arguments: SubmitArguments) -> None:
     """Queues (slurm), or runs one after the other (local, debug), every phase that is neither finished nor under way."""
     chain.directory.mkdir(parents=True, exist_ok=True)
+    (chain.directory / "submitit").mkdir(mode=0o700, exist_ok=True)  # pickled jobs, which whoever may write there could replace
     # Two submitting programs would queue each phase twice.
     with FileLock(chain.directory / ".submit.lock", timeout=60):
         if (chain.directory / "chain.json").is_file():

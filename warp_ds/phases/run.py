@@ -25,6 +25,7 @@ from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
 from warp_ds.phases.identity import Identity, identify, unfinished
 from warp_ds.phases.lock import RunLock
 from warp_ds.phases.state import STATE, note, now
+from warp_ds.secrets import Redacting
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def start_run(
                 **identity.record, "settings": {**dataclasses.asdict(arguments), **(passed or {})},
                 "started_at": now(), "versions": versions(), "command": sys.argv, "world_size": runtime.world_size(),
                 "working_directory": os.getcwd(),
-            })
+            }, private=True)
         (directory / FAILURE).unlink(missing_ok=True)
         remove_unfinished(directory)
         near = "" if resumed or arguments.resume != "auto" or arguments.run_name else identity.nearest(directory)
@@ -202,6 +203,7 @@ def log_to_terminal(level: int = logging.INFO) -> None:
     if runtime.rank() == 0:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.addFilter(Redacting())
         root.addHandler(handler)
     else:
         root.addHandler(logging.NullHandler())
@@ -214,6 +216,7 @@ def log_to_file(log_dir: Path, name: str) -> Iterator[None]:
     log_dir.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(log_file(log_dir, name, runtime.rank()))
     handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.addFilter(Redacting())
     root = logging.getLogger("warp_ds")
     root.addHandler(handler)
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 from warp_ds.artifacts import write_json
 from warp_ds.cluster import slurm
+from warp_ds.secrets import redact
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ def note(directory: Path, event: str, **more: Any) -> None:
     line = {"at": now(), "event": event, "job": slurm.job_id(), "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             "host": socket.gethostname(), "pid": os.getpid(), **more}
     try:
-        with open(directory / STATE, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        with open(directory / STATE, "a", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(json.dumps(redact(line)) + "\n")
     except OSError as error:
         logger.warning("the run's state could not be written: %s", error)
 

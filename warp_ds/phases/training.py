@@ -340,6 +340,9 @@ class GlobalBatchTrainer(Trainer):
         checkpoint = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
         runtime.on_rank_0(lambda: checkpoints.begin(checkpoint), "beginning a checkpoint")
         super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            # A pickle of all that TrainingArguments hold, which nobody reads.
+            (checkpoint / "training_args.bin").unlink(missing_ok=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer does, without its advice to use zero_to_fp32: the model is exported by ``export``."""

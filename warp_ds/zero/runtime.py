@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from warp_ds.cluster.slurm import task_environment
-from warp_ds.config import ConfigError, RunArguments
+from warp_ds.config import ConfigError, RunArguments, refuse_secrets
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -277,6 +277,7 @@ def zero3_config(arguments: RunArguments, for_trainer: bool = False) -> dict[str
             config = json.loads(Path(arguments.deepspeed).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise ConfigError(f"--deepspeed {arguments.deepspeed} cannot be read as JSON: {error}") from error
+    refuse_secrets(f"--deepspeed {arguments.deepspeed}", config)
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
         raise ConfigError(f"--deepspeed {arguments.deepspeed} asks for ZeRO stage {stage}; the phases run on stage 3 "
