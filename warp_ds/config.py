@@ -363,8 +363,8 @@ def refuse_words(words: Sequence[str]) -> None:
 def refuse_secrets(what: str, value: Any) -> None:
     """ConfigError where ``value`` (of the flag ``what``) holds what looks like a token, a password or a key."""
     if not str(value).startswith("--") and holds_secret(value, what.removeprefix("--")):
-        raise ConfigError(f"{redact(what)} holds what looks like a token, a password or a key: the command line is seen by every "
-                          "user of the machine, and stored with the run. Leave it out, and give it in the environment "
+        raise ConfigError(f"{redact(what)} holds what looks like a token, a password or a key: the command line is seen by "
+                          "every user of the machine, and stored with the run. Leave it out, and give it in the environment "
                           "(HF_TOKEN, say, or `hf auth login`), which jobs inherit")
 
 

@@ -16,7 +16,7 @@ _SHAPES = re.compile(r"""
   | (?<=-----BEGIN\ )[A-Z ]*PRIVATE\ KEY-----[^-]*
 """, re.VERBOSE)
 """What the tokens of Hugging Face, OpenAI, GitHub, GitLab, Slack, AWS, Google and others look like, and user:password@."""
-_NAME = (r"(?:(?:[a-z0-9.-]+[_.-])*(?:secret|password|passwd|passphrase|api[_-]?key|access[_-]?key|private[_-]?key|credentials?)"
+_NAME = (r"(?:(?:[a-z0-9.-]+[_.-])*(?:secret|password|passwd|passphrase|credentials?|(?:api|access|private)[_-]?key)"
          r"|(?:[a-z0-9.-]+[_.-])*(?:hub|hf|huggingface|access|auth|api|bearer|refresh|session|git|github|gitlab|wandb)[_-]token)")
 _NAMED = re.compile(rf"{_NAME}|token", re.IGNORECASE)
 _GIVEN = re.compile(rf"(?<![A-Za-z0-9])((?:--)?(?:{_NAME}|(?<=[?&])token)\s*[=:]\s*|--{_NAME}\s+)([^\s,;&'\"]+)", re.IGNORECASE)
