@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         chain = find_chain(arguments, rest)
         print(f"run: {chain.directory}", flush=True)
         submit(chain, arguments)
-        Console().print(table(chain)[0])
+        Console(markup=False).print(table(chain)[0])
         if chain.cluster == "slurm":
             print(f"follow it: python launch/submit.py --status {chain.directory}")
         say_report(chain)
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def follow(chain: Chain) -> int:
     """Shows the table until no job is left; once where the output is no terminal."""
-    console = Console()
+    console = Console(markup=False)
     shown, under_way = table(chain)
     if not console.is_terminal:
         console.print(shown)

@@ -21,8 +21,9 @@ from warp_ds.zero.runtime import zero3_config
 LOOK = ["hf_" + "aBcD1234" * 4, "sk-" + "proj-" + "aBcD1234" * 4, "ghp_" + "aBcD1234" * 4, "github_" + "pat_" + "aBcD1234" * 4,
         "glpat-" + "aBcD1234" * 3, "AKIA" + "ABCD1234" * 2, "xoxb-" + "12345678" * 3, "https://me:" + "pass@host/x"]
 NAMED = ["--hub_token", "--token", "--api_key", "--comet.api-key", "--password", "--aws_secret"]
-ORDINARY = ["hf_checkpoints/llama", "sk-learn", "meta-llama/Llama-3", "pad_token=<pad>", "max_new_tokens: 5", "token_scope=all",
-            "https://host/a@b", "a token: 0.5 nats", "s3://bucket/key", "checkpoints/hf_models_of_2026", "--token_scope response"]
+ORDINARY = ["hf_checkpoints/llama", "sk-learn", "meta-llama/Llama-3", "pad_token=<pad>", "max_new_tokens: 5",
+            "token_scope=all", "https://host/a@b", "a token: 0.5 nats", "s3://bucket/key", "checkpoints/hf_models_of_2026",
+            "--token_scope response"]
 
 
 @pytest.mark.parametrize("value", LOOK)

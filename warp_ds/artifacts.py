@@ -128,23 +128,29 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, errors: str = "strict") -> str:
     """A file's UTF-8 text. OSError where it is none: opening a pipe would wait for ever for somebody to write."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(descriptor, encoding="utf-8") as file:
+    with open(descriptor, encoding="utf-8", errors=errors) as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
         return file.read()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of one JSON object a line."""
+    """The objects of a file of one JSON object a line. ArtifactError where it cannot be read."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    try:
+        lines = read_text(path, errors="replace").split("\n")
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    for line in lines:
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
             continue  # empty, or being written when the run was looked at or died
+        if isinstance(value, dict):
+            found.append(value)
     return found
 
 
