@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -422,7 +423,20 @@ def newest(output_dir: str | Path, phase: str) -> Path | None:
     """The newest finished run of ``phase`` ('phase1') under ``output_dir``: itself, not the link that follows runs."""
     found = (p for p in Path(output_dir).glob("*/finished.json") if not p.parent.is_symlink())
     finished = [p for p in found if phase_of(p.parent) == phase]
-    return max(finished, key=lambda p: p.stat().st_mtime).parent if finished else None
+    return max(finished, key=written_at).parent if finished else None
+
+
+def written_at(path: Path) -> float:
+    """When a file was written, in seconds; 0, so that it is never the newest, where that has not come yet (a wrong clock)."""
+    try:
+        written = path.stat().st_mtime
+    except OSError:
+        return 0.0
+    return written if written < time.time() + CLOCKS_DIFFER else 0.0
+
+
+CLOCKS_DIFFER = 300.0
+"""Seconds by which a file server's clock may be ahead of ours."""
 
 
 def phase_of(run: Path) -> str | None:

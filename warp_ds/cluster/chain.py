@@ -29,7 +29,7 @@ import submitit
 from filelock import FileLock
 from transformers import TrainingArguments
 
-from warp_ds.artifacts import ArtifactError, read_json, write_json
+from warp_ds.artifacts import ArtifactError, read_json, write_json, written_at
 from warp_ds.cluster import slurm
 from warp_ds.config import (
     BasisArguments,
@@ -143,7 +143,7 @@ def find_chain(arguments: SubmitArguments, rest: Sequence[str]) -> Chain:
             raise ConfigError(f"{directory} is there already, and no chain of launch/submit.py: use another --run_name")
     else:
         directory = root / f"chain_{datetime.now():%Y%m%d_%H%M%S}"
-        for path in sorted(root.glob("*/chain.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+        for path in sorted(root.glob("*/chain.json"), key=written_at, reverse=True):
             try:
                 found = Chain.load(path.parent)
             except (ArtifactError, TypeError):

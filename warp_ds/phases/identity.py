@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds import trainer_flags
-from warp_ds.artifacts import BasisStore, find_artifact, fingerprint_model, is_run, run_config
+from warp_ds.artifacts import BasisStore, find_artifact, fingerprint_model, is_run, run_config, written_at
 from warp_ds.config import ConfigError, RunArguments, identity_settings, in_one_spelling
 from warp_ds.phases.lock import alive
 from warp_ds.phases.state import PROGRESS
@@ -96,7 +96,7 @@ def identify(phase: str, arguments: RunArguments, inputs: Mapping[str, str], pas
 
 def unfinished(root: Path) -> Iterator[Path]:
     """Runs in ``root`` that nobody works on and that are not finished, the newest first."""
-    for path in sorted(root.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+    for path in sorted(root.glob("*/config.json"), key=written_at, reverse=True):
         run = path.parent
         try:
             if not run.is_symlink() and not (run / "finished.json").is_file() and not alive(run):

@@ -69,9 +69,19 @@ class RunLock:
             self._stop.set()
             self._beating.join()
             self._beating = None
-            if (self._owner() or {}).get("token") == self.token:
+            if not self.lost() and (self._owner() or {}).get("token") == self.token:
                 self.owner_file.unlink(missing_ok=True)
         self._unlock()
+
+    def lost(self) -> bool:
+        """Whether the directory that is locked lies there no more: removed, replaced, or its file system gone."""
+        if self._fd is None:
+            return False
+        try:
+            there, held = os.stat(self.directory / ".lock"), os.fstat(self._fd)
+        except OSError:
+            return True
+        return (there.st_dev, there.st_ino) != (held.st_dev, held.st_ino)
 
     def _unlock(self) -> None:
         if self._fd is not None:
@@ -95,6 +105,10 @@ class RunLock:
     def _keep_beating(self) -> None:
         beat = 0
         while not self._stop.wait(self.beat_seconds):
+            if self.lost():  # what is written there now would be a run's directory that lacks all that was written before
+                logger.error(vanished(self.directory))
+                print(f"error: {vanished(self.directory)}", file=sys.stderr, flush=True)
+                os._exit(1)
             owner = self._owner()
             if owner is not None and owner.get("token") != self.token:
                 # This process stood still (suspended, or its host was cut off) and was taken for dead. Two must not write.
@@ -125,6 +139,12 @@ class RunLock:
             who = f"process {owner.get('pid')} on {owner.get('host')}"
             who += f" (Slurm job {owner['job']})" if owner.get("job") else ""
         return (f"{self.directory} is in use by {who}, which still runs: wait for it, end it, or use another --run_name")
+
+
+def vanished(directory: Path) -> str:
+    """What is said of a run whose directory is gone."""
+    return (f"{directory} has vanished while the run wrote to it (removed or moved by somebody, or its file system is gone): what "
+            "was written there is lost to this run; start it again where the directory stays")
 
 
 def alive(directory: Path) -> bool:

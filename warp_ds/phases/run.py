@@ -17,13 +17,13 @@ from typing import Any
 
 import datasets
 
-from warp_ds.artifacts import is_aside, is_run, remove_unfinished, write_json
+from warp_ds.artifacts import ArtifactError, is_aside, is_run, remove_unfinished, write_json
 from warp_ds.cluster import slurm
 from warp_ds.cluster.preemption import Preempted
 from warp_ds.config import ConfigError, RunArguments
 from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
 from warp_ds.phases.identity import Identity, identify, unfinished
-from warp_ds.phases.lock import RunLock
+from warp_ds.phases.lock import RunLock, vanished
 from warp_ds.phases.state import STATE, note, now
 from warp_ds.secrets import Redacting
 from warp_ds.zero import runtime
@@ -44,6 +44,8 @@ class Run:
     """Was finished before: nothing is left to do."""
     started: float
     memory: runtime.PeakMemory
+    lock: RunLock | None = None
+    """Rank 0's."""
 
     def note(self, event: str, **more: Any) -> None:
         """One line in the run's state: what happened to it, when, in which job. Rank 0 alone writes."""
@@ -56,6 +58,8 @@ class Run:
 
         def mark() -> None:
             seconds = round(time.time() - self.started, 1)
+            if self.lock is not None and self.lock.lost():
+                raise ArtifactError(vanished(self.directory))
             write_json(self.directory / "finished.json", {"finished_at": now(), "seconds": seconds, "peak_memory": memory})
             link_latest(self.phase, self.directory)
             self.note("finished")
@@ -114,7 +118,7 @@ def start_run(
         chosen = runtime.on_rank_0(choose, "opening the run directory")
         directory = Path(chosen["directory"])
         with runtime.peak_memory() as memory, log_to_file(Path(arguments.log_dir), directory.name):
-            run = Run(phase, directory, chosen["resumed"], chosen["done"], time.time(), memory)
+            run = Run(phase, directory, chosen["resumed"], chosen["done"], time.time(), memory, lock)
             if chosen["near"]:
                 logger.warning("%s: %s", phase, chosen["near"])
             if run.done:
@@ -130,6 +134,8 @@ def start_run(
                 logger.info("%s: %s has come, and every rank has saved what it had", run.directory.name, stop)
                 raise
             except Exception as error:
+                if lock is not None and lock.lost() and not isinstance(error, ArtifactError):
+                    raise ArtifactError(vanished(run.directory)) from error
                 explain(error, arguments)
                 record_failure(run.directory, error, Path(arguments.log_dir))
                 raise

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from warp_ds.artifacts import write_json
+from warp_ds.artifacts import ArtifactError, write_json
 from warp_ds.cluster import slurm
 from warp_ds.secrets import redact
 from warp_ds.zero import runtime
@@ -31,6 +31,8 @@ class Progress:
         """``done`` of the total are finished."""
         if runtime.rank() == 0 and (time.monotonic() - self._shown > self.seconds or done >= self.total):
             self._shown = time.monotonic()
+            if not self.path.parent.is_dir():  # writing would make it anew
+                raise ArtifactError(f"{self.path.parent} has vanished while the run wrote to it: start it again")
             try:
                 write_json(self.path, {"done": done, "total": self.total, "unit": self.unit})
             except OSError as error:

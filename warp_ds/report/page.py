@@ -294,7 +294,7 @@ def _certificates(runs: Runs, pictures: Path) -> str:
     parts = []
     for run in runs.with_file("certificate.json"):
         found = read_json(run / "certificate.json")
-        if not isinstance(found, dict) or found.get("format") != "warp_ds.certificate":
+        if not isinstance(found, dict) or not isinstance(found.get("problems"), list):
             raise ArtifactError(f"{run / 'certificate.json'} is no certificate of this program: remove it, or run warp-ds "
                                 "verify again")
         said = str(found.get("outcome", "kept" if found.get("kept") is True else "broken"))
