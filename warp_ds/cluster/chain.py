@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import re
 import shlex
@@ -29,7 +28,7 @@ import submitit
 from filelock import FileLock
 from transformers import TrainingArguments
 
-from warp_ds.artifacts import ArtifactError, read_json, write_json, written_at
+from warp_ds.artifacts import ArtifactError, read_json, read_lines, write_json, written_at
 from warp_ds.cluster import slurm
 from warp_ds.config import (
     BasisArguments,
@@ -105,7 +104,17 @@ class Chain:
     def load(directory: Path) -> Chain:
         if not (directory / "chain.json").is_file():
             raise ConfigError(f"{directory} is no chain of launch/submit.py (no chain.json there)")
-        return Chain(directory, **read_json(directory / "chain.json"))
+        found = read_json(directory / "chain.json")
+
+        def lists(value: Any) -> bool:
+            return isinstance(value, dict) and all(
+                isinstance(words, list) and all(isinstance(word, str) for word in words) for words in value.values())
+
+        if not (isinstance(found, dict) and found.keys() == {"cluster", "flags", "jobs"} and isinstance(found["cluster"], str)
+                and lists(found["flags"]) and lists(found["jobs"]) and {kind_of(p) for p in found["flags"]} <= set(PHASES)
+                and all(re.fullmatch(r"[0-9_]+", job) for jobs in found["jobs"].values() for job in jobs)):
+            raise ArtifactError(f"{directory / 'chain.json'} is not what launch/submit.py writes: use another --run_name")
+        return Chain(directory, **found)
 
     def finished(self, phase: str) -> bool:
         return (self.directory / phase / "finished.json").is_file()
@@ -146,7 +155,7 @@ def find_chain(arguments: SubmitArguments, rest: Sequence[str]) -> Chain:
         for path in sorted(root.glob("*/chain.json"), key=written_at, reverse=True):
             try:
                 found = Chain.load(path.parent)
-            except (ArtifactError, TypeError):
+            except (ArtifactError, ConfigError):
                 continue
             if (found.flags == phase_flags(phases, rest, path.parent) and found.cluster == arguments.cluster
                     and not all(map(found.finished, found.flags))):
@@ -493,16 +502,16 @@ def status(chain: Chain) -> tuple[list[PhaseState], bool]:
 
 def _events(run: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in (run / "state.jsonl").read_text().splitlines()]
-    except (OSError, json.JSONDecodeError):
+        return [line for line in read_lines(run / "state.jsonl") if isinstance(line.get("event"), str)]
+    except ArtifactError:
         return []
 
 
 def _progress(run: Path) -> str:
     try:
-        found = json.loads((run / "progress.json").read_text())
+        found = read_json(run / "progress.json")
         return f"{found['done']:g} of {found['total']:g} {found['unit']}"
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (ArtifactError, KeyError, TypeError, ValueError):
         return ""
 
 

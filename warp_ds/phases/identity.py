@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds import trainer_flags
-from warp_ds.artifacts import BasisStore, find_artifact, fingerprint_model, is_run, run_config, written_at
+from warp_ds.artifacts import (
+    ArtifactError,
+    BasisStore,
+    find_artifact,
+    fingerprint_model,
+    is_run,
+    read_json,
+    run_config,
+    written_at,
+)
 from warp_ds.config import ConfigError, RunArguments, identity_settings, in_one_spelling
 from warp_ds.phases.lock import alive
 from warp_ds.phases.state import PROGRESS
@@ -146,7 +155,7 @@ def _shown(value: Any) -> str:
 
 def _progress(run: Path) -> str:
     try:
-        found = json.loads((run / PROGRESS).read_text())
+        found = read_json(run / PROGRESS)
         return f" ({found['done']:g} of {found['total']:g} {found['unit']})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ArtifactError, ValueError, KeyError, TypeError):
         return ""

@@ -109,6 +109,9 @@ def start_run(
                 "started_at": now(), "versions": versions(), "command": sys.argv, "world_size": runtime.world_size(),
                 "working_directory": os.getcwd(),
             }, private=True)
+        for name in (FAILURE, "finished.json", "owner.json", STATE):
+            if (directory / name).is_symlink() or ((directory / name).exists() and not (directory / name).is_file()):
+                raise ConfigError(f"{directory / name} is no file: remove it, or use another --run_name")
         (directory / FAILURE).unlink(missing_ok=True)
         remove_unfinished(directory)
         near = "" if resumed or arguments.resume != "auto" or arguments.run_name else identity.nearest(directory)
@@ -220,7 +223,7 @@ def log_to_terminal(level: int = logging.INFO) -> None:
 def log_to_file(log_dir: Path, name: str) -> Iterator[None]:
     """This rank's log file: logs/<run>.log for rank 0, logs/<run>.rank<r>.log beside it for the others."""
     log_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(log_file(log_dir, name, runtime.rank()))
+    handler = logging.FileHandler(log_file(log_dir, name, runtime.rank()), encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter(_FORMAT))
     handler.addFilter(Redacting())
     root = logging.getLogger("warp_ds")

@@ -25,13 +25,13 @@ class Progress:
 
     def __init__(self, directory: Path, total: float, unit: str, seconds: float = 2.0):
         self.path, self.total, self.unit, self.seconds = directory / PROGRESS, total, unit, seconds
-        self._shown = -1e9
+        self._shown, self._was_there = -1e9, directory.is_dir()
 
     def at(self, done: float) -> None:
         """``done`` of the total are finished."""
         if runtime.rank() == 0 and (time.monotonic() - self._shown > self.seconds or done >= self.total):
             self._shown = time.monotonic()
-            if not self.path.parent.is_dir():  # writing would make it anew
+            if self._was_there and not self.path.parent.is_dir():  # writing would make it anew
                 raise ArtifactError(f"{self.path.parent} has vanished while the run wrote to it: start it again")
             try:
                 write_json(self.path, {"done": done, "total": self.total, "unit": self.unit})
@@ -44,10 +44,15 @@ def note(directory: Path, event: str, **more: Any) -> None:
     line = {"at": now(), "event": event, "job": slurm.job_id(), "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             "host": socket.gethostname(), "pid": os.getpid(), **more}
     try:
-        with open(directory / STATE, "a", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+        with open(directory / STATE, "a", opener=_private) as file:
             file.write(json.dumps(redact(line)) + "\n")
     except OSError as error:
         logger.warning("the run's state could not be written: %s", error)
+
+
+def _private(path: str, flags: int) -> int:
+    """Opens for this user's eyes alone, through no link, and without waiting where a pipe lies in a file's place."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW, 0o600)
 
 
 def now() -> str:

@@ -162,6 +162,7 @@ def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
 def check_checkpoint(checkpoint: Path) -> None:
     """ConfigError, naming the file, where something of ``checkpoint`` would be run or lies outside of it."""
     refuse_pickles(checkpoint)
+    checkpoints.check_trainer_state(checkpoint)
     tag_of(checkpoint, "latest_universal" if universal.is_converted(checkpoint) else "latest")
 
 
@@ -398,7 +399,6 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
@@ -406,16 +406,18 @@ class MetricsFile(TrainerCallback):
         """Drops the lines of steps after ``checkpoint``, which will be made again, and summaries of runs that stopped."""
         step = int(checkpoint.rsplit("-", 1)[1])
         if self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines() if _whole_until(step, line)]
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+            lines = [line for line in text.split("\n") if _whole_until(step, line)]
             write_text(self.path, "".join(f"{line}\n" for line in lines))
 
 
 def _whole_until(step: int, line: str) -> bool:
     try:
         logged = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False  # the process was killed while it wrote
-    return bool(logged["step"] <= step) and "train_runtime" not in logged
+    at = logged.get("step") if isinstance(logged, dict) else None
+    return isinstance(at, int | float) and at <= step and "train_runtime" not in logged
 
 
 class WholeCheckpoints(TrainerCallback):

@@ -6,6 +6,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import socket
@@ -37,7 +38,8 @@ def init_distributed(device: str, timeout_seconds: int = 1800) -> None:
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _check_compiler()
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "29500"}
     if "RANK" not in os.environ:
         os.environ.update(task_environment(os.environ) or {**defaults, "MASTER_PORT": str(free_port())})
     for name, value in defaults.items():
@@ -49,13 +51,33 @@ def init_distributed(device: str, timeout_seconds: int = 1800) -> None:
     from warp_ds.zero.torch_internals import survive_kills_while_loading_operators
 
     survive_kills_while_loading_operators()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    _check_meeting_place()
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    except (RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise ConfigError(f"the port {os.environ['MASTER_PORT']} of this machine, where the ranks are to meet, is taken by "
+                              "another program: set MASTER_PORT, or the launcher's --master_port, to another one") from error
+        raise
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+def _check_meeting_place() -> None:
+    """ConfigError where what the launcher has set cannot be: before ranks wait for one another."""
+    values = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        text = os.environ.get(name, "")
+        if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+            raise ConfigError(f"the environment's {name} is {text!r}, no number: start the ranks with a launcher (torchrun, "
+                              "deepspeed, accelerate, srun), or set it")
+        values[name] = int(text)
+    if not 0 < values["MASTER_PORT"] < 65536 or values["RANK"] >= values["WORLD_SIZE"]:
+        raise ConfigError(f"the environment cannot be a rank's: {values}; RANK is below WORLD_SIZE, MASTER_PORT below 65536")
 
 
 def free_port() -> int:
