@@ -129,13 +129,13 @@ def refusal(what: Callable[[], Any]) -> str:
 
 
 class Payload:
-    """Makes a file where it is unpickled."""
+    """Makes a directory where it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
 
     def __reduce__(self) -> Any:
-        return Path.touch, (self.marker,)
+        return os.mkdir, (str(self.marker),)
 
 
 class Harmless:
@@ -156,7 +156,7 @@ def nothing_is_unpickled(resume: Callable[[], Any], checkpoint: Path, marker: Pa
         held = file.read_bytes()
         with_payload(file, marker)
         message = refusal(resume)
-        assert str(file) in message and "touch" in message and "\n" not in message, message
+        assert str(file) in message and "mkdir" in message and "\n" not in message, message
         training.check_checkpoint = lambda path: None
         try:
             message = refusal(resume)
@@ -220,7 +220,8 @@ def on_one(root: Path, output: Path) -> dict[str, str]:
 
     marker = output / "marker"
     checkpoint = trainer / "checkpoint-2"
-    with_payload(checkpoint / "training_args.bin", marker)
+    assert not list(checkpoint.glob("**/training_args.bin"))
+    torch.save(Payload(marker), checkpoint / "training_args.bin")
     nothing_is_unpickled(lambda: run("unmasked", root, folder), checkpoint, marker, ["*/*rank_1*optim_states.pt"])
     finished = run("unmasked", root, folder)
     assert finished is not None and not marker.exists()

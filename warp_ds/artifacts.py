@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from warp_ds.held import check_there
 from warp_ds.method.rotation import Rotation
+from warp_ds.secrets import redact
 
 BASIS_FORMAT, MASKS_FORMAT, VERSION = "warp_ds.basis", "warp_ds.masks", 1
 
@@ -57,9 +59,15 @@ class TargetLayer:
 # ---------------------------------------------------------------- files
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, whole or not at all."""
-    _write_aside(path, lambda aside: aside.write_text(json.dumps(value, indent=2) + "\n"))
+def write_json(path: Path, value: Any, private: bool = False) -> None:
+    """Writes ``value`` as indented JSON, whole or not at all; ``private``: for its owner's eyes alone, without secrets."""
+    text = json.dumps(redact(value) if private else value, indent=2) + "\n"
+
+    def write(aside: Path) -> None:
+        aside.touch(mode=0o600 if private else 0o666)
+        aside.write_text(text)
+
+    _write_aside(path, write)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -103,10 +111,14 @@ def is_aside(name: str) -> bool:
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{8}\.warp_ds\.tmp", re.DOTALL)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Adds a line to a file, in one write. OSError where that is no regular file (opening a pipe would wait for a reader)."""
+def append_line(path: Path, line: str, private: bool = False) -> None:
+    """Adds a line to a file, in one write; ``private``: a new one is for this user's eyes alone.
+
+    OSError where that is no regular file: opening a pipe would wait for a reader, and a link may lead anywhere.
+    """
     check_there(path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, 0o600 if private else 0o666)
     with open(descriptor, "a", encoding="utf-8") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
@@ -151,7 +163,7 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of one JSON object a line."""
+    """The objects of a file of one JSON object a line. ArtifactError where it cannot be read."""
     found = []
     try:
         lines = read_text(path, errors="replace").split("\n")
@@ -159,10 +171,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     for line in lines:
         try:
-            found.append(json.loads(line))
+            value = json.loads(line)
         except (ValueError, RecursionError):
             continue  # empty, or being written when the run was looked at or died
-    return [row for row in found if isinstance(row, dict)]
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 # ---------------------------------------------------------------- fingerprints
@@ -440,6 +454,15 @@ CLOCKS = timedelta(minutes=5)
 """By which the clocks of hosts may differ."""
 
 
+def written_at(path: Path) -> float:
+    """When a file was written, in seconds, by the file system; 0 where that has not come yet."""
+    try:
+        written = path.stat().st_mtime
+    except OSError:
+        return 0.0
+    return written if written < time.time() + CLOCKS.total_seconds() else 0.0
+
+
 def newest_first(runs: Iterable[Path], file: str, key: str) -> list[Path]:
     """By the time that each run's ``file`` has under ``key``, and by name where two are the same.
 
@@ -450,11 +473,11 @@ def newest_first(runs: Iterable[Path], file: str, key: str) -> list[Path]:
 
     def when(run: Path) -> tuple[bool, float, str]:
         try:
-            time = datetime.fromisoformat(read_json(run / file)[key]).astimezone()
-            known = time <= latest
+            recorded = datetime.fromisoformat(read_json(run / file)[key]).astimezone()
+            known = recorded <= latest
         except (ArtifactError, ValueError, TypeError, KeyError, IndexError, OverflowError, OSError):
             known = False
-        return known, time.timestamp() if known else 0.0, run.name
+        return known, recorded.timestamp() if known else 0.0, run.name
 
     return sorted(runs, key=when, reverse=True)
 

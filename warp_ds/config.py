@@ -20,6 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from warp_ds import trainer_flags
 from warp_ds.names import control_character, problem_of_name
+from warp_ds.secrets import holds_secret, redact
 
 LAYER_TYPES = ("ffn_down", "ffn_up", "ffn_gate", "attn_q", "attn_k", "attn_v", "attn_o")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -59,6 +60,7 @@ class RunArguments:
         """ConfigError for values that no run can use; reads nothing but the flags, so that every rank finds the same."""
         for name, value in vars(self).items():
             refuse_control_characters(f"--{name}", value)
+            refuse_secrets(f"--{name}", value)
         check_run_name(self.run_name)
         _at_least(self, "batch_size", 1)
         _at_least(self, "max_length", 2)
@@ -344,17 +346,26 @@ class FlagParser(HfArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
-        refuse_control_characters_in_words(words)
+        refuse_words(words)
         return super().parse_known_args(words, namespace)
 
 
-def refuse_control_characters_in_words(words: Sequence[str]) -> None:
-    """ConfigError, naming the flag, for a word of a command line that holds a line end or another control character."""
+def refuse_words(words: Sequence[str]) -> None:
+    """ConfigError, naming the flag, for a word of a command line that holds a control character or a secret."""
     flag = "the command line"
     for word in words:
         if word.startswith("--"):
             flag = word.split("=")[0] if not control_character(word.split("=")[0]) else "a flag"
         refuse_control_characters(flag, word)
+        refuse_secrets(flag, word.removeprefix(f"{flag}="))
+
+
+def refuse_secrets(what: str, value: Any) -> None:
+    """ConfigError where ``value`` (of the flag ``what``) holds what looks like a token, a password or a key."""
+    if not str(value).startswith("--") and holds_secret(value, what.removeprefix("--")):
+        raise ConfigError(f"{redact(what)} holds what looks like a token, a password or a key: the command line is seen by "
+                          "every user of the machine, and stored with the run. Leave it out, and give it in the environment "
+                          "(HF_TOKEN, say, or `hf auth login`), which jobs inherit")
 
 
 def refuse_control_characters(what: str, value: Any) -> None:

@@ -43,5 +43,5 @@ def check_there(path: Path) -> None:
 
 
 def _gone(directory: Path, what: str) -> str:
-    return (f"{directory} {what} while the run was under way, and with it what the run had written: it ends here. Once the "
-            "file system is there the same command begins anew")
+    return (f"{directory} has vanished while the run wrote to it (it {what}): what was written there is lost, and the run "
+            "ends here. Start it again where the directory stays")

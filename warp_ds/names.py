@@ -42,3 +42,13 @@ def control_character(value: Any) -> str:
 
 
 _DIRECTIONS = "".join(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
+
+
+def printable(value: Any) -> Any:
+    """``value`` with U+FFFD for what UTF-8 cannot hold and no reader sees (lone surrogates, control characters but line
+    ends and tabs), in whatever strings lists and mappings hold."""
+    if isinstance(value, str):
+        return "".join("\ufffd" if unicodedata.category(c) in ("Cs", "Cc") and c not in "\n\t\r" else c for c in value)
+    if isinstance(value, Mapping):
+        return {printable(key): printable(part) for key, part in value.items()}
+    return [printable(part) for part in value] if isinstance(value, list) else value

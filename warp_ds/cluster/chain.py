@@ -28,7 +28,7 @@ import submitit
 from filelock import FileLock
 from transformers import TrainingArguments
 
-from warp_ds.artifacts import ArtifactError, read_json, read_lines, write_json
+from warp_ds.artifacts import ArtifactError, read_json, read_lines, write_json, written_at
 from warp_ds.cluster import slurm
 from warp_ds.config import (
     BasisArguments,
@@ -45,7 +45,8 @@ from warp_ds.config import (
     parse_arguments,
     parse_training,
     refuse_control_characters,
-    refuse_control_characters_in_words,
+    refuse_secrets,
+    refuse_words,
     unknown_flags,
 )
 from warp_ds.phases.arms import parse_arms
@@ -108,7 +109,8 @@ class Chain:
     local controller's process)"""
 
     def save(self) -> None:
-        write_json(self.directory / "chain.json", {"cluster": self.cluster, "flags": self.flags, "jobs": self.jobs})
+        kept = {"cluster": self.cluster, "flags": self.flags, "jobs": self.jobs}
+        write_json(self.directory / "chain.json", kept, private=True)
 
     @staticmethod
     def load(directory: Path) -> Chain:
@@ -162,10 +164,10 @@ def find_chain(arguments: SubmitArguments, rest: Sequence[str]) -> Chain:
             raise ConfigError(f"{directory} is there already, and no chain of launch/submit.py: use another --run_name")
     else:
         directory = root / f"chain_{datetime.now():%Y%m%d_%H%M%S}"
-        for path in sorted(root.glob("*/chain.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+        for path in sorted(root.glob("*/chain.json"), key=written_at, reverse=True):
             try:
                 found = Chain.load(path.parent)
-            except (ArtifactError, TypeError):
+            except (ArtifactError, ConfigError):
                 continue
             if (found.flags == phase_flags(phases, rest, path.parent) and found.cluster == arguments.cluster
                     and not all(map(found.finished, found.flags))):
@@ -185,7 +187,8 @@ def check_submit(arguments: SubmitArguments, rest: Sequence[str]) -> None:
     """ConfigError for a value that would be more than one value in the batch script, or in the shell that runs it."""
     for name, value in vars(arguments).items():
         refuse_control_characters(f"--{name}", value)
-    refuse_control_characters_in_words(rest)
+        refuse_secrets(f"--{name}", value)
+    refuse_words(rest)
     check_run_name(arguments.run_name)
     for name in ("partition", "account"):
         value = getattr(arguments, name)
@@ -306,6 +309,7 @@ def _parse(phase: str, words: list[str]) -> tuple[RunArguments, Any]:
 def submit(chain: Chain, arguments: SubmitArguments) -> None:
     """Queues (slurm), or runs one after the other (local, debug), every phase that is neither finished nor under way."""
     chain.directory.mkdir(parents=True, exist_ok=True)
+    (chain.directory / "submitit").mkdir(mode=0o700, exist_ok=True)  # pickled jobs, which whoever may write there could replace
     # Two submitting programs would queue each phase twice.
     with FileLock(chain.directory / ".submit.lock", timeout=60):
         if (chain.directory / "chain.json").is_file():
@@ -510,7 +514,7 @@ def status(chain: Chain) -> tuple[list[PhaseState], bool]:
 
 def _events(run: Path) -> list[dict[str, Any]]:
     try:
-        return read_lines(run / "state.jsonl")
+        return [line for line in read_lines(run / "state.jsonl") if isinstance(line.get("event"), str)]
     except ArtifactError:
         return []
 

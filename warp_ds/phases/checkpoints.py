@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from transformers import TrainerState
 
 from warp_ds.artifacts import ArtifactError, read_json, write_json
 from warp_ds.sealed import contents, difference
@@ -48,6 +52,28 @@ def world_size_of(checkpoint: Path) -> int:
         raise ArtifactError(f"{checkpoint} is not as this program left it: {changed}. Remove it, or start anew with "
                             "--resume never")
     return ranks
+
+
+def check_trainer_state(checkpoint: Path) -> None:
+    """ArtifactError where trainer_state.json is not what Trainer writes, of the step that the directory is named for."""
+    path = checkpoint / "trainer_state.json"
+    state = read_json(path)
+    wanted = TrainerState()
+    wrong = [] if isinstance(state, dict) else ["the whole"]
+    for field in dataclasses.fields(TrainerState) if not wrong else ():
+        default, value = getattr(wanted, field.name), state.get(field.name, getattr(wanted, field.name))
+        kinds = (int, float) if isinstance(default, int | float) else (type(default),)
+        if default is not None and not (isinstance(value, kinds) or value is None and field.name == "logging_steps"):
+            wrong.append(field.name)
+        elif isinstance(value, float) and not math.isfinite(value):
+            wrong.append(field.name)
+    if not wrong and state.get("global_step") != int(checkpoint.name.rsplit("-", 1)[1]):
+        wrong.append("global_step")
+    if not wrong and (set(state) - {field.name for field in dataclasses.fields(TrainerState)}):
+        wrong.append("unknown keys")
+    if wrong:
+        raise ArtifactError(f"{path} is not what this program's training writes ({', '.join(wrong)}): remove {checkpoint}, or "
+                            "start anew with --resume never")
 
 
 def own(directory: Path, mark: str = BEGUN) -> Iterator[Path]:

@@ -512,7 +512,7 @@ def _check(arms: Sequence[Arm], a: CompareArguments, data: ComparisonData) -> No
 
 def print_tables(text: str) -> None:
     """A markdown text's tables on the terminal."""
-    console = Console(width=160)
+    console = Console(width=160, markup=False)
     table: Table | None = None
     for line in [*text.splitlines(), ""]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]

@@ -25,6 +25,7 @@ from warp_ds.phases.failures import explain, is_later
 from warp_ds.phases.inputs import check_inputs, on_one_machine
 from warp_ds.phases.run import log_to_terminal
 from warp_ds.phases.state import note
+from warp_ds.secrets import redact
 from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import UnsupportedSetting
 
@@ -126,7 +127,7 @@ def _fail(error: BaseException, status: int, wrong_input: bool) -> None:
             rank = 0  # that is the error, and every rank's
         if wrong_input and rank > 0:
             time.sleep(SECONDS_FOR_RANK_0)
-    text = f"error: {error}" if wrong_input else "".join(traceback.format_exception(error))
+    text = redact(f"error: {error}" if wrong_input else "".join(traceback.format_exception(error)))
     if logging.getLogger("warp_ds").handlers:
         logger.error("rank %d failed: %s", rank, text)
     if not _on_terminal() and not (wrong_input and rank > 0):

@@ -46,7 +46,11 @@ class RunLock:
 
     def acquire(self) -> None:
         """Takes the directory; over from an owner that is dead. Waits ``dead_seconds`` to tell, where flock does not."""
-        self._fd = os.open(self.directory / ".lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        try:
+            self._fd = os.open(self.directory / ".lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            raise ConfigError(f"{self.directory} cannot be locked ({error.strerror}): {self.directory / '.lock'} must be a "
+                              "file that this user may write, or be missing") from error
         free = _flock(self._fd, fcntl.LOCK_EX)
         deadline = time.monotonic() + 1.0  # ``alive`` holds it for a moment
         while free is False and time.monotonic() < deadline:

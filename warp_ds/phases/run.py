@@ -27,6 +27,7 @@ from warp_ds.phases.identity import Identity, identify, unfinished
 from warp_ds.phases.lock import RunLock
 from warp_ds.phases.state import STATE, note, now
 from warp_ds.phases.written import check_written
+from warp_ds.secrets import Redacting
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def start_run(
                 **identity.record, "settings": {**dataclasses.asdict(arguments), **(passed or {})},
                 "started_at": now(), "versions": versions(), "command": sys.argv, "world_size": runtime.world_size(),
                 "working_directory": os.getcwd(),
-            })
+            }, private=True)
         (directory / FAILURE).unlink(missing_ok=True)
         remove_unfinished(directory)
         near = "" if resumed or arguments.resume != "auto" or arguments.run_name else identity.nearest(directory)
@@ -207,6 +208,7 @@ def log_to_terminal(level: int = logging.INFO) -> None:
     if runtime.rank() == 0:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.addFilter(Redacting())
         root.addHandler(handler)
     else:
         root.addHandler(logging.NullHandler())
@@ -221,8 +223,9 @@ def log_to_file(log_dir: Path, name: str) -> Iterator[None]:
         log_dir.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise ConfigError(f"{path}, which would be the run's log, is no file: move it, or give another --log_dir")
-        handler = logging.FileHandler(path)
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.addFilter(Redacting())
     root = logging.getLogger("warp_ds")
     root.addHandler(handler)
     try:

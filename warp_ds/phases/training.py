@@ -164,6 +164,7 @@ def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
 def check_checkpoint(checkpoint: Path) -> None:
     """ConfigError, naming the file, where something of ``checkpoint`` would be run or lies outside of it."""
     refuse_pickles(checkpoint)
+    checkpoints.check_trainer_state(checkpoint)
     tag_of(checkpoint, "latest_universal" if universal.is_converted(checkpoint) else "latest")
 
 
@@ -342,6 +343,9 @@ class GlobalBatchTrainer(Trainer):
         checkpoint = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
         runtime.on_rank_0(lambda: checkpoints.begin(checkpoint), "beginning a checkpoint")
         super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            # A pickle of all that TrainingArguments hold, which nobody reads.
+            (checkpoint / "training_args.bin").unlink(missing_ok=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer does, without its advice to use zero_to_fp32: the model is exported by ``export``."""

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from warp_ds.cluster.slurm import task_environment
-from warp_ds.config import ConfigError, RunArguments
+from warp_ds.config import ConfigError, RunArguments, refuse_secrets
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def init_distributed(device: str, timeout_seconds: int = 1800) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _check_compiler()
     check_launch(os.environ)
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     if "RANK" not in os.environ:
         os.environ.update(task_environment(os.environ) or {**defaults, "MASTER_PORT": str(free_port())})
     for name, value in defaults.items():
@@ -313,6 +313,7 @@ def zero3_config(arguments: RunArguments, for_trainer: bool = False) -> dict[str
             config = json.loads(Path(arguments.deepspeed).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise ConfigError(f"--deepspeed {arguments.deepspeed} cannot be read as JSON: {error}") from error
+    refuse_secrets(f"--deepspeed {arguments.deepspeed}", config)
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
         raise ConfigError(f"--deepspeed {arguments.deepspeed} asks for ZeRO stage {stage}; the phases run on stage 3 "
