@@ -32,8 +32,8 @@ def contents(directory: Path, but: str) -> dict[str, list[Any]]:
     return found
 
 
-def difference(directory: Path, but: str, sealed: Any) -> str:
-    """What is not as ``contents`` had it, in words; '' where all is."""
+def difference(directory: Path, but: str, sealed: Any, added: bool = True) -> str:
+    """What is not as ``contents`` had it, in words; '' where all is. ``added``: nor may there be a file more."""
     if not isinstance(sealed, dict):
         return "nothing says what it held when it was whole"
     try:
@@ -43,9 +43,9 @@ def difference(directory: Path, but: str, sealed: Any) -> str:
     for name in sorted({*now, *sealed}):
         if name not in now:
             return f"{ascii(name)[1:-1]} is missing"
-        if name not in sealed:
+        if name not in sealed and added:
             return f"{ascii(name)[1:-1]} was added"
-        if now[name] != sealed[name]:
+        if name in sealed and now[name] != sealed[name]:
             return f"{ascii(name)[1:-1]} was changed"
     return ""
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from warp_ds.artifacts import read_text
 from warp_ds.cluster.slurm import task_environment
 from warp_ds.config import ConfigError, RunArguments, refuse_secrets
 
@@ -310,9 +311,13 @@ def zero3_config(arguments: RunArguments, for_trainer: bool = False) -> dict[str
         config: dict[str, Any] = {"zero_optimization": {"stage": 3}}
     else:
         try:
-            config = json.loads(Path(arguments.deepspeed).read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            config = json.loads(read_text(Path(arguments.deepspeed)))
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"--deepspeed {arguments.deepspeed} cannot be read as JSON: {error}") from error
+        for name in ("", "zero_optimization", "bf16", "fp16", "data_types", "checkpoint"):
+            section = config.get(name, {}) if name else config
+            if not isinstance(section, dict):
+                raise ConfigError(f"--deepspeed {arguments.deepspeed}: {name or 'the whole'} is no JSON object")
     refuse_secrets(f"--deepspeed {arguments.deepspeed}", config)
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
