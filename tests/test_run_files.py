@@ -40,7 +40,9 @@ def test_a_directory_that_vanishes_ends_the_run(tmp_path: Path, anew: bool) -> N
 
 
 def test_its_progress_does_not_make_it_anew(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
     progress = Progress(tmp_path / "gone", 3, "steps")
+    (tmp_path / "gone").rmdir()
     with pytest.raises(ArtifactError, match="has vanished"):
         progress.at(1)
     assert not (tmp_path / "gone").exists()
@@ -120,7 +122,7 @@ def test_files_of_a_run_are_refused_or_make_no_difference(tmp_path: Path, name: 
         assert isinstance(run_config(path.parent), dict)
         list(unfinished(tmp_path / "out"))
         newest(tmp_path / "out", "phase1")
-        shutil.rmtree(tmp_path / "logs")
+        shutil.rmtree(tmp_path / "logs", ignore_errors=True)
 
 
 @pytest.mark.parametrize("name", ["config.json", "finished.json", "owner.json", "state.jsonl", ".lock"])
@@ -167,7 +169,7 @@ def test_chains(tmp_path: Path) -> None:
         return find_chain(SubmitArguments(phases="1", cluster="local", output_dir=str(tmp_path), run_name=name), words)
 
     chain = find()
-    chain.directory.mkdir()
+    chain.directory.mkdir(exist_ok=True)
     chain.jobs = {"phase1": ["999999999"]}
     chain.save()
     good = read_json(chain.directory / "chain.json")

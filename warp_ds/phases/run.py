@@ -109,7 +109,7 @@ def start_run(
                 "started_at": now(), "versions": versions(), "command": sys.argv, "world_size": runtime.world_size(),
                 "working_directory": os.getcwd(),
             }, private=True)
-        for name in (FAILURE, "finished.json", "owner.json", STATE):
+        for name in (FAILURE, "finished.json", STATE):
             if (directory / name).is_symlink() or ((directory / name).exists() and not (directory / name).is_file()):
                 raise ConfigError(f"{directory / name} is no file: remove it, or use another --run_name")
         (directory / FAILURE).unlink(missing_ok=True)
