@@ -95,7 +95,7 @@ def test_files_of_a_run_are_refused_or_make_no_difference(tmp_path: Path, name: 
         assert isinstance(run_config(path.parent), dict)
         list(unfinished(tmp_path / "out"))
         newest(tmp_path / "out", "phase1")
-        shutil.rmtree(tmp_path / "logs")
+        shutil.rmtree(tmp_path / "logs", ignore_errors=True)
 
 
 @pytest.mark.parametrize("name", ["config.json", "finished.json", "owner.json", "state.jsonl", ".lock"])
@@ -142,7 +142,7 @@ def test_chains(tmp_path: Path) -> None:
         return find_chain(SubmitArguments(phases="1", cluster="local", output_dir=str(tmp_path), run_name=name), words)
 
     chain = find()
-    chain.directory.mkdir()
+    chain.directory.mkdir(exist_ok=True)
     chain.jobs = {"phase1": ["999999999"]}
     chain.save()
     good = read_json(chain.directory / "chain.json")

@@ -59,6 +59,8 @@ def odd_file(directory: Path) -> str:
             try:
                 mode = path.stat().st_mode
             except OSError as error:
+                if not path.is_symlink() and isinstance(error, FileNotFoundError):
+                    continue  # another process lives here, and has just renamed what it wrote
                 return f"{path} cannot be read ({error.strerror})"
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 return f"{path} is neither a file nor a directory"

@@ -160,7 +160,8 @@ def find_chain(arguments: SubmitArguments, rest: Sequence[str]) -> Chain:
     root = Path(arguments.output_dir)
     if arguments.run_name:
         directory = root / arguments.run_name
-        if directory.is_symlink() or (directory.exists() and not (directory / "chain.json").is_file()):
+        begun = directory.is_dir() and {path.name for path in directory.iterdir()} <= {"logs", "submitit", ".submit.lock"}
+        if directory.is_symlink() or (directory.exists() and not begun and not (directory / "chain.json").is_file()):
             raise ConfigError(f"{directory} is there already, and no chain of launch/submit.py: use another --run_name")
     else:
         directory = root / f"chain_{datetime.now():%Y%m%d_%H%M%S}"

@@ -46,6 +46,8 @@ class RunLock:
 
     def acquire(self) -> None:
         """Takes the directory; over from an owner that is dead. Waits ``dead_seconds`` to tell, where flock does not."""
+        if self.owner_file.is_symlink() or (self.owner_file.exists() and not self.owner_file.is_file()):
+            raise ConfigError(f"{self.owner_file} is no file: remove it, or use another --run_name")
         try:
             self._fd = os.open(self.directory / ".lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         except OSError as error:

@@ -287,13 +287,13 @@ class SavedScores:
         if not self.progress.is_file():
             return None
         saved = read_json(self.progress)
-        numbers = [saved.get(name) if isinstance(saved, dict) else None for name in ("batches", "ranks")]
-        if not all(type(number) is int and 0 < number < 1 << 31 for number in numbers):
+        batches, ranks = (saved.get(name) if isinstance(saved, dict) else None for name in ("batches", "ranks"))
+        if type(batches) is not int or type(ranks) is not int or min(batches, ranks) < 1:
             raise ArtifactError(f"{self.progress} is not what this program writes: {_AGAIN.format(self.directory)}")
         # A process that was killed may have left files of the batches before, or after.
         if changed := difference(self.directory, self.progress.name, saved.get("files"), added=False):
             raise ArtifactError(f"{self.directory} is not as this program left it: {changed}; {_AGAIN.format(self.directory)}")
-        return numbers[0], numbers[1]
+        return batches, ranks
 
     def _add(self, path: Path, scores: RowScores, ranks: int, other: int) -> None:
         """Puts the rows of ``scores`` that rank ``other`` of ``ranks`` saved where they belong."""
