@@ -10,19 +10,23 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from warp_ds.artifacts import ArtifactError
+from warp_ds.artifacts import ArtifactError, TargetLayer, write_tensors
 from warp_ds.cluster import chain
 from warp_ds.config import BasisArguments, ConfigError, TrainArguments
 from warp_ds.held import held
-from warp_ds.phases import checkpoints
+from warp_ds.phases import basis, checkpoints
+from warp_ds.phases.evaluate import AnswerLog
 from warp_ds.phases.lock import RunLock
 from warp_ds.phases.run import start_run
 from warp_ds.phases.state import Progress
 from warp_ds.phases.training import find_checkpoint
+from warp_ds.zero.scores import RowScores, SavedScores
 
 VALUES: tuple[Any, ...] = (None, True, False, 0, -1, 7, 2**70, 0.5, float("nan"), float("inf"), "", "x", "../..", "[/b]",
                            "a\nb", "\ud800", [], [1], ["x"], {}, {"x": 1}, [[]], [{}])
@@ -210,8 +214,6 @@ def checkpoint(tmp_path: Path) -> Path:
     found = tmp_path / "run" / "trainer" / "checkpoint-4"
     checkpoints.begin(found)
     (found / "global_step4").mkdir()
-    import torch
-
     torch.save({"param_shapes": [{}]}, found / "global_step4" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     torch.save({"x": torch.ones(3)}, found / "global_step4" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
     torch.save({"last_epoch": 4}, found / "scheduler.pt")
@@ -273,3 +275,56 @@ def test_a_chain_whose_files_were_changed(tmp_path: Path) -> None:
         for what in spoil(path):
             outcomes.of(load, True, what, path)
     outcomes.check(refused=20)
+
+
+def test_saved_scores_whose_files_were_changed(tmp_path: Path) -> None:
+    layer = TargetLayer("model.layers.0.mlp.down_proj", 0, "ffn_down", 4, 8)
+    inputs: Any = [SimpleNamespace(layers=[layer], rank=3)]
+    scores = RowScores(inputs, "cpu")
+    scores.sums[layer.name] += torch.arange(12.0).view(4, 3)
+    saved = SavedScores(tmp_path / "scores")
+    saved.save(scores, 7)
+
+    def load() -> tuple[int, list[list[float]]]:
+        found = RowScores(inputs, "cpu")
+        return saved.load(found), found.sums[layer.name].tolist()
+
+    right, outcomes = load(), Outcomes()
+    assert right == (7, torch.arange(12.0).view(4, 3).tolist())
+    for path in sorted((tmp_path / "scores").iterdir()):
+        for what in spoil(path):
+            if path == saved.progress and what in (*PLACES, "nothing") and not path.is_file():
+                continue  # none are taken for saved; a run's own look (check_written) refuses what is there instead
+            outcomes.of(load, right, what, path)
+    outcomes.check(refused=20)
+    (tmp_path / "scores" / "8_rank_0.safetensors").touch()  # a process was killed as it saved the next ones
+    assert load() == right
+    for others in (torch.zeros(4, 3, dtype=torch.int32), torch.zeros(3, 3), torch.zeros(4, 2)):
+        write_tensors(tmp_path / "scores" / "7_rank_0.safetensors", {layer.name: others})
+        with pytest.raises(ArtifactError, match="is not as this program left it"):
+            load()
+
+
+def test_bases_and_answers_of_a_run_that_was_stopped(tmp_path: Path) -> None:
+    entry = {"n": 4, "rank": 2, "tokens": 9, "layers": ["a"]}
+    tensors = {"U": torch.zeros(4, 2), "S": torch.zeros(2)}
+    path = tmp_path / "layer_00_ffn_down_svd.safetensors"
+    mutants = [json.dumps(mutant) for mutant in json_mutants(entry)]
+    for text in (*mutants, "", "{", "[" * 10_000):
+        write_tensors(path, tensors, {"warp_ds.basis": text})
+        try:
+            found = basis._finished(tmp_path)[path.name]
+        except ArtifactError as error:
+            assert path.name in str(error) and str(error).isprintable()
+        else:
+            assert (found["n"], found["rank"]) == (4, 2)
+    for data in BYTES:
+        path.write_bytes(data)
+        with pytest.raises(ArtifactError, match=path.name):
+            basis._finished(tmp_path)
+    log = AnswerLog(tmp_path / "answers.partial.jsonl")
+    log.append("refusal", 0, ["one", "two"])
+    whole = (tmp_path / "answers.partial.jsonl").read_text()
+    for mutant in json_mutants({"suite": "refusal", "number": 2, "answer": "x"}):
+        (tmp_path / "answers.partial.jsonl").write_text(whole + json.dumps(mutant) + "\n")
+        assert log.done("refusal")[:2] == ["one", "two"]

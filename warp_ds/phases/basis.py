@@ -267,7 +267,7 @@ def _finished(directory: Path) -> Entries:
                 entry = json.loads(file.metadata()[_HEADER])
                 shapes = [list(file.get_slice(name).get_shape()) for name in ("U", "S")]
             if shapes != [[entry["n"], entry["rank"]], [entry["rank"]]] or not all(isinstance(n, str) for n in entry["layers"]):
-                raise ValueError(f"U and S are {shapes}, its own entry says {str(entry)[:200]}")
+                raise ValueError(f"U and S are {shapes}, its own entry says {ascii(entry)[:200]}")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArtifactError(f"{path} is not what phase 1 writes ({type(error).__name__}: {error}): remove it, and it is "
                                 "made again") from error

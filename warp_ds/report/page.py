@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,8 @@ def write_report(given: Sequence[str | Path], output: Path) -> Path:
         "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
         # Nothing is fetched, whatever text of a model stands in the page.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none';style-src 'unsafe-inline';img-src data:\">",
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none';style-src 'unsafe-inline';img-src data:;"
+        "base-uri 'none';form-action 'none'\">",
         '<link rel="icon" href="data:,">', "<title>warp_ds report</title>",
         f"<style>{STYLE.read_text()}</style></head><body><main>",
         "<h1>Fine-tuning and what it did to safety</h1>",
@@ -330,7 +332,10 @@ def _answers(runs: Runs, pictures: Path) -> str:
         points = [(run, point) for run in homes for point in read_json(run / "report.json")["points"]]
         for run, point in sorted(points, key=lambda p: (-(p[1]["rate"] or 0), p[1]["seed"])):
             name = point["arm"] if point["rate"] is None else f"{point['arm']}_lr{point['rate']:g}_seed{point['seed']}"
-            path = run / point.get("home", Path("points") / name) / "answers.jsonl"
+            path = Path(os.path.abspath(run / str(point.get("home", Path("points") / str(name))) / "answers.jsonl"))
+            if not path.is_relative_to(os.path.abspath(run)):
+                raise ArtifactError(f"{run / 'report.json'} names answers that do not lie beside it ({ascii(name)[:80]}): run "
+                                    "the comparison again under its --run_name, which measures nothing twice")
             if path.is_file():
                 sources.setdefault(f"{above}{point['arm']}", path)
     for run in runs.of("evaluate"):
