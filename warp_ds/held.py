@@ -19,11 +19,14 @@ def held(directory: Path) -> Iterator[None]:
     """A block in which ``check_there`` knows whether ``directory`` is still the one that it is now."""
     path = Path(os.path.abspath(directory))
     outer = _held.get(path)
-    found = path.stat()
+    # Open, so that its number is not given to the next directory that is made.
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    found = os.fstat(descriptor)
     _held[path] = found.st_dev, found.st_ino
     try:
         yield
     finally:
+        os.close(descriptor)
         del _held[path]
         if outer is not None:
             _held[path] = outer

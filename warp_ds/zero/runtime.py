@@ -68,11 +68,11 @@ def check_launch(env: Mapping[str, str]) -> None:
     for name in _NUMBERS:
         value = env.get(name)
         if value is not None and not re.fullmatch("[0-9]{1,12}", value):
-            raise ConfigError(f"{name} is {ascii(value)[:60]}, which is no number, {cure}")
+            raise ConfigError(f"{name} is {ascii(value)[:60]}, no number, {cure}")
     if "RANK" in env and int(env["RANK"]) >= int(env.get("WORLD_SIZE", 1)):
-        raise ConfigError(f"RANK is {env['RANK']} of WORLD_SIZE {env.get('WORLD_SIZE', 1)} {cure}")
+        raise ConfigError(f"RANK is {env['RANK']} and WORLD_SIZE {env.get('WORLD_SIZE', 1)} {cure} (RANK is below WORLD_SIZE)")
     if int(env.get("MASTER_PORT", 1)) > 65535:
-        raise ConfigError(f"MASTER_PORT is {env['MASTER_PORT']}: ports end at 65535")
+        raise ConfigError(f"MASTER_PORT is {env['MASTER_PORT']} {cure} (MASTER_PORT below 65536)")
 
 
 _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS",
@@ -88,7 +88,7 @@ def _saying_where_ranks_meet() -> Iterator[None]:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         said = str(error).splitlines()[0]
         if "EADDRINUSE" in said:
-            cause = "another program, or another run on this machine, listens there"
+            cause = "that port is taken by another program, or another run on this machine"
             cure = "give the launcher another port (--master_port, or MASTER_PORT in the environment)"
         else:
             cause, cure = f"they cannot ({said[:200]})", "check MASTER_ADDR, MASTER_PORT and the network"
