@@ -76,7 +76,8 @@ def test_a_run_writes_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.argv", ["phase3.py", "--hub_token", "swordfish", f"--model_name={LOOK[2]}"])
     log_to_terminal()
     arguments = BasisArguments(output_dir=str(tmp_path), log_dir=str(tmp_path / "logs"), run_name="r", device="cpu")
-    with pytest.raises(RuntimeError), start_run("phase1", arguments, {}, {"hub_token": "swordfish", "report_to": [LOOK[0]]}) as run:
+    passed = {"hub_token": "swordfish", "report_to": [LOOK[0]]}
+    with pytest.raises(RuntimeError), start_run("phase1", arguments, {}, passed) as run:
         logging.getLogger("warp_ds.x").warning("calling %s with hub_token=%s", LOOK[-1], "swordfish")
         run.note("said", error=LOOK[3])
         raise RuntimeError(f"401 for {LOOK[0]}, hub_token=swordfish")

@@ -27,7 +27,7 @@ def redact(value: Any, name: str = "") -> Any:
     """``value`` with every secret in it struck out: by its look, or by the name that it is given (``name``, the keys of a
     mapping, the flag before a word in a list, NAME=VALUE in a text). Anything but strings and what holds them stays."""
     if isinstance(value, str):
-        if value and _NAMED.fullmatch(name.lstrip("-").replace("-", "_")):
+        if value.lower() not in ("", "none", "null", "false") and _NAMED.fullmatch(name.lstrip("-").replace("-", "_")):
             return STRUCK
         return _SHAPES.sub(STRUCK, _GIVEN.sub(rf"\1{STRUCK}", value))
     if isinstance(value, Mapping):
