@@ -73,7 +73,8 @@ def test_redact_walks_through_what_json_holds() -> None:
 
 def test_long_names_take_no_time() -> None:
     """A pattern that tries every split of a name would not end; the suite's own time limit is the bar."""
-    for text in ("a." * 20_000, "model.layers.0.mlp." * 2000 + "token", "_" * 20_000, "hf_" * 10_000, "eyJ" * 10_000, "sk-" * 10_000):
+    for text in ("a." * 20_000, "model.layers.0.mlp." * 2000 + "token", "_" * 20_000, "hf_" * 10_000,
+                 "eyJ" * 10_000, "sk-" * 10_000):
         redact(text)
 
 
