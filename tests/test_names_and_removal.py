@@ -15,7 +15,7 @@ from warp_ds.cli import main
 from warp_ds.config import BasisArguments, ConfigError, TrainArguments, parse_arguments, parse_training
 from warp_ds.phases import checkpoints
 from warp_ds.phases.lock import alive
-from warp_ds.phases.run import start_run
+from warp_ds.phases.run import link_latest, start_run
 from warp_ds.zero.universal import remove_converted
 from warp_ds.zero.walk import HiddenStates
 
@@ -134,6 +134,16 @@ def test_only_own_checkpoints_are_removed_or_gone_on_with(tmp_path: Path) -> Non
     checkpoints.refuse_foreign(tmp_path, steps=499)
     with pytest.raises(ArtifactError, match="checkpoint-500 was not written by this program"):
         checkpoints.refuse_foreign(tmp_path, steps=500)
+
+
+def test_a_link_is_set_over_nothing_but_a_link(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "phase1_latest").write_text("theirs")
+    link_latest("phase1", tmp_path / "out" / "run")
+    assert (tmp_path / "out" / "phase1_latest").read_text() == "theirs"
+    link_latest("phase2", tmp_path / "out" / "run")
+    link_latest("phase2", tmp_path / "out" / "run2")
+    assert os.readlink(tmp_path / "out" / "phase2_latest") == "run2"
 
 
 def test_scratch_directories_keep_what_is_not_theirs(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from warp_ds.artifacts import (
 from warp_ds.cli import main
 from warp_ds.method.mask import pack_bits, unpack_bits
 from warp_ds.report import costs, figures, tradeoff
+from warp_ds.report import page as page_sections
 from warp_ds.report.page import comparisons, find_runs, write_report
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -323,31 +324,31 @@ EVIL = "</p><meta http-equiv=refresh content='0;url=https://example.org/'><scrip
 
 @pytest.mark.parametrize("value", [EVIL, [EVIL], {EVIL: EVIL}, "\ud800", "\x00\x1b[2J", "$\\frac{", None, True, float("nan"),
                                    10**400])
-def test_no_value_of_any_type_is_more_than_text(runs: Path, tmp_path: Path, value: Any) -> None:
+def test_no_value_of_any_type_is_more_than_text(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                               value: Any) -> None:
     """In every field of what the page shows that a hostile file could hold."""
     root = shutil.copytree(runs, tmp_path / "r", symlinks=True)
-    config = json.loads((root / "config.json").read_text())
-    report = json.loads((root / "report.json").read_text())
-    metrics = root / "evaluate_rotated" / "metrics.json"
-    certificate = root / "phase3_rotated_lr0.001_seed1" / "certificate.json"
-    forged = [(root / "config.json", config, key) for key in config if key != "phase"]
-    forged += [(root / "report.json", report, key)
-               for key in ("overlap", "noise_threshold", "unaligned", "front", "prompts", "raw")]
-    for path in (metrics, certificate):
-        held = json.loads(path.read_text())
-        forged += [(path, held, key) for key in held]
-    forged.append((metrics, json.loads(metrics.read_text()), "overlap of a kind"))
-    for path, held, key in forged:
+    phase3 = root / "phase3_rotated_lr0.001_seed1"
+    words = (page_sections._evaluations, page_sections._certificates, page_sections._costs, page_sections._reproduce)
+    forged = [(path, key, words) for path in (root / "config.json", root / "evaluate_rotated" / "metrics.json",
+                                              phase3 / "certificate.json", phase3 / "finished.json")
+              for key in [*json.loads(path.read_text()), "overlap"] if key != "phase"]
+    if value is None or isinstance(value, str):  # of these each takes a picture
+        forged += [(root / "report.json", key, (page_sections._comparison,))
+                   for key in ("overlap", "noise_threshold", "unaligned", "front", "prompts", "raw")]
+    for path, key, sections in forged:
+        monkeypatch.setattr(page_sections, "SECTIONS", sections)
+        held = path.read_text()
         for wrong in (value, {"where": value}):
-            path.write_text(json.dumps({**held, key: wrong}))
+            path.write_text(json.dumps({**json.loads(held), key: wrong}))
             try:
                 page = write_report([root], tmp_path / "report.html").read_text()
             except ArtifactError as error:
-                assert path.name in str(error)
+                assert path.name in str(error) or "nothing to show" in str(error)
                 continue
             assert "<meta http-equiv=refresh" not in page and "<script" not in page, (path.name, key)
             assert "Content-Security-Policy" in page and "\x00" not in page
-        path.write_text(json.dumps(held))
+        path.write_text(held)
 
 
 def test_a_hundred_arms_of_any_name_are_drawn(tmp_path: Path) -> None:

@@ -71,12 +71,23 @@ def test_redact_walks_through_what_json_holds() -> None:
                      "deep": [{"password": STRUCK}, None, 1.5, f"see {STRUCK}!"], STRUCK: "e", "token_scope": "all"}
 
 
+def test_long_names_take_no_time() -> None:
+    """A pattern that tries every split of a name would not end; the suite's own time limit is the bar."""
+    for text in ("a." * 20_000, "model.layers.0.mlp." * 2000 + "token", "_" * 20_000, "hf_" * 10_000,
+                 "eyJ" * 10_000, "sk-" * 10_000):
+        redact(text)
+
+
 def test_a_run_writes_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Whoever calls the package past the command line: settings, command, logs, the run's state, a failure's traceback."""
     monkeypatch.setattr("sys.argv", ["phase3.py", "--hub_token", "swordfish", f"--model_name={LOOK[2]}"])
+    ours = logging.getLogger("warp_ds")
+    monkeypatch.setattr(ours, "handlers", [])
+    monkeypatch.setattr(ours, "propagate", False)
     log_to_terminal()
     arguments = BasisArguments(output_dir=str(tmp_path), log_dir=str(tmp_path / "logs"), run_name="r", device="cpu")
-    with pytest.raises(RuntimeError), start_run("phase1", arguments, {}, {"hub_token": "swordfish", "x": [LOOK[0]]}) as run:
+    passed = {"hub_token": "swordfish", "report_to": [LOOK[0]]}
+    with pytest.raises(RuntimeError), start_run("phase1", arguments, {}, passed) as run:
         logging.getLogger("warp_ds.x").warning("calling %s with hub_token=%s", LOOK[-1], "swordfish")
         run.note("said", error=LOOK[3])
         raise RuntimeError(f"401 for {LOOK[0]}, hub_token=swordfish")

@@ -9,15 +9,15 @@ from typing import Any
 
 STRUCK = "[secret]"
 _SHAPES = re.compile(r"""
-    \b(?:hf|api_org|gh[pousr]|github_pat|glpat|npm|pypi|xox[abeoprs]|sk|rk|pk)[_-][A-Za-z0-9_=-]*[A-Za-z0-9]{16}[A-Za-z0-9_=-]*
+    \b(?:hf|api_org|gh[pousr]|github_pat|glpat|npm|pypi|xox[abeoprs]|sk|rk|pk)[_-][A-Za-z0-9_=-]{0,60}[A-Za-z0-9]{16}[A-Za-z0-9_=-]*
   | \bgsk_[A-Za-z0-9]{16,} | \bAIza[A-Za-z0-9_-]{30,} | \b(?:AKIA|ASIA)[A-Z0-9]{16}\b
   | \beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*
   | (?<=://)[^\s/@:]*:[^\s/@]+(?=@)
   | (?<=-----BEGIN\ )[A-Z ]*PRIVATE\ KEY-----[^-]*
 """, re.VERBOSE)
 """What the tokens of Hugging Face, OpenAI, GitHub, GitLab, Slack, AWS, Google and others look like, and user:password@."""
-_NAME = (r"(?:(?:[a-z0-9.-]+[_.-])*(?:secret|password|passwd|passphrase|credentials?|(?:api|access|private)[_-]?key)"
-         r"|(?:[a-z0-9.-]+[_.-])*(?:hub|hf|huggingface|access|auth|api|bearer|refresh|session|git|github|gitlab|wandb)[_-]token)")
+_NAME = (r"(?:(?:[a-z0-9_.-]{0,40}[_.-])?(?:secret|password|passwd|passphrase|credentials?|(?:api|access|private)[_-]?key)"
+         r"|(?:[a-z0-9_.-]{0,40}[_.-])?(?:hub|hf|huggingface|access|auth|api|bearer|refresh|session|git|github|gitlab|wandb)[_-]token)")
 _NAMED = re.compile(rf"{_NAME}|token", re.IGNORECASE)
 _GIVEN = re.compile(rf"(?<![A-Za-z0-9])((?:--)?(?:{_NAME}|(?<=[?&])token)\s*[=:]\s*|--{_NAME}\s+)([^\s,;&'\"]+)", re.IGNORECASE)
 """token=…, API_KEY: … within a text."""
@@ -27,7 +27,7 @@ def redact(value: Any, name: str = "") -> Any:
     """``value`` with every secret in it struck out: by its look, or by the name that it is given (``name``, the keys of a
     mapping, the flag before a word in a list, NAME=VALUE in a text). Anything but strings and what holds them stays."""
     if isinstance(value, str):
-        if value and _NAMED.fullmatch(name.lstrip("-").replace("-", "_")):
+        if value.lower() not in ("", "none", "null", "false") and _NAMED.fullmatch(name.lstrip("-").replace("-", "_")):
             return STRUCK
         return _SHAPES.sub(STRUCK, _GIVEN.sub(rf"\1{STRUCK}", value))
     if isinstance(value, Mapping):

@@ -69,6 +69,9 @@ class Run:
 def link_latest(phase: str, run: Path) -> None:
     """Points ``<phase>_latest``, beside the run, at it. Rank 0 alone calls it."""
     link = run.parent / f"{phase}_latest"
+    if link.exists() and not link.is_symlink():
+        logger.warning("%s is not this program's link, and stays as it is", link)
+        return
     aside = link.with_name(f".{link.name}.{os.getpid()}")
     aside.unlink(missing_ok=True)
     aside.symlink_to(run.name)
