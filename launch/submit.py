@@ -18,6 +18,7 @@ from warp_ds.artifacts import ArtifactError
 from warp_ds.cluster.chain import Chain, SubmitArguments, cancel, find_chain, kind_of, status, submit
 from warp_ds.cluster.slurm import SlurmError
 from warp_ds.config import ConfigError, FlagParser
+from warp_ds.secrets import redact
 
 EPILOG = ("Every flag of the phases is taken too, and goes to those that have it; --phase3.batch_size 2 is for one alone. "
           "python launch/phase1.py --help (and so on) lists them.")
@@ -39,19 +40,19 @@ def main(argv: list[str] | None = None) -> int:
         chain = find_chain(arguments, rest)
         print(f"run: {chain.directory}", flush=True)
         submit(chain, arguments)
-        Console().print(table(chain)[0])
+        Console(markup=False).print(table(chain)[0])
         if chain.cluster == "slurm":
             print(f"follow it: python launch/submit.py --status {chain.directory}")
         say_report(chain)
         return 0
     except (ConfigError, ArtifactError, SlurmError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return 2
 
 
 def follow(chain: Chain) -> int:
     """Shows the table until no job is left; once where the output is no terminal."""
-    console = Console()
+    console = Console(markup=False)
     shown, under_way = table(chain)
     if not console.is_terminal:
         console.print(shown)

@@ -215,7 +215,7 @@ def stopping_basis_job(arguments: BasisArguments, rows: list[Any], directory: Pa
     def write(path: Path, *more: Any) -> None:
         nonlocal written
         if rank() == 0 and written == stop_after:
-            (path.parent / f".{path.name}.dead.tmp").write_bytes(b"half")
+            (path.parent / f".{path.name}.deadbeef.warp_ds.tmp").write_bytes(b"half")
             os._exit(9)
         original(path, *more)
         written += 1

@@ -259,7 +259,7 @@ def test_phase_2_goes_on_with_what_is_left(
     saved = tmp_path / "killed" / "scores"
     assert (saved / "progress.json").exists() == (stop_after > 0)
     (tmp_path / "killed" / "masks").mkdir(exist_ok=True)
-    (tmp_path / "killed" / "masks" / ".layer_00_mask.safetensors.1234.tmp").touch()  # as killed in the middle of writing
+    (tmp_path / "killed" / "masks" / ".layer_00_mask.safetensors.1234abcd.warp_ds.tmp").touch()  # as killed in writing
     run_ranks(ranks_after, masks_job, [(arguments, ROWS, basis, tmp_path / "killed" / "masks")])
     assert not saved.exists()
     same_files(undisturbed / "masks", tmp_path / "killed" / "masks")

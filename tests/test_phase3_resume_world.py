@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -106,6 +107,7 @@ def goes_on(kind: str, root: Path, output: Path) -> str:
     part = next(output.glob("phase3_2*")) / "trainer" / "universal-2.part"
     if runtime.rank() == 0:
         (part / "zero").mkdir(parents=True)  # by a conversion that was killed
+        (part / "begun.json").touch()
     runtime.barrier()
     assert run(kind, root, output, stop_at=4) is None
     trainer = part.parent
@@ -124,6 +126,62 @@ def refusal(what: Callable[[], Any]) -> str:
     except ConfigError as error:
         return str(error)
     raise AssertionError("was not refused")
+
+
+class Payload:
+    """Makes a directory where it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+class Harmless:
+    """Runs nothing, and is still no class of a checkpoint."""
+
+
+def with_payload(file: Path, marker: Path) -> None:
+    """What ``file`` held, and the payload beside it."""
+    held = torch.load(file, weights_only=False)
+    torch.save({**held, "more": Payload(marker)} if isinstance(held, dict) else [held, Payload(marker)], file)
+
+
+def nothing_is_unpickled(resume: Callable[[], Any], checkpoint: Path, marker: Path, forged: list[str]) -> None:
+    """A payload in each kind of file, found before the work; and by the load itself, where the first look did not see it."""
+    check = training.check_checkpoint
+    for pattern in forged:
+        file = next(checkpoint.glob(pattern))
+        held = file.read_bytes()
+        with_payload(file, marker)
+        message = refusal(resume)
+        assert str(file) in message and "mkdir" in message and "\n" not in message, message
+        training.check_checkpoint = lambda path: None
+        try:
+            message = refusal(resume)
+            assert file.name in message, message
+        finally:
+            training.check_checkpoint = check
+        torch.save({"more": Harmless()}, file)
+        message = refusal(resume)
+        assert f"{__name__}.Harmless" in message and str(file) in message, message
+        file.write_bytes(pickle.dumps(Payload(marker)))  # what torch.load's own zip format is not
+        assert str(file) in refusal(resume)
+        file.write_bytes(held)
+    latest = checkpoint / "latest"
+    tag = latest.read_text()
+    shutil.copytree(checkpoint / tag, checkpoint.parent.parent / "elsewhere")
+    for other in ("../../elsewhere", str(checkpoint / tag), "..", ".", "", "global_step99", f"{tag}/../{tag}"):
+        latest.write_text(other)
+        message = refusal(resume)
+        assert str(latest) in message and "no directory of this checkpoint" in message, message
+    latest.write_text(tag)
+    assert not marker.exists()
+
+
+#: Every kind of file that a resume loads. What nobody loads (training_args.bin) may hold what it likes.
+ON_THE_SAME_RANKS = ["*/*model_states.pt", "*/*optim_states.pt", "scheduler.pt", "rng_state.pth"]
 
 
 def on_one(root: Path, output: Path) -> dict[str, str]:
@@ -160,13 +218,19 @@ def on_one(root: Path, output: Path) -> dict[str, str]:
     assert children[0].poll() is not None, "the conversion goes on without the run"
     assert not (trainer / "universal-2").exists()
 
+    marker = output / "marker"
+    checkpoint = trainer / "checkpoint-2"
+    assert not list(checkpoint.glob("**/training_args.bin"))
+    torch.save(Payload(marker), checkpoint / "training_args.bin")
+    nothing_is_unpickled(lambda: run("unmasked", root, folder), checkpoint, marker, ["*/*rank_1*optim_states.pt"])
     finished = run("unmasked", root, folder)
-    assert finished is not None
+    assert finished is not None and not marker.exists()
     assert sorted(path.name for path in trainer.iterdir() if path.is_dir()) == ["checkpoint-2"]
 
     sgd = output / "sgd"
     assert run("unmasked", root, sgd, stop_at=1, passed={"optim": "sgd"}) is None
     mark = next(sgd.glob("phase3_2*/trainer/checkpoint-1/whole.json"))
+    nothing_is_unpickled(lambda: run("unmasked", root, sgd, passed={"optim": "sgd"}), mark.parent, marker, ON_THE_SAME_RANKS)
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "world_size": 2}))
     message = refusal(lambda: run("unmasked", root, sgd, passed={"optim": "sgd"}))
     assert "no exp_avg, exp_avg_sq, step" in message, message

@@ -19,6 +19,7 @@ from warp_ds.artifacts import (
     BasisMetadata,
     MasksMetadata,
     MaskStore,
+    fingerprint_model,
     metadata_dict,
     write_json,
     write_tensors,
@@ -26,6 +27,7 @@ from warp_ds.artifacts import (
 from warp_ds.cli import main
 from warp_ds.method.mask import pack_bits, unpack_bits
 from warp_ds.report import costs, figures, tradeoff
+from warp_ds.report import page as page_sections
 from warp_ds.report.page import comparisons, find_runs, write_report
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -318,3 +320,67 @@ def test_nothing_sticks_out_of_the_page(page: Path, tmp_path: Path, width: int) 
     found = re.match(r"checked (\d+) (-?\d+) (.*)", title[1])
     assert found is not None, title[1]
     assert abs(int(found[1]) - width) <= 20 and int(found[2]) <= 0 and found[3] == "", title[1]
+
+
+EVIL = "</p><meta http-equiv=refresh content='0;url=https://example.org/'><script>x</script>"
+
+
+@pytest.mark.parametrize("value", [EVIL, [EVIL], {EVIL: EVIL}, "\ud800", "\x00\x1b[2J", "$\\frac{", None, True, float("nan"),
+                                   10**400])
+def test_no_value_of_any_type_is_more_than_text(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                               value: Any) -> None:
+    """In every field of what the page shows that a hostile file could hold."""
+    root = shutil.copytree(runs, tmp_path / "r", symlinks=True)
+    phase3 = root / "phase3_rotated_lr0.001_seed1"
+    words = (page_sections._evaluations, page_sections._certificates, page_sections._costs, page_sections._reproduce)
+    forged = [(path, key, words) for path in (root / "config.json", root / "evaluate_rotated" / "metrics.json",
+                                              phase3 / "certificate.json", phase3 / "finished.json")
+              for key in [*json.loads(path.read_text()), "overlap"] if key != "phase"]
+    if value is None or isinstance(value, str):  # of these each takes a picture
+        forged += [(root / "report.json", key, (page_sections._comparison,))
+                   for key in ("overlap", "noise_threshold", "unaligned", "front", "prompts", "raw")]
+    for path, key, sections in forged:
+        monkeypatch.setattr(page_sections, "SECTIONS", sections)
+        held = path.read_text()
+        for wrong in (value, {"where": value}):
+            path.write_text(json.dumps({**json.loads(held), key: wrong}))
+            try:
+                page = write_report([root], tmp_path / "report.html").read_text()
+            except ArtifactError as error:
+                assert path.name in str(error) or "nothing to show" in str(error)
+                continue
+            assert "<meta http-equiv=refresh" not in page and "<script" not in page, (path.name, key)
+            assert "Content-Security-Policy" in page and "\x00" not in page
+        path.write_text(held)
+
+
+def test_a_hundred_arms_of_any_name_are_drawn(tmp_path: Path) -> None:
+    run_of(tmp_path, "compare", "c")
+    points = [{"arm": f"{EVIL if i == 5 else chr(0xD800) if i == 6 else '$x_' if i == 7 else 'arm'}{i}", "rate": 1e-4 * (1 + r),
+               "seed": 1, "utility_nll": 1.0 + 0.01 * i - 0.3 * r, "refusal_rate": 0.5} for i in range(100) for r in range(2)]
+    prompts = {"refusal_rate": 100}
+    write_json(tmp_path / "c" / "report.json", {"format": "warp_ds.compare", "points": points, "prompts": prompts,
+                                                "overlap": {}, **tradeoff.compare(points, prompts, 1.0)})
+    page = write_report([tmp_path], tmp_path / "report.html").read_text()
+    assert "arm99" in page and "\ufffd6" in page and "<script" not in page and "Left out" not in page
+
+
+def test_kept_is_said_of_the_model_that_lies_there_now(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "phase3", "p")
+    write_json(run / "model" / "config.json", {"model_type": "llama"})
+    write_tensors(run / "model" / "model.safetensors", {"w": torch.zeros(3)})
+    write_json(run / "certificate.json", {
+        "format": "warp_ds.certificate", "kept": True, "problems": [], "frozen": 28, "frozen_drift": 1e-7,
+        "after": str(run / "model"), "after_fingerprint": fingerprint_model(run / "model")})
+    assert "<strong>Kept</strong>" in write_report([tmp_path], tmp_path / "report.html").read_text()
+    write_tensors(run / "model" / "model.safetensors", {"w": torch.ones(3)})
+    page = write_report([tmp_path], tmp_path / "report.html").read_text()
+    assert "<strong>Kept</strong>" not in page and "<strong>Another model&#x27;s" in page
+
+
+def test_the_console_prints_markup_as_text(tmp_path: Path, capsys: Any) -> None:
+    from warp_ds.phases.compare import print_tables
+
+    print_tables("| [red]arm[/red] | rate |\n|---|---|\n| [bold]x[/] | [/] |\n\nsaid [link=https://example.org]y[/link]\n")
+    shown = capsys.readouterr().out
+    assert "[red]arm[/red]" in shown and "[bold]x[/]" in shown and "[link=https://example.org]y[/link]" in shown

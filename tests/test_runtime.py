@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from ranks import run_ranks
 
 from warp_ds.cluster import memory
-from warp_ds.config import BasisArguments
+from warp_ds.config import BasisArguments, ConfigError
 from warp_ds.zero import runtime
 from warp_ds.zero.runtime import rank, returning_large_pieces, zero3_config
 from warp_ds.zero.walk import host_memory
@@ -144,3 +145,19 @@ def test_ranks_of_one_machine_share_its_memory() -> None:
     total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
     found = run_ranks(2, memory_of_this_rank)
     assert all(0 < mine <= min(total, group) / 2 for mine, group in found)
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("MASTER_PORT", "taken", "is taken by another program"), ("MASTER_PORT", "x", "MASTER_PORT is 'x', no number"),
+    ("MASTER_PORT", "70000", "MASTER_PORT below 65536"), ("RANK", "two", "RANK is 'two', no number"),
+    ("WORLD_SIZE", "0", "RANK is below WORLD_SIZE"), ("WORLD_SIZE", "-1", "no number"), ("LOCAL_RANK", "", "no number")])
+def test_a_meeting_place_that_cannot_be(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
+    for key, usual in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(runtime.free_port())}.items():
+        monkeypatch.setenv(key, usual)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        monkeypatch.setenv(name, str(other.getsockname()[1]) if value == "taken" else value)
+        with pytest.raises(ConfigError, match=said):
+            runtime.init_distributed("cpu")

@@ -5,13 +5,17 @@ Every file appears under its final name only when whole: written aside, fsynced,
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -21,10 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from warp_ds.digests import Digest, Part, combine, digest_parts, is_regular, whole_file
+from warp_ds.held import check_there
 from warp_ds.method.eigenbasis import BAR, orthogonality_error, probed_orthogonality
 from warp_ds.method.mask import frozen_count
 from warp_ds.method.rotation import Rotation
 from warp_ds.schema import SchemaError, check_fields
+from warp_ds.secrets import redact
 from warp_ds.zero.checkpoint_index import (
     CheckpointError,
     PickledCheckpoint,
@@ -71,9 +77,15 @@ class TargetLayer:
 # ---------------------------------------------------------------- files
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, whole or not at all."""
-    _write_aside(path, lambda aside: aside.write_text(json.dumps(value, indent=2) + "\n"))
+def write_json(path: Path, value: Any, private: bool = False) -> None:
+    """Writes ``value`` as indented JSON, whole or not at all; ``private``: for its owner's eyes alone, without secrets."""
+    text = json.dumps(redact(value) if private else value, indent=2) + "\n"
+
+    def write(aside: Path) -> None:
+        aside.touch(mode=0o600 if private else 0o666)
+        aside.write_text(text)
+
+    _write_aside(path, write)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,15 +100,53 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Removes what a process that was killed had begun to write anywhere under ``directory``."""
-    for aside in directory.glob("**/.*.tmp"):
-        if aside.is_file():
-            aside.unlink(missing_ok=True)
+    """Removes what a process of this program that was killed had begun to write anywhere under ``directory``."""
+    for parent, _, files in os.walk(directory):  # through no link
+        for name in filter(is_aside, files):
+            aside = Path(parent, name)
+            if not aside.is_symlink():
+                aside.unlink(missing_ok=True)
+
+
+def remove_own(directory: Path, names: str) -> None:
+    """Removes the files in ``directory`` whose names match ``names``, and it, if nothing else is in it."""
+    if directory.is_dir() and not directory.is_symlink():
+        for path in directory.iterdir():
+            if (re.fullmatch(names, path.name) or is_aside(path.name)) and path.is_file():
+                path.unlink(missing_ok=True)
+        try:
+            directory.rmdir()
+        except OSError:
+            pass
+
+
+def is_aside(name: str) -> bool:
+    """Whether a file of this name was begun by this program, and never finished."""
+    return _ASIDE.fullmatch(name) is not None
+
+
+#: What ``_write_aside`` calls the files it writes, and nobody else.
+_ASIDE = re.compile(r"\..+\.[0-9a-f]{8}\.warp_ds\.tmp", re.DOTALL)
+
+
+def append_line(path: Path, line: str, private: bool = False) -> None:
+    """Adds a line to a file, in one write; ``private``: a new one is for this user's eyes alone.
+
+    OSError where that is no regular file: opening a pipe would wait for a reader, and a link may lead anywhere.
+    """
+    check_there(path)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, 0o600 if private else 0o666)
+    with open(descriptor, "a", encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        file.write(f"{line}\n")
 
 
 def _write_aside(path: Path, write: Any) -> None:
+    check_there(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.warp_ds.tmp")
     try:
         write(aside)
         with open(aside, "rb+") as file:
@@ -107,11 +157,9 @@ def _write_aside(path: Path, write: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises ArtifactError where the file is missing, no file (a FIFO would be waited for), or no JSON."""
+    """Raises ArtifactError where the file is missing, no file (a pipe, a directory) or no JSON."""
     try:
-        if path.exists() and not is_regular(path):
-            raise OSError("it is no regular file")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
 
@@ -128,21 +176,41 @@ def read_strict_json(path: Path) -> Any:
         return found
 
     try:
-        if path.exists() and not is_regular(path):
-            raise OSError("it is no regular file")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constant, object_pairs_hook=no_duplicates)
+        return json.loads(read_text(path), parse_constant=no_constant, object_pairs_hook=no_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
 
 
+LONGEST_TEXT = 1 << 30
+"""Bytes of a text file that are read at all: more would fill the memory."""
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """A file's UTF-8 text. OSError where it is none: opening a pipe would wait for ever for somebody to write."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, encoding="utf-8", errors=errors) as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if status.st_size > LONGEST_TEXT:
+            raise OSError(errno.EFBIG, f"it has {status.st_size / 1e9:.1f} GB, which no text of this program has", str(path))
+        return file.read()
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of one JSON object a line."""
+    """The objects of a file of one JSON object a line. ArtifactError where it cannot be read."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    try:
+        lines = read_text(path, errors="replace").split("\n")
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    for line in lines:
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
             continue  # empty, or being written when the run was looked at or died
+        if isinstance(value, dict):
+            found.append(value)
     return found
 
 
@@ -703,9 +771,41 @@ def _summary(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 def newest(output_dir: str | Path, phase: str) -> Path | None:
     """The newest finished run of ``phase`` ('phase1') under ``output_dir``: itself, not the link that follows runs."""
-    found = (p for p in Path(output_dir).glob("*/finished.json") if not p.parent.is_symlink())
-    finished = [p for p in found if phase_of(p.parent) == phase]
-    return max(finished, key=lambda p: p.stat().st_mtime).parent if finished else None
+    found = (p.parent for p in Path(output_dir).glob("*/finished.json") if not p.parent.is_symlink())
+    finished = [run for run in found if phase_of(run) == phase]
+    return next(iter(newest_first(finished, "finished.json", "finished_at")), None)
+
+
+CLOCKS = timedelta(minutes=5)
+"""By which the clocks of hosts may differ."""
+
+
+def written_at(path: Path) -> float:
+    """When a file was written, in seconds, by the file system; 0 where that has not come yet."""
+    try:
+        written = path.stat().st_mtime
+    except OSError:
+        return 0.0
+    return written if written < time.time() + CLOCKS.total_seconds() else 0.0
+
+
+def newest_first(runs: Iterable[Path], file: str, key: str) -> list[Path]:
+    """By the time that each run's ``file`` has under ``key``, and by name where two are the same.
+
+    Not by the files' own times, which copying and touching change. A run that recorded none, or one that has not come yet,
+    says nothing about when it was: it comes last.
+    """
+    latest = datetime.now().astimezone() + CLOCKS
+
+    def when(run: Path) -> tuple[bool, float, str]:
+        try:
+            recorded = datetime.fromisoformat(read_json(run / file)[key]).astimezone()
+            known = recorded <= latest
+        except (ArtifactError, ValueError, TypeError, KeyError, IndexError, OverflowError, OSError):
+            known = False
+        return known, recorded.timestamp() if known else 0.0, run.name
+
+    return sorted(runs, key=when, reverse=True)
 
 
 def phase_of(run: Path) -> str | None:
@@ -713,11 +813,17 @@ def phase_of(run: Path) -> str | None:
     return run_config(run).get("phase")
 
 
+def is_run(directory: Path) -> bool:
+    """Whether ``directory`` is a run's: a model's directory, say, has a config.json too."""
+    config = run_config(directory)
+    return isinstance(config.get("phase"), str) and isinstance(config.get("identity"), str)
+
+
 def run_config(run: Path) -> dict[str, Any]:
     """A run's config.json; empty where ``run`` is no run's directory."""
     try:
-        found = json.loads((run / "config.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        found = read_json(run / "config.json")
+    except ArtifactError:
         return {}
     return found if isinstance(found, dict) else {}
 

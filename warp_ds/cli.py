@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from warp_ds import __version__
+from warp_ds.names import control_character
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,6 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument("--output", default="report.html", help="the file; its pictures go beside it")
     report.set_defaults(run=_report)
 
+    for word in sys.argv[1:] if argv is None else argv:
+        if found := control_character(word):
+            parser.error(f"{ascii(word)[:120]} holds the character {found}, a line end or another control character, which no "
+                         "value of this program has")
     arguments, rest = parser.parse_known_args(underscored(sys.argv[1:] if argv is None else argv))
     if rest and arguments.command not in ("demo", "doctor"):
         parser.error(f"unknown arguments: {' '.join(rest)}")

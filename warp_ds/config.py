@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from warp_ds import trainer_flags
 from warp_ds.data.template import DEFAULT_DATE, is_date
+from warp_ds.names import control_character, problem_of_name
+from warp_ds.secrets import holds_secret, redact
 
 LAYER_TYPES = ("ffn_down", "ffn_up", "ffn_gate", "attn_q", "attn_k", "attn_v", "attn_o")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -57,6 +60,10 @@ class RunArguments:
 
     def check(self) -> None:
         """ConfigError for values that no run can use; reads nothing but the flags, so that every rank finds the same."""
+        for name, value in vars(self).items():
+            refuse_control_characters(f"--{name}", value)
+            refuse_secrets(f"--{name}", value)
+        check_run_name(self.run_name)
         _at_least(self, "batch_size", 1)
         _at_least(self, "max_length", 2)
         if not is_date(self.template_date):
@@ -346,6 +353,42 @@ class FlagParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        refuse_words(words)
+        return super().parse_known_args(words, namespace)
+
+
+def refuse_words(words: Sequence[str]) -> None:
+    """ConfigError, naming the flag, for a word of a command line that holds a control character or a secret."""
+    flag = "the command line"
+    for word in words:
+        if word.startswith("--"):
+            flag = word.split("=")[0] if not control_character(word.split("=")[0]) else "a flag"
+        refuse_control_characters(flag, word)
+        refuse_secrets(flag, word.removeprefix(f"{flag}="))
+
+
+def refuse_secrets(what: str, value: Any) -> None:
+    """ConfigError where ``value`` (of the flag ``what``) holds what looks like a token, a password or a key."""
+    if not str(value).startswith("--") and holds_secret(value, what.removeprefix("--")):
+        raise ConfigError(f"{redact(what)} holds what looks like a token, a password or a key: the command line is seen by "
+                          "every user of the machine, and stored with the run. Leave it out, and give it in the environment "
+                          "(HF_TOKEN, say, or `hf auth login`), which jobs inherit")
+
+
+def refuse_control_characters(what: str, value: Any) -> None:
+    """ConfigError where ``value`` (of the flag ``what``), or anything in it, holds a line end or another control character."""
+    if found := control_character(value):
+        raise ConfigError(f"{what} holds the character {found}, a line end or another control character, which no value of "
+                          f"this program has: {ascii(value)[:120]}")
+
+
+def check_run_name(name: str | None) -> None:
+    """ConfigError for a --run_name that is no plain name of a directory."""
+    if name is not None and (problem := problem_of_name(name)):
+        raise ConfigError(f"--run_name {ascii(name)[:120]}: {problem}; --output_dir says where runs lie")
 
 
 CONFIG_HELP = "--config FILE reads flags from a YAML file, such as 'keep_ratio: 0.1'; those on the command line win."

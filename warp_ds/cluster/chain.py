@@ -13,21 +13,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
+import re
+import shlex
 import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import submitit
 from filelock import FileLock
 from transformers import TrainingArguments
 
-from warp_ds.artifacts import ArtifactError, read_json, write_json
+from warp_ds.artifacts import ArtifactError, read_json, read_lines, write_json, written_at
 from warp_ds.cluster import slurm
 from warp_ds.config import (
     BasisArguments,
@@ -38,14 +39,19 @@ from warp_ds.config import (
     RunArguments,
     SafetyTuningArguments,
     TrainArguments,
+    check_run_name,
     flag,
     grouped,
     names_of,
     parse_arguments,
     parse_training,
+    refuse_control_characters,
+    refuse_secrets,
+    refuse_words,
     unknown_flags,
 )
 from warp_ds.phases.arms import parse_arms
+from warp_ds.schema import SchemaError, check_fields
 
 PHASES: dict[str, type[RunArguments]] = {
     "phase0": SafetyTuningArguments, "phase1": BasisArguments, "phase2": ImportanceArguments, "phase3": TrainArguments,
@@ -82,6 +88,17 @@ class SubmitArguments:
     cancel: str | None = flag(None, "end a chain's jobs, and do nothing else")
 
 
+class _Recorded(TypedDict):
+    """chain.json"""
+
+    cluster: str
+    flags: dict[str, list[str]]
+    jobs: dict[str, list[str]]
+
+
+_PHASE = re.compile(r"phase[0-3]|evaluate|compare|compare_seed\d{1,12}")
+
+
 @dataclass
 class Chain:
     """One run directory with its phases and their jobs."""
@@ -95,13 +112,24 @@ class Chain:
     local controller's process)"""
 
     def save(self) -> None:
-        write_json(self.directory / "chain.json", {"cluster": self.cluster, "flags": self.flags, "jobs": self.jobs})
+        kept = {"cluster": self.cluster, "flags": self.flags, "jobs": self.jobs}
+        write_json(self.directory / "chain.json", kept, private=True)
 
     @staticmethod
     def load(directory: Path) -> Chain:
         if not (directory / "chain.json").is_file():
             raise ConfigError(f"{directory} is no chain of launch/submit.py (no chain.json there)")
-        return Chain(directory, **read_json(directory / "chain.json"))
+        path = directory / "chain.json"
+        found = read_json(path)
+        try:
+            check_fields(found, _Recorded)
+            odd = [phase for phase in (*found["flags"], *found["jobs"]) if not _PHASE.fullmatch(phase)]
+            odd += [job for jobs in found["jobs"].values() for job in jobs if not re.fullmatch(r"\d{1,12}(_\d{1,9})?", job)]
+            if odd or found["cluster"] not in ("slurm", "local", "debug") or not found["flags"]:
+                raise SchemaError(f"{ascii(odd[0] if odd else found['cluster'])[:60]} is no phase, job or cluster of a chain")
+        except SchemaError as error:
+            raise ArtifactError(f"{path} is not what launch/submit.py writes ({error}): use another --run_name") from error
+        return Chain(directory, **found)
 
     def finished(self, phase: str) -> bool:
         return (self.directory / phase / "finished.json").is_file()
@@ -131,15 +159,19 @@ def find_chain(arguments: SubmitArguments, rest: Sequence[str]) -> Chain:
     phases = parse_phases(arguments.phases)
     if arguments.parallel < 0:
         raise ConfigError(f"--parallel is a number of seeds, 0 for all, not {arguments.parallel}")
+    check_submit(arguments, rest)
     root = Path(arguments.output_dir)
     if arguments.run_name:
         directory = root / arguments.run_name
+        begun = directory.is_dir() and {path.name for path in directory.iterdir()} <= {"logs", "submitit", ".submit.lock"}
+        if directory.is_symlink() or (directory.exists() and not begun and not (directory / "chain.json").is_file()):
+            raise ConfigError(f"{directory} is there already, and no chain of launch/submit.py: use another --run_name")
     else:
         directory = root / f"chain_{datetime.now():%Y%m%d_%H%M%S}"
-        for path in sorted(root.glob("*/chain.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+        for path in sorted(root.glob("*/chain.json"), key=written_at, reverse=True):
             try:
                 found = Chain.load(path.parent)
-            except (ArtifactError, TypeError):
+            except (ArtifactError, ConfigError):
                 continue
             if (found.flags == phase_flags(phases, rest, path.parent) and found.cluster == arguments.cluster
                     and not all(map(found.finished, found.flags))):
@@ -153,6 +185,50 @@ def find_chain(arguments: SubmitArguments, rest: Sequence[str]) -> Chain:
             raise ConfigError(f"{directory} holds a chain of another command: use another --run_name, or the same flags")
         return before
     return chain
+
+
+def check_submit(arguments: SubmitArguments, rest: Sequence[str]) -> None:
+    """ConfigError for a value that would be more than one value in the batch script, or in the shell that runs it."""
+    for name, value in vars(arguments).items():
+        refuse_control_characters(f"--{name}", value)
+        refuse_secrets(f"--{name}", value)
+    refuse_words(rest)
+    check_run_name(arguments.run_name)
+    for name in ("partition", "account"):
+        value = getattr(arguments, name)
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,:@+-]*", value):
+            raise ConfigError(f"--{name} {value!r} is no name that Slurm knows: letters, digits and _ . , : @ + -")
+    for option in arguments.slurm:
+        name = option.lstrip("-").partition("=")[0].replace("_", "-")
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
+            raise ConfigError(f"--slurm {option!r}: give an option of sbatch as NAME=VALUE or NAME")
+        if name in _OURS:
+            raise ConfigError(f"--slurm {option!r}: the chain itself sets {name}, by which it finds its jobs")
+    for name, value in (("output_dir", arguments.output_dir), ("run_name", arguments.run_name or ""),
+                        *(("slurm", option) for option in arguments.slurm)):
+        # In paths it replaces what follows a %; quotes within quotes it reads in its own way.
+        wrong = re.search("['\"\\\\]" if name == "slurm" else "['\"\\\\%]", value)
+        if arguments.cluster == "slurm" and wrong:
+            raise ConfigError(f"--{name} {value!r}: Slurm reads {wrong[0]} as more than itself; leave it out")
+    if arguments.python is not None:
+        _python_words(arguments.python)
+
+
+#: Options of sbatch without which a chain does not find its jobs, their output or their order.
+_OURS = ("array", "chdir", "comment", "dependency", "error", "input", "job-name", "kill-on-invalid-dep", "open-mode", "output",
+         "signal", "wrap")
+
+
+def _python_words(text: str) -> str:
+    """--python as one command of a shell, each of its words quoted; ConfigError where it is more than that."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"--python {text!r}: {error}") from error
+    if not words or re.search(r"[;&|<>`$()]", text):
+        raise ConfigError(f"--python {text!r} is one command and its words, without ; & | < > ` $ ( ): put the rest into "
+                          "--setup")
+    return shlex.join(words)
 
 
 def parse_phases(text: str) -> list[str]:
@@ -232,6 +308,7 @@ def _parse(phase: str, words: list[str]) -> tuple[RunArguments, Any]:
 def submit(chain: Chain, arguments: SubmitArguments) -> None:
     """Queues (slurm), or runs one after the other (local, debug), every phase that is neither finished nor under way."""
     chain.directory.mkdir(parents=True, exist_ok=True)
+    (chain.directory / "submitit").mkdir(mode=0o700, exist_ok=True)  # pickled jobs, which whoever may write there could replace
     # Two submitting programs would queue each phase twice.
     with FileLock(chain.directory / ".submit.lock", timeout=60):
         if (chain.directory / "chain.json").is_file():
@@ -269,7 +346,8 @@ def _submit_slurm(chain: Chain, arguments: SubmitArguments) -> None:
 
 def _slurm_jobs(chain: Chain, phases: list[str], arguments: SubmitArguments, after: list[str]) -> list[str]:
     """Submits one phase as a job, several as a job array; their ids."""
-    executor = submitit.AutoExecutor(chain.directory / "submitit", cluster="slurm", slurm_python=arguments.python)
+    executor = submitit.AutoExecutor(chain.directory / "submitit", cluster="slurm",
+                                      slurm_python=arguments.python and _python_words(arguments.python))
     more: dict[str, Any] = {"requeue": True, "comment": chain.mark(*phases)}
     for option in arguments.slurm:
         name, _, value = option.lstrip("-").partition("=")
@@ -421,7 +499,7 @@ def status(chain: Chain) -> tuple[list[PhaseState], bool]:
     lines = []
     for phase, state in states.items():
         events = _events(chain.directory / phase)
-        restarts = sum(event["event"] == "restarted" for event in events)
+        restarts = sum(event.get("event") == "restarted" for event in events)
         last = events[-1] if events else {}
         if state not in ("finished", unknown, *slurm.ALIVE) and last.get("event") in ("failed", "left"):
             state = f"{state}: {last.get('error') or last.get('reason')}"
@@ -437,21 +515,23 @@ def status(chain: Chain) -> tuple[list[PhaseState], bool]:
 
 def _events(run: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in (run / "state.jsonl").read_text().splitlines()]
-    except (OSError, json.JSONDecodeError):
+        return [line for line in read_lines(run / "state.jsonl") if isinstance(line.get("event"), str)]
+    except ArtifactError:
         return []
 
 
 def _progress(run: Path) -> str:
     try:
-        found = json.loads((run / "progress.json").read_text())
+        found = read_json(run / "progress.json")
         return f"{found['done']:g} of {found['total']:g} {found['unit']}"
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (ArtifactError, ValueError, KeyError, TypeError, IndexError):
         return ""
 
 
 def _last_line(log: Path) -> str:
     try:
+        if not log.is_file():
+            return ""
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - 4096))
             lines = file.read().decode(errors="replace").strip().splitlines()

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     for finding in findings:
         mark = "ok" if not finding.cure else "FAILS" if finding.fatal else "note"
         table.add_row(mark, finding.name, finding.found, finding.cure)
-    Console().print(table)
+    Console(markup=False).print(table)
     if ignored:
         print(f"not looked at: {' '.join(ignored)}")
     return int(any(finding.cure and finding.fatal for finding in findings))

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from warp_ds.artifacts import (
+    ArtifactError,
     BasisMetadata,
     TargetLayer,
     fingerprint_model,
@@ -261,8 +262,15 @@ def _finished(directory: Path) -> Entries:
     entries: Entries = {}
     remove_unfinished(directory)
     for path in sorted(directory.glob("*_svd.safetensors")):
-        with safe_open(str(path), framework="pt") as file:
-            entry = json.loads(file.metadata()[_HEADER])
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                entry = json.loads(file.metadata()[_HEADER])
+                shapes = [list(file.get_slice(name).get_shape()) for name in ("U", "S")]
+            if shapes != [[entry["n"], entry["rank"]], [entry["rank"]]] or not all(isinstance(n, str) for n in entry["layers"]):
+                raise ValueError(f"U and S are {shapes}, its own entry says {ascii(entry)[:200]}")
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ArtifactError(f"{path} is not what phase 1 writes ({type(error).__name__}: {error}): remove it, and it is "
+                                "made again") from error
         entries[path.name] = {**entry, "seconds": None, "bytes": path.stat().st_size}
     return entries
 

@@ -20,7 +20,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from warp_ds.artifacts import fingerprint_model, fingerprint_rows, write_json, write_text
+from warp_ds.artifacts import (
+    ArtifactError,
+    fingerprint_model,
+    fingerprint_rows,
+    read_json,
+    read_lines,
+    write_json,
+    write_text,
+)
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.config import (
     BasisArguments,
@@ -420,7 +428,7 @@ class Bench:
     def known(self, name: str) -> dict[str, Any] | None:
         """The metrics of a point, where it has been measured. Collective."""
         path = self.root / "points" / name / "metrics.json"
-        return runtime.on_rank_0(lambda: json.loads(path.read_text()) if path.is_file() else None, "looking for results")
+        return runtime.on_rank_0(lambda: read_measured(path) if path.is_file() else None, "looking for results")
 
     def measure(self, model: Path, name: str) -> Measurement:
         """Behaviour of one model, against the start model's. Collective."""
@@ -443,8 +451,7 @@ class Bench:
     def _answers_before(self) -> list[Row]:
         """The start model's judged answers, where its point has been measured."""
         path = self.root / "points" / "before" / "answers.jsonl"
-        return runtime.on_rank_0(lambda: [json.loads(line) for line in path.read_text().split("\n") if line]
-                                 if path.is_file() else [], "reading the start model's answers")
+        return runtime.on_rank_0(lambda: read_lines(path) if path.is_file() else [], "reading the start model's answers")
 
     def _evaluation(self, model: Path) -> EvaluateArguments:
         a = self.arguments
@@ -453,7 +460,7 @@ class Bench:
     def noise_threshold(self) -> float | None:
         """Nats a token, also where every point was measured before."""
         path = self.root / "noise.json"
-        return runtime.on_rank_0(lambda: json.loads(path.read_text())["threshold"] if path.is_file() else None,
+        return runtime.on_rank_0(lambda: read_measured(path).get("threshold") if path.is_file() else None,
                                  "reading the noise threshold")
 
     def _noise(self) -> NoiseRule | None:
@@ -533,7 +540,7 @@ def _check(arms: Sequence[Arm], a: CompareArguments, data: ComparisonData) -> No
 
 def print_tables(text: str) -> None:
     """A markdown text's tables on the terminal."""
-    console = Console(width=160)
+    console = Console(width=160, markup=False)
     table: Table | None = None
     for line in [*text.splitlines(), ""]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -547,3 +554,11 @@ def print_tables(text: str) -> None:
             table = Table(*cells)
         elif not line.startswith("|---"):
             table.add_row(*cells)
+
+
+def read_measured(path: Path) -> dict[str, Any]:
+    """What was measured before. ArtifactError where the file holds something else."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path} is not what this program measures: remove it, and it is measured again")
+    return found

@@ -192,7 +192,7 @@ def print_table(report: dict[str, Any]) -> None:
             f"{arm['over_refusal_rate']:.0%}", f"{arm['utility_nll']:.3f}", f"{arm['utility_accuracy']:.0%}",
             f"{arm['frozen_drift']:.1e}" if "frozen_drift" in arm else "",
         )
-    console = Console(width=120)
+    console = Console(width=120, markup=False)
     console.print(table)
     console.print(
         f"keep_ratio {report['keep_ratio']}; frozen drift: how far the coefficients that the rotated mask freezes "

@@ -21,7 +21,8 @@ from warp_ds.artifacts import (
     fingerprint_rows,
     path_of_run,
     phase_of,
-    read_json,
+    read_lines,
+    run_config,
     write_json,
     write_text,
 )
@@ -118,12 +119,8 @@ class AnswerLog:
     def _read(self, suite: str) -> list[str]:
         found: dict[int, str] = {}
         if self.path is not None and self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the line that was being written when the job died
-                if row["suite"] == suite:
+            for row in read_lines(self.path):  # without the line that was being written when the job died
+                if row.get("suite") == suite and type(row.get("number")) is int and isinstance(row.get("answer"), str):
                     found[row["number"]] = row["answer"]
         # A later answer than the first one missing is no use: its prompt would be another's.
         return [found[i] for i in takewhile(found.__contains__, count())]
@@ -381,8 +378,11 @@ def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
     for run in queue:  # grows
         if phase_of(run) is None:
             continue
-        config = read_json(run / "config.json")
-        settings = config["settings"]
+        config = run_config(run)
+        settings = config.get("settings")
+        if not isinstance(settings, dict):
+            logger.warning("%s: its config.json has no settings, so its data are not looked through", run)
+            continue
         made_from = [settings.get("model_name"), settings.get("basis_dir"), settings.get("masks_dir")]
         if config["phase"] == "phase3" and settings.get("masks_dir") is None:
             made_from.append(card.masks_of(run))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from warp_ds.config import RunArguments
 from warp_ds.phases.state import note
+from warp_ds.secrets import redact
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def record_failure(directory: Path, error: Exception, log_dir: Path) -> None:
     """
     if isinstance(error, runtime.OtherRankError):
         return
-    text = f"rank {runtime.rank()} failed:\n{''.join(traceback.format_exception(error))}"
+    text = redact(f"rank {runtime.rank()} failed:\n{''.join(traceback.format_exception(error))}")
     own, main = (log_file(log_dir, directory.name, rank) for rank in (runtime.rank(), 0))
     try:
         os.close(os.open(directory / FAILURE, os.O_CREAT | os.O_EXCL))

@@ -15,10 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds import trainer_flags
-from warp_ds.artifacts import ArtifactError, BasisStore, find_artifact, fingerprint_model, read_json
+from warp_ds.artifacts import (
+    ArtifactError,
+    BasisStore,
+    find_artifact,
+    fingerprint_model,
+    is_run,
+    newest_first,
+    read_json,
+    run_config,
+)
 from warp_ds.config import ConfigError, RunArguments, identity_settings, in_one_spelling
 from warp_ds.phases.lock import alive
 from warp_ds.phases.state import PROGRESS
+from warp_ds.phases.written import config_problem, digest_of
 from warp_ds.zero import runtime
 
 NEAR = 3
@@ -44,34 +54,39 @@ class Identity:
     def record(self) -> dict[str, Any]:
         """Its part of config.json."""
         known = {"phase": self.phase, "inputs": self.inputs, "compared": self.settings, "contents": self.contents}
-        return {**known, "identity": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]}
+        return {**known, "identity": digest_of(known)}
 
     def differences(self, run: Path) -> list[str] | None:
         """What keeps ``run`` apart, one phrase each; None where it is another phase's, or no run."""
+        config = run_config(run)
+        if not is_run(run) or config["phase"] != self.phase:
+            return None
+        if problem := config_problem(config):
+            return [f"its config.json was damaged or edited ({problem})"]
+        there = config["settings"]
         try:
-            config = read_json(run / "config.json")
-        except ArtifactError:
-            return None
-        if config.get("phase") != self.phase or not isinstance(config.get("settings"), dict):
-            return None
-        there, before = config["settings"], config.get("compared") or in_one_spelling(config["settings"])
+            before = config.get("compared") or in_one_spelling(there)
+        except (TypeError, ValueError, AttributeError) as error:
+            return [f"its config.json was damaged or edited ({error})"]
         found = []
         for name in sorted(self.settings.keys() | before.keys()):
             old, new = (side.get(name, self.defaults.get(name)) for side in (before, self.settings))
             if old != new:
-                found.append(f"--{name} was {_shown(there.get(name, old))} and is {_shown(self.given.get(name, new))}")
+                found.append(f"--{_shown(name)} was {_shown(there.get(name, old))} and is {_shown(self.given.get(name, new))}")
         for kind, mine in (("inputs", self.inputs), ("contents", self.contents)):
             others = config.get(kind, mine)
-            found += [f"the contents of {_of(name)} are others ({others.get(name, 'none')} and {mine.get(name, 'none')})"
-                      for name in sorted(mine.keys() | others.keys()) if others.get(name) != mine.get(name)]
+            for name in sorted(mine.keys() | others.keys()):
+                if others.get(name) != mine.get(name):
+                    found.append(f"the contents of {_of(name)} are others ({_shown(others.get(name, 'none'))} and "
+                                 f"{mine.get(name, 'none')})")
         return found
 
     def check(self, run: Path) -> None:
         """ConfigError where ``run``, which was named, is not this one, with all that keeps it apart."""
         found = self.differences(run)
         if found is None:
-            other = read_json(run / "config.json").get("phase")
-            raise ConfigError(f"{run} is a run of {other}, not of {self.phase}: use another --run_name or --resume")
+            other = run_config(run).get("phase")
+            raise ConfigError(f"{run} is a run of {_shown(other)}, not of {self.phase}: use another --run_name or --resume")
         if found:
             raise ConfigError(f"{run} was started with other settings or data: {'; '.join(found)}. Give them as they were to "
                               "go on with it, or another --run_name to start anew")
@@ -97,8 +112,7 @@ def identify(phase: str, arguments: RunArguments, inputs: Mapping[str, str], pas
 
 def unfinished(root: Path) -> Iterator[Path]:
     """Runs in ``root`` that nobody works on and that are not finished, the newest first."""
-    for path in sorted(root.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
-        run = path.parent
+    for run in newest_first((path.parent for path in root.glob("*/config.json")), "config.json", "started_at"):
         try:
             if not run.is_symlink() and not (run / "finished.json").is_file() and not alive(run):
                 yield run
@@ -138,16 +152,18 @@ def _contents(arguments: RunArguments, inputs: Mapping[str, str]) -> dict[str, s
 
 
 def _of(name: str) -> str:
+    name = _shown(name)
     return f"--{name}" if name.startswith(("model_name", "reference_", "judge_", "unaligned_", "basis_dir")) else f"the {name}"
 
 
 def _shown(value: Any) -> str:
-    return "not given" if value is None else str(value)
+    text = "not given" if value is None else str(value)
+    return text[:200] if text.isprintable() else ascii(text)[:200]
 
 
 def _progress(run: Path) -> str:
     try:
-        found = json.loads((run / PROGRESS).read_text())
-        return f" ({found['done']:g} of {found['total']:g} {found['unit']})"
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json(run / PROGRESS)
+        return f" ({found['done']:g} of {found['total']:g} {ascii(found['unit'])[1:-1]})"
+    except (ArtifactError, ValueError, KeyError, TypeError, IndexError):
         return ""

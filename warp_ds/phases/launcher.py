@@ -21,10 +21,12 @@ from warp_ds.cluster.doctor import start_checks
 from warp_ds.cluster.slurm import task_environment
 from warp_ds.config import ConfigError, RunArguments, parse_arguments, parse_training
 from warp_ds.data.datasets import DataError
+from warp_ds.held import DirectoryGoneError
 from warp_ds.phases.failures import explain, is_later
 from warp_ds.phases.inputs import check_inputs, on_one_machine
 from warp_ds.phases.run import log_to_terminal
 from warp_ds.phases.state import note
+from warp_ds.secrets import redact
 from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import UnsupportedSetting
 
@@ -48,6 +50,7 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
     passed: dict[str, Any] = {}
     arguments: A | None = None
     try:
+        runtime.check_launch(os.environ)
         if stoppable:
             preemption.watch()
         if training:
@@ -68,7 +71,7 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
                 raise ConfigError(restarts)
         start_checks(arguments, PHASE_OF.get(kind.__name__, ""))
         phase(arguments, passed) if training else phase(arguments)
-    except (ConfigError, ArtifactError, DataError, UnsupportedSetting, runtime.OtherRankError) as error:
+    except (ConfigError, ArtifactError, DataError, UnsupportedSetting, DirectoryGoneError, runtime.OtherRankError) as error:
         _fail(error, status=2, wrong_input=True)
     except preemption.Preempted as stop:
         assert arguments is not None
@@ -122,10 +125,13 @@ def _fail(error: BaseException, status: int, wrong_input: bool) -> None:
     """
     rank = runtime.rank()
     if not torch.distributed.is_initialized():
-        rank = int(({**(task_environment(os.environ) or {}), **os.environ}).get("RANK", 0))
+        try:
+            rank = int(({**(task_environment(os.environ) or {}), **os.environ}).get("RANK", 0))
+        except ValueError:
+            rank = 0  # that is the error, and every rank's
         if wrong_input and rank > 0:
             time.sleep(SECONDS_FOR_RANK_0)
-    text = f"error: {error}" if wrong_input else "".join(traceback.format_exception(error))
+    text = redact(f"error: {error}" if wrong_input else "".join(traceback.format_exception(error)))
     if logging.getLogger("warp_ds").handlers:
         logger.error("rank %d failed: %s", rank, text)
     if not _on_terminal() and not (wrong_input and rank > 0):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import socket
@@ -21,8 +20,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from warp_ds.artifacts import write_json
+from warp_ds.artifacts import ArtifactError, read_json, write_json
 from warp_ds.config import ConfigError
+from warp_ds.held import DirectoryGoneError
+from warp_ds.phases.written import is_owner
 
 logger = logging.getLogger(__name__)
 BEAT_SECONDS = 10.0
@@ -45,7 +46,13 @@ class RunLock:
 
     def acquire(self) -> None:
         """Takes the directory; over from an owner that is dead. Waits ``dead_seconds`` to tell, where flock does not."""
-        self._fd = os.open(self.directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        if self.owner_file.is_symlink() or (self.owner_file.exists() and not self.owner_file.is_file()):
+            raise ConfigError(f"{self.owner_file} is no file: remove it, or use another --run_name")
+        try:
+            self._fd = os.open(self.directory / ".lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            raise ConfigError(f"{self.directory} cannot be locked ({error.strerror}): {self.directory / '.lock'} must be a "
+                              "file that this user may write, or be missing") from error
         free = _flock(self._fd, fcntl.LOCK_EX)
         deadline = time.monotonic() + 1.0  # ``alive`` holds it for a moment
         while free is False and time.monotonic() < deadline:
@@ -106,6 +113,11 @@ class RunLock:
             beat += 1
             try:
                 self._beat(beat)
+            except DirectoryGoneError as error:
+                # This rank may wait in a collective, or compute for hours: what it makes has no place any more.
+                logger.error("%s", error)
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
             except OSError as error:
                 logger.warning("the heartbeat in %s could not be written: %s", self.owner_file, error)
 
@@ -115,9 +127,9 @@ class RunLock:
 
     def _owner(self) -> dict[str, Any] | None:
         try:
-            found = json.loads(self.owner_file.read_text())
-            return found if isinstance(found, dict) else None
-        except (OSError, json.JSONDecodeError):
+            found = read_json(self.owner_file)
+            return found if is_owner(found) else None  # written whole, by this program alone
+        except ArtifactError:
             return None
 
     def _in_use(self, owner: dict[str, Any] | None) -> str:
@@ -130,7 +142,10 @@ class RunLock:
 
 def alive(directory: Path) -> bool:
     """Whether some process holds ``directory`` now, as far as flock reaches. Waits for nothing."""
-    fd = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fd = os.open(directory / ".lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False  # nobody has ever locked it
     try:
         return _flock(fd, fcntl.LOCK_SH) is False  # shared: two that look do not take each other for an owner
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from warp_ds.artifacts import ArtifactError, BasisStore, write_json, write_tensors, write_text
+from warp_ds.artifacts import ArtifactError, BasisStore, read_json, write_json, write_tensors, write_text
 from warp_ds.method.baselines import resta, safe_delta, safety_hessian
 from warp_ds.report.card import without_sections
 from warp_ds.zero import runtime
@@ -29,7 +28,12 @@ class Weights:
     def __init__(self, directory: Path):
         index = directory / "model.safetensors.index.json"
         if index.is_file():
-            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            found = read_json(index)
+            files = found.get("weight_map") if isinstance(found, dict) else None
+            if not isinstance(files, dict) or not all(
+                    isinstance(file, str) and Path(file).name == file for file in files.values()):
+                raise ArtifactError(f"{index} is no index of a model's files")
+            self.files: dict[str, str] = files
         elif (directory / "model.safetensors").is_file():
             with safe_open(str(directory / "model.safetensors"), framework="pt") as file:
                 self.files = dict.fromkeys(file.keys(), "model.safetensors")

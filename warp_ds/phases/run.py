@@ -17,14 +17,17 @@ from typing import Any
 
 import datasets
 
-from warp_ds.artifacts import remove_unfinished, write_json
+from warp_ds.artifacts import is_aside, is_run, remove_unfinished, write_json
 from warp_ds.cluster import slurm
 from warp_ds.cluster.preemption import Preempted
 from warp_ds.config import ConfigError, RunArguments
+from warp_ds.held import check_there, held
 from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
 from warp_ds.phases.identity import Identity, identify, unfinished
 from warp_ds.phases.lock import RunLock
-from warp_ds.phases.state import note, now
+from warp_ds.phases.state import STATE, note, now
+from warp_ds.phases.written import check_written
+from warp_ds.secrets import Redacting
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
@@ -66,6 +69,9 @@ class Run:
 def link_latest(phase: str, run: Path) -> None:
     """Points ``<phase>_latest``, beside the run, at it. Rank 0 alone calls it."""
     link = run.parent / f"{phase}_latest"
+    if link.exists() and not link.is_symlink():
+        logger.warning("%s is not this program's link, and stays as it is", link)
+        return
     aside = link.with_name(f".{link.name}.{os.getpid()}")
     aside.unlink(missing_ok=True)
     aside.symlink_to(run.name)
@@ -88,6 +94,8 @@ def start_run(
         nonlocal lock
         identity = identify(phase, arguments, inputs, passed or {})
         for directory, goes_on, certain in _candidates(phase, arguments, identity):
+            if goes_on:
+                check_written(directory)
             directory.mkdir(parents=True, exist_ok=True)
             candidate = RunLock(directory)
             try:
@@ -103,7 +111,7 @@ def start_run(
                 **identity.record, "settings": {**dataclasses.asdict(arguments), **(passed or {})},
                 "started_at": now(), "versions": versions(), "command": sys.argv, "world_size": runtime.world_size(),
                 "working_directory": os.getcwd(),
-            })
+            }, private=True)
         (directory / FAILURE).unlink(missing_ok=True)
         remove_unfinished(directory)
         near = "" if resumed or arguments.resume != "auto" or arguments.run_name else identity.nearest(directory)
@@ -112,7 +120,7 @@ def start_run(
     try:
         chosen = runtime.on_rank_0(choose, "opening the run directory")
         directory = Path(chosen["directory"])
-        with runtime.peak_memory() as memory, log_to_file(Path(arguments.log_dir), directory.name):
+        with held(directory), runtime.peak_memory() as memory, log_to_file(Path(arguments.log_dir), directory.name):
             run = Run(phase, directory, chosen["resumed"], chosen["done"], time.time(), memory)
             if chosen["near"]:
                 logger.warning("%s: %s", phase, chosen["near"])
@@ -129,6 +137,7 @@ def start_run(
                 logger.info("%s: %s has come, and every rank has saved what it had", run.directory.name, stop)
                 raise
             except Exception as error:
+                check_there(directory)  # whatever failed, failed for that
                 explain(error, arguments)
                 record_failure(run.directory, error, Path(arguments.log_dir))
                 raise
@@ -142,15 +151,17 @@ def _candidates(phase: str, arguments: RunArguments, identity: Identity) -> Iter
     root = Path(arguments.output_dir)
     if arguments.resume not in ("auto", "never"):
         wanted = Path(arguments.resume) if Path(arguments.resume).is_dir() else root / arguments.resume
-        if not (wanted / "config.json").is_file():
-            raise ConfigError(f"--resume {arguments.resume}: no run there (no config.json); use auto, never or a run's "
-                              "directory")
+        if not is_run(wanted):
+            raise ConfigError(f"--resume {arguments.resume}: no run of this program there (no config.json of one); "
+                              "use auto, never or a run's directory")
         identity.check(wanted)
-        yield wanted, True, True
+        yield wanted.resolve() if wanted.is_symlink() else wanted, True, True
         return
     job = slurm.job_id()
     # A requeued job keeps its id, and goes on in its own directory.
     named = root / (arguments.run_name or f"{phase}_{job}") if arguments.run_name or job else None
+    if named is not None:
+        _refuse_foreign(named)
     if named is not None and (named / "config.json").is_file():
         if arguments.resume == "never" and (arguments.run_name or not os.environ.get("SLURM_RESTART_COUNT")):
             raise ConfigError(f"--resume never, but {named} exists: choose another --run_name")
@@ -167,6 +178,14 @@ def _candidates(phase: str, arguments: RunArguments, identity: Identity) -> Iter
     stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
     candidates = [root / f"{phase}_{stamp}"] + [root / f"{phase}_{stamp}_{i}" for i in range(2, 100)]
     yield next(path for path in candidates if not path.exists()), False, True
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """ConfigError where ``directory`` is there already and no run of this program, or one that was only begun."""
+    begun = (directory / ".lock").is_file() and not (directory / "config.json").exists() and all(
+        path.name in (".lock", "owner.json", FAILURE, STATE) or is_aside(path.name) for path in directory.iterdir())
+    if (directory.exists() or directory.is_symlink()) and (directory.is_symlink() or not (begun or is_run(directory))):
+        raise ConfigError(f"{directory} is there already, and no run of this program: use another --run_name")
 
 
 def versions() -> dict[str, str]:
@@ -192,6 +211,7 @@ def log_to_terminal(level: int = logging.INFO) -> None:
     if runtime.rank() == 0:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.addFilter(Redacting())
         root.addHandler(handler)
     else:
         root.addHandler(logging.NullHandler())
@@ -201,9 +221,14 @@ def log_to_terminal(level: int = logging.INFO) -> None:
 @contextmanager
 def log_to_file(log_dir: Path, name: str) -> Iterator[None]:
     """This rank's log file: logs/<run>.log for rank 0, logs/<run>.rank<r>.log beside it for the others."""
-    log_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(log_file(log_dir, name, runtime.rank()))
+    path = log_file(log_dir, name, runtime.rank())
+    with runtime.on_every_rank_or_none("opening the log"):
+        log_dir.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}, which would be the run's log, is no file: move it, or give another --log_dir")
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.addFilter(Redacting())
     root = logging.getLogger("warp_ds")
     root.addHandler(handler)
     try:

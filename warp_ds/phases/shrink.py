@@ -122,7 +122,7 @@ def print_shrunk(found: list[Shrunk]) -> None:
     for one in found:
         table.add_row(one.file, str(one.n), str(one.stored), str(one.kept), f"{one.held_after:,}",
                       f"{one.held_after / one.held_before:.0%}")
-    console = Console(width=120)
+    console = Console(width=120, markup=False)
     console.print(table)
     before, after = sum(one.held_before for one in found), sum(one.held_after for one in found)
     console.print(f"all bases: {before:,} -> {after:,} bytes ({after / before:.0%}), and a rotation's products with them")

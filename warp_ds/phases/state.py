@@ -11,8 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from warp_ds.artifacts import write_json
+from warp_ds.artifacts import append_line, write_json
 from warp_ds.cluster import slurm
+from warp_ds.held import DirectoryGoneError
+from warp_ds.secrets import redact
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
@@ -41,9 +43,8 @@ def note(directory: Path, event: str, **more: Any) -> None:
     line = {"at": now(), "event": event, "job": slurm.job_id(), "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             "host": socket.gethostname(), "pid": os.getpid(), **more}
     try:
-        with open(directory / STATE, "a") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
+        append_line(directory / STATE, json.dumps(redact(line)), private=True)
+    except (OSError, DirectoryGoneError) as error:
         logger.warning("the run's state could not be written: %s", error)
 
 

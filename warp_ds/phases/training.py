@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -35,24 +34,26 @@ from transformers.integrations import TensorBoardCallback
 from warp_ds import trainer_flags
 from warp_ds.artifacts import (
     MaskStore,
+    append_line,
     find_artifact,
     fingerprint_model,
     fingerprint_rows,
-    read_json,
-    write_json,
+    read_text,
+    write_text,
 )
 from warp_ds.cluster import preemption
 from warp_ds.config import ConfigError, RunArguments, SafetyTuningArguments, TrainArguments, TrainingFlags
 from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch
 from warp_ds.data.datasets import load_pairs
 from warp_ds.evaluation.generate import pad_token
+from warp_ds.phases import checkpoints
 from warp_ds.phases.run import start_run
 from warp_ds.phases.state import Progress
 from warp_ds.phases.targets import check_targets, find_targets
 from warp_ds.phases.texts import tokenise
 from warp_ds.protection import WarpCallback
 from warp_ds.zero import runtime, universal
-from warp_ds.zero.deepspeed_internals import end_engine, is_built
+from warp_ds.zero.deepspeed_internals import end_engine, is_built, nothing_unpickled, refuse_pickles, tag_of
 from warp_ds.zero.model import load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
 
@@ -151,16 +152,26 @@ def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
 
     Raises ConfigError where that cannot be done.
     """
-    found = runtime.on_rank_0(lambda: newest_whole_checkpoint(directory / "trainer"), "looking for a checkpoint")
+    found = runtime.on_rank_0(lambda: checkpoints.newest_whole(directory / "trainer"), "looking for a checkpoint")
     if found is None:
         if (directory / "trainer").is_dir():
             logger.warning("%s holds no whole checkpoint: its training begins at the first step", directory)
         return None
     checkpoint = Path(found)
-    wrote = runtime.on_rank_0(lambda: read_json(checkpoint / WholeCheckpoints.MARK).get("world_size"), "reading a checkpoint")
-    if wrote in (None, runtime.world_size()):
+    wrote = runtime.on_rank_0(lambda: checkpoints.world_size_of(checkpoint), "reading a checkpoint")
+    runtime.on_rank_0(lambda: check_checkpoint(checkpoint), "checking the checkpoint")
+    if wrote == runtime.world_size():
         return checkpoint
-    return universal.convert(checkpoint, runtime.zero3_config(arguments, for_trainer=True), wrote)
+    converted = universal.convert(checkpoint, runtime.zero3_config(arguments, for_trainer=True), wrote)
+    runtime.on_rank_0(lambda: check_checkpoint(converted), "checking the converted checkpoint")
+    return converted
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """ConfigError, naming the file, where something of ``checkpoint`` would be run or lies outside of it."""
+    refuse_pickles(checkpoint)
+    checkpoints.check_trainer_state(checkpoint)
+    tag_of(checkpoint, "latest_universal" if universal.is_converted(checkpoint) else "latest")
 
 
 def fit(
@@ -208,7 +219,9 @@ def fit(
     steps = training.max_steps if training.max_steps > 0 else math.ceil(arguments.epochs * sampler.steps)
     logger.info("training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %d)", len(samples), steps,
                 arguments.global_batch_size, runtime.world_size(), sampler.accumulation_steps, arguments.batch_size)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    runtime.on_rank_0(lambda: checkpoints.refuse_foreign(directory / "trainer", steps), "looking for foreign checkpoints")
+    with nothing_unpickled():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if whole.stopped_by is not None:
         raise preemption.Preempted(whole.stopped_by)
     runtime.on_rank_0(lambda: universal.remove_converted(directory / "trainer"), "removing a converted checkpoint")
@@ -346,6 +359,15 @@ class GlobalBatchTrainer(Trainer):
         self.sampler, self.tokenizer = sampler, tokenizer
         super().__init__(*args, **{**kwargs, "processing_class": tokenizer})
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer does; what is begun is marked, so that a killed save can be told from somebody else's files."""
+        checkpoint = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+        runtime.on_rank_0(lambda: checkpoints.begin(checkpoint), "beginning a checkpoint")
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            # A pickle of all that TrainingArguments hold, which nobody reads.
+            (checkpoint / "training_args.bin").unlink(missing_ok=True)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer does, without its advice to use zero_to_fp32: the model is exported by ``export``."""
         trainer_log = logging.getLogger("transformers.trainer")
@@ -401,33 +423,29 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            append_line(self.path, json.dumps({"step": state.global_step, **logs}))
 
     def keep_until(self, checkpoint: str) -> None:
         """Drops the lines of steps after ``checkpoint``, which will be made again, and summaries of runs that stopped."""
         step = int(checkpoint.rsplit("-", 1)[1])
         if self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines() if _whole_until(step, line)]
-            aside = self.path.with_suffix(".tmp")
-            aside.write_text("".join(f"{line}\n" for line in lines))
-            aside.replace(self.path)
+            text = read_text(self.path, errors="replace")
+            lines = [line for line in text.split("\n") if _whole_until(step, line)]
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
 
 
 def _whole_until(step: int, line: str) -> bool:
     try:
         logged = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False  # the process was killed while it wrote
-    return bool(logged["step"] <= step) and "train_runtime" not in logged
+    known = isinstance(logged, dict) and isinstance(logged.get("step"), int)
+    return known and logged["step"] <= step and "train_runtime" not in logged
 
 
 class WholeCheckpoints(TrainerCallback):
     """Saves every ``minutes``, and where a rank is asked to leave; marks a checkpoint once it is whole, so that a killed
     save is never resumed from."""
-
-    MARK = "whole.json"
 
     def __init__(self, minutes: float, keep: int = 1):
         """``keep``: how many checkpoints stay. Trainer itself would remove older ones before the new one is marked."""
@@ -458,25 +476,9 @@ class WholeCheckpoints(TrainerCallback):
         runtime.barrier()
         if state.is_world_process_zero:
             root = Path(args.output_dir or ".")
-            directory = root / f"checkpoint-{state.global_step}"
-            write_json(directory / self.MARK, {"step": state.global_step, "world_size": runtime.world_size()})
-            made = [path for path in root.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-            for older in sorted(made, key=_step_of, reverse=True)[self.keep :]:
-                shutil.rmtree(older, ignore_errors=True)
+            checkpoints.finish(root / f"checkpoint-{state.global_step}", runtime.world_size())
+            checkpoints.keep_newest(root, self.keep)
             universal.remove_converted(root)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def newest_whole_checkpoint(directory: Path) -> str | None:
-    """Path of the newest checkpoint that was written to its end; what was not takes space, and is removed."""
-    for path in directory.glob("checkpoint-*"):
-        if not (path / WholeCheckpoints.MARK).is_file():
-            shutil.rmtree(path, ignore_errors=True)
-    found = [p.parent for p in directory.glob(f"checkpoint-*/{WholeCheckpoints.MARK}")]
-    return str(max(found, key=_step_of)) if found else None
 
 
 def _model_card(arguments: TrainArguments, masks_dir: Path | None) -> str:

@@ -27,7 +27,7 @@ except ImportError as error:
 # The same numbers give the same file: no date, no random ids; letters are drawn, so that no font of the reader is needed.
 matplotlib.rcParams.update({"svg.hashsalt": "warp_ds", "svg.fonttype": "path", "font.size": 10, "axes.spines.top": False,
                             "axes.spines.right": False, "figure.constrained_layout.use": True, "axes.grid": True,
-                            "grid.color": "#e4e4e4", "font.family": "sans-serif"})
+                            "grid.color": "#e4e4e4", "text.parse_math": False, "font.family": "sans-serif"})
 WIDTH = 5.2
 """Inches: narrow enough for letters to stay readable on a phone."""
 MARKERS = "osD^vP*Xd<>ph8"
@@ -60,11 +60,11 @@ def tradeoff(raw: Sequence[Mapping[str, Any]], prompts: int, target: float, fron
 
     ``front``: [arm, rate] of the points that no other beats, joined by a broad grey line where there are any.
     """
-    figure, axes = pyplot.subplots(figsize=(WIDTH, 5.0))
-    arms = list(dict.fromkeys(row["arm"] for row in raw))
+    arms = list(dict.fromkeys(str(row["arm"]) for row in raw))
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 5.0 + 0.1 * max(0, len(arms) - 14)))  # the legend grows with them
     colours = pyplot.get_cmap("tab20")
     for number, arm in enumerate(arms):
-        rows = [row for row in raw if row["arm"] == arm and "refusal_rate" in row and UTILITY in row]
+        rows = [row for row in raw if str(row["arm"]) == arm and "refusal_rate" in row and UTILITY in row]
         x, y = [row[UTILITY] for row in rows], [row["refusal_rate"] for row in rows]
         ends = [wilson(rate * prompts, prompts) for rate in y] if prompts else [(rate, rate) for rate in y]
         bars = [[max(0.0, rate - low) for rate, (low, _) in zip(y, ends, strict=True)],

@@ -7,7 +7,9 @@ runs hold is shown, what they lack is left out; runs inside a given one are foun
 from __future__ import annotations
 
 import html
+import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +17,33 @@ from typing import Any
 
 import torch
 
-from warp_ds import __version__
-from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, read_json, read_lines, run_config, write_text
+from warp_ds import __version__, artifacts
+from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, path_of_run, write_text
 from warp_ds.method.mask import unpack_bits
+from warp_ds.names import printable
 from warp_ds.report import costs, figures, tradeoff
+from warp_ds.report.verify import still_describes
+from warp_ds.secrets import redact
 
+logger = logging.getLogger(__name__)
 BINS = 50
 CURVES, MASKS, ANSWERS = 16, 3, 20
 """Most training runs in one picture, most masks, and most prompts with their answers in the page."""
+
+def read_json(path: Path) -> Any:
+    """As ``artifacts.read_json``; strings that a page and a picture can hold."""
+    return printable(artifacts.read_json(path))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = printable(artifacts.read_lines(path))
+    return found
+
+
+def run_config(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = printable(artifacts.run_config(run))
+    return found
+
 
 STYLE = Path(__file__).with_name("page.css")
 
@@ -69,7 +90,7 @@ def write_report(given: Sequence[str | Path], output: Path) -> Path:
     Raises ArtifactError where a run is missing, or there is nothing to show.
     """
     runs, pictures = find_runs(given), output.with_name(f"{output.stem}_figures")
-    parts = [part for section in SECTIONS for part in [section(runs, pictures)] if part]
+    parts = [part for section in SECTIONS for part in [_whatever_it_reads(section, runs, pictures)] if part]
     if not parts:
         raise ArtifactError("these runs hold nothing to show yet: a report wants a comparison's report.json, a basis, masks, "
                             "metrics.jsonl or an evaluation")
@@ -77,7 +98,8 @@ def write_report(given: Sequence[str | Path], output: Path) -> Path:
         "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
         # Nothing is fetched, whatever text of a model stands in the page.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none';style-src 'unsafe-inline';img-src data:\">",
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none';style-src 'unsafe-inline';img-src data:;"
+        "base-uri 'none';form-action 'none'\">",
         '<link rel="icon" href="data:,">', "<title>warp_ds report</title>",
         f"<style>{STYLE.read_text()}</style></head><body><main>",
         "<h1>Fine-tuning and what it did to safety</h1>",
@@ -85,6 +107,19 @@ def write_report(given: Sequence[str | Path], output: Path) -> Path:
         *parts, "</main></body></html>", ""])
     write_text(output, page)
     return output
+
+
+def _whatever_it_reads(section: Callable[[Runs, Path], str], runs: Runs, pictures: Path) -> str:
+    """The section; or, where a file of the runs holds other types than this program writes, that it is not shown."""
+    try:
+        return section(runs, pictures)
+    except ArtifactError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+        what = (f"{section.__name__.strip('_')}: a file of these runs is not as this program writes it "
+                f"({type(error).__name__}: {error})")
+        logger.warning("a part of the report is left out: %s", what)
+        return _section("Left out", f"<p>{_text(what)}</p>")
 
 
 # ---------------------------------------------------------------- sections
@@ -134,7 +169,7 @@ def _comparison(runs: Runs, pictures: Path) -> str:
 
 
 def _warnings(report: dict[str, Any]) -> str:
-    found = [f"<li>{count} evaluation prompts stood in a fitting set: {_text(where)}.</li>"
+    found = [f"<li>{_text(count)} evaluation prompts stood in a fitting set: {_text(where)}.</li>"
              for where, count in report.get("overlap", {}).items()]
     if report.get("noise_threshold") is not None:
         found.append(f"<li>Answers with a stretch above {report['noise_threshold']:.2f} nats a token under the model before "
@@ -263,12 +298,29 @@ def _certificates(runs: Runs, pictures: Path) -> str:
     parts = []
     for run in runs.with_file("certificate.json"):
         found = read_json(run / "certificate.json")
-        problems = "".join(f"<li>{_text(p)}</li>" for p in [*found["problems"], *found.get("reasons", ())])
-        verdict = {"kept": "Kept", "cannot tell": "Cannot tell"}.get(found.get("outcome"), "BROKEN")
-        drift = "not finite" if found["frozen_drift"] is None else f"{found['frozen_drift']:.1e}"
-        parts.append(f"<p><strong>{verdict}</strong>: {found['frozen']:,} frozen coefficients, "
-                     f"relative drift {drift} ({_text(runs.name(run))}).</p><ul>{problems}</ul>")
+        if not isinstance(found, dict) or not isinstance(found.get("problems"), list):
+            raise ArtifactError(f"{run / 'certificate.json'} is no certificate of this program: remove it, or run warp-ds "
+                                "verify again")
+        said = str(found.get("outcome"))
+        if not _of_the_model_there_now(found, run):
+            said = (f"another model's (it says {said} of weights that do not lie in {found.get('after')} now; run warp-ds "
+                    "verify again)")
+        drift = "not finite" if found["frozen_drift"] is None else format(float(found["frozen_drift"]), ".1e")
+        problems = "".join(f"<li>{_text(p)}</li>" for p in [*found["problems"], *(found.get("reasons") or ())])
+        parts.append(f"<p><strong>{_text(said.upper() if said == 'broken' else said.capitalize())}</strong>: "
+                     f"{_text(format(found['frozen'], ','))} frozen coefficients, "
+                     f"relative drift {_text(drift)} ({_text(runs.name(run))}).</p>"
+                     f"<ul>{problems}</ul>")
     return _section("Freeze certificate", *parts) if parts else ""
+
+
+def _of_the_model_there_now(certificate: dict[str, Any], run: Path) -> bool:
+    """Whether the certificate in ``run`` is of the weights that lie there now, by their fingerprint."""
+    after = Path(str(certificate.get("after")))
+    for directory in dict.fromkeys((run / "model", path_of_run(run_config(run), str(after)))):
+        if directory.is_dir():
+            return still_describes(certificate, directory)
+    return False
 
 
 def _answers(runs: Runs, pictures: Path) -> str:
@@ -280,7 +332,10 @@ def _answers(runs: Runs, pictures: Path) -> str:
         points = [(run, point) for run in homes for point in read_json(run / "report.json")["points"]]
         for run, point in sorted(points, key=lambda p: (-(p[1]["rate"] or 0), p[1]["seed"])):
             name = point["arm"] if point["rate"] is None else f"{point['arm']}_lr{point['rate']:g}_seed{point['seed']}"
-            path = run / point.get("home", Path("points") / name) / "answers.jsonl"
+            path = Path(os.path.abspath(run / str(point.get("home", Path("points") / str(name))) / "answers.jsonl"))
+            if not path.is_relative_to(os.path.abspath(run)):
+                raise ArtifactError(f"{run / 'report.json'} names answers that do not lie beside it ({ascii(name)[:80]}): run "
+                                    "the comparison again under its --run_name, which measures nothing twice")
             if path.is_file():
                 sources.setdefault(f"{above}{point['arm']}", path)
     for run in runs.of("evaluate"):
@@ -313,11 +368,12 @@ def _reproduce(runs: Runs, pictures: Path) -> str:
     for run in runs.all:
         config = run_config(run)
         if "command" in config and not any(parent in runs.all for parent in run.parents):
-            versions = ", ".join(f"{k} {v}" for k, v in config.get("versions", {}).items())
-            inputs = ", ".join(f"{k} {v}" for k, v in config.get("inputs", {}).items())
-            command = " ".join(map(str, config["command"]))
+            versions, inputs = (", ".join(f"{k} {v}" for k, v in dict(config.get(name, {})).items())
+                                for name in ("versions", "inputs"))
+            words = redact(config["command"])
+            command = " ".join(map(str, words)) if isinstance(words, list) else str(words)
             parts.append(f"<h3>{_text(runs.name(run))}</h3><pre>{_text(command)}</pre>"
-                         f"<p class=\"dim\">{config.get('world_size')} ranks; fingerprints: {_text(inputs)}; "
+                         f"<p class=\"dim\">{_text(config.get('world_size'))} ranks; fingerprints: {_text(inputs)}; "
                          f"{_text(versions)}; started {_text(config.get('started_at', ''))}</p>")
     return _section("How to make it again", *parts) if parts else ""
 
@@ -330,7 +386,8 @@ SECTIONS: tuple[Callable[[Runs, Path], str], ...] = (
 
 
 def _text(value: Any) -> str:
-    return html.escape(str(value))
+    """Any value as text of the page: every one goes through here."""
+    return html.escape(printable(redact(str(value))))
 
 
 def _section(title: str, *parts: str) -> str:

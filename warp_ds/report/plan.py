@@ -550,7 +550,7 @@ def print_plan(made: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console, job, checked = Console(), made.job, _checked()
+    console, job, checked = Console(markup=False), made.job, _checked()
     title = (f"{made.shape.name}: {made.shape.parameters / 1e9:.2f} B parameters, {job.dtype}, {job.nodes} x "
              f"{job.gpus_per_node} GPUs of {_gb(job.gpu_memory)} GB, offload {job.offload}, {made.ds_config}")
     table = Table(title=title, caption=_caption(checked))

@@ -7,8 +7,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,6 +21,9 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import Tensor, nn
+from transformers.trainer_pt_utils import safe_globals
+
+from warp_ds.config import ConfigError
 
 #: The steps of ``DeepSpeedZeroOptimizer_Stage3.step`` that the masked step stands between.
 HOOKED = (
@@ -229,6 +235,69 @@ def repair_universal(base: torch.optim.Optimizer, groups: Sequence[dict[str, Any
 def checkpoint_classes() -> list[Any]:
     """What a ZeRO-3 checkpoint's files hold besides tensors and plain values, for ``torch.serialization.safe_globals``."""
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, torch.Size]
+
+
+@contextmanager
+def nothing_unpickled() -> Iterator[None]:
+    """A block in which every ``torch.load`` of DeepSpeed and transformers has weights_only=True: a file of a checkpoint
+    makes tensors, plain values and ``checkpoint_classes``, and runs nothing. ConfigError, naming file and class, for the rest.
+
+    DeepSpeed asks for weights_only=False in all of its loads (checkpoint_engine, stage3.py, checkpoint/), by this name.
+    """
+    load = torch.load
+
+    def load_weights_only(f: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with torch.serialization.safe_globals(checkpoint_classes()):
+                return load(f, *args, **{**kwargs, "weights_only": True})
+        except (UnpicklingError, AttributeError, TypeError, KeyError, IndexError) as error:  # all of them of a forged stream
+            raise ConfigError(_refusal(f, str(error))) from error
+
+    torch.load = load_weights_only
+    try:
+        yield
+    finally:
+        torch.load = load
+
+
+def refuse_pickles(directory: Path) -> None:
+    """ConfigError, naming file and class, where a file that a resume from ``directory`` loads would make anything but
+    tensors, plain values and ``checkpoint_classes``. Reads no tensor."""
+    for path in sorted(path for end in ("pt", "pth", "bin", "pkl") for path in directory.rglob(f"*.{end}")):
+        if path.name == "training_args.bin":
+            continue  # nobody loads it
+        try:
+            with torch.serialization.safe_globals(checkpoint_classes()), safe_globals():
+                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except Exception as error:  # noqa: BLE001
+            raise ConfigError(_refusal(path, f"{type(error).__name__}: {error}")) from error
+        if unsafe:
+            raise ConfigError(_refusal(path, ", ".join(sorted(unsafe))))
+
+
+def _refusal(path: Any, what: str) -> str:
+    found = what
+    try:
+        with torch.serialization.safe_globals(checkpoint_classes()), safe_globals():
+            found = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))) or what
+    except Exception:  # noqa: BLE001
+        pass
+    return (f"{path} is not loaded: it holds {' '.join(found.split())[:200]}, and a checkpoint holds tensors and plain values "
+            "alone. Was it written by this program? Remove the checkpoint, or start anew with --resume never")
+
+
+def tag_of(checkpoint: Path, file: str = "latest") -> str:
+    """The directory within ``checkpoint`` that its ``latest`` file names; ConfigError where that is no plain name in it."""
+    path = checkpoint / file
+    try:
+        tag = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): remove the checkpoint, or start anew "
+                          "with --resume never") from error
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", tag) or not (checkpoint / tag).is_dir():
+        raise ConfigError(f"{path} names {tag[:80]!r}, which is no directory of this checkpoint: remove the checkpoint, or "
+                          "start anew with --resume never")
+    return tag
 
 
 def wrap(optimizer: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:

@@ -6,11 +6,12 @@ import ctypes
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -20,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from warp_ds.artifacts import read_text
 from warp_ds.cluster.slurm import task_environment
-from warp_ds.config import ConfigError, RunArguments
+from warp_ds.config import ConfigError, RunArguments, refuse_secrets
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -37,7 +39,8 @@ def init_distributed(device: str, timeout_seconds: int = 1800) -> None:
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _check_compiler()
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    check_launch(os.environ)
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     if "RANK" not in os.environ:
         os.environ.update(task_environment(os.environ) or {**defaults, "MASTER_PORT": str(free_port())})
     for name, value in defaults.items():
@@ -49,13 +52,47 @@ def init_distributed(device: str, timeout_seconds: int = 1800) -> None:
     from warp_ds.zero.torch_internals import survive_kills_while_loading_operators
 
     survive_kills_while_loading_operators()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    with _saying_where_ranks_meet():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+def check_launch(env: Mapping[str, str]) -> None:
+    """ConfigError where what a launcher, or the user, has set for the ranks to find one another is none of that."""
+    cure = "in the environment: unset it, or start the ranks with deepspeed, torchrun, accelerate or srun"
+    for name in _NUMBERS:
+        value = env.get(name)
+        if value is not None and not re.fullmatch("[0-9]{1,12}", value):
+            raise ConfigError(f"{name} is {ascii(value)[:60]}, no number, {cure}")
+    if "RANK" in env and int(env["RANK"]) >= int(env.get("WORLD_SIZE", 1)):
+        raise ConfigError(f"RANK is {env['RANK']} and WORLD_SIZE {env.get('WORLD_SIZE', 1)} {cure} (RANK is below WORLD_SIZE)")
+    if int(env.get("MASTER_PORT", 1)) > 65535:
+        raise ConfigError(f"MASTER_PORT is {env['MASTER_PORT']} {cure} (MASTER_PORT below 65536)")
+
+
+_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS",
+            "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+
+
+@contextmanager
+def _saying_where_ranks_meet() -> Iterator[None]:
+    """A block that joins the process group: what the network refuses is a ConfigError with the cure."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        said = str(error).splitlines()[0]
+        if "EADDRINUSE" in said:
+            cause = "that port is taken by another program, or another run on this machine"
+            cure = "give the launcher another port (--master_port, or MASTER_PORT in the environment)"
+        else:
+            cause, cure = f"they cannot ({said[:200]})", "check MASTER_ADDR, MASTER_PORT and the network"
+        raise ConfigError(f"the ranks are to meet at {where}, and {cause}: {cure}") from error
 
 
 def free_port() -> int:
@@ -279,9 +316,14 @@ def zero3_config(arguments: RunArguments, for_trainer: bool = False) -> dict[str
         config: dict[str, Any] = {"zero_optimization": {"stage": 3}}
     else:
         try:
-            config = json.loads(Path(arguments.deepspeed).read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            config = json.loads(read_text(Path(arguments.deepspeed)))
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"--deepspeed {arguments.deepspeed} cannot be read as JSON: {error}") from error
+        for name in ("", "zero_optimization", "bf16", "fp16", "data_types", "checkpoint"):
+            section = config.get(name, {}) if name else config
+            if not isinstance(section, dict):
+                raise ConfigError(f"--deepspeed {arguments.deepspeed}: {name or 'the whole'} is no JSON object")
+    refuse_secrets(f"--deepspeed {arguments.deepspeed}", config)
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
         raise ConfigError(f"--deepspeed {arguments.deepspeed} asks for ZeRO stage {stage}; the phases run on stage 3 "

@@ -30,6 +30,7 @@ from huggingface_hub import ModelCardData
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from warp_ds.held import check_there
 from warp_ds.zero.checkpoint_index import DTYPES
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.runtime import (
@@ -354,6 +355,7 @@ def _write(descriptor: int, offset: int, data: memoryview) -> None:
 
 
 def _prepare(target: Path, aside: Path) -> None:
+    check_there(target)
     previous = target.with_name(f".{target.name}.previous")
     if previous.exists():
         # A save was killed between the two renames of _put_in_place.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,8 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from warp_ds.artifacts import ArtifactError, read_json, write_json
 from warp_ds.cluster import preemption
 from warp_ds.config import ConfigError
+from warp_ds.sealed import contents, difference
 from warp_ds.zero import deepspeed_internals as internals
 from warp_ds.zero import runtime
 from warp_ds.zero.masked_step import COEFFICIENTS
@@ -32,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "universal-"
 """Converted ``checkpoint-12`` is ``universal-12`` beside it, ``universal-12.part`` until it is whole."""
+_BEGUN = "begun.json"
+"""Written before anything else of a conversion."""
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -44,14 +49,16 @@ def convert(checkpoint: Path, deepspeed_config: dict[str, Any], wrote: int) -> P
     target = checkpoint.with_name(PREFIX + checkpoint.name.rsplit("-", 1)[1])
     part = target.with_name(f"{target.name}.part")
     cure = f"Start again on {wrote} ranks, or start the training anew with --resume never"
-    if runtime.on_rank_0(target.is_dir, "looking for a converted checkpoint"):
+    if runtime.on_rank_0(lambda: _is_own(target), "looking for a converted checkpoint"):
+        runtime.on_rank_0(lambda: _check_whole(target), "checking the converted checkpoint")
         return target
     memory = host_memory()
     process: subprocess.Popen[bytes] | None = None
     with runtime.on_every_rank_or_none("converting the checkpoint"):
         if runtime.rank() == 0:
-            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-            source = checkpoint / (checkpoint / "latest").read_text().strip()
+            if _is_own(part):
+                shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+            source = checkpoint / internals.tag_of(checkpoint)
             if problem := _inconvertible(source, deepspeed_config) or _no_room(source):
                 raise ConfigError(f"{checkpoint} was written by {wrote} ranks, and these are {runtime.world_size()}; it cannot "
                                   f"be converted: {problem}. {cure}")
@@ -75,6 +82,7 @@ def convert(checkpoint: Path, deepspeed_config: dict[str, Any], wrote: int) -> P
         for name in ("trainer_state.json", "scheduler.pt"):  # not rng_state: those are of the ranks that wrote it
             if (checkpoint / name).is_file():
                 shutil.copy2(checkpoint / name, part / name)
+        write_json(part / _BEGUN, {"files": contents(part, _BEGUN)})
         os.replace(part, target)
 
     runtime.on_rank_0(rename, "converting the checkpoint")
@@ -89,7 +97,24 @@ def is_converted(checkpoint: Path) -> bool:
 def remove_converted(directory: Path) -> None:
     """Removes what ``convert`` made, or was making, in ``directory``."""
     for path in directory.glob(f"{PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if re.fullmatch(rf"{PREFIX}\d+(\.part)?", path.name) and not path.is_symlink() and (path / _BEGUN).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether ``convert`` has made, or begun, ``path``; ConfigError where somebody else's files are in its place."""
+    if not path.exists() and not path.is_symlink():
+        return False
+    if path.is_symlink() or not (path / _BEGUN).is_file():
+        raise ConfigError(f"{path} was not written by this program, which would convert a checkpoint there: move it elsewhere")
+    return True
+
+
+def _check_whole(path: Path) -> None:
+    """ArtifactError where a converted checkpoint is not as ``convert`` has left it."""
+    said = read_json(path / _BEGUN)
+    if changed := difference(path, _BEGUN, said.get("files") if isinstance(said, dict) else None):
+        raise ArtifactError(f"{path} is not as this program left it: {changed}. Remove it: it is made again")
 
 
 @torch.no_grad()
@@ -99,7 +124,7 @@ def complete(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
     Before a ``MaskedStep`` is made, which takes them from the optimizer's state, as after an ordinary load.
     """
     with runtime.on_every_rank_or_none("completing the loaded checkpoint"):
-        zero = checkpoint / (checkpoint / "latest_universal").read_text().strip() / "zero"
+        zero = checkpoint / internals.tag_of(checkpoint, "latest_universal") / "zero"
         saved = _read(zero / "optimizer_state.pt")[internals.OPTIMIZER_STATE]
         internals.repair_universal(optimizer.optimizer, saved["param_groups"])
         for name, param in model.named_parameters():
@@ -110,7 +135,7 @@ def complete(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
                 state = optimizer.optimizer.state[master]
                 if COEFFICIENTS not in state:
                     state[COEFFICIENTS] = master.detach().clone()
-                mine = torch.load(file, weights_only=True, mmap=True)[runtime.rank() * length :][:length]
+                mine = _read(file)[runtime.rank() * length :][:length]
                 state[COEFFICIENTS].narrow(0, offset, len(mine)).copy_(mine)
 
 
@@ -148,7 +173,7 @@ def _workers(source: Path, memory: int) -> int:
 
 
 def _start(source: Path, part: Path, workers: int) -> subprocess.Popen[bytes]:
-    part.mkdir(parents=True)
+    write_json(part / _BEGUN, {"source": str(source)})
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
@@ -167,7 +192,8 @@ def _convert_here(source: Path, target: Path, workers: int) -> None:
 
     sys.argv = ["ds_to_universal", "--input_folder", str(source), "--output_folder", str(target),
                 "--num_extract_workers", str(workers), "--num_merge_workers", str(min(workers, 4))]
-    ds_to_universal.main(ds_to_universal.parse_arguments())
+    with internals.nothing_unpickled():  # in its workers too, which are forked
+        ds_to_universal.main(ds_to_universal.parse_arguments())
     _shrink(target / "zero" / "optimizer_state.pt")
     _add_coefficients(source, target / "zero")
     for path in target.parent.rglob("*"):
@@ -199,7 +225,7 @@ def _add_coefficients(source: Path, zero: Path) -> None:
             pieces = [state["state"][sub_group].get(COEFFICIENTS) for state in states]
             if pieces[0] is not None:
                 whole = torch.cat([piece[offset : offset + length] for piece in pieces])[:entries]
-                if not torch.equal(whole, torch.load(zero / name / "fp32.pt", weights_only=True, mmap=True)):
+                if not torch.equal(whole, _read(zero / name / "fp32.pt")):
                     torch.save(whole, zero / name / f"{COEFFICIENTS}.pt")
             offset += length
 
@@ -215,8 +241,8 @@ def _model_file(source: Path) -> Path:
 
 
 def _read(path: Path) -> Any:
-    with torch.serialization.safe_globals(internals.checkpoint_classes()):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with internals.nothing_unpickled():
+        return torch.load(path, map_location="cpu", mmap=True)
 
 
 def _end_with(parent: int) -> None:

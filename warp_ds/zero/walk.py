@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import mmap
-import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from warp_ds.artifacts import remove_own
 from warp_ds.cluster import memory
 from warp_ds.zero.batches import Batch
 from warp_ds.zero.fetch import gathered, outside
@@ -223,7 +223,7 @@ class HiddenStates:
         """Forgets everything, files too."""
         self._kept.clear()
         self._on_disk.clear()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        remove_own(self.directory, r"\d+\.bin")
 
     def _new_file(self) -> Path:
         self.directory.mkdir(parents=True, exist_ok=True)

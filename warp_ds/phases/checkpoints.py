@@ -1,0 +1,111 @@
+"""The checkpoints in a run's trainer/: which of them are this program's, whole, and which it may remove."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import TrainerState
+
+from warp_ds.artifacts import ArtifactError, read_json, write_json
+from warp_ds.sealed import contents, difference
+
+logger = logging.getLogger(__name__)
+BEGUN, WHOLE = "begun.json", "whole.json"
+"""Written by this program before anything else of a checkpoint, and after all of it."""
+
+
+def step_of(path: Path) -> int | None:
+    """Of checkpoint-12 the 12; None where that is no checkpoint's name."""
+    found = re.fullmatch(r"checkpoint-(\d{1,12})", path.name, re.ASCII)
+    return int(found[1]) if found else None
+
+
+def begin(checkpoint: Path) -> None:
+    """Marks a checkpoint as this program's before it is written."""
+    write_json(checkpoint / BEGUN, {"step": step_of(checkpoint)})
+
+
+def finish(checkpoint: Path, world_size: int) -> None:
+    """Marks a checkpoint as whole: from any other a run never goes on."""
+    write_json(checkpoint / WHOLE, {"step": step_of(checkpoint), "world_size": world_size,
+                                    "files": contents(checkpoint, WHOLE)})
+
+
+def world_size_of(checkpoint: Path) -> int:
+    """How many ranks wrote a whole checkpoint. ArtifactError where it is not what ``finish`` has seen."""
+    path = checkpoint / WHOLE
+    found = read_json(path)
+    step, ranks = (found.get("step"), found.get("world_size")) if isinstance(found, dict) else (None, None)
+    if type(step) is not int or step != step_of(checkpoint) or type(ranks) is not int or ranks < 1:
+        raise ArtifactError(f"{path} is not what this program writes (step {step!r}, world_size {ranks!r}): remove "
+                            f"{checkpoint}, or start anew with --resume never")
+    changed = difference(checkpoint, WHOLE, found.get("files"))
+    if not changed and sum(name.endswith("optim_states.pt") for name in found["files"]) != ranks:
+        changed = f"it has not the optimizer's states of {ranks} ranks"
+    if changed:
+        raise ArtifactError(f"{checkpoint} is not as this program left it: {changed}. Remove it, or start anew with "
+                            "--resume never")
+    return ranks
+
+
+def check_trainer_state(checkpoint: Path) -> None:
+    """ArtifactError where trainer_state.json is not what Trainer writes, of the step that the directory is named for."""
+    path = checkpoint / "trainer_state.json"
+    state = read_json(path)
+    wanted = TrainerState()
+    wrong = [] if isinstance(state, dict) else ["the whole"]
+    for field in dataclasses.fields(TrainerState) if not wrong else ():
+        default, value = getattr(wanted, field.name), state.get(field.name, getattr(wanted, field.name))
+        kinds = (int, float) if isinstance(default, int | float) else (type(default),)
+        if default is not None and not (isinstance(value, kinds) or value is None and field.name == "logging_steps"):
+            wrong.append(field.name)
+        elif isinstance(value, float) and not math.isfinite(value):
+            wrong.append(field.name)
+    if not wrong and state.get("global_step") != int(checkpoint.name.rsplit("-", 1)[1]):
+        wrong.append("global_step")
+    if not wrong and (set(state) - {field.name for field in dataclasses.fields(TrainerState)}):
+        wrong.append("unknown keys")
+    if wrong:
+        raise ArtifactError(f"{path} is not what this program's training writes ({', '.join(wrong)}): remove {checkpoint}, or "
+                            "start anew with --resume never")
+
+
+def own(directory: Path, mark: str = BEGUN) -> Iterator[Path]:
+    """Checkpoints in ``directory`` that have ``mark``, the newest first. What has none, or is a link, is somebody else's."""
+    found = {step: path for path in directory.glob("checkpoint-*") if (step := step_of(path)) is not None}
+    for _, path in sorted(found.items(), reverse=True):
+        if not path.is_symlink() and any((path / name).is_file() for name in {mark, WHOLE}):
+            yield path
+
+
+def newest_whole(directory: Path) -> str | None:
+    """Path of the newest checkpoint that was written to its end; what this program left half written is removed."""
+    for path in own(directory):
+        if not (path / WHOLE).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+    return next((str(path) for path in own(directory, WHOLE)), None)
+
+
+def keep_newest(directory: Path, count: int) -> None:
+    """Removes all but the ``count`` newest of this program's checkpoints."""
+    for path in list(own(directory))[count:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_foreign(directory: Path, steps: int) -> None:
+    """ArtifactError where a run of ``steps`` would write a checkpoint where somebody else's lies."""
+    mine = set(own(directory))
+    for path in directory.glob("checkpoint-*"):
+        step = step_of(path)
+        if path in mine:
+            continue
+        if step is not None and step <= steps:
+            raise ArtifactError(f"{path} was not written by this program, which would write its own checkpoint there: move it "
+                                "elsewhere")
+        logger.warning("%s was not written by this program: it is left alone", path)
