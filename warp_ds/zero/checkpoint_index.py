@@ -1,4 +1,4 @@
-"""Where each tensor of a safetensors checkpoint lies, in bytes, and reading a flat range of its elements.
+"""Which files of a model directory hold its weights, where each tensor lies in bytes, and reading a range of its elements.
 
 Format: https://huggingface.co/docs/safetensors/index#format (8 bytes of header length, a JSON header, the data).
 """
@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,7 +41,11 @@ ADVICE_BYTES = 128 << 10
 
 
 class CheckpointError(ValueError):
-    """A checkpoint file is missing, damaged or not what its header says."""
+    """A checkpoint file is missing, damaged, not what its header says, or not the only one that could be meant."""
+
+
+class PickledCheckpoint(CheckpointError):
+    """The weights are pickled (pytorch_model.bin), not safetensors."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def read_header(path: str | os.PathLike) -> dict[str, TensorLocation]:
         ) from error
     with Path(path).open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
+        header = _json_object(file.read(header_bytes), path)
     header.pop("__metadata__", None)
     locations = {}
     for name, entry in header.items():
@@ -93,6 +98,162 @@ def read_header(path: str | os.PathLike) -> dict[str, TensorLocation]:
         begin = 8 + header_bytes + entry["data_offsets"][0]
         locations[name] = TensorLocation(path, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
     return locations
+
+
+# ---------------------------------------------------------------- which files from_pretrained would load
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+OTHERS = (
+    ("*.gguf", "GGUF is not supported: give the model's safetensors"),
+    ("*.onnx", "ONNX is not supported: give the model's safetensors"),
+    ("tf_model*.h5", "TensorFlow weights are not supported: give the model's safetensors"),
+    ("flax_model*.msgpack", "Flax weights are not supported: give the model's safetensors"),
+    ("consolidated*", "these are its maker's own format: give the version converted for transformers"),
+    ("model.*.safetensors*", "a variant is not what from_pretrained loads: copy the directory with the variant's files named "
+                             "model.safetensors, or model-....safetensors and model.safetensors.index.json"),
+    ("*.safetensors", "from_pretrained loads model.safetensors, or what model.safetensors.index.json names: save the model "
+                      "again with save_pretrained"),
+    ("*/*.safetensors", "a directory below holds weights: give that one, if it has a config.json, or save the model again"),
+    ("*.bin", "from_pretrained does not load it: save the model again with save_pretrained"),
+    ("*.pt*", "from_pretrained does not load it: save the model again with save_pretrained"),
+)
+"""What stands in a directory without weights that ``from_pretrained`` loads, and what to do."""
+
+
+def resolve_checkpoint(directory: str | os.PathLike) -> dict[str, TensorLocation]:
+    """Where ``from_pretrained`` finds each tensor of a local model directory, by the name under which it is stored.
+
+    As transformers 5.23 resolves it (``_get_resolved_checkpoint_files``): model.safetensors before
+    model.safetensors.index.json, of whose files every tensor counts, whatever the index says. Where another reader could
+    understand the directory otherwise, it is refused. Reads headers alone; no process group is needed.
+
+    Raises:
+        PickledCheckpoint: the weights are pickled; the message says how to convert them.
+        CheckpointError: it is an adapter, has one beside it, names its files in the configuration, has no weights, has two
+            sets of them, an index that contradicts its files, a tensor twice, or a damaged file.
+    """
+    found: dict[str, TensorLocation] = {}
+    for path in checkpoint_files(directory):
+        for name, location in read_header(path).items():
+            if name in found:
+                raise CheckpointError(f"{directory}: {name} is stored twice, in {os.path.basename(found[name].path)} and in "
+                                      f"{path.name}, so which one counts depends on the reader: save the model again")
+            found[name] = location
+    for name, file in _weight_map(Path(directory)).items():
+        if name not in found or os.path.basename(found[name].path) != file:
+            where = f"which holds no such tensor (it is in {os.path.basename(found[name].path)})" if name in found else (
+                "which holds no such tensor")
+            raise CheckpointError(f"{directory}/{INDEX} puts {name} into {file}, {where}: index and files are not of one "
+                                  "model; download or save it again")
+    return found
+
+
+def checkpoint_files(directory: str | os.PathLike) -> list[Path]:
+    """The weight files that ``from_pretrained`` opens, in its order; raises as ``resolve_checkpoint`` does, but for what
+    is inside the files."""
+    directory = Path(directory)
+    _check_configuration(directory)
+    single, index = directory / SINGLE, directory / INDEX
+    if single.is_file() and index.is_file():
+        raise CheckpointError(f"{directory} has both {SINGLE} and {INDEX}: from_pretrained loads the first, other readers the "
+                              "second; remove the one that is not meant")
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return [directory / file for file in sorted(set(_weight_map(directory).values()))]
+    pickled = [name for name in PICKLED if (directory / name).is_file()]
+    if pickled:
+        raise PickledCheckpoint(f"{directory} has pickled weights ({pickled[0]}), which can run code when they are loaded, and "
+                                "no safetensors. " + how_to_convert(directory))
+    raise CheckpointError(f"{directory} has no weights that from_pretrained loads (no {SINGLE}, no {INDEX})"
+                          + _what_is_there(directory))
+
+
+def how_to_convert(directory: str | os.PathLike) -> str:
+    """A command that saves a pickled model as safetensors."""
+    return ("Convert them once, if you trust them, and give the new directory: python -c \"from transformers import "
+            f"AutoModelForCausalLM as M, AutoTokenizer as T; M.from_pretrained({str(directory)!r}, dtype='auto')"
+            f".save_pretrained('NEW'); T.from_pretrained({str(directory)!r}).save_pretrained('NEW')\"")
+
+
+def _check_configuration(directory: Path) -> None:
+    """Refuses adapters, and configurations that name the weight files themselves."""
+    adapter = (directory / "adapter_config.json").is_file()
+    if not (directory / "config.json").is_file():
+        if adapter:
+            raise CheckpointError(f"{directory} is an adapter (adapter_config.json without config.json), not a model: merge it "
+                                  f"into its base model first. {how_to_merge(directory)}")
+        raise CheckpointError(f"{directory} has no config.json: give the directory of a model saved by save_pretrained")
+    if adapter:
+        raise CheckpointError(f"{directory} holds a model and an adapter (adapter_config.json), which from_pretrained applies "
+                              "to it where PEFT is installed, and not elsewhere: remove the adapter's files if the model alone "
+                              f"is meant; else merge it first. {how_to_merge(directory)}")
+    config = _json_object((directory / "config.json").read_bytes(), directory / "config.json")
+    if _names_weights(config):
+        raise CheckpointError(f"{directory}/config.json names its weight files itself (transformers_weights), which other "
+                              f"readers do not follow: remove the key, and call the file that is meant {SINGLE}")
+
+
+def _names_weights(config: object) -> bool:
+    if isinstance(config, dict):
+        return "transformers_weights" in config or any(_names_weights(value) for value in config.values())
+    return False
+
+
+def how_to_merge(directory: str | os.PathLike) -> str:
+    """Commands that merge an adapter into its base model."""
+    return ("With PEFT: python -c \"from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; "
+            f"M.from_pretrained({str(directory)!r}, dtype='auto').merge_and_unload().save_pretrained('NEW'); "
+            f"T.from_pretrained({str(directory)!r}).save_pretrained('NEW')\" (a tokenizer that the adapter lacks is its base "
+            "model's), then give the new directory")
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Tensor -> file, as the index says; empty where the weights are one file."""
+    path = directory / INDEX
+    if not path.is_file() or (directory / SINGLE).is_file():
+        return {}
+    index = _json_object(path.read_bytes(), path)
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        raise CheckpointError(f"{path} has no weight_map of tensors to files: download or save the model again")
+    if not isinstance(index.get("metadata"), dict):
+        raise CheckpointError(f"{path} has no metadata, without which from_pretrained does not load it: download or save the "
+                              "model again")
+    for file in files.values():
+        if os.path.basename(file) != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path} names {file!r}, which is no safetensors file beside it: save the model again")
+    return files
+
+
+def _what_is_there(directory: Path) -> str:
+    for pattern, advice in OTHERS:
+        there = sorted(p.relative_to(directory).as_posix() for p in directory.glob(pattern))
+        if there:
+            more = f" and {len(there) - 2} more" if len(there) > 2 else ""
+            return f", but {', '.join(there[:2])}{more}: {advice}"
+    return ": download it again, or save it with save_pretrained"
+
+
+def _json_object(text: bytes, path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON object of which no name stands twice: readers differ in which one they take."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{os.fspath(path)}: {twice} stands there twice: save the model again")
+        return found
+
+    try:
+        found = json.loads(text, object_pairs_hook=once)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{os.fspath(path)} is not JSON ({error}): download or save the model again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{os.fspath(path)} holds no JSON object: download or save the model again")
+    return found
 
 
 class ReadAhead:
