@@ -43,7 +43,7 @@ from warp_ds.zero.collect import (
     deliver,
 )
 from warp_ds.zero.fetch import gathered
-from warp_ds.zero.model import context_length, load_model, resolve_model_dir
+from warp_ds.zero.model import check_ids, context_length, load_model, resolve_model_dir
 from warp_ds.zero.runtime import (
     all_gather_object,
     init_distributed,
@@ -78,6 +78,7 @@ def run_basis(arguments: BasisArguments, pairs: Any = None) -> Path:
         layers = find_targets(model, arguments.target_layers, arguments.layer_type)
         dataset = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(model.config),
                                  prompt_only=arguments.token_scope == "prompt")
+        check_ids(dataset, model.config)
         compute_basis(model, tokenizer, layers, dataset, arguments, run.directory / "basis", inputs)
         run.finish()
     return run.directory

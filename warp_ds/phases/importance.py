@@ -40,7 +40,7 @@ from warp_ds.phases.state import Progress
 from warp_ds.phases.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.collect import Background, stop_together
-from warp_ds.zero.model import context_length, load_model, resolve_model_dir
+from warp_ds.zero.model import check_ids, context_length, load_model, resolve_model_dir
 from warp_ds.zero.runtime import (
     all_reduce_sum,
     broadcast_object,
@@ -98,6 +98,7 @@ def run_importance(arguments: ImportanceArguments, pairs: Any = None) -> Path:
         model, tokenizer = load_model(arguments, ds_config)
         layers = find_targets(model, arguments.target_layers, arguments.layer_type)
         dataset = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(model.config))
+        check_ids(dataset, model.config)
         compute_masks(model, tokenizer, layers, dataset, basis, arguments, run.directory / "masks", inputs)
         run.finish()
     return run.directory

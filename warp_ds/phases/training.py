@@ -50,7 +50,7 @@ from warp_ds.phases.targets import check_targets, find_targets
 from warp_ds.protection import WarpCallback
 from warp_ds.zero import runtime, universal
 from warp_ds.zero.deepspeed_internals import end_engine
-from warp_ds.zero.model import context_length, load_model, resolve_model_dir
+from warp_ds.zero.model import check_ids, context_length, load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         checkpoint = find_checkpoint(run.directory, arguments)
         model, tokenizer = load_model(arguments, runtime.zero3_config(arguments))
         samples = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(model.config))
+        check_ids(samples, model.config)
         layers = MaskStore(masks_dir).layers if masks_dir is not None else find_targets(
             model, arguments.target_layers, arguments.layer_type)
         choose_trained(model, [layer.name for layer in layers] if arguments.train_scope == "warp" else None)
@@ -109,6 +110,7 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
         checkpoint = find_checkpoint(run.directory, arguments)
         model, tokenizer = load_model(arguments, runtime.zero3_config(arguments))
         samples = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(model.config))
+        check_ids(samples, model.config)
         trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, [], passed)
         export(trainer, tokenizer, run.directory / "model",
                f"# Safety-tuned {arguments.model_name}\n\nTrained by warp_ds phase 0 on {arguments.safety_data}.\n")
