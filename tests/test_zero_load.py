@@ -211,12 +211,6 @@ def single_file(folder: Path) -> list[str]:
     return []
 
 
-def missing(folder: Path) -> list[str]:
-    tiny_model("llama").save_pretrained(folder)
-    edit(folder, lambda tensors: [tensors.pop(f"model.layers.{i}.mlp.up_proj.weight") for i in (0, 1)])
-    return ["mlp.up_proj.weight", "MISSING"]
-
-
 def unexpected(folder: Path) -> list[str]:
     tiny_model("llama").save_pretrained(folder)
     edit(folder, lambda tensors: tensors.update({"model.layers.0.extra": torch.ones(3)}))
@@ -224,9 +218,9 @@ def unexpected(folder: Path) -> list[str]:
 
 
 def base_model_names(folder: Path) -> list[str]:
-    """No "model." before the names, and no output embedding, as an AutoModel saves them."""
-    tiny_model("llama").model.save_pretrained(folder)
-    return ["lm_head.weight", "MISSING"]
+    """No "model." before the names, as an AutoModel saves them; the output embedding is the input embedding."""
+    tiny_model("qwen2").model.save_pretrained(folder)
+    return []
 
 
 def tied_twice_equal(folder: Path) -> list[str]:
@@ -263,7 +257,6 @@ def fused(folder: Path) -> list[str]:
 
 KINDS = [
     single_file,
-    missing,
     unexpected,
     base_model_names,
     tied_twice_equal,
@@ -470,7 +463,63 @@ def no_json(folder: Path) -> str:
     return f"{edit_header(folder, b'data_offsets', bytes(12)).name} is not a whole safetensors file"
 
 
-FAULTS = [truncate, truncate_header, remove_file, wrong_width, unknown_dtype, integers, other_shape, no_json]
+def edit_all(folder: Path, change: Any) -> None:
+    """``change`` the tensors' names of every file: old name -> new name, or None to drop it."""
+    for file in folder.glob("model-*.safetensors"):
+        tensors = {change(name): tensor for name, tensor in load_file(file).items()}
+        tensors.pop(None, None)
+        save_file(tensors, file, metadata={"format": "pt"})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {change(name): file for name, file in index["weight_map"].items() if change(name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def compiled(folder: Path) -> str:
+    edit_all(folder, lambda name: f"_orig_mod.{name}")
+    return "are MISSING in its files (lm_head.weight, model.embed_tokens.weight"
+
+
+def wrapped(folder: Path) -> str:
+    edit_all(folder, lambda name: f"module.{name}")
+    return "The stored names begin with 'module.', as a compiled or wrapped model's do: save the inner model"
+
+
+def headless(folder: Path) -> str:
+    edit_all(folder, lambda name: None if name == "lm_head.weight" else name)
+    return "(lm_head.weight). from_pretrained would fill them with random numbers. If the output embedding is the input"
+
+
+def headless_base_names(folder: Path) -> str:
+    edit_all(folder, lambda name: None if name == "lm_head.weight" else name.removeprefix("model."))
+    return "1 of the 21 weights of LlamaForCausalLM are MISSING in its files (lm_head.weight)"
+
+
+def a_layer_too_few(folder: Path) -> str:
+    edit_all(folder, lambda name: None if ".layers.1." in name else name)
+    return "9 of the 21 weights of LlamaForCausalLM are MISSING in its files (model.layers.1."
+
+
+def two_names(folder: Path) -> str:
+    name = "model.norm.weight"
+    for file in folder.glob("model-*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            save_file({**tensors, "norm.weight": tensors[name] + 1}, file, metadata={"format": "pt"})
+    return "stores norm.weight and model.norm.weight (1 such pairs), which are one weight"
+
+
+def pickled_headless(folder: Path) -> str:
+    """Not read in shards, but by from_pretrained."""
+    state = {name: tensor for file in folder.glob("model-*.safetensors") for name, tensor in load_file(file).items()}
+    state.pop("lm_head.weight")
+    for path in folder.glob("model*"):
+        path.unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    return "are MISSING in its files (lm_head.weight)"
+
+
+FAULTS = [truncate, truncate_header, remove_file, wrong_width, unknown_dtype, integers, other_shape, no_json, compiled, wrapped,
+          headless, headless_base_names, a_layer_too_few, two_names, pickled_headless]
 
 
 def load_faulty(jobs: list[tuple[Path, str]]) -> list[str]:

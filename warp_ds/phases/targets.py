@@ -28,12 +28,22 @@ MODULES = {
 SHARING = (("ffn_up", "ffn_gate"), ("attn_q", "attn_k", "attn_v"))
 _FUSED = ("qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "wqkv", "w_pack", "dense_h_to_4h", "in_proj")
 
+#: What stands beside a text decoder, where a model's class does not say which part that is.
+_BESIDE = {"vision_tower", "vision_model", "visual", "vision_embed_tokens", "audio_tower", "audio_model", "speech_encoder",
+           "multi_modal_projector", "mtp", "mtp_layers", "encoder"}
+
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the model's decoder blocks. ConfigError where there is none of the configuration's depth."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config  # type: ignore
+    """Name and list of the blocks of the model's text decoder, whatever towers (vision, audio) and drafts stand beside it.
+
+    ConfigError where it has no list of blocks of the text configuration's depth.
+    """
+    config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config  # type: ignore
     depth = getattr(config, "num_hidden_layers", None)
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    within = {id(m) for m in (decoder if isinstance(decoder, nn.Module) else model).modules()}
+    found = [(name, m) for name, m in model.named_modules()
+             if isinstance(m, nn.ModuleList) and len(m) == depth and id(m) in within and not _BESIDE & set(name.split("."))]
     if not found:
         raise ConfigError(f"{type(model).__name__} has no list of {depth} decoder blocks: this kind of model is not "
                           "supported (Llama, Mistral, Qwen 2, Gemma 2 and models built like them are)")

@@ -12,7 +12,7 @@ from warp_ds.config import RunArguments
 from warp_ds.data.datasets import DataError
 from warp_ds.data.formats import encode_dataset, encode_prompt, too_long
 from warp_ds.zero import runtime
-from warp_ds.zero.model import context_length, load_tokenizer
+from warp_ds.zero.model import check_ids, context_length, load_tokenizer
 
 logger = logging.getLogger(__name__)
 Pairs = Sequence[Mapping[str, str]]
@@ -23,7 +23,9 @@ def tokenise(pairs: Any, arguments: RunArguments, prompt_only: bool = False) -> 
     """``encode_dataset`` of a data set with the tokenizer of --model_name. Collective. Raises DataError."""
     config, tokenizer = load_tokenizer(arguments)
     with runtime.on_every_rank_or_none("tokenising"):
-        return encode_dataset(pairs, tokenizer, arguments.max_length, context_length(config), prompt_only=prompt_only)
+        samples = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(config), prompt_only=prompt_only)
+        check_ids(samples, config)
+    return samples
 
 
 def check_lengths(
@@ -38,18 +40,23 @@ def check_lengths(
     context, wrong = context_length(config), []
     with runtime.on_every_rank_or_none("tokenising"):
         for name, prompts in generated.items():
-            lengths = {row: len(_encoded(name, row, prompt, tokenizer)) for row, prompt in enumerate(prompts)}
+            encoded = [_encoded(name, row, prompt, tokenizer) for row, prompt in enumerate(prompts)]
+            lengths = {row: len(ids) for row, ids in enumerate(encoded)}
             beyond = {row: n for row, n in lengths.items() if context is not None and n + max_new_tokens > context}
             if beyond:
                 room = (context or 0) - max(beyond.values())
                 cure = f"lower it to {room} or less, or leave these rows out" if room > 0 else "leave these rows out"
                 wrong.append(f"{name}: {too_long(beyond, len(prompts))} with --max_new_tokens {max_new_tokens} exceed the "
                              f"model's context of {context} tokens: {cure}")
+            try:
+                check_ids([{"input_ids": ids} for ids in encoded], config)
+            except DataError as error:
+                wrong.append(f"{name}: {error}")
         for name, pairs in scored.items():
             try:
                 if pairs:
                     rows = [{"prompt": row["prompt"], "response": row["response"]} for row in pairs]
-                    encode_dataset(Dataset.from_list(rows), tokenizer, arguments.max_length, context)
+                    check_ids(encode_dataset(Dataset.from_list(rows), tokenizer, arguments.max_length, context), config)
             except DataError as error:
                 wrong.append(f"{name}: {error}")
         if wrong:

@@ -27,7 +27,13 @@ from transformers.integrations import HfDeepSpeedConfig
 from warp_ds.zero.checkpoint_index import RangeReader, ReadAhead, TensorLocation
 from warp_ds.zero.partitioned_param import Partitioner, own_range, why_not_by_hand
 from warp_ds.zero.runtime import all_gather_object, on_every_rank_or_none, rank
-from warp_ds.zero.transformers_internals import CannotMap, MetaModel, load_on_meta, zero3_hidden_from_transformers
+from warp_ds.zero.transformers_internals import (
+    CannotMap,
+    MetaModel,
+    check_loading,
+    load_on_meta,
+    zero3_hidden_from_transformers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +66,7 @@ def load_sharded(
 
     Raises:
         ValueError: the config is not stage 3, or the device is not DeepSpeed's.
-        CheckpointError: a file is missing, truncated, or has a header that contradicts it.
+        CheckpointError: a file is missing, truncated, or has a header that contradicts it; or a weight is in no file.
         OtherRankError: another rank failed; its message is in it.
     """
     begun = time.monotonic()
@@ -249,6 +255,9 @@ def _from_pretrained(
     config["train_micro_batch_size_per_gpu"] = 1
     with zero3_hidden_from_transformers():
         seen_by_transformers = HfDeepSpeedConfig(config)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hub)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **hub)
         del seen_by_transformers
+    model, told = loaded
+    with on_every_rank_or_none(f"checking what was found in {name}"):
+        check_loading(model, name, told)
     return model

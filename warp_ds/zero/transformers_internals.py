@@ -23,7 +23,13 @@ from transformers.core_model_loading import WeightConverter
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import logging as hf_logging
 
-from warp_ds.zero.checkpoint_index import CheckpointError, ReadAhead, TensorLocation, read_header
+from warp_ds.zero.checkpoint_index import (
+    CheckpointError,
+    ReadAhead,
+    TensorLocation,
+    read_header,
+    resolve_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +116,8 @@ def load_on_meta(
 
     Raises:
         CannotMap: the checkpoint is pickled, or its weights are converted on loading.
-        CheckpointError: a file is missing or damaged, or a weight has another shape than the config gives it.
+        CheckpointError: a file is missing or damaged, a weight has another shape than the config gives it, is in no file,
+            or is stored under two names.
     """
     sources: dict[int, tuple[torch.Tensor, TensorLocation]] = {}
 
@@ -133,9 +140,78 @@ def load_on_meta(
             f"{name} is {list(stored)} in the checkpoint {name_or_path}, but its config makes it {list(expected)} "
             f"({len(told['mismatched_keys'])} such weights): the config and the weights are not of one model."
         )
+    check_loading(model, name_or_path, told)
+    _refuse_two_names(model, name_or_path, {location.name for _, location in sources.values()})
     if _converts(model):
         raise CannotMap("its tensors are fused, split or converted on the way into the model")
     return MetaModel(model, sources)
+
+
+def check_loading(model: PreTrainedModel, name: str | os.PathLike, told: dict[str, Any]) -> None:
+    """What ``from_pretrained`` says of its loading (``output_loading_info``): a weight that it had to invent is refused, and
+    stored ones that it left out are named on rank 0.
+
+    Weights that transformers makes itself by rule (tied ones, ``_keys_to_ignore_on_load_missing``) are not among them.
+
+    Raises:
+        CheckpointError: naming the weights that are missing, those that are stored instead, and the cure.
+    """
+    missing, unexpected = sorted(told["missing_keys"]), sorted(told["unexpected_keys"])
+    if not missing:
+        if unexpected and (not dist.is_initialized() or dist.get_rank() == 0):
+            logger.warning("%s stores %d tensors that %s has no place for: they are left out, as from_pretrained leaves them "
+                           "out (UNEXPECTED: %s)", name, len(unexpected), type(model).__name__, _some(unexpected))
+        return
+    stored = f"; its files hold {len(unexpected)} tensors that it does not know ({_some(unexpected)})" if unexpected else ""
+    raise CheckpointError(
+        f"{name}: {len(missing)} of the {len(model.state_dict())} weights of {type(model).__name__} are MISSING in its files "
+        f"({_some(missing)}){stored}. from_pretrained would fill them with random numbers. {_cure(model, missing, unexpected)}"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _cure(model: PreTrainedModel, missing: list[str], unexpected: list[str]) -> str:
+    wanted, stored = set(missing), set(unexpected)
+    before = sorted({name[: -len(end)] for name in unexpected for end in _endings(name) if end in wanted})
+    if before and all(any(prefix + name in stored for prefix in before) for name in missing):
+        return (f"The stored names begin with {', '.join(map(repr, before))}, as a compiled or wrapped model's do: save the "
+                "inner model with save_pretrained, or rename the tensors in the files.")
+    output = model.get_output_embeddings()
+    if output is not None and missing == [name for name, p in model.named_parameters() if p is getattr(output, "weight", None)]:
+        return ("If the output embedding is the input embedding, set tie_word_embeddings to true in config.json; else the "
+                "checkpoint lacks its head: download or save the whole model again.")
+    return "The weights are not whole, or not of this config.json: download the model again, or save it with save_pretrained."
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(1, len(parts))]
+
+
+def _refuse_two_names(model: PreTrainedModel, name: str | os.PathLike, stored: set[str]) -> None:
+    """A weight under its name and under the name without the base model's prefix: which one counts is chance."""
+    prefix = f"{model.base_model_prefix}."
+    twice = sorted(n for n in stored if prefix + n in stored)
+    if twice:
+        raise CheckpointError(f"{name} stores {twice[0]} and {prefix + twice[0]} ({len(twice)} such pairs), which are one "
+                              "weight of the model: which one counts depends on the reader; save the model again with "
+                              "save_pretrained")
+
+
+def weights_as_loaded(directory: str | os.PathLike) -> dict[str, TensorLocation]:
+    """Where the data of each parameter of the causal LM in a local directory lies, by the parameter's name, as
+    ``from_pretrained`` finds it; of tied parameters the one that is kept. Needs no process group.
+
+    Raises:
+        CannotMap: weights are pickled, quantised or converted on loading.
+        CheckpointError: as ``resolve_checkpoint`` and ``load_on_meta``.
+    """
+    resolve_checkpoint(directory)
+    built = load_on_meta(os.fspath(directory), dtype=torch.float32)
+    return {name: built.source(param) for name, param in built.model.named_parameters() if param.is_meta}
 
 
 def _converts(model: Any) -> bool:
