@@ -37,7 +37,7 @@ from warp_ds.evaluation.generate import (
     pad_token,
 )
 from warp_ds.evaluation.judge import Judge, judge_all
-from warp_ds.evaluation.metrics import agreement, exact_match, extract_number, mcnemar, wilson
+from warp_ds.evaluation.metrics import agreement, exact_match, mcnemar, number_value, same_value, wilson
 from warp_ds.evaluation.movement import mean_movement, movement, open_basis
 from warp_ds.evaluation.verdicts import verdict
 from warp_ds.phases.run import start_run
@@ -200,7 +200,8 @@ def judge_answers(rows: Sequence[Row], noise: NoiseRule | None = None, judge: Ju
             row["judge"] = probability
     for row in rows:
         if row["suite"] == "gsm8k":
-            row["correct"] = exact_match(row["answer"], row["gold"])
+            row["correct"] = same_value(row["answer"], row["gold"])
+            row["correct_strict"] = exact_match(row["answer"], row["gold"])
             row["correct_flexible"] = exact_match(row["answer"], row["gold"], flexible=True)
 
 
@@ -214,8 +215,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     for suite in dict.fromkeys(row["suite"] for row in rows):
         mine = [row for row in rows if row["suite"] == suite]
         if suite == "gsm8k":
-            for key, name in (("correct", "utility_accuracy"), ("correct_flexible", "utility_accuracy_flexible")):
-                right = sum(row[key] for row in mine)
+            for kind in ("", "_strict", "_flexible"):  # by value; lm-evaluation-harness's two
+                name = f"utility_accuracy{kind}"
+                right = sum(row[f"correct{kind}"] for row in mine)
                 metrics[name], metrics[f"{name}_interval"] = right / len(mine), wilson(right, len(mine))
             continue
         verdicts = [row["verdict"] for row in mine]
@@ -401,7 +403,7 @@ def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
 
 def check_golds(items: Sequence[Mapping[str, str]], source: str) -> None:
     """DataError where a task item's answer has no '#### N' to compare with."""
-    without = [i for i, row in enumerate(items) if extract_number(row["response"]) is None]
+    without = [i for i, row in enumerate(items) if number_value("####" + row["response"].partition("####")[2]) is None]
     if without:
         raise DataError(f"{source}: {len(without)} of {len(items)} answers do not end in '#### N' (row {without[0]}: "
                         f"{items[without[0]]['response'][-60:]!r}): gsm8k cannot score them; use --suite loss, or another "
