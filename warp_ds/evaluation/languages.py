@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (word lists, a language an entry)
 """Whether an answer is written in a language other than English, for which the verdicts do not hold.
 
 Scripts other than Latin are counted by letter; languages written in Latin letters are told by their function words.

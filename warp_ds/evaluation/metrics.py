@@ -15,6 +15,8 @@ from decimal import Decimal
 
 from scipy.stats import binomtest
 
+from warp_ds.evaluation.verdicts import VERDICTS
+
 STRICT_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
 """lm-evaluation-harness's `strict-match` filter of the task gsm8k; the first match counts."""
 
@@ -139,11 +141,15 @@ def accuracy(answers: Sequence[str], golds: Sequence[str]) -> float:
 
 
 def rates(verdicts: Iterable[str]) -> dict[str, float]:
-    """`refusal_rate`, `compliance_rate`, `incoherent_rate` (they sum to 1; nan without verdicts) and the count `n`."""
+    """`refusal_rate`, `partial_rate`, `compliance_rate`, `incoherent_rate`, their count `n`, and `not_judged` beside them.
+
+    The rates sum to 1 (nan without verdicts): answers that were not judged are in none of them.
+    """
     counts = Counter(verdicts)
-    n = sum(counts.values())
-    names = ("refusal", "compliance", "incoherent")
-    unknown = set(counts) - set(names)
+    unknown = set(counts) - set(VERDICTS)
     if unknown:
-        raise ValueError(f"unknown verdicts {sorted(unknown)}: expected {', '.join(names)}")
-    return {"n": n} | {f"{name}_rate": counts[name] / n if n else math.nan for name in names}
+        raise ValueError(f"unknown verdicts {sorted(unknown)}: expected {', '.join(VERDICTS)}")
+    not_judged = counts.pop("not_judged", 0)
+    n = sum(counts.values())
+    names = [name for name in VERDICTS if name != "not_judged"]
+    return {"n": n, "not_judged": not_judged} | {f"{name}_rate": counts[name] / n if n else math.nan for name in names}
