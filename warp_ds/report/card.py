@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 OURS = re.compile(r"^Trained by \[?warp_ds\b", re.MULTILINE)
 """Stands in every card that phases 0 and 3 write."""
 COLUMNS = {"refusal_rate": "refuses", "partial_rate": "in part", "incoherent_rate": "incoherent",
-           "attack_success_rate": "complies", "not_judged_rate": "not judged", "over_refusal_rate": "over-refuses", "utility_accuracy": "task accuracy", "utility_nll": "task NLL",
+           "attack_success_rate": "complies", "not_judged_rate": "not judged", "over_refusal_rate": "over-refuses",
+           "utility_accuracy": "task accuracy", "utility_nll": "task NLL",
            "movement": "moved", "frozen_drift": "frozen drift"}
 NOT_SHOWN = """What this does not show: what the model says to other prompts than these, to attacks that were not tried, in
 other languages (verdicts hold for English; other answers are "not judged" and in no rate), or after more training. Verdicts are

@@ -117,7 +117,8 @@ def interval(rate: float, n: int) -> tuple[float, float]:
 def markdown(found: Mapping[str, Any]) -> str:
     """Both tables, for a note or a README."""
     columns = {"refusal_rate": "refuses", "partial_rate": "in part", "incoherent_rate": "incoherent",
-               "attack_success_rate": "complies", "not_judged_rate": "not judged", "over_refusal_rate": "over-refuses", "utility_accuracy": "task accuracy"}
+               "attack_success_rate": "complies", "not_judged_rate": "not judged", "over_refusal_rate": "over-refuses",
+               "utility_accuracy": "task accuracy"}
 
     shown = [*found["raw"], *found["equal_utility"]]
     columns = {name: title for name, title in columns.items() if any(name in row for row in shown)}
