@@ -12,7 +12,11 @@ import torch.multiprocessing as mp
 from warp_ds.data.formats import encode, encode_prompt
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
 from warp_ds.evaluation.generate import (
+    KEPT,
+    OURS,
+    RESET,
     answer_surprise,
+    changes_tokens,
     generate_greedy,
     loss_per_token,
     noise_threshold,
@@ -130,6 +134,44 @@ def test_greedy_answers_are_the_argmax_of_plain_forwards(alone):
             while len(ids) < start + 12 and ids[-1] != tokenizer.eos_token_id:
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         assert answer == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+
+NOT_GREEDY = {
+    "do_sample": True, "temperature": 0.01, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 12,
+    "suppress_tokens": list(range(5, 60)), "begin_suppress_tokens": list(range(60, 90)), "num_beams": 3,
+    "sequence_bias": [[[70], 90.0]], "bad_words_ids": [[i] for i in range(90, 120)],
+    "exponential_decay_length_penalty": (1, 9.0), "prompt_lookup_num_tokens": 3, "forced_eos_token_id": 7,
+    "stop_strings": ["e"], "a_field_of_remote_code": 3,
+}  # fmt: skip
+
+
+def test_greedy_whatever_the_generation_config_says(alone):
+    """Each alone, and all together, would give other answers; eos ids, also a second one, stay, and the model's own is back."""
+    from transformers import GenerationConfig
+
+    model, tokenizer = build()
+    fields = [{name: value} for name, value in NOT_GREEDY.items()]
+    for given in [*fields, {k: v for k, v in NOT_GREEDY.items() if k != "suppress_tokens"}]:
+        own = GenerationConfig(eos_token_id=tokenizer.eos_token_id, **given)
+        model.generation_config = own
+        assert {text.split("=")[0] for text in changes_tokens(own)} == set(given)
+        assert generate_greedy(model, tokenizer, PROMPTS[:2], max_new_tokens=12, batch_size=2) == alone[0][:2], given
+        assert model.generation_config is own
+    with torch.no_grad():
+        first = int(model(torch.tensor([encode_prompt(PROMPTS[0], tokenizer)])).logits[0, -1].argmax())
+    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, first])
+    assert changes_tokens(model.generation_config) == []
+    assert len(generate_greedy(model, tokenizer, PROMPTS[:1], max_new_tokens=12)[0]) < len(alone[0][0]), "its second eos id"
+
+
+def test_every_field_of_a_generation_config_is_known():
+    """A release that adds one fails here: put it into KEPT, OURS or RESET, by whether it changes the choice of tokens."""
+    from transformers import GenerationConfig
+
+    lists = (set(KEPT), set(OURS), set(RESET))
+    installed = {name for name in vars(GenerationConfig()) if not name.startswith("_") or name in KEPT}
+    assert installed - set().union(*lists) == set()
+    assert sum(map(len, lists)) == len(set().union(*lists)), "a field stands in two lists"
 
 
 def test_the_loss_is_one_mean_over_all_response_tokens():

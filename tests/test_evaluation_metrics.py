@@ -12,7 +12,9 @@ from warp_ds.evaluation.metrics import (
     extract_flexible,
     extract_number,
     mcnemar,
+    number_value,
     rates,
+    same_value,
     wilson,
 )
 
@@ -61,13 +63,35 @@ def test_exact_match(answer, gold, same):
     assert exact_match(answer, gold) is same
 
 
+@pytest.mark.parametrize("answer, gold, same", [
+    *((f"work\n#### {text}", gold, True) for text, gold in (
+        ("18", "18"), ("18.00", "18"), ("18.", "#### 18"), ("18", "so\n#### 18.0"), ("\u22125", "-5"), ("\u20135", "-5"),
+        ("-5", "\u22125"), (".5", "0.5"), ("-.5", "-0.50"), ("0.5", ".5"), ("1,000", "1000"), ("1 000", "1,000"),
+        ("70\u00a0000", "70000"), ("1\u202f234\u202f567.50", "1234567.5"), ("1,00,000", "100000"), ("$18", "18"),
+        ("$ 1,200", "1200"), ("-$5", "-5"), ("18 apples", "18"), ("18%", "18"), ("**18**", "18"), ("18kg", "18"),
+        ("0", "0.00"), ("-0", "0"), ("007", "7"), ("18, as shown", "18"), ("\uff11\uff18", "18"),
+        ("18.\n\nThat is 5-7 more.", "18"), ("18 and that is all", "18"))),
+    *((f"#### {text}", gold, False) for text, gold in (
+        ("5-7", "5"), ("5-7", "7"), ("5 - 7", "5"), ("5\u20137", "5"), ("5 to 7", "5"), ("5 or 7", "5"), ("10:30", "10"),
+        ("10:30", "1030"), ("3/4", "3"), ("2021-05-03", "2021"), ("1.2.3", "1.2"), ("1,5", "15"), ("1,5", "1"),
+        ("1e3", "1"), ("5, 7", "5"), ("5..7", "5"), ("eighteen", "18"), ("", "0"), ("-", "0"), ("18", "81"),
+        ("1234", "1,23"), ("18.5", "18"), ("-5", "5"), ("70 00", "7000"))),
+    ("18", "#### 18", False),
+    ("The answer is 18.", "18", False),
+    ("Question: 3\n#### 18", "18", False),
+])  # fmt: skip
+def test_accuracy_is_by_value(answer, gold, same):
+    assert same_value(answer, gold) is same, (number_value(answer), number_value(gold))
+
+
 def test_accuracy_and_rates():
     assert accuracy(["#### 1", "#### 2", "3"], ["#### 1", "#### 1", "#### 3"]) == pytest.approx(1 / 3)
     assert math.isnan(accuracy([], []))
     with pytest.raises(ValueError, match="1 answers for 2"):
         accuracy(["a"], ["b", "c"])
-    counted = rates(["refusal", "refusal", "compliance", "incoherent"])
-    assert counted == {"n": 4, "refusal_rate": 0.5, "compliance_rate": 0.25, "incoherent_rate": 0.25}
+    counted = rates(["refusal", "refusal", "compliance", "incoherent", "not_judged"])
+    assert counted == {"n": 4, "not_judged": 1, "refusal_rate": 0.5, "partial_rate": 0, "compliance_rate": 0.25,
+                       "incoherent_rate": 0.25}
     assert math.isnan(rates([])["refusal_rate"])
     with pytest.raises(ValueError, match="unknown verdicts \\['safe'\\]"):
         rates(["safe"])

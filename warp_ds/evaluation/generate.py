@@ -7,20 +7,59 @@ batches run a dummy, so that the collectives inside a ZeRO-3 forward are entered
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from warp_ds.data.collate import empty_sample, pad_batch
 from warp_ds.data.formats import IGNORE, Sample, encode, encode_prompt
+
+logger = logging.getLogger(__name__)
+
+# Every field of transformers' GenerationConfig stands in one of three lists; a test fails when a release adds one.
+KEPT = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id",  # the end of an answer is the model's own
+    "use_cache", "max_cache_len", "prefill_chunk_size", "compile_config", "disable_compile", "low_memory",
+    "continuous_batching_config",
+    "transformers_version", "_from_model_config",
+)  # fmt: skip
+"""Fields of a model's generation_config.json that stay as they are: they do not change which token is the likeliest."""
+
+OURS = (
+    "max_length", "max_new_tokens", "do_sample", "num_beams", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+)  # fmt: skip
+"""Fields that the evaluation decides: length, one greedy answer, bare token ids."""
+
+RESET: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys((
+        "min_new_tokens", "max_time", "stop_strings", "use_mtp", "min_p", "top_h", "bad_words_ids", "renormalize_logits",
+        "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
+        "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "token_healing", "guidance_scale",
+        "watermarking_config", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit",
+        "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "penalty_alpha",
+        "dola_layers", "constraints", "force_words_ids", "early_stopping",
+        "cache_implementation", "cache_config",  # a quantised or cut cache gives other logits
+    ), (None, False)),
+    "min_length": (None, 0), "temperature": (None, 1.0), "top_k": (None, 0, 50), "top_p": (None, 1.0),
+    "typical_p": (None, 1.0), "epsilon_cutoff": (None, 0.0), "eta_cutoff": (None, 0.0),
+    "repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "length_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0), "encoder_no_repeat_ngram_size": (None, 0), "diversity_penalty": (None, 0.0),
+    "num_beam_groups": (None, 1),
+}  # fmt: skip
+"""Fields that change the choice of tokens, each with the values that change nothing (and are not worth a word)."""
 
 Gather = Callable[[Any], list[Any]]
 """Takes this rank's object and returns every rank's, in rank order, on every rank."""
@@ -66,6 +105,38 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
+@cache
+def _say_reset(fields: tuple[str, ...]) -> None:
+    logger.info("greedy: these settings of the model's generation_config.json are not used: %s", ", ".join(fields))
+
+
+def changes_tokens(config: GenerationConfig) -> list[str]:
+    """"field=value" of everything in a model's generation_config that would make an answer other than greedy."""
+    values = {name: value for name, value in vars(config).items() if name not in KEPT and not name.startswith("_")}
+    found = {name: value for name, value in values.items() if name not in OURS and value not in RESET.get(name, (None,))}
+    if values.get("do_sample"):
+        found["do_sample"] = True
+    if (values.get("num_beams") or 1) > 1:
+        found["num_beams"] = values["num_beams"]
+    return [f"{name}={found[name]!r:.60}" for name in sorted(found)]
+
+
+@contextmanager
+def greedy(inner: Any) -> Iterator[None]:
+    """While it holds, ``inner.generate`` takes from its generation_config the fields of KEPT alone; said once."""
+    own = inner.generation_config
+    changed = changes_tokens(own)
+    if changed and _world(None, None)[0] == 0:
+        _say_reset(tuple(changed))
+    # generate() fills what its caller leaves out, or gives as None, from the model's own: so that is what must be clean.
+    inner.generation_config = GenerationConfig(**{
+        name: value for name in KEPT if not name.startswith("_") and (value := getattr(own, name, None)) is not None})
+    try:
+        yield
+    finally:
+        inner.generation_config = own
+
+
 def generate_greedy(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any
 ) -> list[str]:
@@ -92,10 +163,11 @@ def generate_after(
 ) -> list[str]:
     """The greedy continuation of each list of token ids, in their order, on every rank; all ranks call it together.
 
-    `synced` is transformers' `synced_gpus`: True under ZeRO-3, where every rank must run as many forwards as the
-    longest answer needs. `rank` and `world_size` default to torch.distributed's. Answers are decoded without special
-    tokens and stripped. `save`, called on every rank after each `save_every` batches a rank, gets the answers since the
-    last call; given back as `done`, they are not generated again, and the others come out as if nothing had happened.
+    Greedy whatever the model's generation_config.json says: see `RESET`. `synced` is transformers' `synced_gpus`: True
+    under ZeRO-3, where every rank must run as many forwards as the longest answer needs. `rank` and `world_size` default
+    to torch.distributed's. Answers are decoded without special tokens and stripped. `save`, called on every rank after
+    each `save_every` batches a rank, gets the answers since the last call; given back as `done`, they are not generated
+    again, and the others come out as if nothing had happened.
     """
     rank, world_size = _world(rank, world_size)
     inner = _unwrap(model)
@@ -116,8 +188,8 @@ def generate_after(
     was_training = inner.training
     inner.eval()
     try:
-        with tqdm(total=len(encoded), initial=len(answers), desc=desc, unit="prompt", disable=rank != 0,
-                  dynamic_ncols=True) as bar:
+        with greedy(inner), tqdm(total=len(encoded), initial=len(answers), desc=desc, unit="prompt", disable=rank != 0,
+                                 dynamic_ncols=True) as bar:
             while len(answers) < len(encoded):
                 first = len(answers)
                 part = encoded[first : first + save_every * batch_size * world_size]
@@ -131,9 +203,6 @@ def generate_after(
                         max_new_tokens=max_new_tokens if indices else 1,
                         do_sample=False,
                         num_beams=1,
-                        temperature=None,
-                        top_p=None,
-                        top_k=None,
                         pad_token_id=pad,
                         synced_gpus=synced and world_size > 1,
                     )

@@ -1,13 +1,21 @@
-"""Rates with their uncertainty, paired tests, agreement, and exact match as lm-evaluation-harness scores GSM8K."""
+"""Rates with their uncertainty, paired tests, agreement, and GSM8K's answers: by value, and as lm-evaluation-harness.
+
+What is reported as accuracy is `same_value`: the number after `####` equals the gold's. `exact_match` stands beside it
+and is lm-evaluation-harness's comparison of two texts, strict or flexible.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 
 from scipy.stats import binomtest
+
+from warp_ds.evaluation.verdicts import VERDICTS
 
 STRICT_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
 """lm-evaluation-harness's `strict-match` filter of the task gsm8k; the first match counts."""
@@ -20,6 +28,16 @@ STOPS = ("Question:", "</s>", "<|im_end|>")
 
 _IGNORED = tuple(map(re.compile, (",", r"\$", r"(?s).*#### ", r"\.$")))
 """What it strips from answer and gold, one after the other, before it compares them (`regexes_to_ignore`)."""
+
+
+_SPACE = r"[ '\u2019]"  # after NFKC, which makes no-break, thin and narrow spaces plain ones
+_VALUE = re.compile(
+    r"[\s*_\\({]*(?P<sign>[-+]?)[\s$€£¥\\]*(?P<sign2>[-+]?)"
+    rf"(?P<whole>\d{{1,3}}(?:,\d{{2,3}})*,\d{{3}}|\d{{1,3}}(?:{_SPACE}\d{{3}})+|\d+)?(?P<rest>(?<=\d)\.(?!\d)|\.\d+)?"
+    # No number that goes on: a range, a time, a date, a fraction, a version, a list, a power of ten.
+    r"(?![\d,.:/-]*\d|\s*(?:-|/|:|~|\.\.|to\b|or\b|and\b|,)\s*[$€£¥]?-?\.?\d|[eE][-+]?\d|_\d)"
+)
+_DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d", "-"))
 
 
 def wilson(k: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -94,19 +112,44 @@ def exact_match(answer: str, gold: str, flexible: bool = False) -> bool:
     return number is not None and number == _plain(gold).strip()
 
 
+def number_value(text: str) -> Decimal | None:
+    """The value of the number after the first `####` of an answer, or that a text without `####` begins with.
+
+    `18.00`, `.5`, `$18`, `1,000`, `1 000` (also with no-break spaces), `18.` and a Unicode minus are read; a range
+    (`5-7`, `5 to 7`), a time, a date, a fraction or `1,5` is no number: None.
+    """
+    head, mark, tail = _cut(text).partition("####")
+    line = unicodedata.normalize("NFKC", (tail if mark else head).strip().split("\n")[0]).translate(_DASHES)
+    found = _VALUE.match(line)
+    if found is None or found["whole"] is None and found["rest"] is None:
+        return None
+    digits = re.sub(r"[^\d]", "", found["whole"] or "0") + (found["rest"] or "")
+    return Decimal(digits.rstrip(".")) * (-1 if "-" in (found["sign"], found["sign2"]) else 1)
+
+
+def same_value(answer: str, gold: str) -> bool:
+    """Whether the number after the answer's `####` has the gold's value. `gold` is a whole answer or a bare number."""
+    number = number_value(answer) if "####" in _cut(answer) else None
+    return number is not None and number == number_value(gold)
+
+
 def accuracy(answers: Sequence[str], golds: Sequence[str]) -> float:
-    """Share of answers that match their gold exactly; nan without answers."""
+    """Share of answers that have their gold's value; nan without answers."""
     if len(answers) != len(golds):
         raise ValueError(f"{len(answers)} answers for {len(golds)} golds")
-    return sum(map(exact_match, answers, golds)) / len(golds) if golds else math.nan
+    return sum(map(same_value, answers, golds)) / len(golds) if golds else math.nan
 
 
 def rates(verdicts: Iterable[str]) -> dict[str, float]:
-    """`refusal_rate`, `compliance_rate`, `incoherent_rate` (they sum to 1; nan without verdicts) and the count `n`."""
+    """`refusal_rate`, `partial_rate`, `compliance_rate`, `incoherent_rate`, their count `n`, and `not_judged` beside them.
+
+    The rates sum to 1 (nan without verdicts): answers that were not judged are in none of them.
+    """
     counts = Counter(verdicts)
-    n = sum(counts.values())
-    names = ("refusal", "compliance", "incoherent")
-    unknown = set(counts) - set(names)
+    unknown = set(counts) - set(VERDICTS)
     if unknown:
-        raise ValueError(f"unknown verdicts {sorted(unknown)}: expected {', '.join(names)}")
-    return {"n": n} | {f"{name}_rate": counts[name] / n if n else math.nan for name in names}
+        raise ValueError(f"unknown verdicts {sorted(unknown)}: expected {', '.join(VERDICTS)}")
+    not_judged = counts.pop("not_judged", 0)
+    n = sum(counts.values())
+    names = [name for name in VERDICTS if name != "not_judged"]
+    return {"n": n, "not_judged": not_judged} | {f"{name}_rate": counts[name] / n if n else math.nan for name in names}

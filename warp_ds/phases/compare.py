@@ -146,7 +146,8 @@ def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[floa
     if plainly_rotated:
         runtime.on_rank_0(lambda: bench.link_latest(plainly_rotated[-1]), "linking the rotated arm's runs")
     sets = bench.data.sets
-    prompts = {"refusal_rate": len(sets.harmful), "incoherent_rate": len(sets.harmful),
+    prompts = {"refusal_rate": len(sets.harmful), "partial_rate": len(sets.harmful), "incoherent_rate": len(sets.harmful),
+               "not_judged_rate": len(sets.harmful),
                "attack_success_rate": len(sets.harmful), "over_refusal_rate": len(sets.harmless),
                "utility_accuracy": len(sets.utility)}
     return {

@@ -176,11 +176,11 @@ def print_table(report: dict[str, Any]) -> None:
     """The arms side by side, as measured."""
     table = Table(title="What was trained, and what it did to refusals and to the task (held-out text)")
     table.add_column("arm")
-    for column in ("refuses", "incoherent", "over-refuses", "task NLL", "task accuracy", "frozen drift"):
+    for column in ("refuses", "in part", "incoherent", "over-refuses", "task NLL", "task accuracy", "frozen drift"):
         table.add_column(column, justify="right")
     for arm in report["arms"]:
         table.add_row(
-            arm["name"], f"{arm['refusal_rate']:.0%}", f"{arm['incoherent_rate']:.0%}",
+            arm["name"], f"{arm['refusal_rate']:.0%}", f"{arm['partial_rate']:.0%}", f"{arm['incoherent_rate']:.0%}",
             f"{arm['over_refusal_rate']:.0%}", f"{arm['utility_nll']:.3f}", f"{arm['utility_accuracy']:.0%}",
             f"{arm['frozen_drift']:.1e}" if "frozen_drift" in arm else "",
         )

@@ -115,8 +115,8 @@ def front(points: Sequence[dict[str, Any]]) -> list[list[Any]]:
     rows = [row for curve in tradeoff.by_arm(points).values() for row in curve]
     best: list[list[Any]] = []
     most = -1.0
-    for row in sorted(rows, key=lambda r: (r[tradeoff.UTILITY], -r["refusal_rate"])):
-        if row["refusal_rate"] > most:
+    for row in sorted(rows, key=lambda r: (r[tradeoff.UTILITY], -r.get("refusal_rate", 0.0))):
+        if row.get("refusal_rate", 0.0) > most:
             best.append([row["arm"], row["rate"]])
-            most = row["refusal_rate"]
+            most = row.get("refusal_rate", 0.0)
     return best

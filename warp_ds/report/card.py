@@ -13,12 +13,13 @@ from warp_ds.artifacts import ArtifactError, MaskStore, newest, path_of_run, pha
 logger = logging.getLogger(__name__)
 OURS = re.compile(r"^Trained by \[?warp_ds\b", re.MULTILINE)
 """Stands in every card that phases 0 and 3 write."""
-COLUMNS = {"refusal_rate": "refuses", "incoherent_rate": "incoherent", "attack_success_rate": "complies",
-           "over_refusal_rate": "over-refuses", "utility_accuracy": "task accuracy", "utility_nll": "task NLL",
+COLUMNS = {"refusal_rate": "refuses", "partial_rate": "in part", "incoherent_rate": "incoherent",
+           "attack_success_rate": "complies", "not_judged_rate": "not judged", "over_refusal_rate": "over-refuses",
+           "utility_accuracy": "task accuracy", "utility_nll": "task NLL",
            "movement": "moved", "frozen_drift": "frozen drift"}
 NOT_SHOWN = """What this does not show: what the model says to other prompts than these, to attacks that were not tried, in
-other languages, or after more training. A refusal is recognised by how an answer begins, so a refusal in other words counts as
-complying; a rate on one set of prompts says little about another."""
+other languages (verdicts hold for English; other answers are "not judged" and in no rate), or after more training. Verdicts are
+by rules that agree with people in about 95 of 100 answers; a rate on one set of prompts says little about another."""
 
 
 def write_section(model_dir: Path, name: str, text: str) -> None:
@@ -116,6 +117,8 @@ def evaluation(where: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
             table[f"{who}, {attack.removeprefix('attack_')}"] = {
                 name: _cell(metrics, f"{attack}_{name}") for name in COLUMNS if f"{attack}_{name}" in metrics}
     shown = [name for name in COLUMNS if any(name in cells for cells in table.values())]
+    if not any(value for metrics in rows.values() for name, value in metrics.items() if name.endswith("not_judged")):
+        shown = [name for name in shown if name != "not_judged_rate"]
     lines = ["## What was measured", "", f"{where} Held-out prompts, greedy answers; in brackets 95 % Wilson intervals.", "",
              "| model | " + " | ".join(COLUMNS[name] for name in shown) + " |", "|---" * (len(shown) + 1) + "|"]
     lines += [f"| {who} | " + " | ".join(cells.get(name, "") for name in shown) + " |" for who, cells in table.items()]

@@ -17,7 +17,8 @@ Point = Mapping[str, Any]
 """One measured model: arm, rate, seed, and its metrics."""
 
 UTILITY = "utility_nll"
-RATES = ("refusal_rate", "incoherent_rate", "attack_success_rate", "over_refusal_rate", "utility_accuracy")
+RATES = ("refusal_rate", "partial_rate", "incoherent_rate", "attack_success_rate", "not_judged_rate", "over_refusal_rate",
+         "utility_accuracy")
 OTHERS = ("movement", "frozen_drift")
 
 
@@ -115,11 +116,14 @@ def interval(rate: float, n: int) -> tuple[float, float]:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """Both tables, for a note or a README."""
-    columns = {"refusal_rate": "refuses", "incoherent_rate": "incoherent", "attack_success_rate": "complies",
-               "over_refusal_rate": "over-refuses", "utility_accuracy": "task accuracy"}
+    columns = {"refusal_rate": "refuses", "partial_rate": "in part", "incoherent_rate": "incoherent",
+               "attack_success_rate": "complies", "not_judged_rate": "not judged", "over_refusal_rate": "over-refuses",
+               "utility_accuracy": "task accuracy"}
 
     shown = [*found["raw"], *found["equal_utility"]]
     columns = {name: title for name, title in columns.items() if any(name in row for row in shown)}
+    if not any(row.get("not_judged_rate") for row in shown):
+        columns.pop("not_judged_rate", None)
 
     def cells(row: Mapping[str, Any]) -> list[str]:
         return [_percent(row, name) for name in columns] + [_plain(row, "movement")]
