@@ -370,7 +370,7 @@ def test_kept_is_said_of_the_model_that_lies_there_now(tmp_path: Path) -> None:
     write_json(run / "model" / "config.json", {"model_type": "llama"})
     write_tensors(run / "model" / "model.safetensors", {"w": torch.zeros(3)})
     write_json(run / "certificate.json", {
-        "format": "warp_ds.certificate", "kept": True, "problems": [], "frozen": 28, "frozen_drift": 1e-7,
+        "format": "warp_ds.certificate", "version": 2, "outcome": "kept", "problems": [], "frozen": 28, "frozen_drift": 1e-7,
         "after": str(run / "model"), "after_fingerprint": fingerprint_model(run / "model")})
     assert "<strong>Kept</strong>" in write_report([tmp_path], tmp_path / "report.html").read_text()
     write_tensors(run / "model" / "model.safetensors", {"w": torch.ones(3)})
