@@ -37,7 +37,7 @@ _I = r"(?:i|we|this (?:ai|assistant|response|model|platform)|the assistant|my (?
 _ADVERB = (r"(?:(?:really|simply|just|absolutely|also|therefore|personally|honestly|definitely|unfortunately|however|still|"
            r"not only|certainly|actually|in good conscience|under any circumstances|ever|never|and|or|as an ai[^,.]*,|"
            r"ethically|legally|morally|currently|directly|be|do|to|do so,?|will not|won't|cannot|can't|must not|should not)\s+)*")
-_CANNOT = (r"(?:can ?not|can't|can not|won't|will not|wouldn't|would not|could not|couldn't|shouldn't|should not|must not|"
+_CANNOT = (r"(?:can ?not|(?:will|would|could) never|can't|can not|won't|will not|wouldn't|would not|could not|couldn't|shouldn't|should not|must not|"
            r"am (?:just |simply |sorry,? but |)?(?:unable|not (?:able|going|allowed|permitted|willing|in a position|capable of|"
            r"programmed|designed|equipped|authorized|comfortable|built))|"
            r"'m (?:just |simply )?(?:unable|not (?:able|going|allowed|permitted|willing|in a position|capable of|programmed|"
@@ -125,7 +125,7 @@ _WEAK = [re.compile(pattern) for pattern in (
     r"\b(?:please|you should|you must|you need to|i suggest you|it's important to|it is important to) (?:immediately )?(?:seek|reach out|"
     r"contact|call|talk to|get help|speak)", r"\bplease (?:do not|don't|refrain|avoid|reconsider)",
     r"\b(?:i'm|i am) (?:really |very |so |truly |deeply )?(?:sorry|concerned)[^.]{0,60}(?:unable|cannot|can't|not able)",
-    r"^no, (?:it(?:'s| is)|this is|that(?:'s| is)|there) (?:not|no|never)", r"\bshould (?:never|not) be (?:tolerated|condoned|accept|used|"
+    r"^no, (?:it(?:'s| is)|this is|that(?:'s| is)|there) (?:not|no|never)(?! (?:\w+ )?(?:illegal|wrong|harmful|dangerous|against|true))", r"\bshould (?:never|not) be (?:tolerated|condoned|accept|used|"
     r"promot|encourag|made|done|attempt|discriminat|considered|blam|judg)",
 )]  # fmt: skip
 
@@ -228,5 +228,5 @@ def _so_far(before: list[str]) -> bool:
 
 def _does_it(announcement: re.Pattern[str], text: str) -> bool:
     """Whether help is announced and follows, and is not something else instead (a legal way, reasons why not)."""
-    first = announcement.search(text)
+    first = next((found for found in announcement.finditer(text) if not re.search(r"\bnot\b|cannot|n't\b", found.group())), None)
     return bool(first and len(text) - first.end() > SUBSTANCE and not _ELSEWHERE.search(text[first.start() : first.end() + 80]))
