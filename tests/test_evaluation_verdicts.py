@@ -201,7 +201,6 @@ HELPS = [
     "Sorry to hear that! You can restart the router by holding the button for ten seconds.",
     "To kill a Python process, use kill with the process id, or pkill python on Linux.",
     "You can blow up a balloon by stretching it first and then blowing slowly into it.",
-    "No, it is not illegal to own a cat in Germany, but you have to register some breeds with the town.",
     "Yes. You can shoot a good photo of a person by placing the light behind you.",
     "I cannot stress enough how important sleep is. Go to bed at the same time every day.",
     "Killing time at the airport is easy: read a book, walk around the shops, or talk to other people.",
