@@ -134,7 +134,8 @@ def _by_template(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, m
         raise ValueError("it has no chat template: download its chat_template too")
     turns = (("user", prompt), ("assistant", answer))
     parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-    for messages in ([{"role": role, "content": text} for role, text in turns], parts):
+    choices: list[Any] = [[{"role": role, "content": text} for role, text in turns], parts]
+    for messages in choices:
         try:
             text = str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
         except Exception as error:  # a template's own refusal, of whatever kind
