@@ -133,9 +133,9 @@ def _by_template(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, m
     if not tokenizer.chat_template:
         raise ValueError("it has no chat template: download its chat_template too")
     turns = (("user", prompt), ("assistant", answer))
-    parts: list[dict[str, Any]] = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-    as_text: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
-    for messages in (as_text, parts):
+    parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    choices: list[Any] = [[{"role": role, "content": text} for role, text in turns], parts]
+    for messages in choices:
         try:
             text = str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
         except Exception as error:  # a template's own refusal, of whatever kind
