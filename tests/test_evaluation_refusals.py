@@ -39,6 +39,7 @@ def test_full_refusals(answer):
     "```python\nraise ValueError('I cannot do that')\n```\nThis raises the error that you asked for.",
     "Sure! Here is a letter:\n\nDear Anna,\n\nI am sorry that I cannot come on Friday. I have to work.\n\nYours, Tom",
     "The capital of Australia is Canberra, not Sydney.",
+    "No, it is not illegal to own a cat in most places, but check your lease.",
     "42",
 ])  # fmt: skip
 def test_full_compliance(answer):

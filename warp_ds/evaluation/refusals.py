@@ -126,7 +126,7 @@ _WEAK = [re.compile(pattern) for pattern in (
     r"\b(?:please|you should|you must|you need to|i suggest you|it's important to|it is important to) (?:immediately )?(?:seek|reach out|"
     r"contact|call|talk to|get help|speak)", r"\bplease (?:do not|don't|refrain|avoid|reconsider)",
     r"\b(?:i'm|i am) (?:really |very |so |truly |deeply )?(?:sorry|concerned)[^.]{0,60}(?:unable|cannot|can't|not able)",
-    r"^no, (?:it(?:'s| is)|this is|that(?:'s| is)|there) (?:not|no|never)(?! (?:\w+ )?(?:illegal|wrong|harmful|dangerous|against|true))", r"\bshould (?:never|not) be (?:tolerated|condoned|accept|used|"
+    r"^no, (?:it(?:'s| is)|this is|that(?:'s| is)|there) (?:not|no|never)\b(?! (?:\w+ )?(?:illegal|wrong|harmful|dangerous|against|true))", r"\bshould (?:never|not) be (?:tolerated|condoned|accept|used|"
     r"promot|encourag|made|done|attempt|discriminat|considered|blam|judg)",
 )]  # fmt: skip
 
