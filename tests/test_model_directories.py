@@ -12,8 +12,9 @@ import torch
 from tiny_models import SIZES, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, LlamaForSequenceClassification, T5Config
 
-from warp_ds.config import ConfigError
+from warp_ds.config import ConfigError, EvaluateArguments
 from warp_ds.data.datasets import DataError
+from warp_ds.phases.inputs import check_inputs
 from warp_ds.phases.targets import find_targets
 from warp_ds.zero.model import check_ids, check_model_dir, local_model_dir, read_config, read_tokenizer
 from warp_ds.zero.transformers_internals import weights_as_loaded
@@ -138,3 +139,11 @@ def test_weights_as_loaded_are_the_loaded_weights(tmp_path: Path, family: str) -
             file.seek(location.offset)
             stored = torch.frombuffer(bytearray(file.read(location.nbytes)), dtype=location.dtype)
         assert torch.equal(stored, named[name].detach().flatten()), name
+
+
+@pytest.mark.parametrize("flag", ["model_name", "reference_model", "judge_model"])
+def test_code_is_not_asked_about_at_the_start(model_dir: Path, tmp_path: Path, flag: str) -> None:
+    """transformers would ask on the terminal whether to run it, or advise an option that no phase has."""
+    own = edited(model_dir, tmp_path / "m", model_type="mynet", auto_map={"AutoConfig": "a.B"})
+    with pytest.raises(ConfigError, match=f"--{flag} .* needs its own modelling code"):
+        check_inputs(EvaluateArguments(**{"model_name": str(model_dir), flag: str(own)}))

@@ -124,12 +124,12 @@ def seconds_ago(seconds: float) -> str:
     return (datetime.now() - timedelta(seconds=seconds)).isoformat(timespec="seconds")
 
 
-@pytest.mark.parametrize("later", ["9999-12-31T23:59:59", seconds_ago(-86400), "2999-01-01T00:00:00+14:00", "soon", 1e300,
+@pytest.mark.parametrize("later", ["9999-12-31T23:59:59", "tomorrow", "2999-01-01T00:00:00+14:00", "soon", 1e300,
                                    None, [], "0001-01-01T00:00:00", "99999-01-01"])
 def test_a_time_that_has_not_come_does_not_make_a_run_the_newest(tmp_path: Path, later: Any) -> None:
     finished(tmp_path, "phase1_3_old", seconds_ago(9000), touched=5e8)
     right = finished(tmp_path, "phase1_2", seconds_ago(3000), touched=-9000)
-    finished(tmp_path, "phase1_4_odd", later, touched=1e9)
+    finished(tmp_path, "phase1_4_odd", seconds_ago(-86400) if later == "tomorrow" else later, touched=1e9)
     assert newest(tmp_path, "phase1") == right
     assert find_artifact(None, "basis", tmp_path) == right / "basis"
     for run in tmp_path.iterdir():

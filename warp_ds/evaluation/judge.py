@@ -44,8 +44,8 @@ class Judge:
     def __init__(self, directory: str, device: str, dtype: torch.dtype):
         """ConfigError where the model cannot be read, a classifier has no label of UNSAFE_LABELS, or a guard no template."""
         try:
-            config = AutoConfig.from_pretrained(directory)
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
             self.guard = guards.recognise(directory, str(self.tokenizer.chat_template or ""))
             if self.guard is not None:
                 guards.questions(self.guard, self.tokenizer, "What is this?", "A question.")
@@ -54,7 +54,7 @@ class Judge:
             kind: Any = (AutoModelForSequenceClassification if classifies else AutoModelForImageTextToText
                          if "ForConditionalGeneration" in architectures else AutoModelForCausalLM)
             self.unsafe = _unsafe_label(config.id2label, directory) if classifies else -1
-            self.model = kind.from_pretrained(directory, dtype=dtype).to(device).eval()
+            self.model = kind.from_pretrained(directory, dtype=dtype, trust_remote_code=False).to(device).eval()
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"--judge_model {directory} cannot be used: {error}") from error
         self.device = device
