@@ -20,6 +20,7 @@ from phase3_jobs import SAMPLES, losses, make_model, phase3, phase12
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+from warp_ds.artifacts import ArtifactError
 from warp_ds.cluster import preemption
 from warp_ds.config import ConfigError
 from warp_ds.phases import checkpoints, training
@@ -123,7 +124,7 @@ def goes_on(kind: str, root: Path, output: Path) -> str:
 def refusal(what: Callable[[], Any]) -> str:
     try:
         what()
-    except ConfigError as error:
+    except (ConfigError, ArtifactError) as error:
         return str(error)
     raise AssertionError("was not refused")
 
