@@ -20,9 +20,10 @@ from phase3_jobs import SAMPLES, losses, make_model, phase3, phase12
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+from warp_ds.artifacts import ArtifactError
 from warp_ds.cluster import preemption
 from warp_ds.config import ConfigError
-from warp_ds.phases import training
+from warp_ds.phases import checkpoints, training
 from warp_ds.phases.training import MetricsFile
 from warp_ds.protection import WarpCallback
 from warp_ds.report.verify import certify
@@ -123,7 +124,7 @@ def goes_on(kind: str, root: Path, output: Path) -> str:
 def refusal(what: Callable[[], Any]) -> str:
     try:
         what()
-    except ConfigError as error:
+    except (ConfigError, ArtifactError) as error:
         return str(error)
     raise AssertionError("was not refused")
 
@@ -222,6 +223,8 @@ def on_one(root: Path, output: Path) -> dict[str, str]:
     checkpoint = trainer / "checkpoint-2"
     assert not list(checkpoint.glob("**/training_args.bin"))
     torch.save(Payload(marker), checkpoint / "training_args.bin")
+    assert "training_args.bin was added" in refusal(lambda: run("unmasked", root, folder))
+    (checkpoint / "training_args.bin").unlink()
     nothing_is_unpickled(lambda: run("unmasked", root, folder), checkpoint, marker, ["*/*rank_1*optim_states.pt"])
     finished = run("unmasked", root, folder)
     assert finished is not None and not marker.exists()
@@ -232,6 +235,10 @@ def on_one(root: Path, output: Path) -> dict[str, str]:
     mark = next(sgd.glob("phase3_2*/trainer/checkpoint-1/whole.json"))
     nothing_is_unpickled(lambda: run("unmasked", root, sgd, passed={"optim": "sgd"}), mark.parent, marker, ON_THE_SAME_RANKS)
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "world_size": 2}))
+    assert "not the optimizer's states of 2 ranks" in refusal(lambda: run("unmasked", root, sgd, passed={"optim": "sgd"}))
+    states = next(mark.parent.glob("*/*rank_0_*optim_states.pt"))
+    shutil.copy(states, states.with_name(states.name.replace("rank_0", "rank_1")))
+    checkpoints.finish(mark.parent, 2)
     message = refusal(lambda: run("unmasked", root, sgd, passed={"optim": "sgd"}))
     assert "no exp_avg, exp_avg_sq, step" in message, message
     return {**on_three(root, output), "unmasked": str(finished)}

@@ -176,6 +176,7 @@ def test_going_on_with_a_run_whose_files_were_changed(tmp_path: Path, run: Path,
 
 
 def test_a_finished_run_whose_mark_was_changed(tmp_path: Path, run: Path) -> None:
+    (run / "owner.json").unlink()  # whose heartbeat would be waited for
     with open_run(tmp_path) as found:
         found.finish()
 

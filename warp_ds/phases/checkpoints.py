@@ -38,20 +38,25 @@ def finish(checkpoint: Path, world_size: int) -> None:
 
 
 def world_size_of(checkpoint: Path) -> int:
-    """How many ranks wrote a whole checkpoint. ArtifactError where it is not what ``finish`` has seen."""
+    """How many ranks wrote a whole checkpoint. ArtifactError where its mark is not what ``finish`` writes."""
     path = checkpoint / WHOLE
     found = read_json(path)
     step, ranks = (found.get("step"), found.get("world_size")) if isinstance(found, dict) else (None, None)
     if type(step) is not int or step != step_of(checkpoint) or type(ranks) is not int or ranks < 1:
         raise ArtifactError(f"{path} is not what this program writes (step {step!r}, world_size {ranks!r}): remove "
                             f"{checkpoint}, or start anew with --resume never")
-    changed = difference(checkpoint, WHOLE, found.get("files"))
-    if not changed and sum(name.endswith("optim_states.pt") for name in found["files"]) != ranks:
+    return ranks
+
+
+def check_as_left(checkpoint: Path) -> None:
+    """ArtifactError where a whole checkpoint is not what ``finish`` has seen."""
+    ranks, sealed = world_size_of(checkpoint), read_json(checkpoint / WHOLE).get("files")
+    changed = difference(checkpoint, WHOLE, sealed)
+    if not changed and sum(name.endswith("optim_states.pt") for name in sealed) != ranks:
         changed = f"it has not the optimizer's states of {ranks} ranks"
     if changed:
         raise ArtifactError(f"{checkpoint} is not as this program left it: {changed}. Remove it, or start anew with "
                             "--resume never")
-    return ranks
 
 
 def check_trainer_state(checkpoint: Path) -> None:

@@ -121,7 +121,7 @@ class AnswerLog:
         if self.path is not None and self.path.is_file():
             for row in read_lines(self.path):  # without the line that was being written when the job died
                 if row.get("suite") == suite and type(row.get("number")) is int and isinstance(row.get("answer"), str):
-                    found[row["number"]] = row["answer"]
+                    found.setdefault(row["number"], row["answer"])
         # A later answer than the first one missing is no use: its prompt would be another's.
         return [found[i] for i in takewhile(found.__contains__, count())]
 

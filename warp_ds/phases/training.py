@@ -33,6 +33,7 @@ from transformers.integrations import TensorBoardCallback
 
 from warp_ds import trainer_flags
 from warp_ds.artifacts import (
+    ArtifactError,
     MaskStore,
     append_line,
     find_artifact,
@@ -52,6 +53,7 @@ from warp_ds.phases.state import Progress
 from warp_ds.phases.targets import check_targets, find_targets
 from warp_ds.phases.texts import tokenise
 from warp_ds.protection import WarpCallback
+from warp_ds.sealed import odd_file
 from warp_ds.zero import runtime, universal
 from warp_ds.zero.deepspeed_internals import end_engine, is_built, nothing_unpickled, refuse_pickles, tag_of
 from warp_ds.zero.model import load_model, resolve_model_dir
@@ -168,10 +170,15 @@ def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """ConfigError, naming the file, where something of ``checkpoint`` would be run or lies outside of it."""
+    """ConfigError or ArtifactError, naming the file, where something of ``checkpoint`` would be run, would be waited for,
+    lies outside of it, or is not as this program left it."""
+    if odd := odd_file(checkpoint):
+        raise ArtifactError(f"{odd}: remove {checkpoint}, or start anew with --resume never")
     refuse_pickles(checkpoint)
-    checkpoints.check_trainer_state(checkpoint)
     tag_of(checkpoint, "latest_universal" if universal.is_converted(checkpoint) else "latest")
+    checkpoints.check_trainer_state(checkpoint)
+    if not universal.is_converted(checkpoint):  # that is looked at by what made it
+        checkpoints.check_as_left(checkpoint)
 
 
 def fit(
