@@ -241,7 +241,7 @@ def test_going_on_from_a_checkpoint_whose_files_were_changed(tmp_path: Path, che
     for name in ("extra.pt", "global_step4/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "global_step9/x"):
         extra = checkpoint / name
         extra.parent.mkdir(exist_ok=True)
-        extra.touch()
+        torch.save({}, extra)
         with pytest.raises(ArtifactError, match="was added"):
             found()
         extra.unlink()

@@ -290,11 +290,12 @@ def tag_of(checkpoint: Path, file: str = "latest") -> str:
     """The directory within ``checkpoint`` that its ``latest`` file names; ConfigError where that is no plain name in it."""
     path = checkpoint / file
     try:
-        tag = path.read_text().strip()
+        with open(path, encoding="utf-8") as latest:
+            tag = latest.read(4096).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): remove the checkpoint, or start anew "
                           "with --resume never") from error
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", tag) or not (checkpoint / tag).is_dir():
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", tag) or not (checkpoint / tag).is_dir():
         raise ConfigError(f"{path} names {tag[:80]!r}, which is no directory of this checkpoint: remove the checkpoint, or "
                           "start anew with --resume never")
     return tag
