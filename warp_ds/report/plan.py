@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from warp_ds.artifacts import TargetLayer
 from warp_ds.config import DTYPES, BasisArguments, ConfigError, ImportanceArguments, TrainArguments
@@ -29,7 +29,7 @@ from warp_ds.phases.targets import find_blocks, find_targets, shared_inputs
 from warp_ds.zero.checkpoint_index import READ_BUFFER_BYTES
 from warp_ds.zero.collect import REDUCE, route
 from warp_ds.zero.fetch import outside
-from warp_ds.zero.model import local_model_dir, snapshot
+from warp_ds.zero.model import local_model_dir, read_config, snapshot
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.save import GATHER_BYTES
 from warp_ds.zero.shard_rotation import CHUNK, CPU, GPU, PLACEMENTS, place_bases, predict_costs
@@ -213,10 +213,7 @@ def read_shape(model_name: str, layer_type: str, target_layers: str) -> Shape:
     """A model's sizes from its config; builds it on meta. ConfigError where there is none."""
     name = str(Path(model_name).parent) if Path(model_name).name == "config.json" else model_name
     directory = local_model_dir(name) or snapshot(name, files=["config.json"])
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--model_name {model_name}: its configuration cannot be read: {error}") from error
+    config = read_config(directory)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
