@@ -11,7 +11,7 @@ from warp_ds.cluster.slurm import task_environment
 from warp_ds.config import ConfigError, ImportanceArguments, RunArguments, TrainArguments
 from warp_ds.data.datasets import local_file
 from warp_ds.zero import runtime
-from warp_ds.zero.model import local_model_dir, read_config
+from warp_ds.zero.model import check_model_dir, local_model_dir, read_config
 
 MODELS = ("model_name", "reference_model", "judge_model", "unaligned_model")
 DATA = ("safety_data", "utility_data", "utility_heldout", "harmful_data", "harmless_data", "mix_file", "unaligned_data",
@@ -28,7 +28,7 @@ def check_inputs(arguments: RunArguments) -> None:
         if named.get(flag):
             directory = local_model_dir(named[flag], f"--{flag}")
             if directory is not None:
-                read_config(directory, f"--{flag}")
+                (read_config if flag == "judge_model" else check_model_dir)(directory, f"--{flag}")
     for flag in DATA:
         for source in (named.get(flag) or "").split(",") if flag == "prompt_file" else [named.get(flag)]:
             if source:
