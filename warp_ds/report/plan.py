@@ -432,7 +432,7 @@ def _decomposition(tokens: int, n: int, r: int, b: int, way: str) -> float:
         # x, x in fp64; the Gram matrix, its eigenvectors and LAPACK's workspace, then the eigenvectors, u, and its QR.
         return tokens * n * (b + 8.0) + max(8.0 * 5 * tokens * tokens, 8.0 * tokens * tokens + 8.0 * 3 * n * r)
     gathered = 0.0 if way == REDUCE else float(tokens * n * b)
-    # Σ in fp32 and fp64, its eigenvectors and LAPACK's workspace.
+    # Σ in fp32 and, as the spectra of real models mostly want, in fp64; its eigenvectors and LAPACK's workspace.
     return max(gathered + 4.0 * n * n, (4.0 + 8.0 * 4) * n * n)
 
 
