@@ -23,7 +23,8 @@ LOOK = ["hf_" + "aBcD1234" * 4, "sk-" + "proj-" + "aBcD1234" * 4, "ghp_" + "aBcD
 NAMED = ["--hub_token", "--token", "--api_key", "--comet.api-key", "--password", "--aws_secret"]
 ORDINARY = ["hf_checkpoints/llama", "sk-learn", "meta-llama/Llama-3", "pad_token=<pad>", "max_new_tokens: 5",
             "token_scope=all", "https://host/a@b", "a token: 0.5 nats", "s3://bucket/key", "checkpoints/hf_models_of_2026",
-            "--token_scope response"]
+            "--token_scope response", "hf-llama2safetytuning", "/models/hf_Mistral7BInstructv03", "pk-projectallocation2024",
+            "/scratch/u/npm_checkpointsafetytuned", "sk-resnettransformers", "sk-my-long-allocation-name-of-2026"]
 
 
 @pytest.mark.parametrize("value", LOOK)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import stat
@@ -39,6 +40,7 @@ from warp_ds.zero.checkpoint_index import (
     resolve_checkpoint,
 )
 
+logger = logging.getLogger(__name__)
 BASIS_FORMAT, MASKS_FORMAT, VERSION = "warp_ds.basis", "warp_ds.masks", 2
 SHOWN = 16
 """Of a fingerprint's 64 hex digits, those that messages show."""
@@ -820,10 +822,13 @@ def is_run(directory: Path) -> bool:
 
 
 def run_config(run: Path) -> dict[str, Any]:
-    """A run's config.json; empty where ``run`` is no run's directory."""
+    """A run's config.json; empty where ``run`` is no run's directory, or is another user's, which is said."""
     try:
         found = read_json(run / "config.json")
-    except ArtifactError:
+    except ArtifactError as error:
+        if isinstance(error.__cause__, PermissionError):
+            logger.warning("%s is another user's, and its config.json is for its owner alone (chmod g+r): it is passed over; "
+                           "its basis or masks can be named with --basis_dir or --masks_dir", run)
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -23,7 +23,7 @@ def contents(directory: Path, but: str) -> dict[str, list[Any]]:
     found = {}
     for path in sorted(directory.rglob("*")):
         name, status = path.relative_to(directory).as_posix(), path.lstat()
-        if stat.S_ISDIR(status.st_mode) or name == but:
+        if stat.S_ISDIR(status.st_mode) or name == but or path.name.startswith(".nfs"):  # removed on NFS while open
             continue
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path} is neither a file nor a directory")
@@ -44,7 +44,7 @@ def difference(directory: Path, but: str, sealed: Any, added: bool = True) -> st
         if name not in now:
             return f"{ascii(name)[1:-1]} is missing"
         if name not in sealed and added:
-            return f"{ascii(name)[1:-1]} was added"
+            return f"{ascii(name)[1:-1]} was added (move it away)"
         if name in sealed and now[name] != sealed[name]:
             return f"{ascii(name)[1:-1]} was changed"
     return ""

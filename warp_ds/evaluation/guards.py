@@ -141,7 +141,8 @@ def _by_template(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, m
         except Exception as error:  # a template's own refusal, of whatever kind
             problem = str(error)
             continue
-        if prompt.strip() in text and answer.strip() in text and "'type'" not in text:
+        as_python = "'type'" in text and "'type'" not in prompt + answer  # a list of parts, printed
+        if prompt.strip() in text and answer.strip() in text and not as_python:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
         problem = "the prompt or the answer is missing in what it writes"
     raise ValueError(f"its chat template cannot hold a prompt with its answer: {problem}")

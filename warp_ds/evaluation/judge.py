@@ -66,7 +66,10 @@ class Judge:
         """Of one answer; without a number where the judge's answer is not in its documented form, or they do not fit it."""
         if self.guard is None:
             return Opinion(self.unsafe_probability(prompt, answer))
-        asked = guards.questions(self.guard, self.tokenizer, prompt, answer)
+        try:
+            asked = guards.questions(self.guard, self.tokenizer, prompt, answer)
+        except ValueError:  # a template that drops or rewrites part of this answer
+            return Opinion()
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and max(map(len, asked)) + guards.NEW_TOKENS[self.guard] > context:
             return Opinion()

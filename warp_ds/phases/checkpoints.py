@@ -55,8 +55,8 @@ def check_as_left(checkpoint: Path) -> None:
     if not changed and sum(name.endswith("optim_states.pt") for name in sealed) != ranks:
         changed = f"it has not the optimizer's states of {ranks} ranks"
     if changed:
-        raise ArtifactError(f"{checkpoint} is not as this program left it: {changed}. Remove it, or start anew with "
-                            "--resume never")
+        raise ArtifactError(f"{checkpoint} is not as this program left it: {changed}. Mend that, remove the checkpoint, "
+                            "or start anew with --resume never")
 
 
 def check_trainer_state(checkpoint: Path) -> None:

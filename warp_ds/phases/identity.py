@@ -63,6 +63,8 @@ class Identity:
             return None
         if problem := config_problem(config):
             return [f"its config.json was damaged or edited ({problem})"]
+        if len(str((config.get("inputs") or {}).get("model", ""))) == 16 and len(self.inputs.get("model", "")) == 64:
+            return ["it was started with an earlier version of warp_ds, whose fingerprints did not cover every byte"]
         there = config["settings"]
         try:
             before = config.get("compared") or in_one_spelling(there)

@@ -143,7 +143,7 @@ class RunLock:
 def alive(directory: Path) -> bool:
     """Whether some process holds ``directory`` now, as far as flock reaches. Waits for nothing."""
     try:
-        fd = os.open(directory / ".lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(directory / ".lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False  # nobody has ever locked it
     try:

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,7 @@ def fit(
     logger.info("training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %d)", len(samples), steps,
                 arguments.global_batch_size, runtime.world_size(), sampler.accumulation_steps, arguments.batch_size)
     runtime.on_rank_0(lambda: checkpoints.refuse_foreign(directory / "trainer", steps), "looking for foreign checkpoints")
-    with nothing_unpickled():
+    with nullcontext() if checkpoint is None else nothing_unpickled():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if whole.stopped_by is not None:
         raise preemption.Preempted(whole.stopped_by)
