@@ -208,3 +208,25 @@ def test_refusals_that_are_no_text_are_refused(tmp_path: Path, name: str, text: 
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
         load_pairs(write(tmp_path / "d.jsonl", [{"prompt": "p"}]), refusal_file=tmp_path / name)
+
+
+def test_what_is_marked_as_not_to_be_trained_on_is_refused(tmp_path: Path) -> None:
+    for mark in ({"weight": 0}, {"train": False}, {"weight": 0.5}):
+        turns = [{"role": "User", "content": "q"}, {"role": "Assistant", "content": "a", **mark}]
+        with pytest.raises(DataError, match="turn 1 has '(weight|train)' beside its text"):
+            load_pairs(write(tmp_path / "d.jsonl", [{"messages": turns}]))
+    with pytest.raises(DataError, match="'label' is false in 1 rows"):
+        load_pairs(write(tmp_path / "d.jsonl", [{"prompt": "q", "completion": "a", "label": True},
+                                                      {"prompt": "q", "completion": "b", "label": False}]))
+
+
+def test_prompts_alone_may_have_answers_or_not(tmp_path: Path) -> None:
+    one, two = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    assert load_prompts(write(tmp_path / "d.jsonl", [{"messages": [one]}, {"messages": [one, two]}])) == ["q", "q"]
+    with pytest.raises(DataError, match="-1 samples"):
+        load_prompts(write(tmp_path / "d.jsonl", [{"prompt": "q"}]), samples=-1)
+
+
+def test_one_column_is_not_both_prompt_and_response(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="would be both prompt and response"):
+        load_pairs(write(tmp_path / "d.jsonl", [{"prompt": "q", "response": "a"}]), prompt_column="response")

@@ -15,6 +15,7 @@ from warp_ds.data import template
 from warp_ds.data.datasets import DataError
 from warp_ds.data.formats import IGNORE, encode, encode_prompt, opening_ids
 from warp_ds.data.synthetic import train_tokenizer
+from warp_ds.data.template import _open_thought
 
 TEXTS = ["Question: How do I bake bread?\nAnswer: To bake bread, get flour.", "user assistant think Sure </s> [ ] < > /"] * 5
 # Templates of well-known shapes, in few words.
@@ -187,3 +188,15 @@ def test_the_date_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("today", "2025-1-2", "2025-02-30"):
         with pytest.raises(ConfigError, match="--template_date .*YYYY-MM-DD"):
             BasisArguments(template_date=wrong).check()
+
+
+@pytest.mark.parametrize("ends", ['<think mode="short">', "<analysis>\n", "<scratchpad>\n", "<cot>\n", "<inner_monologue>\n",
+                                  "<seed:cot_budget_reflect>", "<unused94>thought\n", "\u2039\u601d\u8003>\n"])
+def test_thoughts_of_other_names_are_seen(ends: str) -> None:
+    assert _open_thought(f"<|im_start|>assistant\n{ends}") is not None
+
+
+@pytest.mark.parametrize("ends", ["<answer>", "<|im_start|>assistant\n", "[INST] ", "<|channel|>final<|message|>", "<scotland>",
+                                  "<think>\n\n</think>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"])
+def test_turns_are_no_thoughts(ends: str) -> None:
+    assert _open_thought(f"<|im_start|>user\nWhat is <analysis>?\n{ends}") is None

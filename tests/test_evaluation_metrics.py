@@ -127,3 +127,21 @@ def test_agreement_and_kappa():
     assert math.isnan(agreement([True], [True])["kappa"])
     with pytest.raises(ValueError, match="pairs"):
         agreement([], [])
+
+
+@pytest.mark.parametrize("written", [
+    "5\u00b2", "\u00bd", "3\u20444", "1 1/2", "5 PM", "9.30pm", "5 o'clock", "2h30", "2 hours and 30 minutes", "5 through 7",
+    "5 & 7", "18; 19",
+    "5+3", "5 + 3 = 8", "5*3", "5 x 3", "2^3", "3 \u00d7 10^5", "1 000,50", "12 3456", "1 00", "18k", "18 thousand",
+    "1 million",
+])  # fmt: skip
+def test_what_goes_on_is_no_number(written: str) -> None:
+    assert number_value(f"#### {written}") is None
+
+
+@pytest.mark.parametrize("written,value", [
+    ("\\boxed{18}", 18), ("\u20b9500", 500), ("1_000", 1000), ("5 m\u00b2", 5), ("18 (2 x 9)", 18), ("18 m", 18), ("7 x", 7),
+    ("12 apples and 3 pears", 12), ("18 - the answer", 18), ("1,00,000", 100000), ("18, which is it", 18),
+])  # fmt: skip
+def test_what_stands_behind_a_number_leaves_it(written: str, value: int) -> None:
+    assert number_value(f"#### {written}") == value

@@ -20,7 +20,16 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from warp_ds import trainer_flags
-from warp_ds.config import CompareArguments, ConfigError, SafetyTuningArguments, TrainArguments, parse_training
+from warp_ds.config import (
+    BasisArguments,
+    CompareArguments,
+    ConfigError,
+    EvaluateArguments,
+    ImportanceArguments,
+    SafetyTuningArguments,
+    TrainArguments,
+    parse_training,
+)
 from warp_ds.phases import training
 from warp_ds.trainer_flags import CHANGES_NO_TRAINING, CHANGES_TRAINING, FIELDS, NO_EFFECT, OURS, REFUSED, WORKS
 
@@ -264,3 +273,24 @@ def test_a_deepspeed_configuration_that_contradicts_the_flags(root: Path) -> Non
     assert "optimizer.type AdamW is compiled at its first use" in said["no compiler"]
     assert "sets train_batch_size" in said["batch of the file"] and "lr_end" in said["a scheduler above its rate"]
     assert not any("\n" in text for text in said.values())
+
+
+@pytest.mark.parametrize("kind", [SafetyTuningArguments, BasisArguments, ImportanceArguments, TrainArguments, EvaluateArguments,
+                                  CompareArguments])
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
+def test_no_number_is_negative_or_not_finite(kind: Any, value: float) -> None:
+    numbers = {f.name: type(f.default) for f in dataclasses.fields(kind) if type(f.default) in (int, float)}
+    numbers.pop("local_rank")
+    assert {"seed", "timeout", "batch_size"} <= numbers.keys()
+    for name, of in numbers.items():
+        if of is float or value == -1:
+            with pytest.raises(ConfigError, match=f"--{name} "):
+                kind(**{name: of(value)}).check()
+    kind().check()
+
+
+@pytest.mark.parametrize("more", [{"learning_rates": "inf"}, {"learning_rates": "nan"}, {"seeds": "nan"}, {"seeds": "inf"}])
+def test_grids_are_finite(more: dict[str, str]) -> None:
+    arguments = CompareArguments(**more)
+    with pytest.raises(ConfigError, match="finite"):
+        arguments.seed_list, arguments.rate_list

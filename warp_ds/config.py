@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,8 +65,12 @@ class RunArguments:
             refuse_control_characters(f"--{name}", value)
             refuse_secrets(f"--{name}", value)
         check_run_name(self.run_name)
+        _check_numbers(self)
         _at_least(self, "batch_size", 1)
         _at_least(self, "max_length", 2)
+        _at_least(self, "timeout", 1)
+        if self.seed >= 2**32:
+            raise ConfigError(f"--seed {self.seed}: below 2^32, which NumPy's generators take at most")
         if not is_date(self.template_date):
             raise ConfigError(f"--template_date {self.template_date!r}: give a day as YYYY-MM-DD")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -328,8 +333,8 @@ def _numbers(name: str, text: str) -> list[float]:
         values = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"--{name} {text!r} is no comma-separated list of numbers") from error
-    if len(set(values)) < len(values) or any(value < 0 for value in values):
-        raise ConfigError(f"--{name} {text!r}: each value once, none below 0")
+    if len(set(values)) < len(values) or not all(0 <= value < math.inf for value in values):
+        raise ConfigError(f"--{name} {text!r}: each value once, finite and none below 0")
     return sorted(values)
 
 
@@ -588,7 +593,7 @@ def parse_target_layers(text: str, depth: int) -> range:
         found = named[text]
     else:
         first, _, last = text.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or text.endswith("-"):
+        if not first.isdecimal() or (last and not last.isdecimal()) or text.endswith("-"):
             raise ConfigError(f"--target_layers {text!r}: use {', '.join(named)}, a number or a range such as 0-5")
         found = range(int(first), int(last or first) + 1)
     if not found or found.stop > depth:
@@ -624,6 +629,13 @@ def _plain(name: str, value: Any) -> Any:
 def _at_least(arguments: RunArguments, name: str, least: int) -> None:
     if getattr(arguments, name) < least:
         raise ConfigError(f"--{name} must be at least {least}, not {getattr(arguments, name)}")
+
+
+def _check_numbers(arguments: Any) -> None:
+    """No number that a flag takes is negative, NaN or infinite."""
+    for name, value in vars(arguments).items():
+        if type(value) in (int, float) and name != "local_rank" and not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"--{name} {value}: a finite number, not below 0")
 
 
 def _check_rank(arguments: Any) -> None:

@@ -46,7 +46,7 @@ def redact(value: Any, name: str = "") -> Any:
 
 def holds_secret(value: Any, name: str = "") -> bool:
     """Whether ``redact`` strikes something out."""
-    return bool(redact(value, name) != value)
+    return isinstance(value, str | Mapping | list | tuple) and bool(redact(value, name) != value)
 
 
 class Redacting(logging.Filter):

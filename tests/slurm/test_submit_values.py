@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from warp_ds.cluster.chain import SubmitArguments, find_chain, submit
+from warp_ds.cluster.chain import CPUS_OF_TASKS, SubmitArguments, find_chain, submit
 from warp_ds.config import ConfigError, FlagParser
 
 #: A program of this name must never run.
@@ -26,6 +26,9 @@ REFUSED = [
     ("--slurm", "comment=mine"), ("--slurm", "--dependency=singleton"), ("--slurm", "wrap=id"), ("--slurm", "a;id=1"),
     ("--setup", f"module load cuda\n{EVIL}"), ("--python", f"python\n{EVIL}"), ("--python", f"python; {EVIL}"),
     ("--python", "python $(id)"), ("--python", "python 'x"), ("--python", ""), ("--python", "python > x"),
+    ("--slurm", "depend=singleton"), ("--slurm", "out=x"), ("--slurm", "no-requeue"), ("--slurm", "nodes=5"),
+    ("--slurm", "test-only"), ("--nodes", "0"), ("--nodes", "-1"), ("--hours", "inf"), ("--hours", "nan"), ("--hours", "0"),
+    ("--gpus_per_node", "-1"), ("--ranks_per_node", "-2"), ("--cpus_per_rank", "-1"),
     ("--phases", f"1\n{EVIL}"), ("--cluster", "slurm\n"), ("--model_name", f"m\n{EVIL}"), ("--phase1.max_rank", "4\n"),
 ]
 #: Each stays one word: sbatch and the shell see what was given, and nothing of it is run.
@@ -87,7 +90,7 @@ def test_stays_one_word_of_the_script(cluster: Path, flag: str, value: str) -> N
         assert shlex.split(options[given]) == [value.partition("=")[2]]
     elif flag in ("--account", "--partition"):
         assert options[given] == value
-    command = [line for line in lines if line and not line.startswith(("#", "export "))]
+    command = [line for line in lines if line and not line.startswith(("#", "export ")) and line != CPUS_OF_TASKS]
     assert len(command) == 1 and shlex.split(command[0])[:2] == ["srun", "--unbuffered"]
     assert shlex.split(command[0])[-1] == str((next(cluster.rglob("submitit"))).resolve())
     if flag == "--python":

@@ -194,6 +194,11 @@ def check_submit(arguments: SubmitArguments, rest: Sequence[str]) -> None:
         refuse_secrets(f"--{name}", value)
     refuse_words(rest)
     check_run_name(arguments.run_name)
+    for name, least in (("nodes", 1), ("gpus_per_node", 0), ("ranks_per_node", 0), ("cpus_per_rank", 0)):
+        if getattr(arguments, name) < least:
+            raise ConfigError(f"--{name} must be at least {least}, not {getattr(arguments, name)}")
+    if not 0 < arguments.hours < 24 * 365:
+        raise ConfigError(f"--hours {arguments.hours}: above 0, and less than a year")
     for name in ("partition", "account"):
         value = getattr(arguments, name)
         if value is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,:@+-]*", value):
@@ -202,8 +207,11 @@ def check_submit(arguments: SubmitArguments, rest: Sequence[str]) -> None:
         name = option.lstrip("-").partition("=")[0].replace("_", "-")
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
             raise ConfigError(f"--slurm {option!r}: give an option of sbatch as NAME=VALUE or NAME")
-        if name in _OURS:
-            raise ConfigError(f"--slurm {option!r}: the chain itself sets {name}, by which it finds its jobs")
+        ours = [known for known in _OURS if known.startswith(name)]  # sbatch takes the beginnings of its options, too
+        if ours:
+            raise ConfigError(f"--slurm {option!r}: the chain itself sets {ours[0]}; it would lose its jobs, or their order")
+        if name in _NO_JOB:
+            raise ConfigError(f"--slurm {option!r}: with it sbatch submits nothing, or not as a chain waits for it")
     for name, value in (("output_dir", arguments.output_dir), ("run_name", arguments.run_name or ""),
                         *(("slurm", option) for option in arguments.slurm)):
         # In paths it replaces what follows a %; quotes within quotes it reads in its own way.
@@ -215,8 +223,9 @@ def check_submit(arguments: SubmitArguments, rest: Sequence[str]) -> None:
 
 
 #: Options of sbatch without which a chain does not find its jobs, their output or their order.
-_OURS = ("array", "chdir", "comment", "dependency", "error", "input", "job-name", "kill-on-invalid-dep", "open-mode", "output",
-         "signal", "wrap")
+_OURS = ("array", "chdir", "comment", "dependency", "error", "input", "job-name", "kill-on-invalid-dep", "nodes", "no-requeue",
+         "ntasks", "open-mode", "output", "signal", "time", "wrap")
+_NO_JOB = ("help", "usage", "version", "parsable", "test-only", "wait", "quiet")
 
 
 def _python_words(text: str) -> str:

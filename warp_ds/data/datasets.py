@@ -74,10 +74,17 @@ def load_pairs(
     if found is None:
         prompt = _pick("--prompt_column", prompt_column, layout.prompt if layout else None, PROMPT_COLUMNS, rows)
         response = _response_column(rows, response_column, layout, refusal_file)
+        if response == prompt:
+            raise DataError(f"{source}: the column {prompt!r} would be both prompt and response: name the other one with "
+                            "--prompt_column or --response_column")
         if layout and layout.keep and response == layout.response:
             rows = Table(source, rows.columns, [row for row in rows.rows if layout.keep(dict(row))])
             if len(rows) == 0:
                 raise DataError(f"{source} ({split}): no row is left, since every response is marked as harmful")
+        bad = [row for row, label in enumerate(rows.column("label")) if label is False]
+        if bad and response is not None:
+            raise DataError(f"{source}: 'label' is false in {len(bad)} rows {rows.places(bad)}, whose responses are marked as "
+                            "bad ones: leave those rows out")
         prompts = _prompts(rows, prompt, guessed=prompt_column is None and layout is None, response=response)
         responses = None if response is None else _texts(rows, response, "assistant")
     else:
@@ -101,10 +108,12 @@ def load_prompts(
     name_or_path: str | os.PathLike[str], *, split: str = "train", samples: int = 0, prompt_column: str | None = None
 ) -> list[str]:
     """The prompts alone of a source that need not have responses, for evaluation. Raises `DataError`."""
+    if samples < 0:
+        raise DataError(f"{samples} samples asked for: give a positive number, or 0 for all")
     source = os.fspath(name_or_path)
     layout = KNOWN.get(source)
     rows = _read(source, split, layout)
-    found = _turns(rows, prompt_column, None, with_response=False)
+    found = _turns(rows, prompt_column, None, with_response=False, alone=True)
     if found is None:
         column = _pick("--prompt_column", prompt_column, layout.prompt if layout else None, PROMPT_COLUMNS, rows)
         prompts = _prompts(rows, column, guessed=prompt_column is None and layout is None)
@@ -205,9 +214,12 @@ def _listed(columns: Sequence[str]) -> str:
 
 
 def _turns(
-    rows: Table, prompt_column: str | None, response_column: str | None, with_response: bool
+    rows: Table, prompt_column: str | None, response_column: str | None, with_response: bool, alone: bool = False
 ) -> tuple[list[str], list[str] | None] | None:
-    """Prompts and responses of a column of conversations, where the rows hold no other prompt; None elsewhere."""
+    """Prompts and responses of a column of conversations, where the rows hold no other prompt; None elsewhere.
+
+    `alone`: the prompts alone are wanted, and some rows may have an answer and others none.
+    """
     if prompt_column is None and response_column is None and not any(name in rows.columns for name in PROMPT_COLUMNS):
         prompt_column = next((name for name in CONVERSATION_COLUMNS if name in rows.columns), None)
     if prompt_column not in CONVERSATION_COLUMNS or prompt_column not in rows.columns:
@@ -221,7 +233,9 @@ def _turns(
             raise DataError(f"{rows.source}, {rows.place(row)}: column {prompt_column!r} {error}") from error
     prompts = _filled([prompt for prompt, _ in pairs], prompt_column, rows)
     responses = [response for _, response in pairs]
-    return prompts, _filled(responses, prompt_column, rows) if any(text is not None for text in responses) else None
+    if alone or not any(text is not None for text in responses):
+        return prompts, None
+    return prompts, _filled(responses, prompt_column, rows)
 
 
 def _prompts(rows: Table, column: str, guessed: bool, response: str | None = None) -> list[str]:

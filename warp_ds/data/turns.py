@@ -62,14 +62,17 @@ def turns_of(value: Any) -> list[tuple[str, str]] | None:
         if keys is None:
             return None
         more = sorted(key for key, item in turn.items()
-                      if key not in (*keys, *_HARMLESS) and item not in (None, [], {}, ""))
+                      if key not in (*keys, *_HARMLESS) and item not in (None, [], {}, "")
+                      or key in _TRAINED and item is not None and str(item).lower() not in ("1", "1.0", "true"))
         if more:
             raise NotText(f"is a conversation whose turn {number} has {', '.join(map(repr, more))} beside its text: those are "
                           "not read; give the prompt and the response as texts")
-        found.append((ROLES.get(str(turn[keys[0]]), str(turn[keys[0]])), _content(turn[keys[1]], number)))
+        found.append((ROLES.get(str(turn[keys[0]]).lower(), str(turn[keys[0]])), _content(turn[keys[1]], number)))
     return found
 
 
+_TRAINED = ("weight", "train")
+"""How a turn says that it is not, or less, to be trained on: read only where it says the opposite."""
 _HARMLESS = ("id", "name", "weight", "train", "index", "language", "markdown")
 
 

@@ -31,11 +31,20 @@ _IGNORED = tuple(map(re.compile, (",", r"\$", r"(?s).*#### ", r"\.$")))
 
 
 _SPACE = r"[ '\u2019]"  # after NFKC, which makes no-break, thin and narrow spaces plain ones
+_MONEY = "[$€£¥₹₩₽₺]"
 _VALUE = re.compile(
-    r"[\s*_\\({]*(?P<sign>[-+]?)[\s$€£¥\\]*(?P<sign2>[-+]?)"
-    rf"(?P<whole>\d{{1,3}}(?:,\d{{2,3}})*,\d{{3}}|\d{{1,3}}(?:{_SPACE}\d{{3}})+|\d+)?(?P<rest>(?<=\d)\.(?!\d)|\.\d+)?"
-    # No number that goes on: a range, a time, a date, a fraction, a version, a list, a power of ten.
-    r"(?![\d,.:/-]*\d|\s*(?:-|/|:|~|\.\.|to\b|or\b|and\b|,)\s*[$€£¥]?-?\.?\d|[eE][-+]?\d|_\d)"
+    rf"[\s*_\\({{]*(?:boxed\s*{{)?\s*(?P<sign>[-+]?)(?:\s|\\|{_MONEY})*(?P<sign2>[-+]?)"
+    rf"(?P<whole>\d{{1,3}}(?:,\d{{2,3}})*,\d{{3}}|\d{{1,3}}(?:(?:{_SPACE}|_)\d{{3}})+|\d+)?(?P<rest>(?<=\d)\.(?!\d)|\.\d+)?"
+)
+_ODD = "\ufffc"
+"""Stands for a superscript or a fraction of one character."""
+_GOES_ON = re.compile(
+    # What is no number by itself: a range, a time, a date, a fraction, a sum, a version, a list, a power of ten ...
+    rf"[\d,.:/_-]*\d|\s*{_ODD}|[eE][-+]?\d|\s+\d|\s*(?:[-+*/:~^=;&,\u00d7\u00f7\u2044x]|\.\.|(?:to|or|and|through|thru|till|until|by|plus|"
+    rf"minus|times|over)\b)\s*{_MONEY}?\s*[-+]?\.?\d"
+    # ... thousands of it, or an hour of the day.
+    r"|\s*(?:k|thousand|million|billion|trillion|hundred|dozen)\b|\s*[ap]\.?m\b|\s*o'?clock\b|\s*h\d|\s*hours?,?\s+(?:and\s+)?\d",
+    re.IGNORECASE,
 )
 _DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d", "-"))
 
@@ -116,12 +125,14 @@ def number_value(text: str) -> Decimal | None:
     """The value of the number after the first `####` of an answer, or that a text without `####` begins with.
 
     `18.00`, `.5`, `$18`, `1,000`, `1 000` (also with no-break spaces), `18.` and a Unicode minus are read; a range
-    (`5-7`, `5 to 7`), a time, a date, a fraction or `1,5` is no number: None.
+    (`5-7`, `5 to 7`), a time, a date, a fraction, a sum, `18 million` or `1,5` is no number: None.
     """
     head, mark, tail = _cut(text).partition("####")
-    line = unicodedata.normalize("NFKC", (tail if mark else head).strip().split("\n")[0]).translate(_DASHES)
+    line = (tail if mark else head).strip().split("\n")[0]
+    line = "".join(_ODD if unicodedata.category(character) == "No" else character for character in line)
+    line = unicodedata.normalize("NFKC", line).translate(_DASHES)
     found = _VALUE.match(line)
-    if found is None or found["whole"] is None and found["rest"] is None:
+    if found is None or found["whole"] is None and found["rest"] is None or _GOES_ON.match(line, found.end()):
         return None
     digits = re.sub(r"[^\d]", "", found["whole"] or "0") + (found["rest"] or "")
     return Decimal(digits.rstrip(".")) * (-1 if "-" in (found["sign"], found["sign2"]) else 1)
