@@ -145,13 +145,19 @@ def _without_prefix(pair: Pair) -> None:
     pair.edit("after", lambda t: t.update({WEIGHT.removeprefix("model."): _plain_weights(pair)[WEIGHT]}))
 
 
-@forgery("refused", "all names without the prefix")
+@forgery("kept", "all names without the prefix: from_pretrained adds it")
 def _no_prefix_at_all(pair: Pair) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         for name in list(tensors):
             tensors[name.removeprefix("model.")] = tensors.pop(name)
 
     pair.edit("after", change)
+
+
+@forgery("broken", "... and one layer trained without its mask")
+def _no_prefix_and_moved(pair: Pair) -> None:
+    _one_layer(pair)
+    _no_prefix_at_all(pair)
 
 
 @forgery("refused", "config.transformers_weights names another file")
@@ -171,6 +177,11 @@ def _adapter(pair: Pair) -> None:
 @forgery("refused", "pickled weights beside the safetensors")
 def _pickled_beside(pair: Pair) -> None:
     torch.save(_plain_weights(pair), pair.after / "pytorch_model.bin")
+
+
+@forgery("kept", "pickled weights beside the model before, as the hub has them: noted")
+def _pickled_before(pair: Pair) -> None:
+    torch.save(_plain_weights(pair), pair.before / "pytorch_model.bin")
 
 
 @forgery("refused", "a variant (model.fp16.safetensors) beside the weights")

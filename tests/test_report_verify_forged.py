@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_tokenizer
 
 import warp_ds
-from warp_ds.artifacts import ArtifactError, fingerprint_model
+from warp_ds.artifacts import ArtifactError, TargetLayer, fingerprint_model
 from warp_ds.cli import main
+from warp_ds.evaluation.movement import frozen_drift, movement
 from warp_ds.report.verify import Model, certify, still_describes, write_certificate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -167,3 +168,42 @@ def test_a_certificate_is_of_the_model_that_lies_there(pairs: dict[str, Any], tm
     assert not still_describes(certificate, tmp_path / "model")
     for other in (None, [], {}, {"version": 2}, certificate | {"version": 1}, certificate | {"outcome": "fine"}):
         assert not still_describes(other, source / "after")
+
+
+def test_it_reads_names_as_from_pretrained_maps_them(pairs: dict[str, Any], tmp_path: Path) -> None:
+    """Without the base model's prefix, and of a model whose stored names are not its parameters'."""
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    source, allowed, plain, slow = pairs["float32"]
+    shutil.copytree(source, tmp_path / "pair")
+    pair = Pair(tmp_path / "pair", allowed, plain, slow)
+    {forge.__name__: forge for _, _, forge in FORGERIES}["_no_prefix_at_all"](pair)
+    sizes = {"hidden_size": 20, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**sizes, "num_key_value_heads": 1, "head_dim": 10, "vocab_size": 96, "sliding_window": 8},
+        vision_config={**sizes, "hidden_size": 16, "image_size": 16, "patch_size": 8}, mm_tokens_per_image=1,
+        image_token_index=90)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")
+    for folder, names in ((pair.after, list(allowed)), (tmp_path / "gemma", [
+            f"model.language_model.layers.{i}.{kind}" for i in (0, 1) for kind in ("mlp.down_proj", "self_attn.q_proj")])):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+        targets = [TargetLayer(name, 0, "ffn_down", *loaded[f"{name}.weight"].shape) for name in names]
+        stored = set(load_file(folder / "model.safetensors"))
+        assert not stored & {f"{name}.weight" for name in names}, "else this shows nothing"
+        model = Model.of(folder, targets)
+        assert len(model.tensors) == len(stored)
+        assert all(torch.equal(model.weight(target), loaded[f"{target.name}.weight"]) for target in targets)
+        with pytest.raises(ArtifactError, match="no readable weight"):
+            model.weight(TargetLayer("model.layers.9.mlp.down_proj", 9, "ffn_down", 3, 3))
+
+
+def test_pickles_beside_the_safetensors_stop_no_measurement(pairs: dict[str, Any], tmp_path: Path) -> None:
+    """The hub has both of many models, and evaluate and compare measure by what from_pretrained loads."""
+    source, *_ = pairs["float32"]
+    shutil.copytree(source, tmp_path / "pair")
+    before, after, masks, basis = (tmp_path / "pair" / name for name in ("before", "after", "masks", "basis"))
+    without = frozen_drift(before, after, masks, basis), movement(before, after, basis)
+    (before / "pytorch_model.bin").write_bytes(b"x")
+    assert any("pytorch_model.bin" in note for note in certify(before, after, masks, basis)["notes"])
+    (after / "pytorch_model.bin").write_bytes(b"x")
+    assert (frozen_drift(before, after, masks, basis), movement(before, after, basis)) == without

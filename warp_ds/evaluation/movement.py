@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, TargetLayer, fingerprint_model
-from warp_ds.report.verify import layer_drift, layer_weight, relative_drift
+from warp_ds.report.verify import Model, layer_drift, relative_drift
 from warp_ds.zero import runtime
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ def open_basis(before: Path, after: Path, basis_dir: str | Path) -> BasisStore:
         raise ArtifactError(f"the basis in {basis.directory} is {basis.metadata.basis}: movement on the safety inputs "
                             "needs their covariance, so a basis of phase 1 with --basis activation")
     basis.check(basis.layers, fingerprint_model(before), str(before))
-    layer_weight(after, basis.layers[0])
+    Model.of(after, basis.layers).weight(basis.layers[0])
     return basis
 
 
@@ -49,8 +49,9 @@ def movement(before: Path, after: Path, basis_dir: str | Path) -> dict[str, floa
     """
     with runtime.on_every_rank_or_none("opening the basis"):
         basis = open_basis(before, after, basis_dir)
+        old, new = Model.of(before, basis.layers), Model.of(after, basis.layers)
     moved = layer_by_layer(basis.layers, lambda layer: relative_movement(
-        layer_weight(before, layer), layer_weight(after, layer), *basis.columns(layer.name)), "measuring the movement")
+        old.weight(layer), new.weight(layer), *basis.columns(layer.name)), "measuring the movement")
     return {layer.name: value for layer, value in zip(basis.layers, moved, strict=True)}
 
 
@@ -62,7 +63,8 @@ def frozen_drift(before: Path, after: Path, masks_dir: str | Path, basis_dir: st
     with runtime.on_every_rank_or_none("opening the masks"):
         masks, basis = MaskStore(masks_dir), BasisStore(basis_dir)
         masks.check(basis, fingerprint_model(before), str(before))
-    return relative_drift(layer_by_layer(masks.layers, lambda layer: layer_drift(layer, before, after, masks, basis),
+        old, new = Model.of(before, masks.layers), Model.of(after, masks.layers)
+    return relative_drift(layer_by_layer(masks.layers, lambda layer: layer_drift(layer, old, new, masks, basis),
                                          "measuring the drift"))
 
 

@@ -93,20 +93,24 @@ class Model:
 
     directory: Path
     tensors: dict[str, TensorLocation]
+    """By the name under which it is stored, or by its parameter's where those differ."""
 
     @staticmethod
-    def of(directory: Path) -> Model:
-        """Raises ArtifactError where the directory is no model, or could be read in two ways."""
+    def of(directory: Path, targets: Sequence[TargetLayer] = ()) -> Model:
+        """Raises ArtifactError where the directory is no model, or from_pretrained does not find ``targets`` in it."""
         try:
             tensors = resolve_checkpoint(directory)
         except (CheckpointError, OSError) as error:
             raise ArtifactError(f"{error} (read {directory} as a model directory)") from error
-        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf", "model.*.safetensors")
-                        for path in directory.glob(pattern) if path.name != "training_args.bin")
-        if others:
-            raise ArtifactError(f"{directory} holds other weights beside those that from_pretrained loads ({others[0]}): "
-                                "another reader could load them; remove them, or certify them by themselves")
+        if not all(f"{target.name}.weight" in tensors for target in targets):
+            tensors = _by_parameter(directory, tensors)
         return Model(directory, tensors)
+
+    def others(self) -> str:
+        """Other weights beside those that from_pretrained loads, as a message; empty where there are none."""
+        found = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf", "model.*.safetensors")
+                       for path in self.directory.glob(pattern) if path.name != "training_args.bin")
+        return f"{self.directory} holds other weights beside those that from_pretrained loads ({found[0]})" if found else ""
 
     def files(self) -> list[Path]:
         """Everything that is read of it."""
@@ -137,9 +141,27 @@ class Model:
     def read(self, name: str) -> Tensor:
         try:
             with safe_open(self.tensors[name].path, framework="pt") as file:
-                return file.get_tensor(name)
+                return file.get_tensor(self.tensors[name].name)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{self.directory} has no readable weight {name} ({error})") from error
+
+
+def _by_parameter(directory: Path, tensors: dict[str, TensorLocation]) -> dict[str, TensorLocation]:
+    """The tensors in the same order, by the names of the parameters that from_pretrained makes of them; those that it makes
+    none of keep theirs."""
+    from warp_ds.zero.transformers_internals import CannotMap, weights_as_loaded
+
+    try:
+        names = {location.name: name for name, location in weights_as_loaded(directory).items()}
+    except (CannotMap, ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+            ValueError) as error:  # transformers' own of a directory that it does not load are any of these
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ArtifactError(f"{directory} has no readable weights of the masked layers: {reason[:500]}") from error
+    renamed = {names.get(name, name): location for name, location in tensors.items()}
+    if len(renamed) < len(tensors):
+        raise ArtifactError(f"{directory} stores a weight under two names: which one counts depends on the reader; save the "
+                            "model again by from_pretrained and save_pretrained")
+    return renamed
 
 
 def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_dir: str | Path | None = None,
@@ -151,8 +173,10 @@ def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_
     masks were made for, such as swapped directories. Raises ArtifactError where a file is missing, does not fit, or changes
     meanwhile.
     """
-    old, new = Model.of(Path(before)), Model.of(Path(after))
     masks = MaskStore(masks_dir)
+    old, new = Model.of(Path(before), masks.layers), Model.of(Path(after), masks.layers)
+    if new.others():
+        raise ArtifactError(f"{new.others()}: another reader could load them; remove them, or certify them by themselves")
     basis = masks.find_basis(basis_dir)
     paths = _read_files(old, new, masks, basis)
     states = _states(paths)
@@ -161,7 +185,7 @@ def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_
     masks.check(basis, fingerprints["before"] if check_before else None, str(before), remember=False)
     if basis is not None:
         basis.check(masks.layers, fingerprints["before"] if check_before else None, str(before))
-    certified = [_certify_layer(target, old, new, masks, basis) for target in masks.layers]
+    certified = _certify_layers(old, new, masks, basis)
     layers, sums = [c for c, _ in certified], [s for _, s in certified]
     not_claimed, strange = _rest(old, new, masks)
     problems, log_tests = _problems(layers, sums)
@@ -176,7 +200,8 @@ def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_
     return {
         "format": "warp_ds.certificate", "version": VERSION, "outcome": outcome, "kept": outcome == KEPT,
         "claim": _claim(outcome, layers), "false_alarm": FALSE_ALARM, "problems": problems, "reasons": reasons,
-        "notes": [*_trained_with(new.directory, masks, bool(problems)), *_notes(masks, layers)], "not_claimed": not_claimed,
+        "notes": [*_trained_with(new.directory, masks, bool(problems)), *_notes(old, masks, layers)],
+        "not_claimed": not_claimed,
         "before": str(before), "after": str(after), "masks": str(masks.directory),
         "basis": None if basis is None else str(basis.directory),
         "before_fingerprint": fingerprints["before"], "after_fingerprint": fingerprints["after"],
@@ -287,8 +312,10 @@ def _rest(old: Model, new: Model, masks: MaskStore) -> tuple[list[dict[str, str]
     return [*compared, *unmasked.compare_files(old.directory, new.directory)], problems
 
 
-def _notes(masks: MaskStore, layers: Sequence[LayerCertificate]) -> list[str]:
+def _notes(old: Model, masks: MaskStore, layers: Sequence[LayerCertificate]) -> list[str]:
     notes = [f"masks: {note}" for note in masks.metadata.notes]
+    if old.others():
+        notes.append(f"{old.others()}, which were not looked at")
     grids = sorted({c.grid for c in layers if c.grid})
     if grids:
         notes.append(f"the weights after training lie on the grid of {', '.join(grids)}, whose rounding is what is allowed")
@@ -317,10 +344,10 @@ def relative_drift(layers: Sequence[tuple[float, float]]) -> float:
     return (moved / size) ** 0.5 if size else 0.0
 
 
-def layer_drift(target: TargetLayer, before: Path, after: Path, masks: MaskStore, basis: BasisStore) -> tuple[float, float]:
+def layer_drift(target: TargetLayer, before: Model, after: Model, masks: MaskStore, basis: BasisStore) -> tuple[float, float]:
     """‖ΔC‖² and ‖C‖² of one layer's frozen coefficients, without what a certificate asks besides."""
     rotation = basis.rotation(target.name, torch.float64)
-    w_before, w_after = (layer_weight(directory, target) for directory in (before, after))
+    w_before, w_after = before.weight(target), after.weight(target)
     moved = size = 0.0
     for rows in _chunks(target.m, target.n):
         frozen = unpack_bits(masks.packed(target.name, rows.start, rows.stop), target.n)
@@ -362,17 +389,31 @@ class _Layer:
         return (self.squares[name] / self.counts[of]) ** 0.5 if self.counts[of] else 0.0
 
 
+def _certify_layers(before: Model, after: Model, masks: MaskStore,
+                    basis: BasisStore | None) -> list[tuple[LayerCertificate, Sums]]:
+    """In the masks' order; layers that share a basis file are done one after another, and the last file's is kept."""
+    files = {t.name: "" if basis is None else basis.metadata.layers[t.name]["file"] for t in masks.layers}
+    found: dict[str, tuple[LayerCertificate, Sums]] = {}
+    last, complete = "", None
+    for target in sorted(masks.layers, key=lambda t: files[t.name]):
+        if basis is None:
+            complete = _Complete(Rotation(None, target.n))
+        elif complete is None or last != files[target.name]:
+            complete = None  # frees the last one first
+            last, complete = files[target.name], _orthonormal(basis, target)
+        found[target.name] = _certify_layer(target, before, after, masks, complete)
+    return [found[target.name] for target in masks.layers]
+
+
 def _certify_layer(target: TargetLayer, before: Model, after: Model, masks: MaskStore,
-                   basis: BasisStore | None) -> tuple[LayerCertificate, Sums]:
+                   basis: _Complete) -> tuple[LayerCertificate, Sums]:
     w_before, w_after = before.weight(target), after.weight(target)
     not_finite = int((~torch.isfinite(w_before)).sum()) + int((~torch.isfinite(w_after)).sum())
     if not_finite:
         count, nan = masks.metadata.layers[target.name]["frozen"], math.nan
         return LayerCertificate(target.name, count, target.m * target.n - count, nan, nan, nan, nan, nan, nan, 0, nan, nan, 0,
                                 not_finite, nan, nan), Sums()
-    rotation = Rotation(None, target.n) if basis is None else _orthonormal(basis, target)
-    absolute, squared, skew = _absolute(rotation)
-    matrix = None if rotation.is_identity else rotation.rotate(torch.eye(target.n, dtype=torch.float64)).float()
+    rotation, absolute, squared, skew = basis.rotation, basis.absolute, basis.squared, basis.skew
     grid = _grid(w_after)
     low_precision = torch.finfo(grid).eps > 1e-6
     figures, sums = _Layer(), Sums()
@@ -394,7 +435,7 @@ def _certify_layer(target: TargetLayer, before: Model, after: Model, masks: Mask
         figures.add(moved, size, allowed, frozen)
         typical = row_size * max(FP32_PRODUCTS * max(12.0, 1.5 * target.n**0.5), TF32_PRODUCTS if low_precision else 0.0)
         typical = typical + skewed
-        sums.add(moved, size, frozen, variance, rounding, typical, matrix)
+        sums.add(moved, size, frozen, variance, rounding, typical, basis.matrix)
     counts = figures.counts
     return LayerCertificate(
         target.name, counts["frozen"], counts["free"], figures.largest["frozen"], figures.rms("frozen", "frozen"),
@@ -404,23 +445,40 @@ def _certify_layer(target: TargetLayer, before: Model, after: Model, masks: Mask
     ), sums
 
 
-def _orthonormal(basis: BasisStore, target: TargetLayer) -> Rotation:
-    """The layer's rotation in fp64, every entry of UᵀU - I looked at."""
+@dataclass(frozen=True)
+class _Complete:
+    """A complete basis U [n, n] as it is asked for; None for the identity."""
+
+    rotation: Rotation
+    """In fp64."""
+    matrix: Tensor | None = None
+    """U in fp32; so are |U| and U²."""
+    absolute: Tensor | None = None
+    squared: Tensor | None = None
+    skew: Tensor | None = None
+    """Length [n] of each column of UᵀU - I, fp64."""
+
+
+def _orthonormal(basis: BasisStore, target: TargetLayer) -> _Complete:
+    """The layer's basis, every entry of UᵀU - I looked at."""
     columns, _ = basis.columns(target.name)
-    error = orthogonality_error(columns.double())
-    if error > BAR:
+    try:
+        rotation = Rotation(columns, target.n, torch.float64)
+    except ValueError as error:
+        raise ArtifactError(f"{basis.directory}: the basis of {target.name}: {error}; run phase 1 again") from error
+    u = rotation.rotate(torch.eye(target.n, dtype=torch.float64)) if rotation.matrix is None else rotation.matrix
+    gram = u.T @ u
+    gram.diagonal().sub_(1.0)
+    r = columns.shape[1]
+    # Reflectors are orthonormal whatever they were made from; a dense U begins with the stored columns.
+    off = (orthogonality_error(columns.double()) if rotation.matrix is None else
+           float(torch.linalg.vector_norm(gram[:r, :r], float("inf"))))
+    if not off <= BAR:
         raise ArtifactError(f"{basis.directory}: the basis of {target.name} is not orthonormal (an entry of UᵀU - I is "
-                            f"{error:.1e}, more than {BAR:g}); run phase 1 again")
-    return Rotation(columns, target.n, torch.float64)
-
-
-def _absolute(rotation: Rotation) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """|U| and U² [n, n] in fp32, and the length [n] of each column of UᵀU - I, fp64; None for the identity."""
-    if rotation.is_identity:
-        return None, None, None
-    eye = torch.eye(rotation.n, dtype=torch.float64)
-    u = rotation.rotate(eye)
-    return u.abs().float(), u.square().float(), torch.linalg.vector_norm(u.T @ u - eye, dim=0)
+                            f"{off:.1e}, more than {BAR:g}); run phase 1 again")
+    skew = torch.linalg.vector_norm(gram, dim=0)
+    del gram
+    return _Complete(rotation, u.float(), u.abs().float(), u.square().float(), skew)
 
 
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:
@@ -446,11 +504,6 @@ def _half_ulp(w: Tensor, dtype: torch.dtype) -> Tensor:
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(w)
     return torch.ldexp(torch.full_like(w, info.eps / 4), exponent).clamp_min(info.tiny * info.eps)
-
-
-def layer_weight(directory: Path, target: TargetLayer) -> Tensor:
-    """W [m, n] of a layer as from_pretrained reads a model directory; ArtifactError where it does not read one."""
-    return Model.of(directory).weight(target)
 
 
 def _chunks(rows: int, n: int) -> Iterator[slice]:

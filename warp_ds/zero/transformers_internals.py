@@ -210,7 +210,7 @@ def weights_as_loaded(directory: str | os.PathLike) -> dict[str, TensorLocation]
         CheckpointError: as ``resolve_checkpoint`` and ``load_on_meta``.
     """
     resolve_checkpoint(directory)
-    built = load_on_meta(os.fspath(directory), dtype=torch.float32)
+    built = load_on_meta(os.fspath(directory), dtype=torch.float32, trust_remote_code=False)
     return {name: built.source(param) for name, param in built.model.named_parameters() if param.is_meta}
 
 
