@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import socket
@@ -14,10 +15,14 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from safetensors.torch import save_file
 
+from warp_ds import digests
+from warp_ds.artifacts import ArtifactError, Contents, fingerprint_model
 from warp_ds.cluster import memory
 from warp_ds.config import BasisArguments, ConfigError
-from warp_ds.zero import runtime
+from warp_ds.digests import Part
+from warp_ds.zero import runtime, shared_reading
 from warp_ds.zero.runtime import rank, returning_large_pieces, zero3_config
 from warp_ds.zero.walk import host_memory
 
@@ -140,11 +145,51 @@ def memory_of_this_rank() -> tuple[int, int]:
     return host_memory(), min(memory.left_in_groups(), default=1 << 60)
 
 
-def test_ranks_of_one_machine_share_its_memory() -> None:
+def read_by_this_rank(model: Path) -> dict[str, Any]:
+    """The parts that this rank reads for the model's fingerprint, and for a second one; what a file cut short raises."""
+    seen: list[Part] = []
+    own = digests._digest
+    digests._digest = lambda part: (seen.append(part), own(part))[1]  # type: ignore[func-returns-value]
+    digests.SETTLED_SECONDS, shared_reading.ROUND_BYTES = -60.0, 3000  # just written; three turns a rank
+    os.environ["XDG_CACHE_HOME"] = str(model / f"cache{rank()}")
+    mark, first = shared_reading.model_fingerprint(model), list(seen)
+    again = fingerprint_model(model)
+    second, error = seen[len(first):], ""
+    short = Part(str(model / "model.safetensors"), 0, 1 << 30)
+    try:
+        shared_reading.read_together(lambda: [Contents("", {"short": short})], "reading")
+    except (ArtifactError, runtime.OtherRankError) as caught:
+        error = str(caught)
+    return {"mark": mark, "again": again, "first": first, "second": second, "error": error}
+
+
+def memory_and_reading(model: Path) -> tuple[tuple[int, int], dict[str, Any]]:
+    return memory_of_this_rank(), read_by_this_rank(model)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    model = tmp_path_factory.mktemp("model")
+    (model / "config.json").write_text("{}")
+    save_file({f"w{i}": torch.full((256 + i,), float(i)) for i in range(12)}, model / "model.safetensors")
+    return model, run_ranks(2, memory_and_reading, model)
+
+
+def test_ranks_of_one_machine_share_its_memory(two_ranks: tuple[Path, list[Any]]) -> None:
     lines = Path("/proc/meminfo").read_text().splitlines()
     total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal"))
-    found = run_ranks(2, memory_of_this_rank)
-    assert all(0 < mine <= min(total, group) / 2 for mine, group in found)
+    assert all(0 < mine <= min(total, group) / 2 for (mine, group), _ in two_ranks[1])
+
+
+def test_every_byte_is_read_once_by_one_rank(two_ranks: tuple[Path, list[Any]]) -> None:
+    model, found = two_ranks
+    ranks = [of_rank for _, of_rank in found]
+    whole = fingerprint_model(model, remember=False)
+    assert all(of_rank["mark"] == of_rank["again"] == whole for of_rank in ranks)
+    read = [part for of_rank in ranks for part in of_rank["first"]]
+    assert len(read) == len(set(read)) == 12 and all(len(of_rank["first"]) == 6 for of_rank in ranks)
+    assert not any(of_rank["second"] for of_rank in ranks), "what another rank has read is known"
+    assert all("ended early" in of_rank["error"] for of_rank in ranks), "a file that one rank cannot read stops all"
 
 
 @pytest.mark.parametrize(("name", "value", "said"), [

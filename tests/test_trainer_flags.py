@@ -293,4 +293,4 @@ def test_no_number_is_negative_or_not_finite(kind: Any, value: float) -> None:
 def test_grids_are_finite(more: dict[str, str]) -> None:
     arguments = CompareArguments(**more)
     with pytest.raises(ConfigError, match="finite"):
-        arguments.seed_list, arguments.rate_list
+        print(arguments.seed_list, arguments.rate_list)

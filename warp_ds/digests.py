@@ -91,18 +91,29 @@ def is_regular(path: str | os.PathLike) -> bool:
 def digest_parts(parts: Sequence[Part], remember: bool = True) -> list[Digest]:
     """The digest of each part, in order. ``remember`` False reads every byte now, whatever is known. Raises OSError."""
     states = {path: FileState.of(path) for path in {part.path for part in parts}}
-    if remember:
-        _recall(states)
-    found = {part: _known[part, states[part.path]] for part in parts if remember and (part, states[part.path]) in _known}
-    left = sorted({part for part in parts if part not in found}, key=lambda part: -part.nbytes)
-    if left:
-        with ThreadPoolExecutor(min(THREADS, len(left), len(os.sched_getaffinity(0)) or 1)) as pool:
-            found.update(zip(left, pool.map(_digest, left), strict=True))
-    if remember and left:
-        fresh = {part: digest for part, digest in found.items() if part in set(left)}
+    found = recall(parts, states) if remember else {}
+    fresh = read([part for part in parts if part not in found])
+    if remember and fresh:
         learn(fresh, states)
-        _store(fresh, states)
+        store(fresh, states)
+    found.update(fresh)
     return [found[part] for part in parts]
+
+
+def recall(parts: Iterable[Part], states: dict[str, FileState]) -> dict[Part, Digest]:
+    """What is known of parts of files in these states, here or from an earlier process of this user."""
+    parts = list(parts)
+    _recall({part.path: states[part.path] for part in parts if (part, states[part.path]) not in _known})
+    return {part: _known[part, states[part.path]] for part in parts if (part, states[part.path]) in _known}
+
+
+def read(parts: Iterable[Part]) -> dict[Part, Digest]:
+    """Reads every byte of each part, the longest first, a thread a core. Raises OSError."""
+    left = sorted(set(parts), key=lambda part: -part.nbytes)
+    if not left:
+        return {}
+    with ThreadPoolExecutor(min(THREADS, len(left), len(os.sched_getaffinity(0)) or 1)) as pool:
+        return dict(zip(left, pool.map(_digest, left), strict=True))
 
 
 def learn(found: dict[Part, Digest], states: dict[str, FileState]) -> None:
@@ -210,7 +221,7 @@ def _recall(states: dict[str, FileState]) -> None:
             continue  # no cache, or one that is not ours: the file is read
 
 
-def _store(found: dict[Part, Digest], states: dict[str, FileState]) -> None:
+def store(found: dict[Part, Digest], states: dict[str, FileState]) -> None:
     """Leaves what was found of settled files to the user's next process; a cache that cannot be written is no loss."""
     for path in {part.path for part in found}:
         state = states[path]

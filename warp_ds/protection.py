@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,10 +17,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from warp_ds.artifacts import (
     ArtifactError,
     BasisStore,
+    Contents,
     MaskStore,
     TargetLayer,
     find_artifact,
     fingerprint_model,
+    model_contents,
 )
 from warp_ds.method.rotation import Rotation
 from warp_ds.zero import deepspeed_internals as internals
@@ -28,6 +31,7 @@ from warp_ds.zero.masked_step import MaskedStep, StepMetrics
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.plain_step import PlainMaskedStep
 from warp_ds.zero.shard_rotation import CPU, GPU, BasisShard, ProtectedLayer, place_bases
+from warp_ds.zero.shared_reading import read_together
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +82,7 @@ def protect_optimizer(
         by_deepspeed, optimizer = isinstance(optimizer, DeepSpeedOptimizerWrapper), optimizer.optimizer
     if by_deepspeed:
         internals.refuse_unsupported(optimizer)
+    read_together(lambda: _covered(model, model_dir, basis_dir, masks_dir), "reading basis and masks")
     with runtime.on_every_rank_or_none("reading basis and masks"):
         masks = MaskStore(find_artifact(str(masks_dir), "masks", "."))
         basis = masks.find_basis(basis_dir)
@@ -101,10 +106,24 @@ def protect_optimizer(
 
 def _fingerprint(model: nn.Module, model_dir: str | None) -> str | None:
     """Of the directory that the model was loaded from; None where that is unknown or no longer there."""
+    path = _directory(model, model_dir)
+    return None if path is None else fingerprint_model(path)
+
+
+def _directory(model: nn.Module, model_dir: str | None) -> Path | None:
     path = model_dir or getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not path or not (Path(path) / "config.json").is_file():
-        return None
-    return fingerprint_model(Path(path))
+    return Path(path) if path and (Path(path) / "config.json").is_file() else None
+
+
+def _covered(model: nn.Module, model_dir: str | None, basis_dir: str | Path | None,
+             masks_dir: str | Path) -> Iterator[Contents]:
+    """What the checks of ``protect_optimizer`` read every byte of."""
+    if (path := _directory(model, model_dir)) is not None:
+        yield model_contents(path)
+    masks = MaskStore(find_artifact(str(masks_dir), "masks", "."))
+    yield masks.contents()
+    if (basis := masks.find_basis(basis_dir)) is not None:
+        yield basis.contents()
 
 
 def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> dict[str, nn.Parameter]:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from warp_ds import __version__
-from warp_ds.artifacts import ArtifactError, fingerprint_model
+from warp_ds.artifacts import ArtifactError, model_contents
 from warp_ds.cluster import memory, slurm
 from warp_ds.config import (
     ConfigError,
@@ -212,10 +212,10 @@ def model(name: str) -> tuple[Finding, Path | None]:
             return Finding("model", f"{name}: no directory, and not in the hub's cache here", (
                 f"hf download {name} where there is internet (with the same HF_HOME), or give a local directory")), None
     try:
-        mark = fingerprint_model(path)
+        parts = len(model_contents(path).parts)
     except ArtifactError as error:
         return Finding("model", str(error), "a directory written by save_pretrained"), None
-    return Finding("model", f"{path} ({mark})"), path
+    return Finding("model", f"{path} ({parts} tensors)"), path
 
 
 def data(name: str, given: str) -> Finding:

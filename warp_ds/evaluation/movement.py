@@ -7,16 +7,17 @@ are those of the model before training: what its own layers do to them, not what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, TargetLayer, fingerprint_model
+from warp_ds.artifacts import ArtifactError, BasisStore, Contents, MaskStore, TargetLayer, fingerprint_model, model_contents
 from warp_ds.report.verify import Model, layer_drift, relative_drift
 from warp_ds.zero import runtime
+from warp_ds.zero.shared_reading import read_together
 
 T = TypeVar("T")
 
@@ -47,6 +48,7 @@ def movement(before: Path, after: Path, basis_dir: str | Path) -> dict[str, floa
     ``basis_dir``: of phase 1 with --basis activation on ``before``. Collective: the layers are dealt out over the ranks,
     one at a time on each. ArtifactError as ``open_basis``.
     """
+    read_together(lambda: [model_contents(before)], "reading the model")
     with runtime.on_every_rank_or_none("opening the basis"):
         basis = open_basis(before, after, basis_dir)
         old, new = Model.of(before, basis.layers), Model.of(after, basis.layers)
@@ -60,6 +62,12 @@ def frozen_drift(before: Path, after: Path, masks_dir: str | Path, basis_dir: st
 
     ``basis_dir`` is the one that the masks were made with, on ``before``; ArtifactError where it is not.
     """
+    def covered() -> Iterator[Contents]:
+        yield model_contents(before)
+        yield MaskStore(masks_dir).contents()
+        yield BasisStore(basis_dir).contents()
+
+    read_together(covered, "reading the model, the masks and the basis")
     with runtime.on_every_rank_or_none("opening the masks"):
         masks, basis = MaskStore(masks_dir), BasisStore(basis_dir)
         masks.check(basis, fingerprint_model(before), str(before))

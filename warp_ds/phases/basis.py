@@ -15,7 +15,6 @@ from warp_ds.artifacts import (
     ArtifactError,
     BasisMetadata,
     TargetLayer,
-    fingerprint_model,
     fingerprint_rows,
     layer_entry,
     metadata_dict,
@@ -55,6 +54,7 @@ from warp_ds.zero.runtime import (
     world_size,
     zero3_config,
 )
+from warp_ds.zero.shared_reading import model_fingerprint
 from warp_ds.zero.walk import BlockWalk
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,7 @@ def run_basis(arguments: BasisArguments, pairs: Any = None) -> Path:
     model_dir = resolve_model_dir(arguments.model_name)
     with on_every_rank_or_none("looking for the layers"):
         check_targets(model_dir, arguments.target_layers, arguments.layer_type)
-    inputs = {"model": on_rank_0(lambda: fingerprint_model(model_dir), "reading the model"),
-              "data": fingerprint_rows(pairs)}
+    inputs = {"model": model_fingerprint(model_dir), "data": fingerprint_rows(pairs)}
     with start_run("phase1", arguments, inputs=inputs) as run:
         if run.done:
             return run.directory

@@ -22,7 +22,6 @@ from rich.table import Table
 
 from warp_ds.artifacts import (
     ArtifactError,
-    fingerprint_model,
     fingerprint_rows,
     read_json,
     read_lines,
@@ -72,6 +71,7 @@ from warp_ds.report import card, costs, tradeoff
 from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import end_engine
 from warp_ds.zero.model import resolve_model_dir
+from warp_ds.zero.shared_reading import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +116,11 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
     model_dir = resolve_model_dir(arguments.model_name)
     if arguments.unaligned_model is not None:
         resolve_model_dir(arguments.unaligned_model, "--unaligned_model")
+    fingerprint = model_fingerprint(model_dir)
     with runtime.on_every_rank_or_none("reading the data"):
         data = load_data(arguments)
         _check(arms, arguments, data)
-        inputs = {"model": fingerprint_model(model_dir), "data": fingerprint_rows(
+        inputs = {"model": fingerprint, "data": fingerprint_rows(
             [list(data.safety), list(data.task), list(data.mix), list(data.unaligned), list(data.foundation),
              data.sets.harmful, data.sets.harmless, list(data.sets.utility)])}
     with start_run("compare", arguments, inputs, passed) as run:
@@ -296,7 +297,7 @@ class Bench:
             engine, tokenizer = load_engine(EvaluateArguments(**self.common(self.model_dir)))
             foundation = list(self.data.foundation) if kind == "rsn-tune" else None
             safety_neuron_masks(engine, tokenizer, [row["prompt"] for row in self.data.safety], foundation, a.neuron_share,
-                                masks, str(self.model_dir), fingerprint_model(self.model_dir))
+                                masks, str(self.model_dir), model_fingerprint(self.model_dir))
             end_engine(engine)
         return run_training(TrainArguments(
             **self.common(self.model_dir), masks_dir=str(masks), utility_data=str(self.root / "data" / "safety.jsonl"),

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from warp_ds.artifacts import (
     MaskStore,
     find_artifact,
-    fingerprint_model,
     fingerprint_rows,
+    model_contents,
     path_of_run,
     phase_of,
     read_lines,
@@ -46,6 +46,7 @@ from warp_ds.phases.texts import check_lengths
 from warp_ds.report import card
 from warp_ds.zero import runtime
 from warp_ds.zero.model import load_model, resolve_model_dir
+from warp_ds.zero.shared_reading import model_fingerprint, read_together
 
 logger = logging.getLogger(__name__)
 SUITES = ("refusal", "over_refusal", "gsm8k", "loss")
@@ -292,9 +293,12 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
     model_dir = resolve_model_dir(arguments.model_name)
     start, judge_dir = (None if name is None else resolve_model_dir(name, flag) for flag, name in (
         ("--reference_model", arguments.reference_model), ("--judge_model", arguments.judge_model)))
+    fingerprint = model_fingerprint(model_dir)
+    if start is not None and arguments.basis_dir is not None:
+        read_together(lambda: [model_contents(start)], "reading the reference model")
     with runtime.on_every_rank_or_none("reading the evaluation sets"):
         sets = _sets(arguments, suites)
-        inputs = {"model": fingerprint_model(model_dir), "data": fingerprint_rows(
+        inputs = {"model": fingerprint, "data": fingerprint_rows(
             [sets.harmful, sets.harmless, list(sets.utility), sorted(sets.attacks.items())])}
         basis = None
         if start is not None and arguments.basis_dir is not None:

@@ -18,9 +18,11 @@ from warp_ds import trainer_flags
 from warp_ds.artifacts import (
     ArtifactError,
     BasisStore,
+    Contents,
     find_artifact,
     fingerprint_model,
     is_run,
+    model_contents,
     newest_first,
     read_json,
     run_config,
@@ -30,6 +32,7 @@ from warp_ds.phases.lock import alive
 from warp_ds.phases.state import PROGRESS
 from warp_ds.phases.written import config_problem, digest_of
 from warp_ds.zero import runtime
+from warp_ds.zero.shared_reading import read_together
 
 NEAR = 3
 """Differences up to which another run is nearly the same one."""
@@ -133,6 +136,20 @@ def _sections(arguments: RunArguments) -> dict[str, Any]:
 
 _TOKENIZER = ("tokenizer*.json", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
               "generation_config.json")
+
+
+def read_named(arguments: RunArguments, inputs: Mapping[str, str]) -> None:
+    """Reads, dealt over the ranks, what ``identify`` will want to know every byte of. Collective. Raises ArtifactError."""
+    def covered() -> Iterator[Contents]:
+        for flag in ("reference_model", "judge_model", "unaligned_model"):
+            given = getattr(arguments, flag, None)
+            if given and Path(given).expanduser().is_dir():
+                yield model_contents(Path(given).expanduser())
+        basis = getattr(arguments, "basis_dir", None)
+        if basis and not {"basis", "masks"} & inputs.keys():
+            yield BasisStore(find_artifact(basis, "basis", arguments.output_dir)).contents()
+
+    read_together(covered, "reading the other models")
 
 
 def _contents(arguments: RunArguments, inputs: Mapping[str, str]) -> dict[str, str]:

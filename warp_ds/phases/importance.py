@@ -20,7 +20,6 @@ from warp_ds.artifacts import (
     MaskStore,
     TargetLayer,
     find_artifact,
-    fingerprint_model,
     fingerprint_rows,
     layer_entry,
     metadata_dict,
@@ -68,6 +67,7 @@ from warp_ds.zero.scores import (
     steps_at_once,
 )
 from warp_ds.zero.select import Chosen, choose, gather_packed
+from warp_ds.zero.shared_reading import model_fingerprint, read_together
 from warp_ds.zero.walk import BlockWalk, free_gpu_memory
 
 logger = logging.getLogger(__name__)
@@ -88,9 +88,9 @@ def run_importance(arguments: ImportanceArguments, pairs: Any = None) -> Path:
     model_dir = resolve_model_dir(arguments.model_name)
     with on_every_rank_or_none("looking for the layers"):
         check_targets(model_dir, arguments.target_layers, arguments.layer_type)
-    inputs = {"model": on_rank_0(lambda: fingerprint_model(model_dir), "reading the model"),
-              "data": fingerprint_rows(pairs)}
+    inputs = {"model": model_fingerprint(model_dir), "data": fingerprint_rows(pairs)}
     if basis is not None:
+        read_together(lambda: [basis.contents()], "reading the basis")
         inputs["basis"] = on_rank_0(basis.fingerprint, "reading the basis")
     with start_run("phase2", arguments, inputs=inputs) as run:
         if run.done:

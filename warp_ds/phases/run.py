@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,7 @@ from warp_ds.cluster.preemption import Preempted
 from warp_ds.config import ConfigError, RunArguments
 from warp_ds.held import check_there, held
 from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
-from warp_ds.phases.identity import Identity, identify, unfinished
+from warp_ds.phases.identity import Identity, identify, read_named, unfinished
 from warp_ds.phases.lock import RunLock
 from warp_ds.phases.state import STATE, note, now
 from warp_ds.phases.written import check_written
@@ -118,9 +118,10 @@ def start_run(
         return {"directory": str(directory), "resumed": resumed, "done": (directory / "finished.json").is_file(), "near": near}
 
     try:
+        read_named(arguments, inputs)
         chosen = runtime.on_rank_0(choose, "opening the run directory")
         directory = Path(chosen["directory"])
-        with held(directory), runtime.peak_memory() as memory, log_to_file(Path(arguments.log_dir), directory.name):
+        with _held_by_all(directory), runtime.peak_memory() as memory, log_to_file(Path(arguments.log_dir), directory.name):
             run = Run(phase, directory, chosen["resumed"], chosen["done"], time.time(), memory)
             if chosen["near"]:
                 logger.warning("%s: %s", phase, chosen["near"])
@@ -144,6 +145,19 @@ def start_run(
     finally:
         if lock is not None:
             lock.release()
+
+
+@contextmanager
+def _held_by_all(directory: Path) -> Iterator[None]:
+    """``held`` on every rank, or an error on every rank. Collective."""
+    with ExitStack() as stack:
+        with runtime.on_every_rank_or_none("opening the run directory"):
+            deadline = time.monotonic() + 30  # network file systems remember for a while that a file was not there
+            while not directory.is_dir() and time.monotonic() < deadline:
+                time.sleep(0.2)
+                os.listdir(directory.parent)
+            stack.enter_context(held(directory))
+        yield
 
 
 def _candidates(phase: str, arguments: RunArguments, identity: Identity) -> Iterator[tuple[Path, bool, bool]]:

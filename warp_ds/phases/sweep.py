@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from warp_ds.artifacts import fingerprint_model, fingerprint_rows
+from warp_ds.artifacts import fingerprint_rows
 from warp_ds.config import CompareArguments, ConfigError, check_keep_ratio, flag, parse_layer_types
 from warp_ds.phases.arms import ARMS, Arm
 from warp_ds.phases.compare import Bench, Point, compare, load_data, print_tables, training_flags, write_report
@@ -17,6 +17,7 @@ from warp_ds.phases.training import check_training
 from warp_ds.report import tradeoff
 from warp_ds.zero import runtime
 from warp_ds.zero.model import resolve_model_dir
+from warp_ds.zero.shared_reading import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +77,13 @@ def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -
     with runtime.on_every_rank_or_none("checking the settings"):
         wanted = list(settings(arguments))
     model_dir = resolve_model_dir(arguments.model_name)
+    fingerprint = model_fingerprint(model_dir)
     with runtime.on_every_rank_or_none("reading the data"):
         data = {count: load_data(replace(arguments, safety_samples=count))
                 for count in {change.get("safety_samples", arguments.safety_samples) for _, _, change in wanted}}
         middle = data[arguments.safety_samples]
         sets = [middle.sets.harmful, middle.sets.harmless, list(middle.sets.utility)]
-        inputs = {"model": fingerprint_model(model_dir), "data": fingerprint_rows(
+        inputs = {"model": fingerprint, "data": fingerprint_rows(
             [*(list(data[count].safety) for count in sorted(data)), list(middle.task), list(middle.mix), *sets])}
     with start_run("sweep", arguments, inputs, passed) as run:
         points: list[dict[str, Any]] = []

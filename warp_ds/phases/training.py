@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -35,10 +35,10 @@ from transformers.integrations import TensorBoardCallback
 from warp_ds import trainer_flags
 from warp_ds.artifacts import (
     ArtifactError,
+    Contents,
     MaskStore,
     append_line,
     find_artifact,
-    fingerprint_model,
     fingerprint_rows,
     read_text,
     write_text,
@@ -59,6 +59,7 @@ from warp_ds.zero import runtime, universal
 from warp_ds.zero.deepspeed_internals import end_engine, is_built, nothing_unpickled, refuse_pickles, tag_of
 from warp_ds.zero.model import load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
+from warp_ds.zero.shared_reading import model_fingerprint, read_together
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +72,8 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     """
     check_training(arguments, passed)
     model_dir = resolve_model_dir(arguments.model_name)
-    # Rank 0 reads every byte first; what it found the other ranks take from the user's cache of digests.
-    fingerprint = runtime.on_rank_0(lambda: fingerprint_model(model_dir), "reading the model")
-    runtime.on_rank_0(lambda: _find_masks(arguments, fingerprint), "reading basis and masks")
+    fingerprint = model_fingerprint(model_dir)
+    read_together(lambda: _artefacts(arguments), "reading basis and masks")
     with runtime.on_every_rank_or_none("checking the inputs"):
         pairs = load_pairs(
             arguments.utility_data, split=arguments.utility_split, samples=arguments.utility_samples,
@@ -108,13 +108,14 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
     """Phase 0: every parameter trains on the safety set; returns the run directory. Collective."""
     check_training(arguments, passed)
     model_dir = resolve_model_dir(arguments.model_name)
+    fingerprint = model_fingerprint(model_dir)
     with runtime.on_every_rank_or_none("checking the inputs"):
         pairs = load_pairs(
             arguments.safety_data, split=arguments.safety_split, samples=arguments.safety_samples,
             prompt_column=arguments.prompt_column, response_column=arguments.response_column,
             refusal_file=arguments.refusal_file,
         )
-        inputs = {"model": fingerprint_model(model_dir), "data": fingerprint_rows(pairs)}
+        inputs = {"model": fingerprint, "data": fingerprint_rows(pairs)}
     with start_run("phase0", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
@@ -127,6 +128,15 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
         run.finish()
         end_engine(trainer.deepspeed)
         return run.directory
+
+
+def _artefacts(arguments: TrainArguments) -> Iterator[Contents]:
+    """What ``_find_masks`` reads every byte of."""
+    if arguments.masks_dir != "none":
+        masks = MaskStore(find_artifact(arguments.masks_dir, "masks", arguments.output_dir))
+        yield masks.contents()
+        if (basis := masks.find_basis(arguments.basis_dir)) is not None:
+            yield basis.contents()
 
 
 def _find_masks(arguments: TrainArguments, model_fingerprint: str) -> tuple[Path | None, Path | None]:
@@ -482,11 +492,14 @@ class WholeCheckpoints(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._last = time.monotonic()
         runtime.barrier()
-        if state.is_world_process_zero:
-            root = Path(args.output_dir or ".")
+        root = Path(args.output_dir or ".")
+
+        def finish() -> None:
             checkpoints.finish(root / f"checkpoint-{state.global_step}", runtime.world_size())
             checkpoints.keep_newest(root, self.keep)
             universal.remove_converted(root)
+
+        runtime.on_rank_0(finish, "finishing a checkpoint")
 
 
 def _model_card(arguments: TrainArguments, masks_dir: Path | None) -> str:
