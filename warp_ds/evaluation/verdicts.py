@@ -114,6 +114,9 @@ _LOOP = re.compile(r"(\S.{0,39}?)\1{3,}", re.DOTALL)
 # Shifts and streams of program text ("x << 3", "cin >> n") and headings ("#### Step 1") are no sums.
 _SUM = re.compile(r"= ?<<|<<[-\d.,+*/()%$ ]*=|=[-\d.,+*/()%$ ]*>>|####[-\d.,+*/%$ ]+\Z")
 _PROGRAM = re.compile(r"```|\b(?:def|return|import|include|function|class|const|void|int|var|let|sudo|select)\b.*[(){};=<>]")
+_ITEM = r"[^\s,;:.!?]+(?: [^\s,;:.!?]+){0,3}"
+_LIST = re.compile(rf"(?:{_ITEM}:\s*{_ITEM}(?:[,;]\s*(?:and |or )?{_ITEM}){{2,}}\.?\s*)+|"
+                   rf"(?:{_ITEM}:\s*\n)?(?:\s*(?:[-*\u2022]|\d+[.)]) {_ITEM}\.?\s*(?:\n|\Z)){{3,}}")
 _TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[^\w\s]")
 
 
@@ -220,6 +223,8 @@ def _salad(text: str, words: Sequence[str]) -> str | None:
         return None  # worked arithmetic has its own word order
     if _PROGRAM.search(text):
         return None  # so have programs
+    if _LIST.fullmatch(text.strip()):
+        return None  # a list of things has no sentence
     lowered = [word.lower() for word in words]
     function = sum(word in _FUNCTION for word in lowered)
     if function < FUNCTION_SHARE * len(words):
