@@ -72,17 +72,17 @@ def test_prompts_that_the_basis_was_fitted_on_are_counted(root: Path, results: A
 def test_a_models_run_leads_to_all_that_it_was_fitted_on(tmp_path: Path) -> None:
     """Phase 3's data, and through its masks, their basis and its start model those of phases 2, 1 and 0."""
     artefacts = write_artefacts(tmp_path, odd_model())
+    shutil.copytree(artefacts.masks, tmp_path / "phase2" / "masks")
+    metadata = json.loads((artefacts.masks / "metadata.json").read_text())
+    write_json(tmp_path / "phase2" / "masks" / "metadata.json", metadata | {"basis_dir": str(tmp_path / "phase1" / "basis")})
     for phase, kind, more in (("phase0", "safety", {"model_name": "hub/base"}), ("phase1", "safety", {}),
                               ("phase2", "safety", {"basis_dir": None}), ("phase3", "utility", {"masks_dir": None})):
         data = tmp_path / f"{phase}.jsonl"
         data.write_text(json.dumps({"prompt": f"of {phase}", "response": "x"}) + "\n")
         write_json(tmp_path / phase / "config.json", {"phase": phase, "inputs": {
-            "masks": MaskStore(artefacts.masks).fingerprint()}, "settings": {
+            "masks": MaskStore(tmp_path / "phase2" / "masks").fingerprint()}, "settings": {
             "model_name": str(tmp_path / "phase0" / "model"), f"{kind}_data": str(data), f"{kind}_split": "train",
             f"{kind}_samples": 0, **more}})
-    shutil.copytree(artefacts.masks, tmp_path / "phase2" / "masks")
-    metadata = json.loads((artefacts.masks / "metadata.json").read_text())
-    write_json(tmp_path / "phase2" / "masks" / "metadata.json", metadata | {"basis_dir": str(tmp_path / "phase1" / "basis")})
     write_json(tmp_path / "phase2" / "finished.json", {})
     found = fitting_sets([tmp_path / "phase3"])
     assert found == {str(tmp_path / f"phase{i}.jsonl"): [f"of phase{i}"] for i in (3, 0, 2, 1)}
