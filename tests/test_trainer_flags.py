@@ -62,6 +62,9 @@ def test_what_is_refused_is_refused_by_name(kind: Any) -> None:
         default = trainer_flags.default_of(name)
         other = {"do_train": "False", "tf32": "True"}.get(name, str(not default) if isinstance(default, bool) else "7.5")
         said = refusal(f"--{name} {other}", kind)
+        if name.endswith("_token"):
+            assert said.startswith(f"--{name} holds what looks like a token")
+            continue
         assert said.startswith(f"--{name} is ") and (OURS.get(name) or (REFUSED | NO_EFFECT)[name]) in said
         if isinstance(default, bool) and default:
             assert said == refusal(f"--no_{name}", kind)

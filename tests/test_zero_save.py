@@ -141,8 +141,6 @@ def save_base_names(root: Path) -> None:
     model = load_sharded(root / "base", ds_config=None, dtype=torch.float32, progress=False)
     save_sharded(model, root / "saved", max_shard_size=SHARD, progress=False)
     plain = AutoModelForCausalLM.from_pretrained(root / "base")
-    with deepspeed.zero.GatheredParameters([model.lm_head.weight]):  # Missing there, hence random.
-        plain.lm_head.weight.data.copy_(model.lm_head.weight)
     if dist.get_rank() == 0:
         plain.save_pretrained(root / "expected", max_shard_size=SHARD)
 
@@ -165,7 +163,7 @@ def test_converted_weights(tmp_path: Path) -> None:
 
 
 def test_renamed_weights(tmp_path: Path) -> None:
-    tiny_model("llama").model.save_pretrained(tmp_path / "base")
+    tiny_model("qwen2").model.save_pretrained(tmp_path / "base")
     run_ranks(2, save_base_names, tmp_path)
     found, expected = contents(tmp_path / "saved"), contents(tmp_path / "expected")
     del found["README.md"]
