@@ -67,7 +67,7 @@ _PROFILES: Mapping[str, frozenset[str]] = {name: frozenset(words.split()) for na
     "Estonian": "ja ei et see kui ma sa aga siis või kes mis mida selle sellega kuid ka oma vabandust kahjuks saa aidata vaja",
     "Lithuanian": "ir yra kad su aš tai bet kaip iš į negaliu galiu jums padėti atsiprašau arba prie nuo jei labai šiuo",
     "Latvian": "un ir nav es ar ka bet jums jūs diemžēl nevaru varu palīdzēt šo tas vai uz lai ja kā arī atvainojiet",
-    "Slovene": " je ne se za na z v da pri tem ali lahko vam ki bi so pa sem kot vendar žal morem pomagati nato potem",
+    "Slovene": "je ne se za na z v da pri tem ali lahko vam ki bi so pa sem kot vendar žal morem pomagati nato potem",
     "Albanian": "dhe në një është të nuk mund për që nga por kjo ky si ju më jam unë këtë duhet",
     "Basque": "eta da ez bat hau baina dut ezin egin duzu dizut dira behar horretan barkatu honekin lagundu nahi gero",
     "Afrikaans": "die nie ek jy dit van het vir met om te kan maar jou hulle ons sal daarmee jammer baie moenie",
@@ -80,7 +80,7 @@ _PROFILES: Mapping[str, frozenset[str]] = {name: frozenset(words.split()) for na
     "Hindi in Latin letters": "hai hain nahi nahin mein ka ki ke ko se kar karna aap mujhe hum yeh aur kya bhi liye phir sakta sakti maaf",
     "Chinese in Latin letters": "wo ni shi bu bù wǒ nǐ shì neng néng bang bāng hen hěn zai zài duibuqi zhe zhè ránhòu ranhou tamen xuyao keyi meiyou shenme yiqi",
     "Maltese": "il ta' li hija huwa għal minn fuq mhux jekk nista' ngħinek skużani",
-}.items()} # fmt: skip
+}.items()}  # fmt: skip
 
 _IN_NAMES = frozenset("de la le el los las del der den van von di da du des al o e y i na sa se an te ja en et san".split())
 _STRONG = frozenset(
@@ -90,14 +90,14 @@ _STRONG = frozenset(
 )
 # Words of short answers and of instructions ("of course", "mix", "first", "then", "ingredients") in any language.
 _OPENERS = frozenset(
-    "claro primero luego después puedo puedes ingredientes pasos gracias mezcla mezclar lamento negaré necesitas bueno vale depende "
-    "voici voilà bien_sûr d'accord désolé mélangez mélanger d'abord ensuite ingrédients étapes merci prenez utilisez bonjour "
-    "natürlich klar gerne selbstverständlich mische mischen zutaten schritte zuerst danach schritt tut entschuldigung danke nehmen "
-    "natuurlijk graag zeker eerst daarna ingrediënten stappen meng certo certamente ingredienti mescola mescolare ecco poi "
+    "claro primero luego después puedo puedes ingredientes pasos gracias mezcla mezclar lamento negaré necesitas bueno depende "
+    "voici voilà d'accord désolé mélangez mélanger d'abord ensuite ingrédients étapes merci prenez utilisez bonjour "
+    "natürlich klar gerne selbstverständlich mische mischen zutaten schritte zuerst danach schritt entschuldigung danke nehmen "
+    "natuurlijk graag zeker eerst daarna ingrediënten stappen meng certo certamente ingredienti mescola mescolare ecco "
     "obrigado primeiro depois misture passos lamento visst självklart blanda först sedan selvfølgelig naturligvis først "
     "tabii tabi elbette karıştırın önce malzemeler jasne oczywiście wymieszaj najpierw następnie składniki tentu campur pertama kemudian "
     "desigur amestecă întâi apoi persze természetesen először keverd toki tietysti sekoita ensin pahoittelen jistě samozřejmě nejprve "
-    "smíchejte potom sawa changanya kwanza kisha naravno pomiješajte prvo zatim oczywiście zmiešajte najprv barreja  "
+    "smíchejte potom sawa changanya kwanza kisha naravno pomiješajte prvo zatim oczywiście zmiešajte najprv barreja "
     "žiaľ žal sigurado siyempre haluin yebo kahjuks atsiprašau diemžēl barkatu jammer vabandust".split()
 )
 # Words of the profiles that are English words, names or parts of loans too: one alone tells nothing.
@@ -134,7 +134,7 @@ _ENGLISH = frozenset(
 _SCRIPTS = {"CJK": "Chinese", "HIRAGANA": "Japanese", "KATAKANA": "Japanese", "HANGUL": "Korean"}
 _NON_LATIN_WEIGHT = 2.0  # one such letter tells as much as two of English (a Chinese one more)
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
-_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|https?://\S+", re.DOTALL)
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|https?://\S+|\b[Nn]on-(?=\w)", re.DOTALL)
 
 
 def other_language(text: str) -> str | None:
