@@ -50,7 +50,7 @@ def tiny(tmp_path_factory):
     ("/models/x", TEMPLATES["shieldgemma"], "shieldgemma"),
     ("/hub/models--allenai--wildguard/snapshots/0123abc", "", "wildguard"),
     ("/models/HarmBench-Llama-2-13b-cls", "", "harmbench"),
-    ("/work/wildguard_runs/my-judge", "", None),
+    ("/runs/wildguard_runs/my-judge", "", None),
     ("/models/SmolLM2-135M-Instruct", LOOP, None),
 ])  # fmt: skip
 def test_guards_are_recognised(path, template, guard):
