@@ -19,7 +19,7 @@ import warp_ds
 from warp_ds.artifacts import ArtifactError, TargetLayer, fingerprint_model
 from warp_ds.cli import main
 from warp_ds.evaluation.movement import frozen_drift, movement
-from warp_ds.report.verify import Model, certify, still_describes, write_certificate
+from warp_ds.report.verify import Model, certify, print_certificate, still_describes, write_certificate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DOCS = Path(__file__).parents[1] / "docs" / "certificate.md"
@@ -207,3 +207,53 @@ def test_pickles_beside_the_safetensors_stop_no_measurement(pairs: dict[str, Any
     assert any("pytorch_model.bin" in note for note in certify(before, after, masks, basis)["notes"])
     (after / "pytorch_model.bin").write_bytes(b"x")
     assert (frozen_drift(before, after, masks, basis), movement(before, after, basis)) == without
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frozen_coefficients_lost_under_huge_free_ones_are_not_kept(pairs: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+    """The rounding of free parts 1e7 times as large hides whether the frozen ones are there at all."""
+    source, allowed, plain, slow = pairs[dtype]
+    shutil.copytree(source, tmp_path / "pair")
+    pair = Pair(tmp_path / "pair", allowed, plain, slow)
+    for name in allowed:
+        def huge(tensors: dict[str, torch.Tensor], name: str = name) -> None:
+            w = tensors[f"{name}.weight"]
+            u, frozen = pair.complete(name, w.shape[1]), pair.frozen(name, w.shape[1])
+            c = w.double() @ u
+            c[frozen] = 0.0
+            c[~frozen] += 1e7 * torch.randn(int((~frozen).sum()), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            tensors[f"{name}.weight"] = (c @ u.T).to(w.dtype)
+
+        pair.edit("after", huge)
+    assert outcome(pair) in ("cannot tell", "broken")
+
+
+@pytest.mark.parametrize("name", ["evil.safetensors", "tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json",
+                                  "adapter_model.safetensors"])
+def test_a_second_set_of_weights_of_any_name_is_refused(pairs: dict[str, Any], name: str, tmp_path: Path) -> None:
+    source, allowed, plain, slow = pairs["float32"]
+    shutil.copytree(source, tmp_path / "pair")
+    (tmp_path / "pair" / "after" / "optimizer.pt").touch()  # what Trainer leaves beside a model
+    pair = Pair(tmp_path / "pair", allowed, plain, slow)
+    assert outcome(pair) == "kept"
+    (tmp_path / "pair" / "after" / name).write_bytes(b"{}")
+    assert outcome(pair) == "refused"
+
+
+def test_what_a_file_calls_itself_does_not_write_to_the_terminal(
+    pairs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, allowed, plain, slow = pairs["float32"]
+    shutil.copytree(source, tmp_path / "pair")
+    pair = Pair(tmp_path / "pair", allowed, plain, slow)
+    pair.edit("after", lambda tensors: tensors.update({"\x1b[2J\nKEPT: [bold]all is well[/]": torch.ones(2)}))
+    print_certificate(certify(pair.before, pair.after, pair.root / "masks", pair.root / "basis"))
+    shown = capsys.readouterr().out
+    assert "\x1b[2J" not in shown and "\nKEPT: [bold]" not in shown and "[bold]all is well[/]" in shown
+
+
+def test_a_number_of_thousands_of_digits_is_no_traceback(pairs: dict[str, Any], tmp_path: Path) -> None:
+    source, allowed, plain, slow = pairs["float32"]
+    shutil.copytree(source, tmp_path / "pair")
+    (tmp_path / "pair" / "after" / "config.json").write_text('{"a": ' + "9" * 5000 + "}")
+    assert outcome(Pair(tmp_path / "pair", allowed, plain, slow)) == "refused"

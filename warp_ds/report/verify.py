@@ -38,6 +38,7 @@ from warp_ds.method.eigenbasis import BAR, orthogonality_error
 from warp_ds.method.mask import unpack_bits
 from warp_ds.method.rotation import Rotation
 from warp_ds.method.systematic import FALSE_ALARM, Sums
+from warp_ds.names import printable
 from warp_ds.report import unmasked
 from warp_ds.zero.checkpoint_index import INDEX, CheckpointError, TensorLocation, resolve_checkpoint
 
@@ -52,6 +53,12 @@ FP32_PRODUCTS = 2.0**-24
 #: ... and by TF32 products on a GPU where W is stored in 16 bits.
 TF32_PRODUCTS = 2.0**-11
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "pytorch_model*.json")
+"""Files from which one reader or another would load weights."""
+NO_WEIGHTS = ("training_args.", "optimizer.", "scheduler.", "rng_state")
+"""... and what Trainer leaves beside a model."""
 
 
 @dataclass
@@ -108,8 +115,9 @@ class Model:
 
     def others(self) -> str:
         """Other weights beside those that from_pretrained loads, as a message; empty where there are none."""
-        found = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf", "model.*.safetensors")
-                       for path in self.directory.glob(pattern) if path.name != "training_args.bin")
+        loaded = {Path(tensor.path).name for tensor in self.tensors.values()}
+        found = sorted(path.name for pattern in OTHER_WEIGHTS for path in self.directory.glob(pattern)
+                       if path.name not in loaded and not path.name.startswith(NO_WEIGHTS))
         return f"{self.directory} holds other weights beside those that from_pretrained loads ({found[0]})" if found else ""
 
     def files(self) -> list[Path]:
@@ -272,8 +280,8 @@ def _cannot_tell(layers: Sequence[LayerCertificate], sums: Sequence[Sums], log_t
         return []
     shown = ", ".join(c.layer for c in coarse[:3]) + (f" and {len(coarse) - 3} more" if len(coarse) > 3 else "")
     return [f"the files are too coarse to tell for {len(coarse)} of {len(layers)} layers ({shown}): had their frozen "
-            "coefficients moved as far as the free ones, rounding would hide it. What helps: save the trained model in float32 "
-            "(--dtype float32), or train further or at a higher rate, and certify that"]
+            "coefficients moved as far as the free ones, or been lost, rounding would hide it. What helps: save the trained "
+            "model in float32 (--dtype float32), or train further or at a higher rate, and certify that"]
 
 
 def _would_show(c: LayerCertificate, s: Sums, log_tests: float) -> bool:
@@ -281,7 +289,9 @@ def _would_show(c: LayerCertificate, s: Sums, log_tests: float) -> bool:
     together = c.free_rms * c.frozen**0.5 > s.whole.allowed(log_tests)
     # Of so many, none beyond its allowance has less than FALSE_ALARM's probability.
     singly = bool(c.free) and c.free_beyond / c.free * c.frozen >= -math.log(FALSE_ALARM)
-    return together or singly
+    # Rounding of huge free parts can be as large as the frozen ones: then nothing would show even their loss.
+    lost = c.coefficient_rms * c.frozen**0.5 > s.whole.allowed(log_tests)
+    return lost and (together or singly)
 
 
 def _claim(outcome: str, layers: Sequence[LayerCertificate]) -> str:
@@ -542,23 +552,27 @@ def print_certificate(certificate: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title="Moves of rotated coefficients, in the weights' units")
+    def line(text: str) -> str:
+        """Names come from files that anybody may have written: no line ends, no terminal codes, no markup."""
+        return escape(" ".join(printable(text).split()))
+
     table.add_column("layer")
     for column in ("frozen", "largest", "rms", "allowed", "free: largest", "rms"):
         table.add_column(column, justify="right")
     for layer in certificate["layers"]:
         figures = ("frozen_max", "frozen_rms", "allowed_max", "free_max", "free_rms")
-        table.add_row(escape(layer["layer"]), str(layer["frozen"]), *(
+        table.add_row(line(layer["layer"]), str(layer["frozen"]), *(
             "not finite" if layer[name] is None else f"{layer[name]:.2e}" for name in figures))
     console = Console(width=140)
     console.print(table)
-    console.print(f"[bold]{certificate['outcome'].upper()}[/]: {escape(certificate['claim'])} ({certificate['frozen']} frozen, "
-                  f"{certificate['free']} free; {escape(certificate['before'])} -> {escape(certificate['after'])})")
+    console.print(f"[bold]{certificate['outcome'].upper()}[/]: {line(certificate['claim'])} ({certificate['frozen']} frozen, "
+                  f"{certificate['free']} free; {line(certificate['before'])} -> {line(certificate['after'])})")
     for kind, style in (("problems", "red"), ("reasons", "yellow")):
-        for line in certificate[kind]:
-            console.print(f"[{style}]{escape(line)}")
+        for entry in certificate[kind]:
+            console.print(f"[{style}]{line(entry)}")
     for note in certificate["notes"]:
-        console.print(f"[yellow]note: {escape(note)}", highlight=False)
+        console.print(f"[yellow]note: {line(note)}", highlight=False)
     console.print("This says nothing of what is not masked. There,")
     for part in certificate["not_claimed"]:
         detail = f" ({part['detail']})" if part["detail"] else ""
-        console.print(f"  {part['what']}: {part['state']}{escape(detail)}", highlight=False)
+        console.print("  " + line(f"{part['what']}: {part['state']}{detail}"), highlight=False)

@@ -249,7 +249,9 @@ def _json_object(text: bytes, path: str | os.PathLike) -> dict[str, Any]:
 
     try:
         found = json.loads(text, object_pairs_hook=once)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number of thousands of digits
         raise CheckpointError(f"{os.fspath(path)} is not JSON ({error}): download or save the model again") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{os.fspath(path)} holds no JSON object: download or save the model again")
