@@ -221,7 +221,8 @@ def test_frozen_coefficients_lost_under_huge_free_ones_are_not_kept(pairs: dict[
             u, frozen = pair.complete(name, w.shape[1]), pair.frozen(name, w.shape[1])
             c = w.double() @ u
             c[frozen] = 0.0
-            c[~frozen] += 1e7 * torch.randn(int((~frozen).sum()), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            generator = torch.Generator().manual_seed(0)
+            c[~frozen] += 1e7 * torch.randn(int((~frozen).sum()), generator=generator, dtype=torch.float64)
             tensors[f"{name}.weight"] = (c @ u.T).to(w.dtype)
 
         pair.edit("after", huge)
