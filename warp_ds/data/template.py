@@ -27,7 +27,7 @@ THOUGHTS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|begin_of_thought|>", "<|end_of_thought|>"), ("◁think▷", "◁/think▷"),
 )
 """How models open and close what they think before they answer."""
-_WORDS = "think|thought|reason|analysis|scratchpad|reflect|rationale|monologue|deliberat|\bcot|思考"
+_WORDS = r"think|thought|reason|analysis|scratchpad|reflect|rationale|monologue|deliberat|\bcot|思考"
 _OTHER_THOUGHT = re.compile(rf"([<‹][^<>‹›/]*(?:{_WORDS})[^<>‹›]*[>›]|\[[^\[\]\s/]*(?:{_WORDS})[^\[\]]*\]"
                             r"|<\|channel\|?>\s*(?:analysis|thought|commentary)|<unused\d+>\s*thought)"
                             r"[^<\[]*(?:<\|message\|>)?\s*$", re.IGNORECASE)
