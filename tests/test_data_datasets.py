@@ -42,7 +42,7 @@ def test_columns_are_guessed_in_order_or_named(tmp_path):
 def test_samples_takes_the_first_rows_and_more_than_there_are_is_fine(tmp_path, caplog):
     path = write(tmp_path / "d.jsonl", ROWS)
     assert load_pairs(path, samples=2)["prompt"][:] == ["q0", "q1"]
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="warp_ds"):
         assert len(load_pairs(path, samples=9)) == 5
     assert "9 samples asked for, 5 there" in caplog.text
 

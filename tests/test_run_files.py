@@ -76,8 +76,10 @@ def in_place(path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "finished.json", "owner.json", "progress.json"])
-def test_files_of_a_run_are_refused_or_make_no_difference(tmp_path: Path, name: str) -> None:
-    logging.getLogger("warp_ds").setLevel(logging.ERROR)
+def test_files_of_a_run_are_refused_or_make_no_difference(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, logger="warp_ds")  # until the test ends
     with start_run("phase1", arguments(tmp_path, run_name="r"), {"model": "m"}) as run:
         run.finish() if name == "finished.json" else Progress(run.directory, 4, "steps").at(2)
     path = tmp_path / "out" / "r" / name
