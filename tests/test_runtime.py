@@ -63,8 +63,8 @@ def held_beside_large_pieces(given_back: str) -> float:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library is not glibc")
 def test_large_pieces_go_back_to_the_system() -> None:
-    # The small ones are 3.2 MB. glibc by itself keeps large ones too: two, 48 MB, or one, 20 MB, where the other one found a hole
-    # in the heap, which hangs on what was imported before.
+    # The small ones are 3.2 MB. glibc by itself keeps large ones too: two, 48 MB, or one, 20 MB, where the other
+    # one fits into a hole of the heap, which hangs on what was imported before.
     within, after, never = (run_ranks(1, held_beside_large_pieces, when)[0] for when in ("within", "after", "never"))
     assert within < 10 < 15 < min(after, never)
 
