@@ -125,10 +125,6 @@ def learn(found: dict[Part, Digest], states: dict[str, FileState]) -> None:
                 _known[part, state] = digest
 
 
-def known(part: Part, state: FileState) -> Digest | None:
-    return _known.get((part, state))
-
-
 def combine(text: str, digests: Iterable[tuple[str, str]]) -> str:
     """One SHA-256, 64 hex digits, over ``text`` and named digests, in the order of their names."""
     total = hashlib.sha256(text.encode("utf-8", "surrogatepass"))

@@ -136,11 +136,6 @@ def master(optimizer: Any, sub_group: int) -> Tensor:
     return optimizer.fp32_partitioned_groups_flat[sub_group]
 
 
-def partition_of(param: nn.Parameter) -> Tensor:
-    """This rank's piece of the weights that forward and backward use (a documented attribute of ZeRO-3 parameters)."""
-    return param.ds_tensor.data  # type: ignore[attr-defined]
-
-
 def master_gradient(optimizer: Any, sub_group: int) -> Tensor:
     """The fp32 gradient of ``master`` (inside the hooked steps; under CPU offload always)."""
     gradient = master(optimizer, sub_group).grad
