@@ -92,12 +92,23 @@ def test_a_failed_phase_ends_the_chain(slurm: ThrowAwaySlurm, reference: Referen
 
 
 def test_cancelled_chain(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
-    words = ["--phases", "1,2", "--hours", "0.2", "--output_dir", str(tmp_path), "--run_name", "chain",
-             *phase_words(reference, tmp_path, ("phase1", "phase2"))]
-    jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
-    # The same command again finds its jobs, even those whose numbers were never written down.
-    (tmp_path / "chain" / "chain.json").unlink()
-    assert jobs_of(launch_submit(slurm.environment, *words).stdout) == jobs
+    """A running job and one that waits for it; the first would take days, so that no machine is too slow to cancel it."""
+    earlier = {name: str(Path(reference.runs[phase]) / folder)
+               for name, phase, folder in (("basis_dir", "phase1", "basis"), ("masks_dir", "phase2", "masks"))}
+    words = ["--phases", "3,evaluate", "--hours", "0.2", "--output_dir", str(tmp_path), "--run_name", "chain",
+             *phase_words(reference, tmp_path, ("phase3",)), "--phase3.epochs", "1000000",
+             *(word for name, path in earlier.items() for word in (f"--phase3.{name}", path)),
+             "--evaluate.suite", "refusal", "--evaluate.harmful_data", str(reference.root / "refusals_fit.jsonl")]
+    slurm.run("scontrol", "update", "partitionname=main", "state=down")  # nothing begins before it is let
+    try:
+        jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
+        assert set(jobs) == {"phase3", "evaluate"}
+        # The same command again finds its jobs, even those whose numbers were never written down.
+        (tmp_path / "chain" / "chain.json").unlink()
+        assert jobs_of(launch_submit(slurm.environment, *words).stdout) == jobs
+    finally:
+        slurm.run("scontrol", "update", "partitionname=main", "state=up")
+    assert slurm.wait(jobs["phase3"], "RUNNING") == "RUNNING"
     print(launch_submit(slurm.environment, "--cancel", str(tmp_path / "chain")).stdout)
     assert {slurm.wait(job) for job in jobs.values()} == {"CANCELLED"}
 
