@@ -157,7 +157,7 @@ def widths(arguments: Any, types: str) -> list[int]:
 def collect(arguments: Any) -> dict[str, Any]:
     """Covariances of all blocks against the same forward passes without them."""
     from warp_ds.method.covariance import covariance_flops
-    from warp_ds.phases.targets import find_blocks, find_targets
+    from warp_ds.models.targets import find_blocks, find_targets
     from warp_ds.zero.batches import Samples
     from warp_ds.zero.collect import Traffic, collect_by_walk, deliver
     from warp_ds.zero.runtime import returning_large_pieces
@@ -252,8 +252,8 @@ def svd(arguments: Any) -> dict[str, Any]:
 def scores(arguments: Any) -> dict[str, Any]:
     """Phase 2's passes against forward and backward passes of plain training on the same batches."""
     from warp_ds.method.importance import importance_flops
+    from warp_ds.models.targets import find_targets
     from warp_ds.phases.importance import importance_scores
-    from warp_ds.phases.targets import find_targets
 
     model = make_model(arguments, arguments.layers)
     rows = make_rows(arguments.tokens // 2, arguments.length)
@@ -299,7 +299,7 @@ def scores(arguments: Any) -> dict[str, Any]:
 
 
 def importance_flags(arguments: Any, types: str, recompute: bool = False) -> Any:
-    from warp_ds.config import ImportanceArguments
+    from warp_ds.flags.arguments import ImportanceArguments
 
     return ImportanceArguments(dtype=arguments.dtype, device=arguments.device, layer_type=types,
                                gradient_checkpointing=recompute, batch_size=arguments.batch_size,
@@ -309,9 +309,9 @@ def importance_flags(arguments: Any, types: str, recompute: bool = False) -> Any
 def make_basis(arguments: Any, model: Any, types: str, directory: Path) -> Any:
     """A random full-rank basis of every layer: phase 2's work depends on its shape alone."""
     from warp_ds.artifacts import BasisStore
-    from warp_ds.config import BasisArguments
+    from warp_ds.flags.arguments import BasisArguments
+    from warp_ds.models.targets import find_targets
     from warp_ds.phases.basis import compute_basis
-    from warp_ds.phases.targets import find_targets
 
     flags = BasisArguments(dtype=arguments.dtype, device=arguments.device, layer_type=types, basis="random")
     compute_basis(model, Tokenizer(), find_targets(model, "all", types), make_rows(8, 8), flags, directory,
@@ -410,7 +410,7 @@ def scaling(arguments: Any) -> dict[str, Any]:
 
 def planned_memory(arguments: Any, ranks: int) -> dict[str, float]:
     """Bytes that a rank needs beyond its shard of the weights, by phase."""
-    from warp_ds.report import plan
+    from warp_ds.launch import plan
 
     with tempfile.TemporaryDirectory() as folder:
         make_model(argparse.Namespace(**{**vars(arguments), "device": "cpu"}), arguments.layers).config.save_pretrained(folder)
@@ -504,7 +504,7 @@ def runtime_world() -> int:
 
 
 def basis_flags(arguments: Any, types: str, collect: str = "auto") -> Any:
-    from warp_ds.config import BasisArguments
+    from warp_ds.flags.arguments import BasisArguments
 
     return BasisArguments(dtype=arguments.dtype, device=arguments.device, layer_type=types, collect=collect,
                           batch_size=arguments.batch_size)
@@ -544,8 +544,8 @@ class Peak:
 
 
 def memory_job(arguments: Any) -> dict[str, Any]:
+    from warp_ds.models.targets import find_targets
     from warp_ds.phases.basis import compute_basis
-    from warp_ds.phases.targets import find_targets
     from warp_ds.zero.runtime import return_freed_memory
 
     model = load_spread(arguments)
@@ -568,9 +568,9 @@ def warm_up(device: str = "cpu") -> None:
 def scaling_job(arguments: Any) -> dict[str, Any]:
     from warp_ds.artifacts import BasisStore
     from warp_ds.method.covariance import kept_entries
+    from warp_ds.models.targets import find_targets
     from warp_ds.phases.basis import compute_basis
     from warp_ds.phases.importance import importance_scores
-    from warp_ds.phases.targets import find_targets
     from warp_ds.zero import runtime
     from warp_ds.zero.collect import TOKENS, route
 
@@ -616,11 +616,11 @@ def scaling_job(arguments: Any) -> dict[str, Any]:
 
 def layer(arguments: Any) -> dict[str, Any]:
     """Covariance or Gram matrix, decomposition, scores of one importance batch, and mask, of one m x n layer."""
+    from warp_ds.launch.plan import _decomposition
     from warp_ds.method.covariance import Covariance, covariance_flops
     from warp_ds.method.eigenbasis import covariance_basis, token_basis
     from warp_ds.method.importance import add_importance, importance_flops
     from warp_ds.method.mask import pack_bits
-    from warp_ds.report.plan import _decomposition
     from warp_ds.zero.collect import REDUCE
     from warp_ds.zero.select import choose
 

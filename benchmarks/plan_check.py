@@ -2,7 +2,7 @@
 
     python benchmarks/plan_check.py [--ranks 2] [--hidden 1024] [--layers 12] [--write]
 
-``--write`` records predicted over measured in warp_ds/report/plan_checked.json, which the plan's table shows. On CPUs a
+``--write`` records predicted over measured in warp_ds/launch/plan_checked.json, which the plan's table shows. On CPUs a
 rank has one memory: the plan's GPU and host parts are added up and compared with the growth of RssAnon. Bytes sent are
 counted where ranks call torch.distributed, as a ring would move them; bytes read where they are asked of the files;
 bytes written by the system's own count. The last line is one JSON object.
@@ -64,7 +64,7 @@ def compare(arguments: argparse.Namespace) -> None:
             }
         ratios = judge(root, measured, tokens, arguments)
     if arguments.write:
-        path = ROOT / "warp_ds" / "report" / "plan_checked.json"
+        path = ROOT / "warp_ds" / "launch" / "plan_checked.json"
         before = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(dict(sorted({**before, **ratios}.items())), indent=2) + "\n")
     print(json.dumps(ratios))
@@ -73,7 +73,7 @@ def compare(arguments: argparse.Namespace) -> None:
 def judge(
     root: Path, measured: dict[str, dict[str, float]], tokens: dict[str, int], arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    from warp_ds.report import plan
+    from warp_ds.launch import plan
 
     ratios: dict[str, Any] = {}
     for phase, of_run in measured.items():
@@ -228,7 +228,7 @@ def worker(root: Path) -> None:
     from load_save import AnonymousMemory
 
     from warp_ds import artifacts
-    from warp_ds.config import BasisArguments, ImportanceArguments, SafetyTuningArguments, TrainArguments
+    from warp_ds.flags.arguments import BasisArguments, ImportanceArguments, SafetyTuningArguments, TrainArguments
     from warp_ds.phases.basis import run_basis
     from warp_ds.phases.importance import run_importance
     from warp_ds.phases.training import run_safety_tuning, run_training

@@ -15,9 +15,10 @@ from rich.live import Live
 from rich.table import Table
 
 from warp_ds.artifacts import ArtifactError
-from warp_ds.cluster.chain import Chain, SubmitArguments, cancel, find_chain, kind_of, status, submit
 from warp_ds.cluster.slurm import SlurmError
-from warp_ds.config import ConfigError, FlagParser
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import FlagParser
+from warp_ds.launch.chain import Chain, SubmitArguments, cancel, find_chain, kind_of, status, submit
 from warp_ds.secrets import redact
 
 EPILOG = ("Every flag of the phases is taken too, and goes to those that have it; --phase3.batch_size 2 is for one alone. "

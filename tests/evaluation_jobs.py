@@ -10,10 +10,10 @@ import torch
 from phase3_jobs import LAYERS, common
 from transformers import LlamaForCausalLM
 
-from warp_ds.config import BasisArguments, EvaluateArguments
 from warp_ds.data.formats import encode
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
 from warp_ds.evaluation import generate
+from warp_ds.flags.arguments import BasisArguments, EvaluateArguments
 from warp_ds.phases import evaluate as phase
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.evaluate import run_evaluation

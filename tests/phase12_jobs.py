@@ -11,11 +11,11 @@ import torch
 from tiny_models import SIZES, tiny_model
 
 from warp_ds.artifacts import BasisStore, TargetLayer, write_tensors
-from warp_ds.config import BasisArguments, ImportanceArguments
+from warp_ds.flags.arguments import BasisArguments, ImportanceArguments
+from warp_ds.models.targets import find_targets
 from warp_ds.phases import importance
 from warp_ds.phases.basis import compute_basis, run_basis
 from warp_ds.phases.importance import compute_masks, importance_scores
-from warp_ds.phases.targets import find_targets
 from warp_ds.zero import collect
 from warp_ds.zero.collect import NotFinite, Owners, Traffic, deliver
 from warp_ds.zero.load import load_sharded

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from warp_ds.config import BasisArguments, EvaluateArguments, ImportanceArguments, TrainArguments
 from warp_ds.data.synthetic import demo_data, train_tokenizer
+from warp_ds.flags.arguments import BasisArguments, EvaluateArguments, ImportanceArguments, TrainArguments
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.evaluate import run_evaluation
 from warp_ds.phases.importance import run_importance

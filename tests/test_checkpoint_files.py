@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
-from warp_ds.zero.checkpoint_index import CheckpointError, PickledCheckpoint, resolve_checkpoint
+from warp_ds.store.checkpoint_index import CheckpointError, PickledCheckpoint, resolve_checkpoint
 
 INDEX = "model.safetensors.index.json"
 NAME = "model.layers.0.mlp.down_proj.weight"

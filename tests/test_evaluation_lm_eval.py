@@ -86,7 +86,7 @@ def make_task_model(root: Path) -> None:
 def ours(root: Path, output: Path) -> dict[str, Any]:
     from phase3_jobs import common
 
-    from warp_ds.config import EvaluateArguments
+    from warp_ds.flags.arguments import EvaluateArguments
     from warp_ds.phases.evaluate import run_evaluation
 
     run = run_evaluation(EvaluateArguments(**{**common(root, output), "model_name": str(root / "sums"), "batch_size": 4,
@@ -128,7 +128,7 @@ def test_exact_match_equals_the_harness(root: Path) -> None:
 
 
 def test_an_unknown_task_is_named(root: Path) -> None:
-    from warp_ds.config import ConfigError
+    from warp_ds.errors import ConfigError
     from warp_ds.evaluation.lm_eval_tasks import check_tasks
 
     with pytest.raises(ConfigError, match="nonsense: no such task"):

@@ -9,23 +9,23 @@ from typing import Any
 
 import pytest
 
-from warp_ds.cli import main, underscored
-from warp_ds.cluster.chain import phase_flags
-from warp_ds.cluster.doctor import DoctorArguments
-from warp_ds.config import (
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import (
     BasisArguments,
     CompareArguments,
-    ConfigError,
     EvaluateArguments,
     ImportanceArguments,
     SafetyTuningArguments,
     TrainArguments,
     parse_training,
 )
+from warp_ds.launch import plan
+from warp_ds.launch.chain import phase_flags
+from warp_ds.launch.cli import main, underscored
+from warp_ds.launch.doctor import DoctorArguments
+from warp_ds.launch.launcher import DEBUG_SAMPLES, apply_debug
 from warp_ds.phases.compare import training_flags
-from warp_ds.phases.launcher import DEBUG_SAMPLES, apply_debug
 from warp_ds.phases.sweep import SweepArguments
-from warp_ds.report import plan
 
 KINDS = (SafetyTuningArguments, BasisArguments, ImportanceArguments, TrainArguments, EvaluateArguments, CompareArguments,
          SweepArguments, DoctorArguments)

@@ -12,12 +12,13 @@ import torch
 from tiny_models import SIZES, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, LlamaForSequenceClassification, T5Config
 
-from warp_ds.config import ConfigError, EvaluateArguments
 from warp_ds.data.datasets import DataError
-from warp_ds.phases.inputs import check_inputs
-from warp_ds.phases.targets import find_targets
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import EvaluateArguments
+from warp_ds.launch.inputs import check_inputs
+from warp_ds.models.targets import find_targets
+from warp_ds.models.transformers_internals import weights_as_loaded
 from warp_ds.zero.model import check_ids, check_model_dir, local_model_dir, read_config, read_tokenizer
-from warp_ds.zero.transformers_internals import weights_as_loaded
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,12 @@ import pytest
 
 from warp_ds import artifacts
 from warp_ds.artifacts import ArtifactError
-from warp_ds.cli import main
-from warp_ds.config import BasisArguments, ConfigError, TrainArguments, parse_arguments, parse_training
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import BasisArguments, TrainArguments, parse_arguments, parse_training
+from warp_ds.launch.cli import main
 from warp_ds.phases import checkpoints
-from warp_ds.phases.lock import alive
 from warp_ds.phases.run import link_latest, start_run
+from warp_ds.store.lock import alive
 from warp_ds.zero.universal import remove_converted
 from warp_ds.zero.walk import HiddenStates
 

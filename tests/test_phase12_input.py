@@ -26,11 +26,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Phi3Config
 
 from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, TargetLayer, newest
-from warp_ds.config import ConfigError
 from warp_ds.data.datasets import DataError
+from warp_ds.errors import ConfigError
+from warp_ds.models.targets import find_targets
 from warp_ds.phases.basis import compute_basis, run_basis
 from warp_ds.phases.importance import compute_masks
-from warp_ds.phases.targets import find_targets
 from warp_ds.zero.batches import Samples
 from warp_ds.zero.collect import TOKENS, Background, LayerInput, in_small_pieces
 from warp_ds.zero.model import load_model, resolve_model_dir

@@ -32,7 +32,7 @@ from ranks import run_ranks, start_ranks
 from safetensors.numpy import load_file
 
 from warp_ds.artifacts import TargetLayer
-from warp_ds.phases.targets import shared_inputs
+from warp_ds.models.targets import shared_inputs
 from warp_ds.zero.batches import Batch, sample_sums
 from warp_ds.zero.collect import REDUCE, SEND, TOKENS, route
 from warp_ds.zero.scores import Rows

@@ -14,7 +14,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from warp_ds.report.verify import certify
+from warp_ds.evaluation.certificate import certify
 
 WORLDS = (1, 2, 3)
 

@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 
 from warp_ds.artifacts import ArtifactError
 from warp_ds.cluster import preemption
-from warp_ds.config import ConfigError
+from warp_ds.errors import ConfigError
+from warp_ds.evaluation.certificate import certify
 from warp_ds.phases import checkpoints, training
 from warp_ds.phases.training import MetricsFile
 from warp_ds.protection import WarpCallback
-from warp_ds.report.verify import certify
 from warp_ds.zero import runtime, universal
 
 STEPS = 5

@@ -15,13 +15,13 @@ from phase3_jobs import SAMPLES, TRAINER, Interrupted, losses, make_model, phase
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from warp_ds import trainer_flags
 from warp_ds.artifacts import write_json
-from warp_ds.config import (
+from warp_ds.errors import ConfigError
+from warp_ds.flags import training_arguments
+from warp_ds.flags.arguments import (
     NOT_IDENTITY,
     BasisArguments,
     CompareArguments,
-    ConfigError,
     EvaluateArguments,
     ImportanceArguments,
     SafetyTuningArguments,
@@ -77,7 +77,7 @@ def test_what_changes_no_result_keeps_no_run_apart(place: Path) -> None:
 ])
 def test_saving_and_defaults_are_no_difference(words: str, same: bool) -> None:
     arguments, passed = parse_training(TrainArguments, words.split())
-    assert (trainer_flags.training_settings(passed) == {}) is same
+    assert (training_arguments.training_settings(passed) == {}) is same
     plain = identify("phase3", TrainArguments(), INPUTS, {}).record
     assert (identify("phase3", arguments, INPUTS, passed).record == plain) is same
 

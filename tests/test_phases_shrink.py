@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import warp_ds
 from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, metadata_dict, write_json, write_mask
-from warp_ds.cli import main
+from warp_ds.launch.cli import main
 from warp_ds.method.mask import pack_bits
 from warp_ds.phases.shrink import shrink
 

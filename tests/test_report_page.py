@@ -24,7 +24,7 @@ from warp_ds.artifacts import (
     write_json,
     write_tensors,
 )
-from warp_ds.cli import main
+from warp_ds.launch.cli import main
 from warp_ds.method.mask import pack_bits, unpack_bits
 from warp_ds.report import costs, figures, tradeoff
 from warp_ds.report import page as page_sections

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from warp_ds.config import ConfigError
-from warp_ds.report import plan as module
-from warp_ds.report.plan import USABLE, Job, needs, plan, read_shape
+from warp_ds.errors import ConfigError
+from warp_ds.launch import plan as module
+from warp_ds.launch.plan import USABLE, Job, needs, plan, read_shape
 
 SIZES = {
     "70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import warp_ds
 from warp_ds.artifacts import ArtifactError, MaskStore, fingerprint_model, write_json
-from warp_ds.cli import main
+from warp_ds.evaluation.certificate import certify, write_certificate
 from warp_ds.evaluation.movement import frozen_drift
+from warp_ds.launch.cli import main
 from warp_ds.method.rotation import Rotation
-from warp_ds.report.verify import certify, write_certificate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from warp_ds.artifacts import find_artifact, newest, write_json, write_text
-from warp_ds.config import BasisArguments
-from warp_ds.held import DirectoryGoneError, held
+from warp_ds.flags.arguments import BasisArguments
 from warp_ds.phases.identity import unfinished
-from warp_ds.phases.lock import RunLock
 from warp_ds.phases.run import Run, start_run
-from warp_ds.phases.state import Progress
 from warp_ds.phases.training import MetricsFile
+from warp_ds.store.held import DirectoryGoneError, held
+from warp_ds.store.lock import RunLock
+from warp_ds.store.state import Progress
 from warp_ds.zero import save
 
 

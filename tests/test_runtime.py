@@ -17,11 +17,12 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import save_file
 
-from warp_ds import digests
 from warp_ds.artifacts import ArtifactError, Contents, fingerprint_model
 from warp_ds.cluster import memory
-from warp_ds.config import BasisArguments, ConfigError
-from warp_ds.digests import Part
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import BasisArguments
+from warp_ds.store import digests
+from warp_ds.store.digests import Part
 from warp_ds.zero import runtime, shared_reading
 from warp_ds.zero.runtime import rank, returning_large_pieces, zero3_config
 from warp_ds.zero.walk import host_memory

@@ -10,7 +10,7 @@ from evaluation_jobs import make_models
 from phase3_jobs import common
 from ranks import run_ranks
 
-from warp_ds.config import ConfigError
+from warp_ds.errors import ConfigError
 from warp_ds.phases.sweep import SweepArguments, front, run_sweep, settings
 from warp_ds.report.page import write_report
 

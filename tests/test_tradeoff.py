@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from warp_ds.config import CompareArguments, ConfigError
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import CompareArguments
 from warp_ds.phases.arms import ARMS, Arm, compose, parse_arms
 from warp_ds.phases.compare import ComparisonData, Point, _needed, merged_from, overlaps
 from warp_ds.phases.evaluate import EvaluationSets

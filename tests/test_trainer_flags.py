@@ -19,19 +19,19 @@ from phase3_jobs import common, losses, make_model
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from warp_ds import trainer_flags
-from warp_ds.config import (
+from warp_ds.errors import ConfigError
+from warp_ds.flags import training_arguments
+from warp_ds.flags.arguments import (
     BasisArguments,
     CompareArguments,
-    ConfigError,
     EvaluateArguments,
     ImportanceArguments,
     SafetyTuningArguments,
     TrainArguments,
     parse_training,
 )
+from warp_ds.flags.training_arguments import CHANGES_NO_TRAINING, CHANGES_TRAINING, FIELDS, NO_EFFECT, OURS, REFUSED, WORKS
 from warp_ds.phases import training
-from warp_ds.trainer_flags import CHANGES_NO_TRAINING, CHANGES_TRAINING, FIELDS, NO_EFFECT, OURS, REFUSED, WORKS
 
 
 def passed(text: str, kind: Any = TrainArguments) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def test_the_lists_cover_the_installed_training_arguments() -> None:
 def test_what_is_refused_is_refused_by_name(kind: Any) -> None:
     own = {f.name for f in dataclasses.fields(kind)}
     for name in (REFUSED | NO_EFFECT).keys() - own:
-        default = trainer_flags.default_of(name)
+        default = training_arguments.default_of(name)
         other = {"do_train": "False", "tf32": "True"}.get(name, str(not default) if isinstance(default, bool) else "7.5")
         said = refusal(f"--{name} {other}", kind)
         if name.endswith("_token"):
@@ -68,20 +68,20 @@ def test_what_is_refused_is_refused_by_name(kind: Any) -> None:
         assert said.startswith(f"--{name} is ") and (OURS.get(name) or (REFUSED | NO_EFFECT)[name]) in said
         if isinstance(default, bool) and default:
             assert said == refusal(f"--no_{name}", kind)
-        if isinstance(default, bool) and not default and name not in OURS and name not in trainer_flags._HARMLESS:
+        if isinstance(default, bool) and not default and name not in OURS and name not in training_arguments._HARMLESS:
             assert said == refusal(f"--{name.replace('_', '-')}", kind)
 
 
 def test_a_default_written_out_says_nothing() -> None:
-    for name in (REFUSED | NO_EFFECT).keys() - OURS.keys() - trainer_flags._HARMLESS.keys():
-        default = trainer_flags.default_of(name)
+    for name in (REFUSED | NO_EFFECT).keys() - OURS.keys() - training_arguments._HARMLESS.keys():
+        default = training_arguments.default_of(name)
         if default not in ("", []):  # nothing to write
             assert passed(f"--{name} {getattr(default, 'value', default)}") == {}, name
     assert passed("--do_train --tf32 False --save_only_model=false") == {}
 
 
 def test_a_field_of_a_newer_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(trainer_flags.FIELDS, "train_backwards", trainer_flags.FIELDS["use_cpu"])
+    monkeypatch.setitem(training_arguments.FIELDS, "train_backwards", training_arguments.FIELDS["use_cpu"])
     assert refusal("--train_backwards True").startswith("--train_backwards was not checked with warp_ds")
 
 
@@ -115,7 +115,7 @@ def test_wrong_values_are_one_line(words: str, said: str) -> None:
 
 
 def test_reporters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_flags, "get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
+    monkeypatch.setattr(training_arguments, "get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
     for words in ("tensorboard wandb", "tensorboard,wandb", "tensorboard, wandb,", "all"):
         assert passed(f"--report_to {words} --weight_decay 0.1") == {"report_to": ["tensorboard", "wandb"], "weight_decay": 0.1}
     assert passed("--report_to none") == {"report_to": []}

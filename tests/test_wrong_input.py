@@ -16,17 +16,17 @@ import torch
 from phase3_jobs import common, make_model
 from ranks import run_ranks
 
-from warp_ds.config import (
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import (
     BasisArguments,
     CompareArguments,
-    ConfigError,
     EvaluateArguments,
     ImportanceArguments,
     TrainArguments,
     parse_arguments,
     parse_training,
 )
-from warp_ds.phases.inputs import on_one_machine
+from warp_ds.launch.inputs import on_one_machine
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -221,7 +221,7 @@ def test_message_on_every_rank(messages: list[dict[str, str]], case: str) -> Non
 
 def path_job(root: Path) -> list[str]:
     """What is said of a model that rank 0 alone sees, of one that no rank sees, and of one that all do."""
-    from warp_ds.cluster.doctor import _check_model_path
+    from warp_ds.launch.doctor import _check_model_path
     from warp_ds.zero import runtime
 
     here, messages = os.getcwd(), []
@@ -319,7 +319,7 @@ def test_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
     import importlib.metadata
 
     import warp_ds
-    from warp_ds.cluster import doctor
+    from warp_ds.launch import doctor
 
     found = importlib.metadata.distribution
 

@@ -24,8 +24,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from warp_ds.zero import checkpoint_index, partitioned_param
-from warp_ds.zero.checkpoint_index import CheckpointError, RangeReader, ReadAhead, TensorLocation, read_header
+from warp_ds.store import checkpoint_index
+from warp_ds.store.checkpoint_index import CheckpointError, RangeReader, ReadAhead, TensorLocation, read_header
+from warp_ds.zero import partitioned_param
 from warp_ds.zero.load import load_sharded
 from warp_ds.zero.partitioned_param import Partitioner, check_layout, own_range, why_not_by_hand
 from warp_ds.zero.runtime import OtherRankError
@@ -399,7 +400,7 @@ def test_reads_ahead_what_its_rank_will_ask_for(tmp_path: Path, monkeypatch: pyt
 
 def test_reader_converts_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A range longer than the buffer, from the middle of a tensor."""
-    monkeypatch.setattr("warp_ds.zero.checkpoint_index.READ_BUFFER_BYTES", 64)
+    monkeypatch.setattr("warp_ds.store.checkpoint_index.READ_BUFFER_BYTES", 64)
     values = torch.randn(40, 7)
     save_file({"a": torch.zeros(3), "w": values}, tmp_path / "f.safetensors")
     location = read_header(tmp_path / "f.safetensors")["w"]

@@ -25,20 +25,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from warp_ds.digests import Digest, Part, combine, digest_parts, is_regular, whole_file
-from warp_ds.held import check_there
 from warp_ds.method.eigenbasis import BAR, orthogonality_error, probed_orthogonality
 from warp_ds.method.mask import frozen_count
 from warp_ds.method.rotation import Rotation
-from warp_ds.schema import SchemaError, check_fields
 from warp_ds.secrets import redact
-from warp_ds.zero.checkpoint_index import (
+from warp_ds.store.checkpoint_index import (
     CheckpointError,
     PickledCheckpoint,
     TensorLocation,
     read_header,
     resolve_checkpoint,
 )
+from warp_ds.store.digests import Digest, Part, combine, digest_parts, is_regular, whole_file
+from warp_ds.store.held import check_there
+from warp_ds.store.schema import SchemaError, check_fields
 
 logger = logging.getLogger(__name__)
 BASIS_FORMAT, MASKS_FORMAT, VERSION = "warp_ds.basis", "warp_ds.masks", 2

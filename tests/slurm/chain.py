@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from warp_ds.config import BasisArguments, ImportanceArguments, TrainArguments, parse_arguments, parse_training
 from warp_ds.data.synthetic import demo_data, train_tokenizer
+from warp_ds.flags.arguments import BasisArguments, ImportanceArguments, TrainArguments, parse_arguments, parse_training
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.importance import run_importance
 from warp_ds.phases.training import run_training

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from warp_ds.config import ConfigError
-from warp_ds.phases.lock import RunLock, alive
+from warp_ds.errors import ConfigError
+from warp_ds.store.lock import RunLock, alive
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from warp_ds.phases.lock import RunLock
+from warp_ds.store.lock import RunLock
 RunLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(1000)

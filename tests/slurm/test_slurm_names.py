@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from throwaway import ThrowAwaySlurm
 
-from warp_ds.cluster.chain import Chain, SubmitArguments, _marked_jobs, find_chain, parse_phases, phase_flags
 from warp_ds.cluster.slurm import ALIVE, cancel, first_host, job_states, task_environment
-from warp_ds.config import ConfigError, FlagParser
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import FlagParser
+from warp_ds.launch.chain import Chain, SubmitArguments, _marked_jobs, find_chain, parse_phases, phase_flags
 
 TASK = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "12345",
         "SLURM_STEP_NODELIST": "n[1-2]", "MASTER_ADDR": "10.0.0.1"}

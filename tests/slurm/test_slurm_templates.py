@@ -12,7 +12,7 @@ import pytest
 from chain import ROOT, Reference, assert_as_undisturbed, events, flags
 from throwaway import ENDED, ThrowAwaySlurm
 
-from warp_ds.cluster.chain import CPUS_OF_TASKS, Chain, SubmitArguments, _slurm_jobs
+from warp_ds.launch.chain import CPUS_OF_TASKS, Chain, SubmitArguments, _slurm_jobs
 
 
 def submit(slurm: ThrowAwaySlurm, phase: str, reference: Reference, output: Path, *more: str, options: tuple = ()) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from warp_ds.cluster.chain import CPUS_OF_TASKS, SubmitArguments, find_chain, submit
-from warp_ds.config import ConfigError, FlagParser
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import FlagParser
+from warp_ds.launch.chain import CPUS_OF_TASKS, SubmitArguments, find_chain, submit
 
 #: A program of this name must never run.
 EVIL = "touch marker"

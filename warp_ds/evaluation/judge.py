@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from warp_ds.config import ConfigError
 from warp_ds.data.formats import encode_prompt
+from warp_ds.errors import ConfigError
 from warp_ds.evaluation import guards
 from warp_ds.evaluation.generate import greedy, pad_token
 from warp_ds.evaluation.guards import Opinion

@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from warp_ds.config import ConfigError
 from warp_ds.data.formats import IGNORE, Sample, opening_ids
 from warp_ds.data.template import chat_text, render
+from warp_ds.errors import ConfigError
 from warp_ds.evaluation.generate import generate_after, pad_token, token_scores
 from warp_ds.zero import runtime
 

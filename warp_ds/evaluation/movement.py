@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from warp_ds.artifacts import ArtifactError, BasisStore, Contents, MaskStore, TargetLayer, fingerprint_model, model_contents
-from warp_ds.report.verify import Model, layer_drift, relative_drift
+from warp_ds.evaluation.certificate import Model, layer_drift, relative_drift
 from warp_ds.zero import runtime
 from warp_ds.zero.shared_reading import read_together
 

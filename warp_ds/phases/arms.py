@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from warp_ds.config import ConfigError
+from warp_ds.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,14 @@ from warp_ds.artifacts import (
     write_tensors,
 )
 from warp_ds.cluster.preemption import leave_if_asked
-from warp_ds.config import LAYER_TYPES, BasisArguments, ConfigError
 from warp_ds.data.datasets import load_pairs
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import LAYER_TYPES, BasisArguments
 from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, weight_basis
+from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases.run import start_run
-from warp_ds.phases.state import Progress
-from warp_ds.phases.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases.texts import tokenise
+from warp_ds.store.state import Progress
 from warp_ds.zero.batches import Samples
 from warp_ds.zero.collect import (
     Background,

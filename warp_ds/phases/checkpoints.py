@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import TrainerState
 
 from warp_ds.artifacts import ArtifactError, read_json, write_json
-from warp_ds.sealed import contents, difference
+from warp_ds.store.sealed import contents, difference
 
 logger = logging.getLogger(__name__)
 BEGUN, WHOLE = "begun.json", "whole.json"

@@ -29,18 +29,18 @@ from warp_ds.artifacts import (
     write_text,
 )
 from warp_ds.cluster.preemption import leave_if_asked
-from warp_ds.config import (
+from warp_ds.data.datasets import load_pairs, load_prompts
+from warp_ds.errors import ConfigError
+from warp_ds.evaluation.generate import answer_surprise
+from warp_ds.evaluation.movement import frozen_drift
+from warp_ds.flags.arguments import (
     BasisArguments,
     CompareArguments,
-    ConfigError,
     EvaluateArguments,
     ImportanceArguments,
     SafetyTuningArguments,
     TrainArguments,
 )
-from warp_ds.data.datasets import load_pairs, load_prompts
-from warp_ds.evaluation.generate import answer_surprise
-from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.method.baselines import safety_share
 from warp_ds.phases.arms import ARMS, Arm, parse_arms
 from warp_ds.phases.basis import run_basis
@@ -64,10 +64,10 @@ from warp_ds.phases.importance import run_importance
 from warp_ds.phases.merge import merge, resta_formula, safe_delta_formula
 from warp_ds.phases.neurons import LAYERS, safety_neuron_masks
 from warp_ds.phases.run import link_latest, start_run, versions
-from warp_ds.phases.state import Progress
 from warp_ds.phases.texts import check_lengths
 from warp_ds.phases.training import check_training, run_safety_tuning, run_training
 from warp_ds.report import card, costs, tradeoff
+from warp_ds.store.state import Progress
 from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import end_engine
 from warp_ds.zero.model import resolve_model_dir

@@ -27,9 +27,9 @@ from warp_ds.artifacts import (
     write_text,
 )
 from warp_ds.cluster.preemption import leave_if_asked
-from warp_ds.config import ConfigError, EvaluateArguments
 from warp_ds.data.datasets import DataError, load_pairs, load_prompts
 from warp_ds.data.formats import encode
+from warp_ds.errors import ConfigError
 from warp_ds.evaluation.generate import (
     answer_surprise,
     generate_greedy,
@@ -41,6 +41,7 @@ from warp_ds.evaluation.judge import Judge, judge_all
 from warp_ds.evaluation.metrics import agreement, exact_match, mcnemar, number_value, same_value, wilson
 from warp_ds.evaluation.movement import mean_movement, movement, open_basis
 from warp_ds.evaluation.verdicts import verdict
+from warp_ds.flags.arguments import EvaluateArguments
 from warp_ds.phases.run import start_run
 from warp_ds.phases.texts import check_lengths
 from warp_ds.report import card

@@ -8,9 +8,9 @@ import os
 import traceback
 from pathlib import Path
 
-from warp_ds.config import RunArguments
-from warp_ds.phases.state import note
+from warp_ds.flags.arguments import RunArguments
 from warp_ds.secrets import redact
+from warp_ds.store.state import note
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Which unfinished run is the same one: what changes a run's result, by content, and nothing else.
 
 Micro-batch, checkpointing, placement, the spelling of paths, saving and logging change no result (``config.NOT_IDENTITY``,
-``config.BY_CONTENT``, ``trainer_flags.CHANGES_NO_TRAINING``).
+``config.BY_CONTENT``, ``training_arguments.CHANGES_NO_TRAINING``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warp_ds import trainer_flags
 from warp_ds.artifacts import (
     ArtifactError,
     BasisStore,
@@ -27,10 +26,12 @@ from warp_ds.artifacts import (
     read_json,
     run_config,
 )
-from warp_ds.config import ConfigError, RunArguments, identity_settings, in_one_spelling
-from warp_ds.phases.lock import alive
-from warp_ds.phases.state import PROGRESS
-from warp_ds.phases.written import config_problem, digest_of
+from warp_ds.errors import ConfigError
+from warp_ds.flags import training_arguments
+from warp_ds.flags.arguments import RunArguments, identity_settings, in_one_spelling
+from warp_ds.store.lock import alive
+from warp_ds.store.state import PROGRESS
+from warp_ds.store.written import config_problem, digest_of
 from warp_ds.zero import runtime
 from warp_ds.zero.shared_reading import read_together
 
@@ -109,7 +110,7 @@ class Identity:
 
 def identify(phase: str, arguments: RunArguments, inputs: Mapping[str, str], passed: Mapping[str, Any]) -> Identity:
     """The identity of a run of ``arguments``. Reads what they name on the disk: rank 0 alone calls it."""
-    settings = {**identity_settings(arguments), **trainer_flags.training_settings(passed), **_sections(arguments)}
+    settings = {**identity_settings(arguments), **training_arguments.training_settings(passed), **_sections(arguments)}
     defaults = {f.name: f.default for f in dataclasses.fields(arguments)}
     return Identity(phase, json.loads(json.dumps(settings, default=str)), dict(inputs), _contents(arguments, inputs),
                     {**dataclasses.asdict(arguments), **passed}, in_one_spelling(defaults))

@@ -28,15 +28,16 @@ from warp_ds.artifacts import (
     write_mask,
 )
 from warp_ds.cluster.preemption import leave_if_asked
-from warp_ds.config import ConfigError, ImportanceArguments
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import ImportanceArguments
 from warp_ds.method.importance import response_loss, tokens_first
 from warp_ds.method.mask import frozen_count, pack_bits
 from warp_ds.method.selection import DECADE, LOG_BINS, random_scores
+from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases.basis import safety_pairs
 from warp_ds.phases.run import start_run
-from warp_ds.phases.state import Progress
-from warp_ds.phases.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases.texts import tokenise
+from warp_ds.store.state import Progress
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.collect import Background, stop_together
 from warp_ds.zero.model import load_model, resolve_model_dir

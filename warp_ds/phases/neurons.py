@@ -23,7 +23,7 @@ from warp_ds.artifacts import (
 from warp_ds.data.formats import encode_prompt
 from warp_ds.method.baselines import attention_neurons, linear_neurons, robust_neurons, top_share
 from warp_ds.method.mask import pack_bits
-from warp_ds.phases.targets import MODULES, find_blocks, find_targets
+from warp_ds.models.targets import MODULES, find_blocks, find_targets
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)

@@ -20,14 +20,15 @@ import datasets
 from warp_ds.artifacts import is_aside, is_run, remove_unfinished, write_json
 from warp_ds.cluster import slurm
 from warp_ds.cluster.preemption import Preempted
-from warp_ds.config import ConfigError, RunArguments
-from warp_ds.held import check_there, held
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import RunArguments
 from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
 from warp_ds.phases.identity import Identity, identify, read_named, unfinished
-from warp_ds.phases.lock import RunLock
-from warp_ds.phases.state import STATE, note, now
-from warp_ds.phases.written import check_written
 from warp_ds.secrets import Redacting
+from warp_ds.store.held import check_there, held
+from warp_ds.store.lock import RunLock
+from warp_ds.store.state import STATE, note, now
+from warp_ds.store.written import check_written
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds.artifacts import fingerprint_rows
-from warp_ds.config import CompareArguments, ConfigError, check_keep_ratio, flag, parse_layer_types
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import CompareArguments, check_keep_ratio, flag, parse_layer_types
 from warp_ds.phases.arms import ARMS, Arm
 from warp_ds.phases.compare import Bench, Point, compare, load_data, print_tables, training_flags, write_report
 from warp_ds.phases.run import start_run

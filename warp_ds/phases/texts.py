@@ -8,9 +8,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from warp_ds.config import RunArguments
 from warp_ds.data.datasets import DataError
 from warp_ds.data.formats import encode_dataset, encode_prompt, too_long
+from warp_ds.flags.arguments import RunArguments
 from warp_ds.zero import runtime
 from warp_ds.zero.model import check_ids, context_length, load_tokenizer
 

@@ -32,7 +32,6 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from warp_ds import trainer_flags
 from warp_ds.artifacts import (
     ArtifactError,
     Contents,
@@ -44,17 +43,19 @@ from warp_ds.artifacts import (
     write_text,
 )
 from warp_ds.cluster import preemption
-from warp_ds.config import ConfigError, RunArguments, SafetyTuningArguments, TrainArguments, TrainingFlags
 from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch
 from warp_ds.data.datasets import load_pairs
+from warp_ds.errors import ConfigError
 from warp_ds.evaluation.generate import pad_token
+from warp_ds.flags import training_arguments
+from warp_ds.flags.arguments import RunArguments, SafetyTuningArguments, TrainArguments, TrainingFlags
+from warp_ds.models.targets import check_targets, find_targets
 from warp_ds.phases import checkpoints
 from warp_ds.phases.run import start_run
-from warp_ds.phases.state import Progress
-from warp_ds.phases.targets import check_targets, find_targets
 from warp_ds.phases.texts import tokenise
 from warp_ds.protection import WarpCallback
-from warp_ds.sealed import odd_file
+from warp_ds.store.sealed import odd_file
+from warp_ds.store.state import Progress
 from warp_ds.zero import runtime, universal
 from warp_ds.zero.deepspeed_internals import end_engine, is_built, nothing_unpickled, refuse_pickles, tag_of
 from warp_ds.zero.model import load_model, resolve_model_dir
@@ -211,7 +212,7 @@ def fit(
         len(samples), arguments.global_batch_size, arguments.batch_size, runtime.world_size(), shuffle=True,
         seed=arguments.seed,
     )
-    passed = {**trainer_flags.DEFAULTS, **(passed or {})}
+    passed = {**training_arguments.DEFAULTS, **(passed or {})}
     keep = passed.pop("save_total_limit", None)
     training = trainer_arguments(arguments, passed, directory, sampler.accumulation_steps,
                                  converted=checkpoint is not None and universal.is_converted(checkpoint))
@@ -248,7 +249,7 @@ def fit(
 
 def trainer_arguments(arguments: TrainingFlags, passed: Mapping[str, Any], directory: Path, accumulation_steps: int,
                       converted: bool = False) -> TrainingArguments:
-    """What Trainer is told; ``passed`` are TrainingArguments of the user's, and trainer_flags.DEFAULTS."""
+    """What Trainer is told; ``passed`` are TrainingArguments of the user's, and training_arguments.DEFAULTS."""
     config = _trainer_config(arguments, converted)
     options = {"disable_tqdm": runtime.rank() != 0, **passed}
     clipping = config["gradient_clipping"]
@@ -278,13 +279,13 @@ def check_training(arguments: TrainingFlags, passed: Mapping[str, Any] | None) -
     Collective."""
     with runtime.on_every_rank_or_none("checking the flags of the training"):
         sampler = GlobalBatchSampler(1, arguments.global_batch_size, arguments.batch_size, runtime.world_size())
-        given = {**trainer_flags.DEFAULTS, **(passed or {})}
+        given = {**training_arguments.DEFAULTS, **(passed or {})}
         given.pop("save_total_limit", None)
         config = _trainer_config(arguments, converted=False)
         _check_sections(config, passed or {})
         _check_operators(config)
         try:
-            trainer_flags.check_scheduler(given, arguments.learning_rate)
+            training_arguments.check_scheduler(given, arguments.learning_rate)
             made = trainer_arguments(arguments, given, Path(arguments.output_dir) / "run", sampler.accumulation_steps)
         except (ValueError, TypeError, OSError, ImportError) as error:
             raise ConfigError(f"these flags do not go together: {error}") from error

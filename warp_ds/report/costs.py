@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from warp_ds.artifacts import read_json, read_lines, run_config
-from warp_ds.phases.state import STATE
+from warp_ds.store.state import STATE
 
 CAPTION = (
     "Seconds: wall time of the launch that finished the run. Peak memory: of the rank that held most, from the run's start on; "

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from warp_ds.config import ConfigError
+from warp_ds.errors import ConfigError
 from warp_ds.evaluation.metrics import wilson
 from warp_ds.report.tradeoff import UTILITY
 

@@ -19,10 +19,10 @@ import torch
 
 from warp_ds import __version__, artifacts
 from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, path_of_run, write_text
+from warp_ds.evaluation.certificate import still_describes
 from warp_ds.method.mask import unpack_bits
 from warp_ds.names import printable
 from warp_ds.report import costs, figures, tradeoff
-from warp_ds.report.verify import still_describes
 from warp_ds.secrets import redact
 
 logger = logging.getLogger(__name__)

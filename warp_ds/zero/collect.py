@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from warp_ds.artifacts import TargetLayer
-from warp_ds.config import LAYER_TYPES
 from warp_ds.data.collate import EMPTY
+from warp_ds.flags.arguments import LAYER_TYPES
 from warp_ds.method.covariance import Covariance
 from warp_ds.zero.batches import Batch, Samples, sample_sums
 from warp_ds.zero.fetch import FetchHooks, outside

@@ -23,7 +23,7 @@ from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import safe_globals
 
-from warp_ds.config import ConfigError
+from warp_ds.errors import ConfigError
 
 #: The steps of ``DeepSpeedZeroOptimizer_Stage3.step`` that the masked step stands between.
 HOOKED = (

@@ -24,16 +24,16 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from warp_ds.zero.checkpoint_index import RangeReader, ReadAhead, TensorLocation
-from warp_ds.zero.partitioned_param import Partitioner, own_range, why_not_by_hand
-from warp_ds.zero.runtime import all_gather_object, on_every_rank_or_none, rank
-from warp_ds.zero.transformers_internals import (
+from warp_ds.models.transformers_internals import (
     CannotMap,
     MetaModel,
     check_loading,
     load_on_meta,
     zero3_hidden_from_transformers,
 )
+from warp_ds.store.checkpoint_index import RangeReader, ReadAhead, TensorLocation
+from warp_ds.zero.partitioned_param import Partitioner, own_range, why_not_by_hand
+from warp_ds.zero.runtime import all_gather_object, on_every_rank_or_none, rank
 
 logger = logging.getLogger(__name__)
 

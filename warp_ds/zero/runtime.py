@@ -23,7 +23,8 @@ from torch import Tensor
 
 from warp_ds.artifacts import read_text
 from warp_ds.cluster.slurm import task_environment
-from warp_ds.config import ConfigError, RunArguments, refuse_secrets
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import RunArguments, refuse_secrets
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def init_distributed(device: str, timeout_seconds: int = 1800) -> None:
     warnings.filterwarnings("ignore", message=r".*is deprecated. Please use `torch\.distributed", category=FutureWarning)
     import deepspeed
 
-    from warp_ds.zero.torch_internals import survive_kills_while_loading_operators
+    from warp_ds.cluster.torch_internals import survive_kills_while_loading_operators
 
     survive_kills_while_loading_operators()
     with _saying_where_ranks_meet():

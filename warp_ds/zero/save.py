@@ -30,8 +30,9 @@ from huggingface_hub import ModelCardData
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from warp_ds.held import check_there
-from warp_ds.zero.checkpoint_index import DTYPES
+from warp_ds.models.transformers_internals import save_without_weights
+from warp_ds.store.checkpoint_index import DTYPES
+from warp_ds.store.held import check_there
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.runtime import (
     broadcast_object,
@@ -40,7 +41,6 @@ from warp_ds.zero.runtime import (
     rank,
     world_size,
 )
-from warp_ds.zero.transformers_internals import save_without_weights
 
 logger = logging.getLogger(__name__)
 

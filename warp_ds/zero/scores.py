@@ -21,7 +21,7 @@ from warp_ds.artifacts import ArtifactError, TargetLayer, read_json, remove_own,
 from warp_ds.data.collate import EMPTY
 from warp_ds.data.formats import IGNORE
 from warp_ds.method.importance import add_importance
-from warp_ds.sealed import contents, difference
+from warp_ds.store.sealed import contents, difference
 from warp_ds.zero.batches import Batch, Samples, sample_sums
 from warp_ds.zero.fetch import FetchHooks, outside, saved_by_reference
 from warp_ds.zero.runtime import (

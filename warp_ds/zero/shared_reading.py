@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from warp_ds import digests
 from warp_ds.artifacts import ArtifactError, Contents, fingerprint_model, model_contents
-from warp_ds.config import ConfigError
-from warp_ds.digests import Digest, FileState, Part
+from warp_ds.errors import ConfigError
+from warp_ds.store import digests
+from warp_ds.store.digests import Digest, FileState, Part
 from warp_ds.zero import runtime
 
 ROUND_BYTES = 8 << 30

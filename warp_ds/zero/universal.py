@@ -24,8 +24,8 @@ from torch import nn
 
 from warp_ds.artifacts import ArtifactError, read_json, write_json
 from warp_ds.cluster import preemption
-from warp_ds.config import ConfigError
-from warp_ds.sealed import contents, difference
+from warp_ds.errors import ConfigError
+from warp_ds.store.sealed import contents, difference
 from warp_ds.zero import deepspeed_internals as internals
 from warp_ds.zero import runtime
 from warp_ds.zero.masked_step import COEFFICIENTS

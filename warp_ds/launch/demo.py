@@ -20,14 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from warp_ds.artifacts import fingerprint_rows, read_json, write_json
-from warp_ds.config import CompareArguments, ConfigError, EvaluateArguments, RunArguments, SafetyTuningArguments, flag
 from warp_ds.data.datasets import load_pairs, load_prompts
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
+from warp_ds.errors import ConfigError
 from warp_ds.evaluation.metrics import extract_number
+from warp_ds.flags.arguments import CompareArguments, EvaluateArguments, RunArguments, SafetyTuningArguments, flag
+from warp_ds.launch.launcher import launch
 from warp_ds.phases.arms import parse_arms
 from warp_ds.phases.compare import Bench, ComparisonData, compare, print_tables, spent, write_report
 from warp_ds.phases.evaluate import SUITES, EvaluationSets
-from warp_ds.phases.launcher import launch
 from warp_ds.phases.run import log_to_file
 from warp_ds.phases.texts import check_lengths
 from warp_ds.phases.training import run_safety_tuning

@@ -33,14 +33,14 @@ from warp_ds.artifacts import (
     run_config,
     write_text,
 )
-from warp_ds.digests import FileState, digest_parts, whole_file
+from warp_ds.evaluation import unmasked
 from warp_ds.method.eigenbasis import BAR, orthogonality_error
 from warp_ds.method.mask import unpack_bits
 from warp_ds.method.rotation import Rotation
 from warp_ds.method.systematic import FALSE_ALARM, Sums
 from warp_ds.names import printable
-from warp_ds.report import unmasked
-from warp_ds.zero.checkpoint_index import INDEX, CheckpointError, TensorLocation, resolve_checkpoint
+from warp_ds.store.checkpoint_index import INDEX, CheckpointError, TensorLocation, resolve_checkpoint
+from warp_ds.store.digests import FileState, digest_parts, whole_file
 
 KEPT, BROKEN, CANNOT_TELL = "kept", "broken", "cannot tell"
 EXIT = {KEPT: 0, BROKEN: 1, CANNOT_TELL: 3}
@@ -157,7 +157,7 @@ class Model:
 def _by_parameter(directory: Path, tensors: dict[str, TensorLocation]) -> dict[str, TensorLocation]:
     """The tensors in the same order, by the names of the parameters that from_pretrained makes of them; those that it makes
     none of keep theirs."""
-    from warp_ds.zero.transformers_internals import CannotMap, weights_as_loaded
+    from warp_ds.models.transformers_internals import CannotMap, weights_as_loaded
 
     try:
         names = {location.name: name for name, location in weights_as_loaded(directory).items()}

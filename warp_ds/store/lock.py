@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds.artifacts import ArtifactError, read_json, write_json
-from warp_ds.config import ConfigError
-from warp_ds.held import DirectoryGoneError
-from warp_ds.phases.written import is_owner
+from warp_ds.errors import ConfigError
+from warp_ds.store.held import DirectoryGoneError
+from warp_ds.store.written import is_owner
 
 logger = logging.getLogger(__name__)
 BEAT_SECONDS = 10.0

@@ -8,8 +8,9 @@ from typing import Any
 
 from warp_ds.artifacts import find_artifact
 from warp_ds.cluster.slurm import task_environment
-from warp_ds.config import ConfigError, ImportanceArguments, RunArguments, TrainArguments
 from warp_ds.data.datasets import local_file
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import ImportanceArguments, RunArguments, TrainArguments
 from warp_ds.zero import runtime
 from warp_ds.zero.model import check_model_dir, local_model_dir, read_config
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds.artifacts import ArtifactError, read_json
-from warp_ds.schema import SchemaError, check_type
-from warp_ds.sealed import odd_file
+from warp_ds.store.schema import SchemaError, check_type
+from warp_ds.store.sealed import odd_file
 
 CONFIG = {"phase": str, "identity": str, "settings": dict[str, Any], "inputs": dict[str, str]}
 LATER = {"compared": dict[str, Any], "contents": dict[str, str], "started_at": str, "command": list[str],

@@ -23,8 +23,8 @@ from rich.table import Table
 from warp_ds import __version__
 from warp_ds.artifacts import ArtifactError, model_contents
 from warp_ds.cluster import memory, slurm
-from warp_ds.config import (
-    ConfigError,
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import (
     FlagParser,
     LayerArguments,
     RunArguments,
@@ -229,7 +229,7 @@ def data(name: str, given: str) -> Finding:
 
 def needs(arguments: Any, directory: Path, nodes: int, ranks_per_node: int, phase: str | None = None) -> Iterator[Finding]:
     """Free disk and memory against what ``warp-ds plan`` counts; of one phase ('phase3'), or of the greediest."""
-    from warp_ds.report import plan as planning
+    from warp_ds.launch import plan as planning
 
     gpu = torch.cuda.is_available() and arguments.resolved_device == "cuda"
     try:

@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import logging as hf_logging
 
-from warp_ds.zero.checkpoint_index import (
+from warp_ds.store.checkpoint_index import (
     CheckpointError,
     ReadAhead,
     TensorLocation,

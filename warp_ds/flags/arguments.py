@@ -19,17 +19,16 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from warp_ds import trainer_flags
 from warp_ds.data.template import DEFAULT_DATE, is_date
+from warp_ds.errors import ConfigError
+from warp_ds.flags import training_arguments
 from warp_ds.names import control_character, problem_of_name
 from warp_ds.secrets import holds_secret, redact
 
+Arguments = TypeVar("Arguments", bound="RunArguments")
+
 LAYER_TYPES = ("ffn_down", "ffn_up", "ffn_gate", "attn_q", "attn_k", "attn_v", "attn_o")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-class ConfigError(ValueError):
-    """A flag that cannot be used, with the cause and the cure."""
 
 
 def flag(default: Any, help: str, **more: Any) -> Any:
@@ -336,9 +335,6 @@ def _numbers(name: str, text: str) -> list[float]:
     if len(set(values)) < len(values) or not all(0 <= value < math.inf for value in values):
         raise ConfigError(f"--{name} {text!r}: each value once, finite and none below 0")
     return sorted(values)
-
-
-Arguments = TypeVar("Arguments", bound=RunArguments)
 #: Flags that do not change what a run computes: two runs that differ in these alone may resume one another.
 NOT_IDENTITY = ("output_dir", "log_dir", "run_name", "resume", "debug", "device", "timeout", "local_rank", "deepspeed",
                 "save_minutes", "max_requeues", "arms", "learning_rates", "arm_rates", "seeds", "at_utility",
@@ -398,7 +394,7 @@ def check_run_name(name: str | None) -> None:
 
 CONFIG_HELP = "--config FILE reads flags from a YAML file, such as 'keep_ratio: 0.1'; those on the command line win."
 PASSED_HELP = ("Flags of transformers' TrainingArguments are taken too, such as --lr_scheduler_type cosine --warmup_steps 50 "
-               f"--report_to tensorboard wandb: {', '.join(sorted(trainer_flags.WORKS))}.")
+               f"--report_to tensorboard wandb: {', '.join(sorted(training_arguments.WORKS))}.")
 
 
 def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:
@@ -424,29 +420,29 @@ def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:
     problems: list[str] = []
     for words in grouped(rest):
         name = words[0].lstrip("-").replace("-", "_")
-        field = name if name in trainer_flags.FIELDS else name.removeprefix("no_")
+        field = name if name in training_arguments.FIELDS else name.removeprefix("no_")
         value = words[1:] if field == name else ["false"]
         if hasattr(kind, "arms") and (instead := DECIDED_BY_ARMS.get(name)):
             problems.append(f"--{name} is decided by {instead}")
-        elif not words[0].startswith("--") or field not in trainer_flags.FIELDS:
+        elif not words[0].startswith("--") or field not in training_arguments.FIELDS:
             unknown += words
-        elif field in trainer_flags.WORKS:
+        elif field in training_arguments.WORKS:
             kept += words
-        elif reason := trainer_flags.why_refused(field, value):
+        elif reason := training_arguments.why_refused(field, value):
             problems.append(reason)
     if unknown:
-        raise unknown_flags(unknown, [*names_of(kind), *trainer_flags.WORKS])
+        raise unknown_flags(unknown, [*names_of(kind), *training_arguments.WORKS])
     if problems:
         raise ConfigError("; ".join(problems))
     passed = FlagParser(TrainingArguments)
-    trainer_flags.several_words(passed)
+    training_arguments.several_words(passed)
     for action in passed._actions:
         action.default, action.required = argparse.SUPPRESS, False
     found, more = passed.parse_known_args(kept)
     if more:
         raise unknown_flags(more, names_of(kind))
     try:
-        return trainer_flags.settle(vars(found))
+        return training_arguments.settle(vars(found))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from warp_ds.artifacts import append_line, write_json
 from warp_ds.cluster import slurm
-from warp_ds.held import DirectoryGoneError
 from warp_ds.secrets import redact
+from warp_ds.store.held import DirectoryGoneError
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)

@@ -30,10 +30,10 @@ from transformers import TrainingArguments
 
 from warp_ds.artifacts import ArtifactError, read_json, read_lines, write_json, written_at
 from warp_ds.cluster import slurm
-from warp_ds.config import (
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import (
     BasisArguments,
     CompareArguments,
-    ConfigError,
     EvaluateArguments,
     ImportanceArguments,
     RunArguments,
@@ -51,7 +51,7 @@ from warp_ds.config import (
     unknown_flags,
 )
 from warp_ds.phases.arms import parse_arms
-from warp_ds.schema import SchemaError, check_fields
+from warp_ds.store.schema import SchemaError, check_fields
 
 PHASES: dict[str, type[RunArguments]] = {
     "phase0": SafetyTuningArguments, "phase1": BasisArguments, "phase2": ImportanceArguments, "phase3": TrainArguments,
@@ -454,7 +454,7 @@ def cancel(chain: Chain) -> list[str]:
 
 def run_phase(phase: str, words: list[str]) -> None:
     """What each task of a job runs: the phase, as launch/<phase>.py does it."""
-    from warp_ds.phases.launcher import launch
+    from warp_ds.launch.launcher import launch
 
     if "SUBMITIT_LOCAL_NTASKS" in os.environ and os.environ.get("SUBMITIT_EXECUTOR") == "local":
         job = submitit.JobEnvironment()
@@ -468,7 +468,7 @@ def run_phase(phase: str, words: list[str]) -> None:
 
 def run_directly(phase: str, words: list[str]) -> None:
     """The phase in this process, one rank; its errors are raised."""
-    from warp_ds.phases.launcher import apply_debug
+    from warp_ds.launch.launcher import apply_debug
     from warp_ds.zero.runtime import init_distributed
 
     arguments, passed = _parse(phase, words)

@@ -17,16 +17,17 @@ import torch
 
 from warp_ds.artifacts import ArtifactError
 from warp_ds.cluster import preemption, slurm
-from warp_ds.cluster.doctor import start_checks
 from warp_ds.cluster.slurm import task_environment
-from warp_ds.config import ConfigError, RunArguments, parse_arguments, parse_training
 from warp_ds.data.datasets import DataError
-from warp_ds.held import DirectoryGoneError
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import RunArguments, parse_arguments, parse_training
+from warp_ds.launch.doctor import start_checks
+from warp_ds.launch.inputs import check_inputs, on_one_machine
 from warp_ds.phases.failures import explain, is_later
-from warp_ds.phases.inputs import check_inputs, on_one_machine
 from warp_ds.phases.run import log_to_terminal
-from warp_ds.phases.state import note
 from warp_ds.secrets import redact
+from warp_ds.store.held import DirectoryGoneError
+from warp_ds.store.state import note
 from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import UnsupportedSetting
 

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         "phase will need in memory, traffic and disk, and the fewest nodes that will do, from the model's "
         "config alone: no weight is read. Exit status 1 where the job does not fit.")
     if "plan" in (sys.argv[1:2] if argv is None else argv[:1]):
-        from warp_ds.report import plan as planning  # imports torch: only where it is asked for
+        from warp_ds.launch import plan as planning
 
         planning.add_arguments(plan)
         plan.set_defaults(run=planning.run)
@@ -84,13 +84,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     # The venv's ninja, for DeepSpeed's one compiled operator, without activating the venv.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(arguments.ranks), "--master_port",
-               str(_free_port()), "--module", "warp_ds.phases.demo", *arguments.rest]
+               str(_free_port()), "--module", "warp_ds.launch.demo", *arguments.rest]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from warp_ds.cluster.doctor import main as doctor
-    from warp_ds.config import ConfigError
+    from warp_ds.errors import ConfigError
+    from warp_ds.launch.doctor import main as doctor
 
     try:
         return doctor(arguments.rest)
@@ -107,7 +107,7 @@ def _free_port() -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from warp_ds.artifacts import ArtifactError
-    from warp_ds.report.verify import EXIT, certificate_path, certify, print_certificate, write_certificate
+    from warp_ds.evaluation.certificate import EXIT, certificate_path, certify, print_certificate, write_certificate
 
     try:
         certificate = certify(arguments.before, arguments.after, arguments.masks_dir, arguments.basis_dir)
@@ -135,7 +135,7 @@ def _shrink(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from warp_ds.config import ConfigError
+    from warp_ds.errors import ConfigError
 
     try:
         from warp_ds.report.page import run_report

@@ -1,0 +1,1 @@
+"""Which layers of which architecture: found by name and structure, and what transformers keeps to itself."""
