@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import CompareArguments, TrainArguments, parse_arguments, parse_training
+from warp_ds.flags.arguments import CompareArguments, TrainArguments
+from warp_ds.flags.parsing import parse_arguments, parse_training
 
 
 def read(path: Path, text: str) -> tuple[dict[str, Any], dict[str, Any]]:

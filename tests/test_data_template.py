@@ -16,7 +16,8 @@ from warp_ds.data.formats import IGNORE, encode, encode_prompt, opening_ids
 from warp_ds.data.synthetic import train_tokenizer
 from warp_ds.data.template import _open_thought
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import BasisArguments, parse_arguments
+from warp_ds.flags.arguments import BasisArguments
+from warp_ds.flags.parsing import parse_arguments
 
 TEXTS = ["Question: How do I bake bread?\nAnswer: To bake bread, get flour.", "user assistant think Sure </s> [ ] < > /"] * 5
 # Templates of well-known shapes, in few words.

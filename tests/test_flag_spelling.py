@@ -17,8 +17,8 @@ from warp_ds.flags.arguments import (
     ImportanceArguments,
     SafetyTuningArguments,
     TrainArguments,
-    parse_training,
 )
+from warp_ds.flags.parsing import parse_training
 from warp_ds.launch import plan
 from warp_ds.launch.chain import phase_flags
 from warp_ds.launch.cli import main, underscored

@@ -12,7 +12,8 @@ import pytest
 from warp_ds import artifacts
 from warp_ds.artifacts import ArtifactError
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import BasisArguments, TrainArguments, parse_arguments, parse_training
+from warp_ds.flags.arguments import BasisArguments, TrainArguments
+from warp_ds.flags.parsing import parse_arguments, parse_training
 from warp_ds.launch.cli import main
 from warp_ds.phases import checkpoints
 from warp_ds.phases.run import link_latest, start_run

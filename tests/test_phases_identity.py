@@ -19,16 +19,15 @@ from warp_ds.artifacts import write_json
 from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import (
-    NOT_IDENTITY,
     BasisArguments,
     CompareArguments,
     EvaluateArguments,
     ImportanceArguments,
     SafetyTuningArguments,
     TrainArguments,
-    identity_settings,
-    parse_training,
 )
+from warp_ds.flags.identity import NOT_IDENTITY, identity_settings
+from warp_ds.flags.parsing import parse_training
 from warp_ds.phases.identity import identify
 from warp_ds.phases.sweep import SweepArguments
 from warp_ds.phases.training import MetricsFile

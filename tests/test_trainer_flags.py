@@ -28,8 +28,8 @@ from warp_ds.flags.arguments import (
     ImportanceArguments,
     SafetyTuningArguments,
     TrainArguments,
-    parse_training,
 )
+from warp_ds.flags.parsing import parse_training
 from warp_ds.flags.training_arguments import CHANGES_NO_TRAINING, CHANGES_TRAINING, FIELDS, NO_EFFECT, OURS, REFUSED, WORKS
 from warp_ds.phases import training
 

@@ -17,15 +17,8 @@ from phase3_jobs import common, make_model
 from ranks import run_ranks
 
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import (
-    BasisArguments,
-    CompareArguments,
-    EvaluateArguments,
-    ImportanceArguments,
-    TrainArguments,
-    parse_arguments,
-    parse_training,
-)
+from warp_ds.flags.arguments import BasisArguments, CompareArguments, EvaluateArguments, ImportanceArguments, TrainArguments
+from warp_ds.flags.parsing import parse_arguments, parse_training
 from warp_ds.launch.inputs import on_one_machine
 
 REPOSITORY = Path(__file__).parents[1]

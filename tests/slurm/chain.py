@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from warp_ds.data.synthetic import demo_data, train_tokenizer
-from warp_ds.flags.arguments import BasisArguments, ImportanceArguments, TrainArguments, parse_arguments, parse_training
+from warp_ds.flags.arguments import BasisArguments, ImportanceArguments, TrainArguments
+from warp_ds.flags.parsing import parse_arguments, parse_training
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.importance import run_importance
 from warp_ds.phases.training import run_training

@@ -9,7 +9,7 @@ from throwaway import ThrowAwaySlurm
 
 from warp_ds.cluster.slurm import ALIVE, cancel, first_host, job_states, task_environment
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import FlagParser
+from warp_ds.flags.parsing import FlagParser
 from warp_ds.launch.chain import Chain, SubmitArguments, _marked_jobs, find_chain, parse_phases, phase_flags
 
 TASK = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "12345",

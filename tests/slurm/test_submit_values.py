@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import FlagParser
+from warp_ds.flags.parsing import FlagParser
 from warp_ds.launch.chain import CPUS_OF_TASKS, SubmitArguments, find_chain, submit
 
 #: A program of this name must never run.

@@ -5,29 +5,27 @@ Flags come from the command line or a YAML file (``--config``); the command line
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
 import math
-import sys
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal
 
 import torch
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
 
 from warp_ds.data.template import DEFAULT_DATE, is_date
 from warp_ds.errors import ConfigError
-from warp_ds.flags import training_arguments
-from warp_ds.names import control_character, problem_of_name
-from warp_ds.secrets import holds_secret, redact
+from warp_ds.flags.checks import (
+    at_least,
+    check_keep_ratio,
+    check_numbers,
+    check_rank,
+    check_run_name,
+    check_training,
+    check_writable,
+    refuse_control_characters,
+    refuse_secrets,
+)
+from warp_ds.models.layer_names import LAYER_TYPES, parse_layer_types
 
-Arguments = TypeVar("Arguments", bound="RunArguments")
-
-LAYER_TYPES = ("ffn_down", "ffn_up", "ffn_gate", "attn_q", "attn_k", "attn_v", "attn_o")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -64,10 +62,10 @@ class RunArguments:
             refuse_control_characters(f"--{name}", value)
             refuse_secrets(f"--{name}", value)
         check_run_name(self.run_name)
-        _check_numbers(self)
-        _at_least(self, "batch_size", 1)
-        _at_least(self, "max_length", 2)
-        _at_least(self, "timeout", 1)
+        check_numbers(self)
+        at_least(self, "batch_size", 1)
+        at_least(self, "max_length", 2)
+        at_least(self, "timeout", 1)
         if self.seed >= 2**32:
             raise ConfigError(f"--seed {self.seed}: below 2^32, which NumPy's generators take at most")
         if not is_date(self.template_date):
@@ -80,7 +78,7 @@ class RunArguments:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda, but torch sees no GPU here; use --device cpu or check the driver")
         for name in ("output_dir", "log_dir"):
-            _check_writable(name, getattr(self, name))
+            check_writable(name, getattr(self, name))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -139,8 +137,8 @@ class SafetyTuningArguments(SafetyDataArguments, TrainingFlags):
 
     def check(self) -> None:
         super().check()
-        _check_training(self)
-        _at_least(self, "safety_samples", 0)
+        check_training(self)
+        at_least(self, "safety_samples", 0)
 
 
 @dataclass
@@ -162,9 +160,9 @@ class BasisArguments(SafetyDataArguments, LayerArguments, RunArguments):
 
     def check(self) -> None:
         super().check()
-        _at_least(self, "safety_samples", 0)
+        at_least(self, "safety_samples", 0)
         parse_layer_types(self.layer_type)
-        _check_rank(self)
+        check_rank(self)
 
 
 @dataclass
@@ -186,8 +184,8 @@ class ImportanceArguments(SafetyDataArguments, LayerArguments, RunArguments):
 
     def check(self) -> None:
         super().check()
-        _at_least(self, "safety_samples", 0)
-        _at_least(self, "importance_batch_size", 1)
+        at_least(self, "safety_samples", 0)
+        at_least(self, "importance_batch_size", 1)
         parse_layer_types(self.layer_type)
         check_keep_ratio(self.keep_ratio)
 
@@ -207,8 +205,8 @@ class TrainArguments(UtilityDataArguments, LayerArguments, TrainingFlags):
 
     def check(self) -> None:
         super().check()
-        _check_training(self)
-        _at_least(self, "utility_samples", 0)
+        check_training(self)
+        at_least(self, "utility_samples", 0)
 
 
 @dataclass
@@ -236,8 +234,8 @@ class EvaluateArguments(RunArguments):
 
     def check(self) -> None:
         super().check()
-        _at_least(self, "max_new_tokens", 1)
-        _at_least(self, "lm_eval_limit", 0)
+        at_least(self, "max_new_tokens", 1)
+        at_least(self, "lm_eval_limit", 0)
 
 
 @dataclass
@@ -293,10 +291,10 @@ class CompareArguments(SafetyDataArguments, LayerArguments, RunArguments):
     def check(self) -> None:
         super().check()
         for name in ("importance_batch_size", "global_batch_size", "max_new_tokens", "eval_batch_size"):
-            _at_least(self, name, 1)
+            at_least(self, name, 1)
         parse_layer_types(self.layer_type)
         check_keep_ratio(self.keep_ratio)
-        _check_rank(self)
+        check_rank(self)
         if not 0.0 < self.neuron_share <= 1.0:
             raise ConfigError(f"--neuron_share is a share above 0 and at most 1, not {self.neuron_share}")
         if self.mix_ratio < 0:
@@ -335,327 +333,6 @@ def _numbers(name: str, text: str) -> list[float]:
     if len(set(values)) < len(values) or not all(0 <= value < math.inf for value in values):
         raise ConfigError(f"--{name} {text!r}: each value once, finite and none below 0")
     return sorted(values)
-#: Flags that do not change what a run computes: two runs that differ in these alone may resume one another.
-NOT_IDENTITY = ("output_dir", "log_dir", "run_name", "resume", "debug", "device", "timeout", "local_rank", "deepspeed",
-                "save_minutes", "max_requeues", "arms", "learning_rates", "arm_rates", "seeds", "at_utility",
-                "keep_models", "batch_size", "eval_batch_size", "gradient_checkpointing", "basis_placement", "collect",
-                "svd_placement")
-#: Of what lies on this machine's disks, a run knows the contents (``start_run``'s fingerprints), whatever the path.
-BY_CONTENT = ("model_name", "safety_data", "utility_data", "utility_heldout", "harmful_data", "harmless_data", "refusal_file",
-              "basis_dir", "masks_dir", "reference_model", "judge_model", "unaligned_model", "unaligned_data", "mix_file",
-              "foundation_data", "prompt_file")
-
-
-class FlagParser(HfArgumentParser):
-    """Dataclasses to flags, whole names only; what is wrong with a flag is a ConfigError."""
-
-    def __init__(self, kinds: Any, **more: Any):
-        super().__init__(kinds, allow_abbrev=False, **more)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else list(args)
-        refuse_words(words)
-        return super().parse_known_args(words, namespace)
-
-
-def refuse_words(words: Sequence[str]) -> None:
-    """ConfigError, naming the flag, for a word of a command line that holds a control character or a secret."""
-    flag = "the command line"
-    for word in words:
-        if word.startswith("--"):
-            flag = word.split("=")[0] if not control_character(word.split("=")[0]) else "a flag"
-        refuse_control_characters(flag, word)
-        refuse_secrets(flag, word.removeprefix(f"{flag}="))
-
-
-def refuse_secrets(what: str, value: Any) -> None:
-    """ConfigError where ``value`` (of the flag ``what``) holds what looks like a token, a password or a key."""
-    if not str(value).startswith("--") and holds_secret(value, what.removeprefix("--")):
-        raise ConfigError(f"{redact(what)} holds what looks like a token, a password or a key: the command line is seen by "
-                          "every user of the machine, and stored with the run. Leave it out, and give it in the environment "
-                          "(HF_TOKEN, say, or `hf auth login`), which jobs inherit")
-
-
-def refuse_control_characters(what: str, value: Any) -> None:
-    """ConfigError where ``value`` (of the flag ``what``), or anything in it, holds a line end or another control character."""
-    if found := control_character(value):
-        raise ConfigError(f"{what} holds the character {found}, a line end or another control character, which no value of "
-                          f"this program has: {ascii(value)[:120]}")
-
-
-def check_run_name(name: str | None) -> None:
-    """ConfigError for a --run_name that is no plain name of a directory."""
-    if name is not None and (problem := problem_of_name(name)):
-        raise ConfigError(f"--run_name {ascii(name)[:120]}: {problem}; --output_dir says where runs lie")
-
-
-CONFIG_HELP = "--config FILE reads flags from a YAML file, such as 'keep_ratio: 0.1'; those on the command line win."
-PASSED_HELP = ("Flags of transformers' TrainingArguments are taken too, such as --lr_scheduler_type cosine --warmup_steps 50 "
-               f"--report_to tensorboard wandb: {', '.join(sorted(training_arguments.WORKS))}.")
-
-
-def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:
-    """The flags of one phase; ConfigError for one that it does not have."""
-    arguments, rest = _parse(kind, argv, CONFIG_HELP, [kind])
-    if rest:
-        raise unknown_flags(rest, names_of(kind))
-    return arguments
-
-
-def parse_training(kind: type[Arguments], argv: list[str] | None = None) -> tuple[Arguments, dict[str, Any]]:
-    """The flags of phase 0 or 3, and what else of transformers' TrainingArguments was given (name -> value)."""
-    arguments, rest = _parse(kind, argv, f"{CONFIG_HELP} {PASSED_HELP}", [TrainingArguments, kind])
-    return arguments, _passed(rest, kind)
-
-
-def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:
-    """The TrainingArguments in ``rest``; ConfigError for what is unknown, refused, or has no effect here."""
-    if not rest:
-        return {}
-    kept: list[str] = []
-    unknown: list[str] = []
-    problems: list[str] = []
-    for words in grouped(rest):
-        name = words[0].lstrip("-").replace("-", "_")
-        field = name if name in training_arguments.FIELDS else name.removeprefix("no_")
-        value = words[1:] if field == name else ["false"]
-        if hasattr(kind, "arms") and (instead := DECIDED_BY_ARMS.get(name)):
-            problems.append(f"--{name} is decided by {instead}")
-        elif not words[0].startswith("--") or field not in training_arguments.FIELDS:
-            unknown += words
-        elif field in training_arguments.WORKS:
-            kept += words
-        elif reason := training_arguments.why_refused(field, value):
-            problems.append(reason)
-    if unknown:
-        raise unknown_flags(unknown, [*names_of(kind), *training_arguments.WORKS])
-    if problems:
-        raise ConfigError("; ".join(problems))
-    passed = FlagParser(TrainingArguments)
-    training_arguments.several_words(passed)
-    for action in passed._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-    found, more = passed.parse_known_args(kept)
-    if more:
-        raise unknown_flags(more, names_of(kind))
-    try:
-        return training_arguments.settle(vars(found))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-#: Flags of the phases that a comparison and a sweep do not take, and what decides them there.
-DECIDED_BY_ARMS = {
-    "basis": "--arms (original, osft, random-basis), and --bases of a sweep",
-    "mask_unit": "--arms (column), and --units of a sweep", "score": "--arms (osft, random-mask)",
-    "basis_dir": "the comparison, which makes its own bases", "masks_dir": "the comparison, which makes its own masks",
-}
-
-
-def grouped(words: Sequence[str]) -> list[list[str]]:
-    """Each flag with its values: ['--a=1', '--b', '2', '3'] -> [['--a', '1'], ['--b', '2', '3']]. Words before the first flag
-    are groups by themselves."""
-    groups: list[list[str]] = []
-    for word in words:
-        if word.startswith("--") and word != "--":
-            groups.append(word.split("=", 1))
-        elif groups and groups[-1][0].startswith("--"):
-            groups[-1].append(word)
-        else:
-            groups.append([word])
-    return groups
-
-
-def _parse(
-    kind: type[Arguments], argv: list[str] | None, epilog: str, kinds: Sequence[Any]
-) -> tuple[Arguments, list[str]]:
-    """The flags of ``kind``, and the words that belong to none of them; a configuration file may have those of ``kinds``."""
-    parser = FlagParser(kind, description=kind.__doc__, epilog=epilog)
-    arguments, rest = parser.parse_args_into_dataclasses(
-        args=_with_config_file(argv, kinds), look_for_args_file=False, return_remaining_strings=True
-    )
-    return arguments, rest
-
-
-def names_of(kind: Any) -> list[str]:
-    """The flags of a dataclass, without dashes; and --config."""
-    return [*(f.name for f in dataclasses.fields(kind) if f.init), "config"]
-
-
-def unknown_flags(words: Sequence[str], known: Iterable[str]) -> ConfigError:
-    """The error that names the flags in ``words``, each with the nearest of ``known``."""
-    known = list(known)
-    found = []
-    for name in (word.split("=")[0] for word in words if word.startswith("-")):
-        near = difflib.get_close_matches(name.lstrip("-").replace("-", "_").lower(), known, n=1)
-        found.append(f"unknown flag {name}: " + (f"did you mean --{near[0]}?" if near else "--help lists all"))
-    return ConfigError("; ".join(found) or f"{words[0]!r} belongs to no flag: --help lists all")
-
-
-def _with_config_file(argv: list[str] | None, kinds: Sequence[Any]) -> list[str]:
-    """Puts the flags of ``--config FILE`` (YAML mapping of the names of ``kinds``' fields to values) before the others."""
-    parser = FlagParser([], add_help=False)
-    parser.add_argument("--config", metavar="FILE")
-    found, argv = parser.parse_known_args(argv)
-    if found.config is None:
-        return argv
-    path = Path(found.config)
-    try:
-        # Composed and not loaded: every value stays as it is written, where YAML would make 34 of 042 and a day of 2021-05-03.
-        top = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(top, yaml.MappingNode):
-        raise ConfigError(f"--config {path} must be a mapping of flag names to values, such as 'keep_ratio: 0.1'")
-    fields = {f.name: f for kind in kinds for f in reversed(dataclasses.fields(kind)) if f.init}
-    flags: list[str] = []
-    lines: dict[str, int] = {}
-    for key, value in top.value:
-        where = f"--config {path}, line {key.start_mark.line + 1}"
-        name = _yaml_text(key, where).replace("-", "_")
-        if name.startswith("_"):
-            raise ConfigError(f"{where}: {key.value!r}: write names without dashes before them, such as 'keep_ratio: 0.1'")
-        if isinstance(value, yaml.MappingNode):
-            _yaml_text(value, f"{where}: {name}")
-        if name in lines:
-            raise ConfigError(f"{where}: {name} stands there twice (line {lines[name]}, too): keep one of them")
-        if name not in fields:
-            raise ConfigError(f"{where}: {unknown_flags(['--' + name], fields)}")
-        lines[name] = key.start_mark.line + 1
-        flags += _flags_of(name, value, fields[name], where)
-    return flags + argv
-
-
-_PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "value")}
-
-
-def _yaml_text(node: Any, where: str) -> str:
-    """A scalar as it is written."""
-    if isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN:
-        return str(node.value)
-    what = {"MappingNode": "a nested mapping", "SequenceNode": "a list"}.get(type(node).__name__, f"a {node.tag}")
-    raise ConfigError(f"{where}: {what} where one value belongs: flags are one name and one value a line, without groups; a "
-                      "flag that takes JSON has it in quotes")
-
-
-def _flags_of(name: str, node: Any, field: Any, where: str) -> list[str]:
-    """The words of one flag of a configuration file; none for null, which means that it is not given."""
-    if isinstance(node, yaml.SequenceNode):
-        items = [_yaml_text(item, f"{where}: {name}") for item in node.value]
-        if any(item.tag.endswith(":null") for item in node.value) or not items:
-            raise ConfigError(f"{where}: {name} is an empty list, or has an empty item: give its values, or leave it out")
-        if "comma-separated" in str(field.metadata.get("help")):
-            return [f"--{name}={','.join(items)}"]
-        if "list" not in str(field.type):
-            raise ConfigError(f"{where}: {name} takes one value, not a list")
-        dashed = [item for item in items if item.startswith("-")]
-        if dashed:
-            raise ConfigError(f"{where}: {name} holds {dashed[0]!r}, which would be another flag")
-        return [f"--{name}", *items]
-    text = _yaml_text(node, f"{where}: {name}")
-    if node.tag.endswith(":null"):
-        return []
-    if node.tag.endswith(":bool") and "bool" in str(field.type):
-        text = {"on": "true", "off": "false"}.get(text.lower(), text)
-    return [f"--{name}={text}"]
-
-
-def parse_layer_types(text: str) -> list[str]:
-    """'ffn_down,attn_q' -> ['ffn_down', 'attn_q'], in the order of LAYER_TYPES; ConfigError for an unknown one."""
-    given = [part.strip() for part in text.split(",") if part.strip()]
-    unknown = [part for part in given if part not in LAYER_TYPES]
-    if unknown or not given:
-        raise ConfigError(f"--layer_type {text!r}: choose from {', '.join(LAYER_TYPES)}")
-    return [kind for kind in LAYER_TYPES if kind in given]
-
-
-def parse_target_layers(text: str, depth: int) -> range:
-    """The blocks that ``--target_layers`` names in a model of ``depth`` blocks, as a range.
-
-    Thirds of 32 are 0-10, 11-21, 22-31, as in the original. ConfigError for anything outside the model.
-    """
-    cut = -(-depth // 3)
-    named = {
-        "all": range(depth),
-        "early": range(0, cut),
-        "middle": range(cut, min(2 * cut, depth)),
-        "late": range(min(2 * cut, depth), depth),
-        "last": range(depth - 1, depth),
-    }
-    if text in named:
-        found = named[text]
-    else:
-        first, _, last = text.partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or text.endswith("-"):
-            raise ConfigError(f"--target_layers {text!r}: use {', '.join(named)}, a number or a range such as 0-5")
-        found = range(int(first), int(last or first) + 1)
-    if not found or found.stop > depth:
-        raise ConfigError(f"--target_layers {text!r} names no layers of this model: it has 0-{depth - 1}")
-    return found
-
-
-def check_keep_ratio(keep_ratio: float) -> None:
-    if not 0.0 <= keep_ratio <= 1.0:
-        raise ConfigError(f"--keep_ratio is the share of coefficients to freeze, from 0 to 1, not {keep_ratio}")
-
-
-def identity_settings(arguments: RunArguments) -> dict[str, Any]:
-    """The flags that decide what a run computes, in one spelling each."""
-    return in_one_spelling(dataclasses.asdict(arguments))
-
-
-def in_one_spelling(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As ``identity_settings``, of flags that a run has written down."""
-    return {name: _plain(name, value) for name, value in settings.items() if name not in NOT_IDENTITY}
-
-
-def _plain(name: str, value: Any) -> Any:
-    if name in ("basis_dir", "masks_dir"):
-        return "none" if value == "none" else "by content"  # given, or the newest: the fingerprint says which
-    if name in BY_CONTENT and value and all(Path(part).expanduser().exists() for part in str(value).split(",")):
-        return "by content"
-    if name == "lm_eval_include" and value:
-        return str(Path(value).expanduser().resolve())
-    return int(value) if isinstance(value, float) and value.is_integer() else value  # 3.0 epochs are 3
-
-
-def _at_least(arguments: RunArguments, name: str, least: int) -> None:
-    if getattr(arguments, name) < least:
-        raise ConfigError(f"--{name} must be at least {least}, not {getattr(arguments, name)}")
-
-
-def _check_numbers(arguments: Any) -> None:
-    """No number that a flag takes is negative, NaN or infinite."""
-    for name, value in vars(arguments).items():
-        if type(value) in (int, float) and name != "local_rank" and not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"--{name} {value}: a finite number, not below 0")
-
-
-def _check_rank(arguments: Any) -> None:
-    _at_least(arguments, "max_rank", 0)
-    if not 0.0 < arguments.energy <= 1.0:
-        raise ConfigError(f"--energy is a share above 0 and at most 1, not {arguments.energy}")
-
-
-def _check_training(arguments: Any) -> None:
-    _at_least(arguments, "global_batch_size", 1)
-    for name in ("epochs", "learning_rate"):
-        if not getattr(arguments, name) > 0:
-            raise ConfigError(f"--{name} must be above 0, not {getattr(arguments, name)}")
-
-
-def _check_writable(name: str, directory: str) -> None:
-    import tempfile
-
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--{name} {directory} cannot be written: {error.strerror or error}") from error
 
 
 TokenScope = Literal["all", "response", "prompt"]

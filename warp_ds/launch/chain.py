@@ -39,17 +39,10 @@ from warp_ds.flags.arguments import (
     RunArguments,
     SafetyTuningArguments,
     TrainArguments,
-    check_run_name,
     flag,
-    grouped,
-    names_of,
-    parse_arguments,
-    parse_training,
-    refuse_control_characters,
-    refuse_secrets,
-    refuse_words,
-    unknown_flags,
 )
+from warp_ds.flags.checks import check_run_name, refuse_control_characters, refuse_secrets
+from warp_ds.flags.parsing import grouped, names_of, parse_arguments, parse_training, refuse_words, unknown_flags
 from warp_ds.phases.arms import parse_arms
 from warp_ds.store.schema import SchemaError, check_fields
 

@@ -24,15 +24,8 @@ from warp_ds import __version__
 from warp_ds.artifacts import ArtifactError, model_contents
 from warp_ds.cluster import memory, slurm
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import (
-    FlagParser,
-    LayerArguments,
-    RunArguments,
-    SafetyDataArguments,
-    TrainingFlags,
-    UtilityDataArguments,
-    flag,
-)
+from warp_ds.flags.arguments import LayerArguments, RunArguments, SafetyDataArguments, TrainingFlags, UtilityDataArguments, flag
+from warp_ds.flags.parsing import FlagParser
 from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)

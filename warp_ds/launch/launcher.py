@@ -20,7 +20,8 @@ from warp_ds.cluster import preemption, slurm
 from warp_ds.cluster.slurm import task_environment
 from warp_ds.data.datasets import DataError
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import RunArguments, parse_arguments, parse_training
+from warp_ds.flags.arguments import RunArguments
+from warp_ds.flags.parsing import parse_arguments, parse_training
 from warp_ds.launch.doctor import start_checks
 from warp_ds.launch.inputs import check_inputs, on_one_machine
 from warp_ds.phases.failures import explain, is_later

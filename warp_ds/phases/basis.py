@@ -25,8 +25,9 @@ from warp_ds.artifacts import (
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.data.datasets import load_pairs
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import LAYER_TYPES, BasisArguments
+from warp_ds.flags.arguments import BasisArguments
 from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, weight_basis
+from warp_ds.models.layer_names import LAYER_TYPES
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases.run import start_run
 from warp_ds.phases.texts import tokenise

@@ -28,7 +28,8 @@ from warp_ds.artifacts import (
 )
 from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
-from warp_ds.flags.arguments import RunArguments, identity_settings, in_one_spelling
+from warp_ds.flags.arguments import RunArguments
+from warp_ds.flags.identity import identity_settings, in_one_spelling
 from warp_ds.store.lock import alive
 from warp_ds.store.state import PROGRESS
 from warp_ds.store.written import config_problem, digest_of

@@ -10,7 +10,9 @@ from typing import Any
 
 from warp_ds.artifacts import fingerprint_rows
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import CompareArguments, check_keep_ratio, flag, parse_layer_types
+from warp_ds.flags.arguments import CompareArguments, flag
+from warp_ds.flags.checks import check_keep_ratio
+from warp_ds.models.layer_names import parse_layer_types
 from warp_ds.phases.arms import ARMS, Arm
 from warp_ds.phases.compare import Bench, Point, compare, load_data, print_tables, training_flags, write_report
 from warp_ds.phases.run import start_run

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from warp_ds.artifacts import TargetLayer
 from warp_ds.data.collate import EMPTY
-from warp_ds.flags.arguments import LAYER_TYPES
 from warp_ds.method.covariance import Covariance
+from warp_ds.models.layer_names import LAYER_TYPES
 from warp_ds.zero.batches import Batch, Samples, sample_sums
 from warp_ds.zero.fetch import FetchHooks, outside
 from warp_ds.zero.runtime import (

@@ -24,7 +24,8 @@ from torch import Tensor
 from warp_ds.artifacts import read_text
 from warp_ds.cluster.slurm import task_environment
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import RunArguments, refuse_secrets
+from warp_ds.flags.arguments import RunArguments
+from warp_ds.flags.checks import refuse_secrets
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -1,0 +1,218 @@
+"""From the command line and a YAML file (``--config``) to a phase's arguments; the command line wins."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from warp_ds.errors import ConfigError
+from warp_ds.flags import training_arguments
+from warp_ds.flags.arguments import RunArguments
+from warp_ds.flags.checks import refuse_control_characters, refuse_secrets
+from warp_ds.names import control_character
+
+Arguments = TypeVar("Arguments", bound="RunArguments")
+
+
+class FlagParser(HfArgumentParser):
+    """Dataclasses to flags, whole names only; what is wrong with a flag is a ConfigError."""
+
+    def __init__(self, kinds: Any, **more: Any):
+        super().__init__(kinds, allow_abbrev=False, **more)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        refuse_words(words)
+        return super().parse_known_args(words, namespace)
+
+
+def refuse_words(words: Sequence[str]) -> None:
+    """ConfigError, naming the flag, for a word of a command line that holds a control character or a secret."""
+    flag = "the command line"
+    for word in words:
+        if word.startswith("--"):
+            flag = word.split("=")[0] if not control_character(word.split("=")[0]) else "a flag"
+        refuse_control_characters(flag, word)
+        refuse_secrets(flag, word.removeprefix(f"{flag}="))
+
+
+CONFIG_HELP = "--config FILE reads flags from a YAML file, such as 'keep_ratio: 0.1'; those on the command line win."
+PASSED_HELP = ("Flags of transformers' TrainingArguments are taken too, such as --lr_scheduler_type cosine --warmup_steps 50 "
+               f"--report_to tensorboard wandb: {', '.join(sorted(training_arguments.WORKS))}.")
+
+
+def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:
+    """The flags of one phase; ConfigError for one that it does not have."""
+    arguments, rest = _parse(kind, argv, CONFIG_HELP, [kind])
+    if rest:
+        raise unknown_flags(rest, names_of(kind))
+    return arguments
+
+
+def parse_training(kind: type[Arguments], argv: list[str] | None = None) -> tuple[Arguments, dict[str, Any]]:
+    """The flags of phase 0 or 3, and what else of transformers' TrainingArguments was given (name -> value)."""
+    arguments, rest = _parse(kind, argv, f"{CONFIG_HELP} {PASSED_HELP}", [TrainingArguments, kind])
+    return arguments, _passed(rest, kind)
+
+
+def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:
+    """The TrainingArguments in ``rest``; ConfigError for what is unknown, refused, or has no effect here."""
+    if not rest:
+        return {}
+    kept: list[str] = []
+    unknown: list[str] = []
+    problems: list[str] = []
+    for words in grouped(rest):
+        name = words[0].lstrip("-").replace("-", "_")
+        field = name if name in training_arguments.FIELDS else name.removeprefix("no_")
+        value = words[1:] if field == name else ["false"]
+        if hasattr(kind, "arms") and (instead := DECIDED_BY_ARMS.get(name)):
+            problems.append(f"--{name} is decided by {instead}")
+        elif not words[0].startswith("--") or field not in training_arguments.FIELDS:
+            unknown += words
+        elif field in training_arguments.WORKS:
+            kept += words
+        elif reason := training_arguments.why_refused(field, value):
+            problems.append(reason)
+    if unknown:
+        raise unknown_flags(unknown, [*names_of(kind), *training_arguments.WORKS])
+    if problems:
+        raise ConfigError("; ".join(problems))
+    passed = FlagParser(TrainingArguments)
+    training_arguments.several_words(passed)
+    for action in passed._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    found, more = passed.parse_known_args(kept)
+    if more:
+        raise unknown_flags(more, names_of(kind))
+    try:
+        return training_arguments.settle(vars(found))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+#: Flags of the phases that a comparison and a sweep do not take, and what decides them there.
+DECIDED_BY_ARMS = {
+    "basis": "--arms (original, osft, random-basis), and --bases of a sweep",
+    "mask_unit": "--arms (column), and --units of a sweep", "score": "--arms (osft, random-mask)",
+    "basis_dir": "the comparison, which makes its own bases", "masks_dir": "the comparison, which makes its own masks",
+}
+
+
+def grouped(words: Sequence[str]) -> list[list[str]]:
+    """Each flag with its values: ['--a=1', '--b', '2', '3'] -> [['--a', '1'], ['--b', '2', '3']]. Words before the first flag
+    are groups by themselves."""
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") and word != "--":
+            groups.append(word.split("=", 1))
+        elif groups and groups[-1][0].startswith("--"):
+            groups[-1].append(word)
+        else:
+            groups.append([word])
+    return groups
+
+
+def _parse(
+    kind: type[Arguments], argv: list[str] | None, epilog: str, kinds: Sequence[Any]
+) -> tuple[Arguments, list[str]]:
+    """The flags of ``kind``, and the words that belong to none of them; a configuration file may have those of ``kinds``."""
+    parser = FlagParser(kind, description=kind.__doc__, epilog=epilog)
+    arguments, rest = parser.parse_args_into_dataclasses(
+        args=_with_config_file(argv, kinds), look_for_args_file=False, return_remaining_strings=True
+    )
+    return arguments, rest
+
+
+def names_of(kind: Any) -> list[str]:
+    """The flags of a dataclass, without dashes; and --config."""
+    return [*(f.name for f in dataclasses.fields(kind) if f.init), "config"]
+
+
+def unknown_flags(words: Sequence[str], known: Iterable[str]) -> ConfigError:
+    """The error that names the flags in ``words``, each with the nearest of ``known``."""
+    known = list(known)
+    found = []
+    for name in (word.split("=")[0] for word in words if word.startswith("-")):
+        near = difflib.get_close_matches(name.lstrip("-").replace("-", "_").lower(), known, n=1)
+        found.append(f"unknown flag {name}: " + (f"did you mean --{near[0]}?" if near else "--help lists all"))
+    return ConfigError("; ".join(found) or f"{words[0]!r} belongs to no flag: --help lists all")
+
+
+def _with_config_file(argv: list[str] | None, kinds: Sequence[Any]) -> list[str]:
+    """Puts the flags of ``--config FILE`` (YAML mapping of the names of ``kinds``' fields to values) before the others."""
+    parser = FlagParser([], add_help=False)
+    parser.add_argument("--config", metavar="FILE")
+    found, argv = parser.parse_known_args(argv)
+    if found.config is None:
+        return argv
+    path = Path(found.config)
+    try:
+        # Composed and not loaded: every value stays as it is written, where YAML would make 34 of 042 and a day of 2021-05-03.
+        top = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(top, yaml.MappingNode):
+        raise ConfigError(f"--config {path} must be a mapping of flag names to values, such as 'keep_ratio: 0.1'")
+    fields = {f.name: f for kind in kinds for f in reversed(dataclasses.fields(kind)) if f.init}
+    flags: list[str] = []
+    lines: dict[str, int] = {}
+    for key, value in top.value:
+        where = f"--config {path}, line {key.start_mark.line + 1}"
+        name = _yaml_text(key, where).replace("-", "_")
+        if name.startswith("_"):
+            raise ConfigError(f"{where}: {key.value!r}: write names without dashes before them, such as 'keep_ratio: 0.1'")
+        if isinstance(value, yaml.MappingNode):
+            _yaml_text(value, f"{where}: {name}")
+        if name in lines:
+            raise ConfigError(f"{where}: {name} stands there twice (line {lines[name]}, too): keep one of them")
+        if name not in fields:
+            raise ConfigError(f"{where}: {unknown_flags(['--' + name], fields)}")
+        lines[name] = key.start_mark.line + 1
+        flags += _flags_of(name, value, fields[name], where)
+    return flags + argv
+
+
+_PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "value")}
+
+
+def _yaml_text(node: Any, where: str) -> str:
+    """A scalar as it is written."""
+    if isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN:
+        return str(node.value)
+    what = {"MappingNode": "a nested mapping", "SequenceNode": "a list"}.get(type(node).__name__, f"a {node.tag}")
+    raise ConfigError(f"{where}: {what} where one value belongs: flags are one name and one value a line, without groups; a "
+                      "flag that takes JSON has it in quotes")
+
+
+def _flags_of(name: str, node: Any, field: Any, where: str) -> list[str]:
+    """The words of one flag of a configuration file; none for null, which means that it is not given."""
+    if isinstance(node, yaml.SequenceNode):
+        items = [_yaml_text(item, f"{where}: {name}") for item in node.value]
+        if any(item.tag.endswith(":null") for item in node.value) or not items:
+            raise ConfigError(f"{where}: {name} is an empty list, or has an empty item: give its values, or leave it out")
+        if "comma-separated" in str(field.metadata.get("help")):
+            return [f"--{name}={','.join(items)}"]
+        if "list" not in str(field.type):
+            raise ConfigError(f"{where}: {name} takes one value, not a list")
+        dashed = [item for item in items if item.startswith("-")]
+        if dashed:
+            raise ConfigError(f"{where}: {name} holds {dashed[0]!r}, which would be another flag")
+        return [f"--{name}", *items]
+    text = _yaml_text(node, f"{where}: {name}")
+    if node.tag.endswith(":null"):
+        return []
+    if node.tag.endswith(":bool") and "bool" in str(field.type):
+        text = {"on": "true", "off": "false"}.get(text.lower(), text)
+    return [f"--{name}={text}"]
