@@ -242,11 +242,11 @@ def measure(way: str, root: Path) -> None:
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.models.llama import modeling_llama  # noqa: F401  not to be timed
 
-    from warp_ds.zero import runtime
+    from warp_ds.cluster import processes
     from warp_ds.zero.load import load_sharded
     from warp_ds.zero.save import save_sharded
 
-    runtime.init_distributed("cpu")
+    processes.init_distributed("cpu")
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
@@ -314,10 +314,10 @@ def measure(way: str, root: Path) -> None:
         "save_anon_mb": saving.grown_mb,
     }
     (root / f"result-{dist.get_rank()}.json").write_text(json.dumps(result))
-    runtime.barrier()
+    processes.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(target)
-    runtime.shutdown()
+    processes.shutdown()
     os._exit(0)  # The interpreter's own end sometimes aborts in a communication thread, after all is measured.
 
 

@@ -107,18 +107,12 @@ def random_mask(m: int, n: int, r: int, keep_ratio: float, seed: int, device: st
 
 
 def write_artefacts(a: argparse.Namespace, root: Path) -> None:
-    from warp_ds.artifacts import (
-        BasisMetadata,
-        BasisStore,
-        MasksMetadata,
-        TargetLayer,
-        layer_entry,
-        metadata_dict,
-        write_json,
-        write_mask,
-        write_tensors,
-    )
     from warp_ds.method.mask import pack_bits
+    from warp_ds.store.bases import BasisStore
+    from warp_ds.store.files import write_json, write_tensors
+    from warp_ds.store.layers import TargetLayer
+    from warp_ds.store.masks import write_mask
+    from warp_ds.store.metadata import BasisMetadata, MasksMetadata, layer_entry, metadata_dict
 
     with torch.device("meta"):
         shape_of = make_model(argparse.Namespace(**{**vars(a), "device": "meta", "layers": a.layers}))
@@ -209,11 +203,11 @@ class Trainer:
 
 
 def synchronize(a: argparse.Namespace) -> None:
-    from warp_ds.zero import runtime
+    from warp_ds.cluster import processes
 
     if a.device == "cuda":
         torch.cuda.synchronize()
-    runtime.barrier()
+    processes.barrier()
 
 
 # ---------------------------------------------------------------- workers
@@ -233,9 +227,9 @@ def peak(a: argparse.Namespace) -> int:
 
 
 def worker(a: argparse.Namespace, root: Path) -> None:
-    from warp_ds.zero import runtime
+    from warp_ds.cluster import processes
 
-    runtime.init_distributed(a.device, 600)
+    processes.init_distributed(a.device, 600)
     if a.worker.startswith("memory:"):
         before = held(a)
         trainer = Trainer(a, a.worker.removeprefix("memory:"), root)
@@ -258,15 +252,15 @@ def worker(a: argparse.Namespace, root: Path) -> None:
                     if metrics is not None:
                         rotate[name].append(metrics.rotate_seconds)
                         sent[name].append(metrics.rotate_bytes)
-        report = {"seconds": seconds, "tokens": a.micro_batch * a.tokens * a.accumulation * runtime.world_size(),
+        report = {"seconds": seconds, "tokens": a.micro_batch * a.tokens * a.accumulation * processes.world_size(),
                   "rotate": {name: statistics.median(values) for name, values in rotate.items()},
                   "sent": {name: statistics.median(values) for name, values in sent.items()},
                   "bases": {name: bases_held(step.layers) for name, step in masked.items()},
                   "predicted": {name: predicted(a, step.layers, root) for name, step in masked.items()}}
-    reports = runtime.all_gather_object(report)
-    if runtime.rank() == 0:
+    reports = processes.all_gather_object(report)
+    if processes.rank() == 0:
         Path(os.environ["BENCHMARK_OUT"]).write_text(json.dumps(reports))
-    runtime.shutdown()
+    processes.shutdown()
 
 
 def bases_held(layers: list[Any]) -> int:
@@ -278,13 +272,13 @@ def bases_held(layers: list[Any]) -> int:
 
 def predicted(a: argparse.Namespace, layers: list[Any], root: Path) -> dict[str, Any]:
     """What the cost model says of the placement that ``layers`` have, with this machine's measured figures. Collective."""
-    from warp_ds.artifacts import BasisStore
-    from warp_ds.zero import runtime
+    from warp_ds.cluster import processes
+    from warp_ds.store.bases import BasisStore
     from warp_ds.zero.shard_rotation import predict_costs
 
     placement = "owner" if layers[0].owner is not None else "sharded" if layers[0].sharded is not None else "replicated"
     store, targets = BasisStore(root / "basis"), [layer.target for layer in layers]
-    cost = predict_costs(targets, {target.name: store.held(target.name) for target in targets}, runtime.world_size())[placement]
+    cost = predict_costs(targets, {target.name: store.held(target.name) for target in targets}, processes.world_size())[placement]
     return {"placement": placement, **vars(cost), "seconds": cost.seconds(measured_machine(a, layers))}
 
 
@@ -292,10 +286,10 @@ def measured_machine(a: argparse.Namespace, layers: list[Any]) -> Any:
     """Products of a shard of the largest layer, and all-gathers of such shards, on all ranks at once: the best of three."""
     from torch import distributed as dist
 
-    from warp_ds.zero import runtime
+    from warp_ds.cluster import processes
     from warp_ds.zero.shard_rotation import CPU, GPU, Machine, matmul_precision
 
-    default, ranks = CPU if a.device == "cpu" else GPU, runtime.world_size()
+    default, ranks = CPU if a.device == "cpu" else GPU, processes.world_size()
     layer = max(layers, key=lambda layer: layer.target.m * layer.target.n)
     rows = torch.randn(-(-layer.target.m // ranks), layer.target.n, device=a.device)
     square, whole = torch.randn(layer.target.n, layer.target.n, device=a.device), rows.new_empty(ranks * rows.numel())

@@ -156,11 +156,11 @@ def widths(arguments: Any, types: str) -> list[int]:
 
 def collect(arguments: Any) -> dict[str, Any]:
     """Covariances of all blocks against the same forward passes without them."""
+    from warp_ds.cluster.peaks import returning_large_pieces
     from warp_ds.method.covariance import covariance_flops
     from warp_ds.models.targets import find_blocks, find_targets
     from warp_ds.zero.batches import Samples
     from warp_ds.zero.collect import Traffic, collect_by_walk, deliver
-    from warp_ds.zero.runtime import returning_large_pieces
     from warp_ds.zero.walk import BlockWalk
 
     model = make_model(arguments, arguments.layers)
@@ -308,10 +308,10 @@ def importance_flags(arguments: Any, types: str, recompute: bool = False) -> Any
 
 def make_basis(arguments: Any, model: Any, types: str, directory: Path) -> Any:
     """A random full-rank basis of every layer: phase 2's work depends on its shape alone."""
-    from warp_ds.artifacts import BasisStore
     from warp_ds.flags.arguments import BasisArguments
     from warp_ds.models.targets import find_targets
     from warp_ds.phases.basis import compute_basis
+    from warp_ds.store.bases import BasisStore
 
     flags = BasisArguments(dtype=arguments.dtype, device=arguments.device, layer_type=types, basis="random")
     compute_basis(model, Tokenizer(), find_targets(model, "all", types), make_rows(8, 8), flags, directory,
@@ -486,16 +486,17 @@ class Sent:
 def worker(job: dict[str, Any]) -> None:
     import contextlib
 
-    from warp_ds.zero import deepspeed_internals, runtime
+    from warp_ds.cluster import compiled_operators
+from warp_ds.cluster import processes
 
     arguments = argparse.Namespace(**job)
     if runtime_world() > (os.cpu_count() or 1):
-        deepspeed_internals.disable_shm_collective()
+        compiled_operators.disable_shm_collective()
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(sys.stderr):
-        runtime.init_distributed(arguments.device)
+        processes.init_distributed(arguments.device)
         result = {"memory": memory_job, "scaling": scaling_job}[job["job"]](arguments)
-        runtime.shutdown()
+        processes.shutdown()
     print(json.dumps(result))
 
 
@@ -512,8 +513,8 @@ def basis_flags(arguments: Any, types: str, collect: str = "auto") -> Any:
 
 def load_spread(arguments: Any) -> Any:
     """The model in ZeRO-3 partitions."""
+    from warp_ds.cluster.consensus import on_rank_0
     from warp_ds.zero.load import load_sharded
-    from warp_ds.zero.runtime import on_rank_0
 
     folder = Path(arguments.folder) / "model"
     on_rank_0(lambda: make_model(argparse.Namespace(**{**vars(arguments), "device": "cpu"}), arguments.layers)
@@ -544,9 +545,9 @@ class Peak:
 
 
 def memory_job(arguments: Any) -> dict[str, Any]:
+    from warp_ds.cluster.peaks import return_freed_memory
     from warp_ds.models.targets import find_targets
     from warp_ds.phases.basis import compute_basis
-    from warp_ds.zero.runtime import return_freed_memory
 
     model = load_spread(arguments)
     rows = make_rows(arguments.intermediate + arguments.length, arguments.length)
@@ -566,24 +567,24 @@ def warm_up(device: str = "cpu") -> None:
 
 
 def scaling_job(arguments: Any) -> dict[str, Any]:
-    from warp_ds.artifacts import BasisStore
+    from warp_ds.cluster import processes
     from warp_ds.method.covariance import kept_entries
     from warp_ds.models.targets import find_targets
     from warp_ds.phases.basis import compute_basis
     from warp_ds.phases.importance import importance_scores
-    from warp_ds.zero import runtime
+    from warp_ds.store.bases import BasisStore
     from warp_ds.zero.collect import TOKENS, route
 
     model = load_spread(arguments)
     layers = find_targets(model, "all", FIVE)
     rows = make_rows(arguments.tokens, arguments.length)
     directory = Path(arguments.folder) / "basis"
-    world, rank = runtime.world_size(), runtime.rank()
+    world, rank = processes.world_size(), processes.rank()
     result: dict[str, Any] = {}
     tokens = len(rows) * arguments.length
 
     warm_up()
-    runtime.barrier()
+    processes.barrier()
     peak, begun = Peak(arguments.device), time.perf_counter()
     with Sent() as sent:
         compute_basis(model, Tokenizer(), layers, rows, basis_flags(arguments, FIVE), directory, {"model": "m", "data": "d"})
@@ -597,7 +598,7 @@ def scaling_job(arguments: Any) -> dict[str, Any]:
                        "says_mb": says * arguments.layers / 1e6}
 
     store = BasisStore(directory)
-    runtime.barrier()
+    processes.barrier()
     peak, begun = Peak(arguments.device), time.perf_counter()
     with Sent() as sent:
         found = importance_scores(model, Tokenizer(), layers, rows, store, importance_flags(arguments, FIVE), [], directory)

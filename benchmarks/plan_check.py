@@ -227,18 +227,18 @@ def worker(root: Path) -> None:
     sent.count(dist)  # Before DeepSpeed takes the functions.
     from load_save import AnonymousMemory
 
-    from warp_ds import artifacts
+    from warp_ds.cluster import processes
     from warp_ds.flags.arguments import BasisArguments, ImportanceArguments, SafetyTuningArguments, TrainArguments
     from warp_ds.phases.basis import run_basis
     from warp_ds.phases.importance import run_importance
     from warp_ds.phases.training import run_safety_tuning, run_training
-    from warp_ds.zero import runtime
+    from warp_ds.store import bases
 
-    runtime.init_distributed("cpu")
+    processes.init_distributed("cpu")
     phase = (root / "phase").read_text()
     output = root / "out" / phase.replace(" ", "")
     read = 0
-    preadv, columns = os.preadv, artifacts.BasisStore.columns
+    preadv, columns = os.preadv, bases.BasisStore.columns
 
     def counted_preadv(descriptor: int, buffers: list[Any], offset: int) -> int:
         nonlocal read
@@ -252,7 +252,7 @@ def worker(root: Path) -> None:
         return found
 
     os.preadv = counted_preadv
-    artifacts.BasisStore.columns = counted_columns  # type: ignore[method-assign]
+    bases.BasisStore.columns = counted_columns  # type: ignore[method-assign]
     common: dict[str, Any] = {
         "model_name": str(root / "model"), "dtype": "bfloat16", "device": "cpu", "output_dir": str(output),
         "log_dir": str(output / "logs"), "batch_size": 2, "max_length": 256, "resume": "never",
@@ -270,15 +270,15 @@ def worker(root: Path) -> None:
             masks_dir=latest(root, "phase2", "masks")), twice),
     }
     before, sent.bytes = written(), 0.0
-    runtime.barrier()
+    processes.barrier()
     with AnonymousMemory() as memory, DiskUse(output) as disk:
         jobs[phase]()
     result = {
         "memory": memory.grown_mb * 1e6, "read": read, "sent": sent.bytes, "written": written() - before,
         "disk": disk.peak,
     }
-    (root / f"result-{runtime.rank()}.json").write_text(json.dumps(result))
-    runtime.shutdown()
+    (root / f"result-{processes.rank()}.json").write_text(json.dumps(result))
+    processes.shutdown()
     os._exit(0)
 
 

@@ -14,9 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from warp_ds.artifacts import ArtifactError
-from warp_ds.cluster.slurm import SlurmError
-from warp_ds.errors import ConfigError
+from warp_ds.errors import ArtifactError, ConfigError, SlurmError
 from warp_ds.flags.parsing import FlagParser
 from warp_ds.launch.chain import Chain, SubmitArguments, cancel, find_chain, kind_of, status, submit
 from warp_ds.secrets import redact

@@ -10,6 +10,7 @@ import torch
 from phase3_jobs import LAYERS, common
 from transformers import LlamaForCausalLM
 
+from warp_ds.cluster import processes
 from warp_ds.data.formats import encode
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
 from warp_ds.evaluation import generate
@@ -17,7 +18,6 @@ from warp_ds.flags.arguments import BasisArguments, EvaluateArguments
 from warp_ds.phases import evaluate as phase
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.evaluate import run_evaluation
-from warp_ds.zero import runtime
 
 
 def make_models(root: Path) -> None:
@@ -106,7 +106,7 @@ def killed_and_resumed(root: Path, output: Path) -> dict[str, Any]:
 
     def dying(*arguments: Any, **named: Any) -> Any:
         calls[0] += named.get("side") == "left"
-        if calls[0] == 8 // runtime.world_size() + 3:  # the reference's 7 + 7 prompts are 8 batches
+        if calls[0] == 8 // processes.world_size() + 3:  # the reference's 7 + 7 prompts are 8 batches
             raise Killed
         return pad(*arguments, **named)
 

@@ -12,19 +12,12 @@ from dense_training import DenseAdamW, complete_basis, train
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from warp_ds.artifacts import (
-    BasisMetadata,
-    BasisStore,
-    MasksMetadata,
-    MaskStore,
-    TargetLayer,
-    layer_entry,
-    metadata_dict,
-    write_json,
-    write_mask,
-    write_tensors,
-)
 from warp_ds.method.mask import pack_bits, unpack_bits
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.files import write_json, write_tensors
+from warp_ds.store.layers import TargetLayer
+from warp_ds.store.masks import MaskStore, write_mask
+from warp_ds.store.metadata import BasisMetadata, MasksMetadata, layer_entry, metadata_dict
 
 MODULES = {"ffn_down": "mlp.down_proj", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj"}
 

@@ -10,17 +10,21 @@ from typing import Any
 import torch
 from tiny_models import SIZES, tiny_model
 
-from warp_ds.artifacts import BasisStore, TargetLayer, write_tensors
+from warp_ds.cluster.processes import barrier, rank, world_size
+from warp_ds.errors import OtherRankError
 from warp_ds.flags.arguments import BasisArguments, ImportanceArguments
 from warp_ds.models.targets import find_targets
 from warp_ds.phases import importance
 from warp_ds.phases.basis import compute_basis, run_basis
 from warp_ds.phases.importance import compute_masks, importance_scores
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.files import write_tensors
+from warp_ds.store.layers import TargetLayer
 from warp_ds.zero import collect
 from warp_ds.zero.collect import NotFinite, Owners, Traffic, deliver
 from warp_ds.zero.load import load_sharded
-from warp_ds.zero.runtime import OtherRankError, barrier, rank, world_size, zero3_config
 from warp_ds.zero.select import choose
+from warp_ds.zero.settings import zero3_config
 from warp_ds.zero.walk import BlockWalk
 
 ALL_TYPES = "ffn_down,ffn_up,ffn_gate,attn_q,attn_k,attn_v,attn_o"

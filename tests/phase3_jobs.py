@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from warp_ds.cluster import processes
 from warp_ds.data.synthetic import demo_data, train_tokenizer
 from warp_ds.flags.arguments import BasisArguments, EvaluateArguments, ImportanceArguments, TrainArguments
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.evaluate import run_evaluation
 from warp_ds.phases.importance import run_importance
 from warp_ds.phases.training import MetricsFile, run_training
-from warp_ds.zero import runtime
 
 LAYERS = "ffn_down,ffn_up,attn_q,attn_k,attn_v"
 SAMPLES = 7  # divides by no number of ranks or micro-batches used here
@@ -65,9 +65,9 @@ def losses(run: Path) -> list[float]:
 
 def whole_job(root: Path, artefacts: Path, output: Path) -> dict[str, Any]:
     """Phases 1 and 2 of this world size, phase 3 on the given artefacts, and an evaluation."""
-    if runtime.rank() == 0 and not (root / "m").is_dir():
+    if processes.rank() == 0 and not (root / "m").is_dir():
         make_model(root)
-    runtime.barrier()
+    processes.barrier()
     phase12(root, output)
     runs = {scope: phase3(root, artefacts, output / scope, train_scope=scope) for scope in ("warp", "all")}
     runs["identity"] = run_identity(root, output)
@@ -109,7 +109,7 @@ def interrupted_and_resumed(root: Path, artefacts: Path, output: Path) -> dict[s
         phase3(root, artefacts, output / "resumed", saving)
         raise AssertionError("was not interrupted")
     except Interrupted:
-        runtime.barrier()
+        processes.barrier()
     finally:
         MetricsFile.on_log = on_log  # type: ignore[method-assign]
     resumed = phase3(root, artefacts, output / "resumed", saving)

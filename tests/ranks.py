@@ -36,17 +36,17 @@ def _rank(rank: int, world_size: int, port: int, pipe: Connection, function: Cal
     try:
         import torch
 
-        from warp_ds.zero import deepspeed_internals, runtime
+        from warp_ds.cluster import compiled_operators, processes
 
         if world_size > (os.cpu_count() or 1):
             # Its waiting ranks spin, which takes the cores from those they wait for.
-            deepspeed_internals.disable_shm_collective()
+            compiled_operators.disable_shm_collective()
         torch.set_num_threads(1)
         # Long enough for the first use of a DeepSpeed operator, which one rank compiles while the others wait.
-        runtime.init_distributed("cpu", timeout_seconds=600)
+        processes.init_distributed("cpu", timeout_seconds=600)
         gc.freeze()  # DeepSpeed collects garbage at every engine's end: 1 s each if it walks all that was imported.
         result = function(*args)
-        runtime.shutdown()
+        processes.shutdown()
         pipe.send((True, result))
     except BaseException:
         pipe.send((False, traceback.format_exc()))

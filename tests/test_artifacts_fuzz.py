@@ -16,7 +16,9 @@ from masked_artefacts import odd_model, write_artefacts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore
+from warp_ds.errors import ArtifactError
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.masks import MaskStore
 
 VALUES: tuple[Any, ...] = (None, True, False, 0, 1, -1, 10**30, 0.5, float("nan"), float("inf"), "", "x", "../x", "/etc/passwd",
                            "a\nb", "\udc80", [], [1], [[]], {}, {"a": 1}, [None], [1, 2, 3])

@@ -17,14 +17,15 @@ from phase3_jobs import common
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from warp_ds.artifacts import BasisStore, MaskStore
 from warp_ds.flags.arguments import CompareArguments
 from warp_ds.method.baselines import safe_delta, safety_hessian
 from warp_ds.method.mask import unpack_bits
 from warp_ds.phases import compare
 from warp_ds.phases.compare import run_compare
 from warp_ds.report.page import comparisons, find_runs
+from warp_ds.store.bases import BasisStore
 from warp_ds.store.lock import RunLock
+from warp_ds.store.masks import MaskStore
 
 ARMS = ("before,full,layers,rotated,column,osft,random-mask,random-basis,safeinstr+original,resta,safedelta,sn-tune+rotated,"
         "rsn-tune")

@@ -16,7 +16,7 @@ from masked_artefacts import odd_model, read_artefacts, token_batches, write_art
 from ranks import run_ranks
 from test_masked_step import Case, gathered, make_engine, masters, protect, run_all, train_step
 
-from warp_ds.zero import deepspeed_internals as internals
+from warp_ds.zero import deepspeed_internals
 
 #: Besides HOOKED: method -> parameters that are passed to it.
 CALLED = {
@@ -46,7 +46,7 @@ def unwrapped(method: Any) -> Any:
 
 def test_the_names_exist_and_take_what_they_are_given() -> None:
     assert DeepSpeedZeroOptimizer_Stage3.__name__ == "DeepSpeedZeroOptimizer_Stage3"
-    for name in internals.HOOKED:
+    for name in deepspeed_internals.HOOKED:
         assert callable(getattr(DeepSpeedZeroOptimizer_Stage3, name, None)), f"no {name} in stage3.py"
     for name, parameters in CALLED.items():
         found = list(inspect.signature(unwrapped(getattr(DeepSpeedZeroOptimizer_Stage3, name))).parameters)
@@ -63,17 +63,17 @@ def recorded_step(root: Path, zero: dict[str, Any]) -> list[str]:
     assert not missing, f"the ZeRO-3 optimizer has no {missing}"
     if optimizer.offload_optimizer:
         assert set(optimizer.subgroup_to_device.values()) == {"cpu"} and hasattr(optimizer, "norm_for_param_grads")
-    assert not set(internals.HOOKED) & set(vars(optimizer)), "DeepSpeed itself now replaces a method that is hooked"
+    assert not set(deepspeed_internals.HOOKED) & set(vars(optimizer)), "DeepSpeed itself now replaces a method that is hooked"
     for sub_group, params in enumerate(optimizer.fp16_groups):
         offset = 0
         for param in params:
-            assert internals.locate(optimizer, param) == (sub_group, offset, param.ds_tensor.numel())
+            assert deepspeed_internals.locate(optimizer, param) == (sub_group, offset, param.ds_tensor.numel())
             offset += param.ds_tensor.numel()
-        flat = internals.master(optimizer, sub_group)
+        flat = deepspeed_internals.master(optimizer, sub_group)
         assert flat.numel() == offset and flat.dtype == torch.float32
     saved = optimizer.state_dict()
-    assert saved[internals.MASTERS] is optimizer.fp32_partitioned_groups_flat
-    assert set(saved[internals.OPTIMIZER_STATE]) >= {"state", "param_groups"}
+    assert saved[deepspeed_internals.MASTERS] is optimizer.fp32_partitioned_groups_flat
+    assert set(saved[deepspeed_internals.OPTIMIZER_STATE]) >= {"state", "param_groups"}
     protection = protect(engine, read_artefacts(root))
     wanted = {"step", "has_overflow", "_overflow_check_and_loss_scale_update", "_get_norm_groups", "_prepare_sub_group",
               "unscale_and_clip_grads", "_optimizer_step", "_reassign_or_swap_out_partitioned_parameters",
@@ -95,12 +95,12 @@ def recorded_step(root: Path, zero: dict[str, Any]) -> list[str]:
     assert any(not torch.equal(x, y) for x, y in zip(before, masters(protection), strict=True))
     assert any(not torch.equal(weights[k], v) for k, v in gathered(engine).items())
     # State of a sub-group in the base optimizer's state_dict, as DeepSpeed numbers it.
-    base = optimizer.state_dict()[internals.OPTIMIZER_STATE]["state"]
-    for sub_group in range(internals.sub_group_count(optimizer)):
-        state = base[internals.state_index(optimizer, sub_group)]
+    base = optimizer.state_dict()[deepspeed_internals.OPTIMIZER_STATE]["state"]
+    for sub_group in range(deepspeed_internals.sub_group_count(optimizer)):
+        state = base[deepspeed_internals.state_index(optimizer, sub_group)]
         assert state["exp_avg"].data_ptr() == optimizer.optimizer.state[
-            internals.master(optimizer, sub_group)]["exp_avg"].data_ptr(), "sub-groups are numbered in another order"
-    count = internals.sub_group_count(optimizer)
+            deepspeed_internals.master(optimizer, sub_group)]["exp_avg"].data_ptr(), "sub-groups are numbered in another order"
+    count = deepspeed_internals.sub_group_count(optimizer)
     engine.destroy()
     return [str(count), *calls]
 
@@ -126,7 +126,7 @@ def ended_engine(root: Path) -> list[str]:
     protection.release()
     left = {"engine": weakref.ref(engine), "module": weakref.ref(engine.module), "optimizer": weakref.ref(engine.optimizer),
             "protection": weakref.ref(protection)}
-    internals.end_engine(engine)
+    deepspeed_internals.end_engine(engine)
     del engine, protection
     gc.collect()
     return [name for name, ref in left.items() if ref() is not None]
@@ -139,7 +139,7 @@ def test_an_ended_engine_leaves_nothing_in_memory(tmp_path: Path) -> None:
 
 def test_deepspeed_is_the_version_that_was_checked() -> None:
     """Not a promise about others: a reminder to read stage3.py again when this fails."""
-    documented = internals.__doc__ or ""
+    documented = deepspeed_internals.__doc__ or ""
     assert f"deepspeed {deepspeed.__version__}" in documented, (
         f"deepspeed is {deepspeed.__version__}: read runtime/zero/stage3.py against deepspeed_internals.py, then name it there")
 
@@ -148,4 +148,4 @@ def test_what_deepspeed_was_installed_with() -> None:
     from deepspeed.git_version_info import installed_ops
 
     assert {"fused_adam", "cpu_adam"} <= installed_ops.keys()
-    assert isinstance(internals.is_built("fused_adam"), bool) and internals.is_built("no such operator") is False
+    assert isinstance(deepspeed_internals.is_built("fused_adam"), bool) and deepspeed_internals.is_built("no such operator") is False

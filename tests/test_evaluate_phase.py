@@ -14,9 +14,10 @@ from masked_artefacts import odd_model, write_artefacts
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from warp_ds.artifacts import MaskStore, write_json
 from warp_ds.data.formats import encode
 from warp_ds.phases.evaluate import fitting_sets
+from warp_ds.store.files import write_json
+from warp_ds.store.masks import MaskStore
 
 WORLDS = (1, 2, 3)
 

@@ -12,10 +12,9 @@ import pytest
 from evaluation_jobs import evaluate, make_models
 from ranks import run_ranks
 
-from warp_ds.cluster import preemption
+from warp_ds.cluster import preemption, processes
 from warp_ds.evaluation import generate
 from warp_ds.phases.training import MetricsFile
-from warp_ds.zero import runtime
 
 
 def left_by(run: Any) -> bool:
@@ -36,7 +35,7 @@ def leave_and_go_on(root: Path) -> dict[str, Any]:
 
     def asking(*arguments: Any, **named: Any) -> Any:
         calls[0] += named.get("side") == "left"
-        if calls[0] == 1 and runtime.rank() == 1:
+        if calls[0] == 1 and processes.rank() == 1:
             os.kill(os.getpid(), signal.SIGUSR2)
         return pad(*arguments, **named)
 
@@ -48,7 +47,7 @@ def leave_and_go_on(root: Path) -> dict[str, Any]:
     found["answers"] = len(evaluate(root, root / "e", "moved", **words)["answers"])
 
     def at_last_step(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == state.max_steps and runtime.rank() == 1:
+        if state.global_step == state.max_steps and processes.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     on_step_end = MetricsFile.on_step_end

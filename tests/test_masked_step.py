@@ -31,9 +31,9 @@ from masked_artefacts import (
 from ranks import run_ranks
 
 import warp_ds
-from warp_ds.artifacts import MaskStore
+from warp_ds.cluster import processes
 from warp_ds.method.rotation import Rotation
-from warp_ds.zero import runtime
+from warp_ds.store.masks import MaskStore
 from warp_ds.zero.masked_step import MaskedStep, decay, weight_decay_kind
 from warp_ds.zero.shard_rotation import matmul_precision, predict_costs
 
@@ -173,7 +173,7 @@ def make_engine(case: Case, dtype: torch.dtype = torch.float32, trained: Iterabl
         groups.setdefault(tuple(options.items()), {"params": [], **options})["params"].append(p)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make_optimizer(case.optimizer, list(groups.values())), config={
-            "train_micro_batch_size_per_gpu": 12 // runtime.world_size() // case.accumulation,
+            "train_micro_batch_size_per_gpu": 12 // processes.world_size() // case.accumulation,
             "gradient_accumulation_steps": case.accumulation, "gradient_clipping": case.clip,
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0,
                                   "stage3_gather_16bit_weights_on_model_save": True, **case.zero},
@@ -192,14 +192,14 @@ def protect(engine: Any, artefacts: Artefacts, placement: str = "auto") -> Maske
 
 def train_step(engine: Any, batch: torch.Tensor, accumulation: int = 1) -> float:
     """One optimizer step on this rank's share of a global batch; the loss of the whole batch."""
-    mine = batch.chunk(runtime.world_size())[runtime.rank()].to(engine.device)
-    total = torch.zeros(1, dtype=torch.float64, device=runtime.collective_device())
+    mine = batch.chunk(processes.world_size())[processes.rank()].to(engine.device)
+    total = torch.zeros(1, dtype=torch.float64, device=processes.collective_device())
     for micro in mine.chunk(accumulation):
         loss = loss_of(engine, micro)
         engine.backward(loss)
         engine.step()
         total += (loss.detach().double() / accumulation).to(total.device)
-    return float(runtime.all_reduce_sum(total)) / runtime.world_size()
+    return float(processes.all_reduce_sum(total)) / processes.world_size()
 
 
 def masters(protection: MaskedStep) -> list[torch.Tensor]:
@@ -208,12 +208,12 @@ def masters(protection: MaskedStep) -> list[torch.Tensor]:
 
 def frozen_moved(protection: MaskedStep, before: list[torch.Tensor]) -> int:
     """Frozen coefficients of all ranks of which a bit changed."""
-    moved = torch.zeros(1, device=runtime.collective_device())
+    moved = torch.zeros(1, device=processes.collective_device())
     for layer, old in zip(protection.layers, before, strict=True):
         new = safe_get_local_fp32_param(layer.param)
         for piece, frozen in layer.frozen_pieces(new.device):
             moved += (new[piece].view(torch.int32) != old[piece].view(torch.int32))[frozen].sum()
-    return int(runtime.all_reduce_sum(moved))
+    return int(processes.all_reduce_sum(moved))
 
 
 def weight_error(engine: Any, weights: dict[str, torch.Tensor]) -> float:
@@ -231,9 +231,9 @@ def unforeseen_bytes(case: Case, artefacts: Artefacts, protection: MaskedStep, s
     basis = masks.find_basis()
     bases = {layer.name: ("identity", 0) if basis is None else basis.held(layer.name) for layer in masks.layers}
     placement = "replicated" if basis is None else case.placement
-    error = max(runtime.all_gather_object(sent)) - predict_costs(masks.layers, bases, runtime.world_size())[placement].sent
+    error = max(processes.all_gather_object(sent)) - predict_costs(masks.layers, bases, processes.world_size())[placement].sent
     # An all-reduce's share of a rank is no whole number of bytes on three ranks: two a sub-group and step.
-    return 0.0 if -2 * len(protection.by_sub_group) < error <= 0 and runtime.world_size() == 3 else error
+    return 0.0 if -2 * len(protection.by_sub_group) < error <= 0 and processes.world_size() == 3 else error
 
 
 def run_case(case: Case, root: Path) -> dict[str, float]:
@@ -241,10 +241,10 @@ def run_case(case: Case, root: Path) -> dict[str, float]:
     artefacts = read_artefacts(root / case.model / case.basis)
     engine = make_engine(case, trained=artefacts.frozen if case.only else None)
     protection = protect(engine, artefacts, case.placement)
-    if case.placement == "owner" and case.basis != "identity" and runtime.world_size() > 1:
-        assert all((layer.rotation is not None) == (layer.owner == runtime.rank()) for layer in protection.layers)
+    if case.placement == "owner" and case.basis != "identity" and processes.world_size() > 1:
+        assert all((layer.rotation is not None) == (layer.owner == processes.rank()) for layer in protection.layers)
         assert len({layer.owner for layer in protection.layers}) > 1, "one rank owns every basis"
-    if case.placement == "sharded" and case.basis != "identity" and runtime.world_size() > 1:
+    if case.placement == "sharded" and case.basis != "identity" and processes.world_size() > 1:
         assert all(layer.rotation is None and layer.sharded is not None for layer in protection.layers)
     before = masters(protection)
     found = [train_step(engine, batch, case.accumulation) for batch in token_batches(STEPS)]
@@ -382,7 +382,7 @@ def run_overflow(zero: dict[str, Any], root: Path) -> dict[str, float]:
     for step, batch in enumerate(token_batches(STEPS)):
         if step == 2:
             before, weights = masters(protection), gathered(engine)
-            engine.backward(loss_of(engine, batch.chunk(runtime.world_size())[runtime.rank()]) * float("inf"))
+            engine.backward(loss_of(engine, batch.chunk(processes.world_size())[processes.rank()]) * float("inf"))
             engine.step()
             assert engine.optimizer.overflow
             assert all(torch.equal(x, y) for x, y in zip(before, masters(protection), strict=True))
@@ -412,7 +412,7 @@ def run_all(jobs: list[tuple[str, Callable[..., Any], tuple[Any, ...]]]) -> dict
         try:
             found[name] = job(*args)
         except Exception as error:
-            raise AssertionError(f"in {name!r} on rank {runtime.rank()}") from error
+            raise AssertionError(f"in {name!r} on rank {processes.rank()}") from error
     return found
 
 

@@ -31,8 +31,8 @@ from test_masked_step import (
     weight_error,
 )
 
+from warp_ds.cluster import processes
 from warp_ds.method.rotation import Rotation
-from warp_ds.zero import runtime
 from warp_ds.zero.masked_step import COEFFICIENTS, MARK, MaskedStep
 from warp_ds.zero.shard_rotation import PLACEMENTS
 
@@ -132,14 +132,14 @@ def continues_to_the_bit(case: Case, dtype: torch.dtype, root: Path, folder: Pat
     assert not any(COEFFICIENTS in state for state in base.state.values()), "a copy of C is left in memory"
     engine.destroy()
 
-    if runtime.rank() == 0:
+    if processes.rank() == 0:
         exported = get_fp32_state_dict_from_zero_checkpoint(folder, "here")
         for name, value in at_save.items():
             # In fp32 what the model trains on is what is exported; in bf16 it is that, rounded.
             assert torch.equal(exported[name].to(dtype), value), f"zero_to_fp32 of {name}"
-    if dtype == torch.bfloat16 and runtime.rank() == 0:
+    if dtype == torch.bfloat16 and processes.rank() == 0:
         same(torch.load(folder / "model.bin", weights_only=True), at_end, "16-bit model")
-    runtime.barrier()
+    processes.barrier()
 
 
 def resumes_under_any_placement(root: Path, folder: Path) -> None:
@@ -350,7 +350,7 @@ ALIKE = {torch.float32: (LOSS, WEIGHT), torch.bfloat16: (2e-4, 2.0**-8)}
 def save_for_all(root: Path, folder: Path) -> None:
     for kind, (case, dtype) in UNIVERSAL.items():
         saved = save(case, dtype, read_artefacts(root), folder / kind)
-        if runtime.rank() == 0:
+        if processes.rank() == 0:
             torch.save(saved._asdict(), folder / kind / "saved.pt")
 
 

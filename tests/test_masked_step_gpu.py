@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_masked_step import STEPS, Case, run_all, run_replay, write_all
 
-from warp_ds.zero import runtime
+from warp_ds.cluster import processes
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}
 SCALED = {"fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1, "loss_scale_window": 100}}
@@ -54,7 +54,7 @@ def test_on_a_gpu(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    runtime.init_distributed("cuda" if torch.cuda.is_available() else "cpu")
+    processes.init_distributed("cuda" if torch.cuda.is_available() else "cpu")
     root = write_all(folder / "artefacts")
     # An initial scale of 2^40 overflows for the first steps; there must be some left.
     jobs = [(name, run_replay, (case, dtype, config, root, 40 if dtype == torch.float16 else STEPS))
@@ -62,4 +62,4 @@ if __name__ == "__main__":
     if not torch.cuda.is_available():  # What of it can be tried without one.
         jobs = [job for job in jobs if job[2][1] != torch.float16 and "fused" not in job[2][0].optimizer]
     (folder / "found.json").write_text(json.dumps(run_all(jobs)))
-    runtime.shutdown()
+    processes.shutdown()

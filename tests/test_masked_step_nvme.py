@@ -13,8 +13,8 @@ from masked_artefacts import Artefacts, read_artefacts, token_batches, wide_mode
 from ranks import run_ranks
 from test_masked_step import LOSS, STEPS, WEIGHT, Case, make_engine, protect, reference_of, run_all, train_step, weight_error
 
-from warp_ds.zero import runtime
-from warp_ds.zero.deepspeed_internals import UnsupportedSetting
+from warp_ds.cluster import processes
+from warp_ds.errors import UnsupportedSetting
 
 pytestmark = [
     pytest.mark.slow,
@@ -58,7 +58,7 @@ def train_on_nvme(optimizer: str, root: Path, swap: Path, options: dict[str, Any
         "removed": abs(protection.metrics().grad_norm_removed - dense.removed),
     }
     engine.save_16bit_model(swap, "model.bin")
-    if runtime.rank() == 0:
+    if processes.rank() == 0:
         for name, value in torch.load(swap / "model.bin", weights_only=True).items():
             assert (value.double() - dense.weights()[name]).abs().max() < WEIGHT, f"exported {name}"
     protection.release()
@@ -66,11 +66,11 @@ def train_on_nvme(optimizer: str, root: Path, swap: Path, options: dict[str, Any
         if name in artefacts.frozen:
             released = safe_get_full_fp32_param(param)
             assert (released.double() - dense.weights()[name]).abs().max() < WEIGHT
-    runtime.barrier()
+    processes.barrier()
     protect(engine := make_engine(case), artefacts)
     with pytest.raises(UnsupportedSetting, match="swap files"):
         engine.load_checkpoint(swap / "unprotected", "here")
-    runtime.barrier()
+    processes.barrier()
     engine.destroy()
     return result
 

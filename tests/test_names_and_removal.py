@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from warp_ds import artifacts
-from warp_ds.artifacts import ArtifactError
-from warp_ds.errors import ConfigError
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.arguments import BasisArguments, TrainArguments
 from warp_ds.flags.parsing import parse_arguments, parse_training
 from warp_ds.launch.cli import main
 from warp_ds.phases import checkpoints
 from warp_ds.phases.run import link_latest, start_run
+from warp_ds.store import files as store_files
 from warp_ds.store.lock import alive
 from warp_ds.zero.universal import remove_converted
 from warp_ds.zero.walk import HiddenStates
@@ -100,7 +99,7 @@ def test_only_what_was_begun_here_is_removed(tmp_path: Path) -> None:
         path.touch()
     (run / "link").symlink_to(other)
     (run / f"{own.name[:-13]}99.warp_ds.tmp").symlink_to(other)
-    artifacts.remove_unfinished(run)
+    store_files.remove_unfinished(run)
     assert not own.exists() and all(path.exists() for path in kept)
     assert (run / "link").is_symlink()
 
@@ -110,8 +109,8 @@ def test_only_what_was_begun_here_is_removed(tmp_path: Path) -> None:
 
     seen: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        artifacts._write_aside(run / "a.json", lambda aside: (seen.append(aside.name), killed(aside)))
-    assert artifacts.is_aside(seen[0])  # the pattern is that of what is written
+        store_files._write_aside(run / "a.json", lambda aside: (seen.append(aside.name), killed(aside)))
+    assert store_files.is_aside(seen[0])  # the pattern is that of what is written
 
 
 def test_only_own_checkpoints_are_removed_or_gone_on_with(tmp_path: Path) -> None:

@@ -25,12 +25,15 @@ from tiny_models import SIZES, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Phi3Config
 
-from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, TargetLayer, newest
 from warp_ds.data.datasets import DataError
-from warp_ds.errors import ConfigError
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.models.targets import find_targets
 from warp_ds.phases.basis import compute_basis, run_basis
 from warp_ds.phases.importance import compute_masks
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.layers import TargetLayer
+from warp_ds.store.masks import MaskStore
+from warp_ds.store.runs import newest
 from warp_ds.zero.batches import Samples
 from warp_ds.zero.collect import TOKENS, Background, LayerInput, in_small_pieces
 from warp_ds.zero.model import load_model, resolve_model_dir

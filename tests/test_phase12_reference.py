@@ -13,7 +13,7 @@ from ranks import run_ranks
 from safetensors.numpy import load_file
 from tiny_models import FAMILIES
 
-from warp_ds.artifacts import MaskStore
+from warp_ds.store.masks import MaskStore
 
 WORLDS = [1, 2, 3]
 ROWS = make_rows()

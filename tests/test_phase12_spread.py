@@ -31,8 +31,8 @@ from phase12_jobs import (
 from ranks import run_ranks, start_ranks
 from safetensors.numpy import load_file
 
-from warp_ds.artifacts import TargetLayer
 from warp_ds.models.targets import shared_inputs
+from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.batches import Batch, sample_sums
 from warp_ds.zero.collect import REDUCE, SEND, TOKENS, route
 from warp_ds.zero.scores import Rows

@@ -20,14 +20,13 @@ from phase3_jobs import SAMPLES, losses, make_model, phase3, phase12
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from warp_ds.artifacts import ArtifactError
-from warp_ds.cluster import preemption
-from warp_ds.errors import ConfigError
+from warp_ds.cluster import preemption, processes
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.evaluation.certificate import certify
 from warp_ds.phases import checkpoints, training
 from warp_ds.phases.training import MetricsFile
 from warp_ds.protection import WarpCallback
-from warp_ds.zero import runtime, universal
+from warp_ds.zero import universal
 
 STEPS = 5
 MASKED = ["masked", "bf16, offloaded"]
@@ -49,7 +48,7 @@ def run(kind: str, root: Path, output: Path, stop_at: int | None = None, passed:
 
     def ask(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         on_step_end(self, args, state, control, **kwargs)
-        if state.global_step == stop_at and runtime.rank() == runtime.world_size() - 1:
+        if state.global_step == stop_at and processes.rank() == processes.world_size() - 1:
             os.kill(os.getpid(), signal.SIGUSR2)
 
     def keep(trainer: Any, tokenizer: Any, directory: Path, card: str) -> None:
@@ -58,14 +57,14 @@ def run(kind: str, root: Path, output: Path, stop_at: int | None = None, passed:
         base = trainer.deepspeed.optimizer.optimizer
         found["decay"] = torch.tensor([group["weight_decay"] for group in base.param_groups], dtype=torch.float64)
         found["steps"] = torch.tensor([float(state["step"]) for state in base.state.values()])
-        if runtime.rank() == 0:
+        if processes.rank() == 0:
             torch.save(found, directory.parent / "end.pt")
 
     MetricsFile.on_step_end, training.export = ask, keep  # type: ignore[method-assign]
     try:
         return phase3(root, root / "artefacts", output, {**PASSED, **(passed or {})}, **{**FLAGS, **KINDS[kind], **more})
     except preemption.Preempted:
-        runtime.barrier()
+        processes.barrier()
         return None
     finally:
         MetricsFile.on_step_end, training.export = on_step_end, export  # type: ignore[method-assign]
@@ -79,16 +78,16 @@ def whole_coefficients(trainer: Any) -> dict[str, torch.Tensor]:
         if isinstance(callback, WarpCallback):
             for layer in callback.protection.layers:  # type: ignore[union-attr]
                 real = layer.partition.stop - layer.partition.start
-                pieces = runtime.all_gather_object(callback.protection._coefficients(layer)[:real].clone())  # type: ignore[union-attr]
+                pieces = processes.all_gather_object(callback.protection._coefficients(layer)[:real].clone())  # type: ignore[union-attr]
                 found[layer.target.name] = torch.cat(pieces).view(layer.target.m, layer.target.n)
     return found
 
 
 def on_two(root: Path) -> dict[str, str]:
     """Model and artefacts; undisturbed runs, and runs that are stopped after two steps."""
-    if runtime.rank() == 0:
+    if processes.rank() == 0:
         make_model(root)
-    runtime.barrier()
+    processes.barrier()
     phase12(root, root / "artefacts")
     whole = {}
     for kind in KINDS:
@@ -106,16 +105,16 @@ def logged(output: Path) -> str:
 def goes_on(kind: str, root: Path, output: Path) -> str:
     """On another number of ranks until step 4, then from that checkpoint, an ordinary one, to the end."""
     part = next(output.glob("phase3_2*")) / "trainer" / "universal-2.part"
-    if runtime.rank() == 0:
+    if processes.rank() == 0:
         (part / "zero").mkdir(parents=True)  # by a conversion that was killed
         (part / "begun.json").touch()
-    runtime.barrier()
+    processes.barrier()
     assert run(kind, root, output, stop_at=4) is None
     trainer = part.parent
     assert sorted(path.name for path in trainer.iterdir() if path.is_dir()) == ["checkpoint-4"]
     finished = run(kind, root, output)
     assert finished is not None and finished == trainer.parent
-    if runtime.rank() == 0:
+    if processes.rank() == 0:
         starts = [line.rsplit("/", 1)[1] for line in logged(output).splitlines() if "training: going on from" in line]
         assert starts == ["universal-2", "checkpoint-4"], starts
     return str(finished)

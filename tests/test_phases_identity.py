@@ -15,7 +15,6 @@ from phase3_jobs import SAMPLES, TRAINER, Interrupted, losses, make_model, phase
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from warp_ds.artifacts import write_json
 from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import (
@@ -31,6 +30,7 @@ from warp_ds.flags.parsing import parse_training
 from warp_ds.phases.identity import identify
 from warp_ds.phases.sweep import SweepArguments
 from warp_ds.phases.training import MetricsFile
+from warp_ds.store.files import write_json
 
 KINDS = (SafetyTuningArguments, BasisArguments, ImportanceArguments, TrainArguments, EvaluateArguments, CompareArguments,
          SweepArguments)

@@ -11,10 +11,14 @@ from masked_artefacts import MODULES, Artefacts, odd_model, read_artefacts, writ
 from torch import Tensor, nn
 
 import warp_ds
-from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, metadata_dict, write_json, write_mask
+from warp_ds.errors import ArtifactError
 from warp_ds.launch.cli import main
 from warp_ds.method.mask import pack_bits
 from warp_ds.phases.shrink import shrink
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.files import write_json
+from warp_ds.store.masks import MaskStore, write_mask
+from warp_ds.store.metadata import metadata_dict
 
 
 @pytest.fixture

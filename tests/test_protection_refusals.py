@@ -18,10 +18,10 @@ from torch import nn
 
 import warp_ds
 from warp_ds import protection
-from warp_ds.artifacts import ArtifactError, BasisStore
-from warp_ds.zero import deepspeed_internals as internals
-from warp_ds.zero import runtime
-from warp_ds.zero.deepspeed_internals import UnsupportedSetting
+from warp_ds.cluster import processes
+from warp_ds.errors import ArtifactError, UnsupportedSetting
+from warp_ds.store.bases import BasisStore
+from warp_ds.zero import deepspeed_internals
 from warp_ds.zero.masked_step import weight_decay_kind
 
 
@@ -161,10 +161,10 @@ def refuse_artefacts(root: Path) -> None:
     engine.destroy()
     # One rank alone that cannot read its masks takes the others with it.
     engine = make_engine(Case("refused"))
-    if runtime.rank() == 1:
+    if processes.rank() == 1:
         file = next((root / "broken" / "masks").glob("*.safetensors"))
         file.write_bytes(file.read_bytes()[:-40])
-    runtime.barrier()
+    processes.barrier()
     with pytest.raises(Exception, match="layer_"):
         protect(engine, Artefacts(root / "broken", {}, {}))
     engine.destroy()
@@ -194,9 +194,9 @@ def test_settings_are_refused_without_ranks() -> None:
         with pytest.raises(UnsupportedSetting, match=type(optimizer).__name__):
             weight_decay_kind(optimizer, optimizer.param_groups[0])
     with pytest.raises(UnsupportedSetting, match="without ZeRO"):
-        internals.refuse_unsupported(torch.optim.AdamW([param]))
+        deepspeed_internals.refuse_unsupported(torch.optim.AdamW([param]))
     with pytest.raises(UnsupportedSetting, match="not on NoneType"):
-        internals.refuse_unsupported(None)
+        deepspeed_internals.refuse_unsupported(None)
 
 
 def test_a_sharded_model_with_a_plain_optimizer_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerCallback
 
 from warp_ds import WarpCallback
-from warp_ds.zero import runtime
+from warp_ds.cluster import processes
 from warp_ds.zero.masked_step import MaskedStep
 from warp_ds.zero.plain_step import PlainMaskedStep
 
@@ -79,7 +79,7 @@ def fit(artefacts: Artefacts, folder: Path, zero: dict[str, Any] | None, resume:
     trainer = Trainer(
         model=model, train_dataset=samples(), callbacks=[warp, keep] if protected else [keep],
         args=TrainingArguments(
-            output_dir=str(folder), per_device_train_batch_size=12 // runtime.world_size() // accumulation,
+            output_dir=str(folder), per_device_train_batch_size=12 // processes.world_size() // accumulation,
             gradient_accumulation_steps=accumulation, max_steps=steps, learning_rate=LR, adam_epsilon=EPS,
             max_grad_norm=clip, lr_scheduler_type="constant", logging_steps=1, use_cpu=True,
             report_to="none", disable_tqdm=True, deepspeed=deepspeed, bf16=dtype == torch.bfloat16 and zero is not None,
@@ -160,7 +160,7 @@ def resumes_under_zero3(artefacts: Artefacts, folder: Path, dtype: torch.dtype) 
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
     whole, _, kept = fit(artefacts, folder, {"stage3_param_persistence_threshold": 100}, dtype=dtype, **options)
     whole.save_model(str(folder / "model"))
-    if runtime.rank() == 0:
+    if processes.rank() == 0:
         saved = load_file(folder / "model" / "model.safetensors")
         assert saved.keys() == kept.weights.keys() and all(torch.equal(saved[k], v) for k, v in kept.weights.items())
         checkpoint = folder / "checkpoint-4"
@@ -260,7 +260,7 @@ def frozen_bits_in_a_loop(root: Path) -> None:
     assert isinstance(protection, PlainMaskedStep)
     with pytest.raises(ValueError, match="protected already"):
         warp_ds.protect_optimizer(model, optimizer, None, artefacts.masks)
-    stored = warp_ds.artifacts.MaskStore(artefacts.masks).find_basis()
+    stored = warp_ds.store.masks.MaskStore(artefacts.masks).find_basis()
     assert stored is not None
     for layer in protection.layers:  # what is trained with is the polished basis
         rotation = stored.rotation(layer.target.name)

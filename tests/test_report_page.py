@@ -14,21 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from warp_ds.artifacts import (
-    ArtifactError,
-    BasisMetadata,
-    MasksMetadata,
-    MaskStore,
-    fingerprint_model,
-    metadata_dict,
-    write_json,
-    write_tensors,
-)
+from warp_ds.errors import ArtifactError
 from warp_ds.launch.cli import main
 from warp_ds.method.mask import pack_bits, unpack_bits
 from warp_ds.report import costs, figures, tradeoff
 from warp_ds.report import page as page_sections
 from warp_ds.report.page import comparisons, find_runs, write_report
+from warp_ds.store.files import write_json, write_tensors
+from warp_ds.store.fingerprints import fingerprint_model
+from warp_ds.store.masks import MaskStore
+from warp_ds.store.metadata import BasisMetadata, MasksMetadata, metadata_dict
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

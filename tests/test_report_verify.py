@@ -14,11 +14,14 @@ from masked_artefacts import Artefacts, odd_model, token_batches, write_artefact
 from safetensors.torch import load_file, save_file
 
 import warp_ds
-from warp_ds.artifacts import ArtifactError, MaskStore, fingerprint_model, write_json
+from warp_ds.errors import ArtifactError
 from warp_ds.evaluation.certificate import certify, write_certificate
 from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.launch.cli import main
 from warp_ds.method.rotation import Rotation
+from warp_ds.store.files import write_json
+from warp_ds.store.fingerprints import fingerprint_model
+from warp_ds.store.masks import MaskStore
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

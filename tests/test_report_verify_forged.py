@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_tokenizer
 
 import warp_ds
-from warp_ds.artifacts import ArtifactError, TargetLayer, fingerprint_model
+from warp_ds.errors import ArtifactError
 from warp_ds.evaluation.certificate import Model, certify, print_certificate, still_describes, write_certificate
 from warp_ds.evaluation.movement import frozen_drift, movement
 from warp_ds.launch.cli import main
+from warp_ds.store.fingerprints import fingerprint_model
+from warp_ds.store.layers import TargetLayer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DOCS = Path(__file__).parents[1] / "docs" / "certificate.md"

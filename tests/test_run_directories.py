@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 
-from warp_ds.artifacts import find_artifact, newest, write_json, write_text
+from warp_ds.errors import DirectoryGoneError
 from warp_ds.flags.arguments import BasisArguments
 from warp_ds.phases.identity import unfinished
 from warp_ds.phases.run import Run, start_run
 from warp_ds.phases.training import MetricsFile
-from warp_ds.store.held import DirectoryGoneError, held
+from warp_ds.store.files import write_json, write_text
+from warp_ds.store.held import held
 from warp_ds.store.lock import RunLock
+from warp_ds.store.runs import find_artifact, newest
 from warp_ds.store.state import Progress
 from warp_ds.zero import save
 

@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 
-from warp_ds.artifacts import ArtifactError, newest, read_json, read_lines, run_config, write_json
-from warp_ds.errors import ConfigError
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.arguments import BasisArguments
 from warp_ds.launch.chain import Chain, SubmitArguments, find_chain, status
 from warp_ds.phases import checkpoints
 from warp_ds.phases.identity import unfinished
 from warp_ds.phases.run import start_run
 from warp_ds.phases.training import MetricsFile
+from warp_ds.store.files import read_json, read_lines, write_json
 from warp_ds.store.lock import RunLock
+from warp_ds.store.runs import newest, run_config
 from warp_ds.store.state import Progress
 
 

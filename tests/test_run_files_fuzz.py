@@ -16,15 +16,16 @@ from typing import Any
 import pytest
 import torch
 
-from warp_ds.artifacts import ArtifactError, TargetLayer, write_tensors
-from warp_ds.errors import ConfigError
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.arguments import BasisArguments, TrainArguments
 from warp_ds.launch import chain
 from warp_ds.phases import basis, checkpoints
 from warp_ds.phases.evaluate import AnswerLog
 from warp_ds.phases.run import start_run
 from warp_ds.phases.training import find_checkpoint
+from warp_ds.store.files import write_tensors
 from warp_ds.store.held import held
+from warp_ds.store.layers import TargetLayer
 from warp_ds.store.lock import RunLock
 from warp_ds.store.state import Progress
 from warp_ds.zero.scores import RowScores, SavedScores

@@ -17,14 +17,17 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import save_file
 
-from warp_ds.artifacts import ArtifactError, Contents, fingerprint_model
-from warp_ds.cluster import memory
-from warp_ds.errors import ConfigError
+from warp_ds import errors
+from warp_ds.cluster import memory, peaks, processes
+from warp_ds.cluster.peaks import returning_large_pieces
+from warp_ds.cluster.processes import rank
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.arguments import BasisArguments
 from warp_ds.store import digests
 from warp_ds.store.digests import Part
-from warp_ds.zero import runtime, shared_reading
-from warp_ds.zero.runtime import rank, returning_large_pieces, zero3_config
+from warp_ds.store.fingerprints import Contents, fingerprint_model
+from warp_ds.zero import shared_reading
+from warp_ds.zero.settings import zero3_config
 from warp_ds.zero.walk import host_memory
 
 
@@ -102,28 +105,28 @@ def touched_peaks(nothing_is_forgotten: bool) -> list[dict[str, Any]]:
     """Peaks of four blocks, in MB: one in which rank 1 holds 256 MB more than the others, one that holds little after it,
     and an inner one of 128 MB in an outer one of 64 MB before."""
     if nothing_is_forgotten:
-        runtime._forget_peaks = lambda: False  # type: ignore[assignment]
+        peaks._forget_peaks = lambda: False  # type: ignore[assignment]
     found = []
-    with runtime.peak_memory() as first:
+    with peaks.peak_memory() as first:
         held = torch.ones(((256 if rank() == 1 else 0) << 20) // 4 + 1)
         found.append(first.of_all_ranks())
     del held
-    with runtime.peak_memory() as second:
+    with peaks.peak_memory() as second:
         found.append(second.of_all_ranks())
-    with runtime.peak_memory() as outer:
+    with peaks.peak_memory() as outer:
         held = torch.ones((64 << 20) // 4)
         del held
-        with runtime.peak_memory() as inner:
+        with peaks.peak_memory() as inner:
             held = torch.ones((128 << 20) // 4)
             del held
             found.append(inner.of_all_ranks())
-        with runtime.peak_memory():
+        with peaks.peak_memory():
             pass
         found.append(outer.of_all_ranks())
     return found
 
 
-@pytest.mark.skipif(not runtime._forget_peaks(), reason="this system does not let peaks begin anew")
+@pytest.mark.skipif(not peaks._forget_peaks(), reason="this system does not let peaks begin anew")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_peaks_are_of_the_block_and_of_the_rank_that_held_most(ranks: int) -> None:
     first, second, inner, outer = run_ranks(ranks, touched_peaks, False)[0]
@@ -160,7 +163,7 @@ def read_by_this_rank(model: Path) -> dict[str, Any]:
     short = Part(str(model / "model.safetensors"), 0, 1 << 30)
     try:
         shared_reading.read_together(lambda: [Contents("", {"short": short})], "reading")
-    except (ArtifactError, runtime.OtherRankError) as caught:
+    except (ArtifactError, errors.OtherRankError) as caught:
         error = str(caught)
     return {"mark": mark, "again": again, "first": first, "second": second, "error": error}
 
@@ -200,11 +203,11 @@ def test_every_byte_is_read_once_by_one_rank(two_ranks: tuple[Path, list[Any]]) 
     ("WORLD_SIZE", "0", "RANK is below WORLD_SIZE"), ("WORLD_SIZE", "-1", "no number"), ("LOCAL_RANK", "", "no number")])
 def test_a_meeting_place_that_cannot_be(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
     for key, usual in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(runtime.free_port())}.items():
+                       "MASTER_PORT": str(processes.free_port())}.items():
         monkeypatch.setenv(key, usual)
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
         monkeypatch.setenv(name, str(other.getsockname()[1]) if value == "taken" else value)
         with pytest.raises(ConfigError, match=said):
-            runtime.init_distributed("cpu")
+            processes.init_distributed("cpu")

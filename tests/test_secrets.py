@@ -17,7 +17,7 @@ from warp_ds.launch.chain import SubmitArguments, find_chain
 from warp_ds.phases.failures import record_failure
 from warp_ds.phases.run import log_to_terminal, start_run
 from warp_ds.secrets import STRUCK, redact
-from warp_ds.zero.runtime import zero3_config
+from warp_ds.zero.settings import zero3_config
 
 #: None of them is anybody's. Put together here, so that no search for leaked tokens finds them.
 LOOK = ["hf_" + "aBcD1234" * 4, "sk-" + "proj-" + "aBcD1234" * 4, "ghp_" + "aBcD1234" * 4, "github_" + "pat_" + "aBcD1234" * 4,

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from warp_ds.artifacts import TargetLayer
+from warp_ds.cluster import processes
 from warp_ds.method.rotation import Rotation
-from warp_ds.zero import runtime
+from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.shard_rotation import (
     GPU,
@@ -102,7 +102,7 @@ def test_the_fastest_that_fits_is_chosen() -> None:
 
 def make_layers(placement: str, m: int, n: int, r: int, count: int) -> tuple[list[ProtectedLayer], dict, dict]:
     """Layers of which each second one shares the basis of the one before, their shards of W, and C = W U in fp64."""
-    rank, ranks = runtime.rank(), runtime.world_size()
+    rank, ranks = processes.rank(), processes.world_size()
     generator = torch.Generator().manual_seed(3)
     layers, weights, expected = [], {}, {}
     for i in range(count):
@@ -124,7 +124,7 @@ def make_layers(placement: str, m: int, n: int, r: int, count: int) -> tuple[lis
 
 def rotate_all(placement: str, m: int, n: int, r: int) -> tuple[float, int, int]:
     """Largest error against the whole product; bytes sent by this rank; bytes that arithmetic expects of it."""
-    rank, ranks = runtime.rank(), runtime.world_size()
+    rank, ranks = processes.rank(), processes.world_size()
     layers, weights, expected = make_layers(placement, m, n, r, 6)
     rotating, worst = ShardRotation(torch.device("cpu")), 0.0
     for layer, c in rotating(layers, lambda layer: weights[layer.target.name], Rotation.rotate):

@@ -12,11 +12,11 @@ from pathlib import Path
 from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
-from warp_ds.cluster.torch_internals import MortalBaton, survive_kills_while_loading_operators
+from warp_ds.cluster.compiled_operators import MortalBaton, survive_kills_while_loading_operators
 
 HOLD = """
 import sys, time
-from warp_ds.cluster.torch_internals import MortalBaton
+from warp_ds.cluster.compiled_operators import MortalBaton
 print(MortalBaton(sys.argv[1]).try_acquire(), flush=True)
 time.sleep(1000)
 """

@@ -26,14 +26,14 @@ REPOSITORY = Path(__file__).parents[1]
 
 def _prepare(root: Path) -> None:
     """A finished phase 1 and 2 on one layer, and a second model of the same shapes."""
+    from warp_ds.cluster import processes
     from warp_ds.phases.basis import run_basis
     from warp_ds.phases.importance import run_importance
-    from warp_ds.zero import runtime
 
     shared = common(root, root / "out", target_layers="last", safety_data=str(root / "refusals_fit.jsonl"))
     run_basis(BasisArguments(**shared))
     run_importance(ImportanceArguments(**shared))
-    if runtime.rank() == 0:
+    if processes.rank() == 0:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = AutoModelForCausalLM.from_pretrained(root / "m")
@@ -51,7 +51,7 @@ def _prepare(root: Path) -> None:
         (root / "lines.csv").write_text("just text\nwithout a header\n")
         (root / "list.jsonl").write_text("[1, 2]\n")
         (root / "stage2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    runtime.barrier()
+    processes.barrier()
 
 
 def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
@@ -175,9 +175,9 @@ def unloaded(run: Callable[[], Any]) -> Callable[[], Any]:
 
 def _checked(arguments: Any) -> Any:
     """As the launcher does."""
-    from warp_ds.zero import runtime
+    from warp_ds.cluster import consensus
 
-    with runtime.on_every_rank_or_none("checking the flags"):
+    with consensus.on_every_rank_or_none("checking the flags"):
         arguments.check()
         arguments.check_machine()
     return arguments
@@ -214,13 +214,13 @@ def test_message_on_every_rank(messages: list[dict[str, str]], case: str) -> Non
 
 def path_job(root: Path) -> list[str]:
     """What is said of a model that rank 0 alone sees, of one that no rank sees, and of one that all do."""
+    from warp_ds.cluster import processes
     from warp_ds.launch.doctor import _check_model_path
-    from warp_ds.zero import runtime
 
     here, messages = os.getcwd(), []
-    folder = root / f"of_rank_{runtime.rank()}"
+    folder = root / f"of_rank_{processes.rank()}"
     (folder / "both").mkdir(parents=True)
-    if runtime.rank() == 0:
+    if processes.rank() == 0:
         (folder / "model").mkdir()
     os.chdir(folder)  # a path from here is another one on the other rank, as on a disk that is not shared
     try:

@@ -21,10 +21,10 @@ from test_zero_load import Words, assert_same_model, ds_config
 from tiny_models import FAMILIES, SIZES, batch, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from warp_ds.errors import OtherRankError
 from warp_ds.store.checkpoint_index import DTYPES
 from warp_ds.zero import save as save_module
 from warp_ds.zero.load import load_sharded
-from warp_ds.zero.runtime import OtherRankError
 from warp_ds.zero.save import _lay_out, _put_in_place, save_sharded
 
 SHARD = "30KB"

@@ -14,19 +14,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from warp_ds.artifacts import (
-    ArtifactError,
-    BasisStore,
-    Contents,
-    MaskStore,
-    TargetLayer,
-    find_artifact,
-    fingerprint_model,
-    model_contents,
-)
+from warp_ds import errors
+from warp_ds.cluster import consensus, processes
+from warp_ds.errors import ArtifactError
 from warp_ds.method.rotation import Rotation
-from warp_ds.zero import deepspeed_internals as internals
-from warp_ds.zero import runtime
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.fingerprints import Contents, fingerprint_model, model_contents
+from warp_ds.store.layers import TargetLayer
+from warp_ds.store.masks import MaskStore
+from warp_ds.store.runs import find_artifact
+from warp_ds.zero import deepspeed_internals
 from warp_ds.zero.masked_step import MaskedStep, StepMetrics
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.plain_step import PlainMaskedStep
@@ -64,7 +61,7 @@ def protect(engine: Any, basis_dir: str | Path | None, masks_dir: str | Path, *,
     While protected, the fp32 master weights are rotated coefficients: ``safe_get_full_fp32_param`` returns C, not W.
     The model, its gathered parameters and everything that is saved are W.
     """
-    internals.refuse_unsupported(engine.optimizer)
+    deepspeed_internals.refuse_unsupported(engine.optimizer)
     return protect_optimizer(engine.module, engine.optimizer, basis_dir, masks_dir, model_dir=model_dir,
                              basis_placement=basis_placement)
 
@@ -81,9 +78,9 @@ def protect_optimizer(
     if isinstance(optimizer, AcceleratedOptimizer):
         by_deepspeed, optimizer = isinstance(optimizer, DeepSpeedOptimizerWrapper), optimizer.optimizer
     if by_deepspeed:
-        internals.refuse_unsupported(optimizer)
+        deepspeed_internals.refuse_unsupported(optimizer)
     read_together(lambda: _covered(model, model_dir, basis_dir, masks_dir), "reading basis and masks")
-    with runtime.on_every_rank_or_none("reading basis and masks"):
+    with consensus.on_every_rank_or_none("reading basis and masks"):
         masks = MaskStore(find_artifact(str(masks_dir), "masks", "."))
         basis = masks.find_basis(basis_dir)
         fingerprint = _fingerprint(model, model_dir)
@@ -95,12 +92,12 @@ def protect_optimizer(
         mark = masks.fingerprint() + (basis.fingerprint() if basis is not None else "identity")
     if not by_deepspeed:
         if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in params.values()):
-            raise internals.UnsupportedSetting(
+            raise errors.UnsupportedSetting(
                 "the model is sharded, but the optimizer is not DeepSpeed's: the masked step runs under ZeRO stage 3, or "
                 "on whole parameters (one process, or DDP); not under FSDP"
             )
         return PlainMaskedStep(optimizer, _layers(basis, masks, params, 1, 0, "replicated"))
-    layers = _layers(basis, masks, params, runtime.world_size(), runtime.rank(), basis_placement)
+    layers = _layers(basis, masks, params, processes.world_size(), processes.rank(), basis_placement)
     return MaskedStep(optimizer, layers, mark)
 
 
@@ -156,7 +153,7 @@ def _layers(
     layers: list[ProtectedLayer] = []
     rotations: dict[str, Rotation | None] = {}
     shards: dict[str, BasisShard] = {}
-    with runtime.on_every_rank_or_none("reading basis and masks"):
+    with consensus.on_every_rank_or_none("reading basis and masks"):
         # The identity rotates layers of any width; a stored basis fits one.
         bases = {target.name: ("identity", 0) if basis is None else basis.held(target.name) for target in masks.layers}
         machine = CPU if all(_compute_device(p).type == "cpu" for p in params.values()) else GPU
@@ -242,7 +239,7 @@ class WarpCallback(TrainerCallback):
             # Trainer would clip before the mask is applied: the masked step clips instead, by the masked norm.
             self._clipping, args.max_grad_norm = args.max_grad_norm, 0.0
             self.protection.max_grad_norm = self._clipping
-        if runtime.rank() == 0:
+        if processes.rank() == 0:
             logger.info("protected: %.2f %% of the coefficients of the masked layers are frozen",
                         100 * self.protection.masked_fraction)
 

@@ -16,8 +16,8 @@ from types import FrameType
 
 import torch
 
-from warp_ds.cluster import slurm
-from warp_ds.zero import runtime
+from warp_ds import errors
+from warp_ds.cluster import processes, slurm
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ def asked() -> bool:
 
 def agreed() -> bool:
     """Whether any rank was asked to leave. Collective; the same on every rank."""
-    flag = torch.tensor([float(asked())], device=runtime.collective_device())
-    return bool(runtime.all_reduce_sum(flag).item())
+    flag = torch.tensor([float(asked())], device=processes.collective_device())
+    return bool(processes.all_reduce_sum(flag).item())
 
 
 def reason() -> str:
@@ -68,7 +68,7 @@ def leave_if_asked(save: Callable[[], None] | None = None) -> None:
     if agreed():
         if save is not None:
             save()
-        raise Preempted(runtime.broadcast_object(reason()))
+        raise Preempted(processes.broadcast_object(reason()))
 
 
 def too_many_restarts(max_requeues: int) -> str | None:
@@ -113,7 +113,7 @@ def requeue(max_requeues: int) -> str | None:
                 return None  # by somebody else, or by Slurm: a second time would cost another restart
             slurm.requeue(job)
             return None
-        except (slurm.SlurmError, KeyError, ValueError) as caught:
+        except (errors.SlurmError, KeyError, ValueError) as caught:
             error = str(caught)
             if "requeue" in error.lower() and ("disabled" in error.lower() or "not permitted" in error.lower()):
                 break

@@ -9,13 +9,11 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 
+from warp_ds.errors import SlurmError
+
 RETRY_SECONDS = 20
 ALIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED", "RESIZING", "STOPPED", "SIGNALING",
          "STAGE_OUT", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
-
-
-class SlurmError(RuntimeError):
-    """A Slurm command that failed, with its own message."""
 
 
 def task_environment(env: Mapping[str, str]) -> dict[str, str] | None:

@@ -15,8 +15,9 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from warp_ds.data.readers import READERS, DataError, Table, json_values, read_file, read_text, table_of
+from warp_ds.data.readers import READERS, Table, json_values, read_file, read_text, table_of
 from warp_ds.data.turns import CONVERSATION_COLUMNS, NotText, pair_of, text_of
+from warp_ds.errors import DataError
 
 log = logging.getLogger(__name__)
 

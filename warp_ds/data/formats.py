@@ -18,8 +18,8 @@ from typing import Any, TypedDict
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from warp_ds.data.readers import DataError
 from warp_ds.data.template import CUT, answer, before_answer, cut_control
+from warp_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
 IGNORE = -100

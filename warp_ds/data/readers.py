@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from warp_ds.errors import DataError
+
 BYTE_ORDER_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
                     (codecs.BOM_UTF16_BE, "UTF-16"))
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message names the cause and the cure."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-from warp_ds.data.readers import DataError
+from warp_ds.errors import DataError
 
 CUT = "\ufdd0"
 """A noncharacter: where text that somebody typed must not be read as a control token, its tokens are cut here."""

@@ -21,26 +21,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from warp_ds.artifacts import (
-    ArtifactError,
-    BasisStore,
-    MaskStore,
-    TargetLayer,
-    fingerprint_model,
-    is_regular,
-    model_contents,
-    phase_of,
-    run_config,
-    write_text,
-)
+from warp_ds.artifacts import is_regular
+from warp_ds.errors import ArtifactError
 from warp_ds.evaluation import unmasked
 from warp_ds.method.eigenbasis import BAR, orthogonality_error
 from warp_ds.method.mask import unpack_bits
 from warp_ds.method.rotation import Rotation
 from warp_ds.method.systematic import FALSE_ALARM, Sums
 from warp_ds.names import printable
+from warp_ds.store.bases import BasisStore
 from warp_ds.store.checkpoint_index import INDEX, CheckpointError, TensorLocation, resolve_checkpoint
 from warp_ds.store.digests import FileState, digest_parts, whole_file
+from warp_ds.store.files import write_text
+from warp_ds.store.fingerprints import fingerprint_model, model_contents
+from warp_ds.store.layers import TargetLayer
+from warp_ds.store.masks import MaskStore
+from warp_ds.store.runs import phase_of, run_config
 
 KEPT, BROKEN, CANNOT_TELL = "kept", "broken", "cannot tell"
 EXIT = {KEPT: 0, BROKEN: 1, CANNOT_TELL: 3}

@@ -21,12 +21,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from warp_ds.cluster import processes
 from warp_ds.data.formats import encode_prompt
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation import guards
 from warp_ds.evaluation.generate import greedy, pad_token
 from warp_ds.evaluation.guards import Opinion
-from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Judge:
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"--judge_model {directory} cannot be used: {error}") from error
         self.device = device
-        if runtime.rank() == 0:
+        if processes.rank() == 0:
             logger.info("the judge is %s", self.guard or ("a classifier" if classifies else "a causal LM, asked yes or no"))
 
     @torch.no_grad()
@@ -104,8 +104,8 @@ def judge_all(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> l
     """
     pairs = list(zip(prompts, answers, strict=True))
     mine = [judge.opinion(*pair)
-            for pair in tqdm(pairs[runtime.rank() :: runtime.world_size()], desc="judge", disable=runtime.rank() != 0)]
-    parts = runtime.all_gather_object(mine)
+            for pair in tqdm(pairs[processes.rank() :: processes.world_size()], desc="judge", disable=processes.rank() != 0)]
+    parts = processes.all_gather_object(mine)
     found = [parts[i % len(parts)][i // len(parts)] for i in range(len(pairs))]
     says_refusal = judge.guard in ("qwen3guard", "wildguard")
     return [{"judge": one.unsafe} | ({"judge_refusal": one.refusal} if says_refusal else {}) for one in found]

@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from warp_ds.cluster import processes
 from warp_ds.data.formats import IGNORE, Sample, opening_ids
 from warp_ds.data.template import chat_text, render
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.generate import generate_after, pad_token, token_scores
-from warp_ds.zero import runtime
 
 try:
     from lm_eval import simple_evaluate
@@ -91,7 +91,7 @@ class ShardedLM(TemplateLM):  # type: ignore[misc]
             # As the harness's own models do: what the context cannot hold is cut from the left.
             prompts = [self.tok_encode(requests[i].args[0])[-(self.context - length) :] for i in which]
             texts = generate_after(self.model, self.tokenizer, prompts, max_new_tokens=length,
-                                   batch_size=self.batch_size, synced=runtime.world_size() > 1, desc="lm-eval")
+                                   batch_size=self.batch_size, synced=processes.world_size() > 1, desc="lm-eval")
             for i, text in zip(which, texts, strict=True):
                 until = handle_stop_sequences(requests[i].args[1].get("until"), eos=None)
                 found[i] = text[: min((text.find(stop) for stop in until if stop and stop in text), default=len(text))]
@@ -121,4 +121,4 @@ def run_tasks(model: Any, tokenizer: PreTrainedTokenizerBase, names: Sequence[st
         apply_chat_template=bool(tokenizer.chat_template),
     )
     kept = {} if found is None else {"results": found["results"], "samples": found["samples"]}
-    return runtime.broadcast_object(kept)
+    return processes.broadcast_object(kept)

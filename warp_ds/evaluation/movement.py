@@ -14,9 +14,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from warp_ds.artifacts import ArtifactError, BasisStore, Contents, MaskStore, TargetLayer, fingerprint_model, model_contents
+from warp_ds.cluster import consensus, processes
+from warp_ds.errors import ArtifactError
 from warp_ds.evaluation.certificate import Model, layer_drift, relative_drift
-from warp_ds.zero import runtime
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.fingerprints import Contents, fingerprint_model, model_contents
+from warp_ds.store.layers import TargetLayer
+from warp_ds.store.masks import MaskStore
 from warp_ds.zero.shared_reading import read_together
 
 T = TypeVar("T")
@@ -49,7 +53,7 @@ def movement(before: Path, after: Path, basis_dir: str | Path) -> dict[str, floa
     one at a time on each. ArtifactError as ``open_basis``.
     """
     read_together(lambda: [model_contents(before)], "reading the model")
-    with runtime.on_every_rank_or_none("opening the basis"):
+    with consensus.on_every_rank_or_none("opening the basis"):
         basis = open_basis(before, after, basis_dir)
         old, new = Model.of(before, basis.layers), Model.of(after, basis.layers)
     moved = layer_by_layer(basis.layers, lambda layer: relative_movement(
@@ -68,7 +72,7 @@ def frozen_drift(before: Path, after: Path, masks_dir: str | Path, basis_dir: st
         yield BasisStore(basis_dir).contents()
 
     read_together(covered, "reading the model, the masks and the basis")
-    with runtime.on_every_rank_or_none("opening the masks"):
+    with consensus.on_every_rank_or_none("opening the masks"):
         masks, basis = MaskStore(masks_dir), BasisStore(basis_dir)
         masks.check(basis, fingerprint_model(before), str(before))
         old, new = Model.of(before, masks.layers), Model.of(after, masks.layers)
@@ -82,11 +86,11 @@ def layer_by_layer(layers: Sequence[TargetLayer], measure: Callable[[TargetLayer
     The ranks meet after every layer, so that none waits for another longer than one layer takes.
     """
     found: list[T] = []
-    for first in range(0, len(layers), runtime.world_size()):
-        mine = layers[first + runtime.rank() : first + runtime.rank() + 1]
-        with runtime.on_every_rank_or_none(what):
+    for first in range(0, len(layers), processes.world_size()):
+        mine = layers[first + processes.rank() : first + processes.rank() + 1]
+        with consensus.on_every_rank_or_none(what):
             values = [measure(layer) for layer in mine]
-        found += [value for part in runtime.all_gather_object(values) for value in part]
+        found += [value for part in processes.all_gather_object(values) for value in part]
     return found
 
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warp_ds.artifacts import VOLATILE, is_regular, read_json
+from warp_ds.artifacts import is_regular
+from warp_ds.store.files import read_json
+from warp_ds.store.fingerprints import VOLATILE
 
 #: The first that matches a tensor's name.
 KINDS = {

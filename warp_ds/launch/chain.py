@@ -28,9 +28,9 @@ import submitit
 from filelock import FileLock
 from transformers import TrainingArguments
 
-from warp_ds.artifacts import ArtifactError, read_json, read_lines, write_json, written_at
+from warp_ds import errors
 from warp_ds.cluster import slurm
-from warp_ds.errors import ConfigError
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.arguments import (
     BasisArguments,
     CompareArguments,
@@ -44,6 +44,8 @@ from warp_ds.flags.arguments import (
 from warp_ds.flags.checks import check_run_name, refuse_control_characters, refuse_secrets
 from warp_ds.flags.parsing import grouped, names_of, parse_arguments, parse_training, refuse_words, unknown_flags
 from warp_ds.phases.arms import parse_arms
+from warp_ds.store.files import read_json, read_lines, write_json
+from warp_ds.store.runs import written_at
 from warp_ds.store.schema import SchemaError, check_fields
 
 PHASES: dict[str, type[RunArguments]] = {
@@ -461,8 +463,8 @@ def run_phase(phase: str, words: list[str]) -> None:
 
 def run_directly(phase: str, words: list[str]) -> None:
     """The phase in this process, one rank; its errors are raised."""
+    from warp_ds.cluster.processes import init_distributed
     from warp_ds.launch.launcher import apply_debug
-    from warp_ds.zero.runtime import init_distributed
 
     arguments, passed = _parse(phase, words)
     apply_debug(arguments)
@@ -495,7 +497,7 @@ def status(chain: Chain) -> tuple[list[PhaseState], bool]:
     """(every phase's line, whether any of its jobs may still do something). Where Slurm does not answer, none is dead."""
     try:
         states, unknown = chain.states(), ""
-    except slurm.SlurmError as error:
+    except errors.SlurmError as error:
         unknown = f"unknown ({str(error)[:60]})"
         states = {phase: "finished" if chain.finished(phase) else unknown for phase in chain.flags}
     lines = []

@@ -100,13 +100,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _free_port() -> int:
-    from warp_ds.zero.runtime import free_port
+    from warp_ds.cluster.processes import free_port
 
     return free_port()
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from warp_ds.artifacts import ArtifactError
+    from warp_ds.errors import ArtifactError
     from warp_ds.evaluation.certificate import EXIT, certificate_path, certify, print_certificate, write_certificate
 
     try:
@@ -122,7 +122,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _shrink(arguments: argparse.Namespace) -> int:
-    from warp_ds.artifacts import ArtifactError
+    from warp_ds.errors import ArtifactError
     from warp_ds.phases.shrink import print_shrunk, shrink
 
     try:

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from warp_ds.artifacts import fingerprint_rows, read_json, write_json
+from warp_ds.cluster import consensus, processes
 from warp_ds.data.datasets import load_pairs, load_prompts
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
 from warp_ds.errors import ConfigError
@@ -32,7 +32,8 @@ from warp_ds.phases.evaluate import SUITES, EvaluationSets
 from warp_ds.phases.run import log_to_file
 from warp_ds.phases.texts import check_lengths
 from warp_ds.phases.training import run_safety_tuning
-from warp_ds.zero import runtime
+from warp_ds.store.files import read_json, write_json
+from warp_ds.store.fingerprints import fingerprint_rows
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def run_demo(arguments: DemoArguments) -> None:
     """Writes <output_dir>/report.json and prints the table. Collective."""
     root, start = Path(arguments.output_dir), time.time()
     with log_to_file(Path(arguments.log_dir), "demo"):
-        data = runtime.on_rank_0(lambda: _make(root, arguments), "making the demo's model and data")
+        data = consensus.on_rank_0(lambda: _make(root, arguments), "making the demo's model and data")
         common: dict[str, Any] = {
             "dtype": arguments.dtype, "device": arguments.device, "deepspeed": arguments.deepspeed,
             "output_dir": str(root), "log_dir": arguments.log_dir, "seed": arguments.seed,
@@ -117,8 +118,8 @@ def run_demo(arguments: DemoArguments) -> None:
         report = compare(bench, arms, rates, settings.seed_list)
         report["total_seconds"] = round(time.time() - start, 1)
         report["arms"] = [{**point, "name": TITLES.get(point["arm"], point["arm"])} for point in report["points"]]
-        runtime.on_rank_0(partial(write_report, root, report), "writing the report")
-        if runtime.rank() == 0:
+        consensus.on_rank_0(partial(write_report, root, report), "writing the report")
+        if processes.rank() == 0:
             alone = len(settings.seed_list) == 1 and all(len(grid) == 1 for grid in rates.values())
             if alone:
                 print_table(report)

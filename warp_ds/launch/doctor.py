@@ -20,13 +20,13 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from warp_ds import __version__
-from warp_ds.artifacts import ArtifactError, model_contents
-from warp_ds.cluster import memory, slurm
-from warp_ds.errors import ConfigError
+from warp_ds import __version__, errors
+from warp_ds.cluster import consensus, memory, processes, slurm
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.arguments import LayerArguments, RunArguments, SafetyDataArguments, TrainingFlags, UtilityDataArguments, flag
 from warp_ds.flags.parsing import FlagParser
-from warp_ds.zero import runtime
+from warp_ds.store.fingerprints import model_contents
+from warp_ds.zero import settings
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def queue() -> Finding:
     try:
         slurm.run("squeue", "--me", "--noheader")
         return Finding("Slurm", "squeue answers")
-    except slurm.SlurmError as error:
+    except errors.SlurmError as error:
         return Finding("Slurm", str(error), "wait until it answers, or ask the cluster's administrators", fatal=False)
 
 
@@ -226,7 +226,7 @@ def needs(arguments: Any, directory: Path, nodes: int, ranks_per_node: int, phas
 
     gpu = torch.cuda.is_available() and arguments.resolved_device == "cuda"
     try:
-        zero = runtime.zero3_config(arguments)["zero_optimization"]
+        zero = settings.zero3_config(arguments)["zero_optimization"]
         offloaded = [part for part in ("offload_param", "offload_optimizer")
                      if zero.get(part, {}).get("device", "none") != "none"]
         job = planning.Job(
@@ -270,35 +270,35 @@ def start_checks(arguments: RunArguments, phase: str) -> None:
 
     What only may go wrong (memory, disk for what is not written yet) is logged as a warning with its cure.
     """
-    token = runtime.broadcast_object(uuid.uuid4().hex[:8])
+    token = processes.broadcast_object(uuid.uuid4().hex[:8])
     mark = Path(arguments.output_dir) / f".reach.{token}"
-    runtime.on_rank_0(mark.touch, "writing to --output_dir")
+    consensus.on_rank_0(mark.touch, "writing to --output_dir")
     try:
-        with runtime.on_every_rank_or_none("checking this rank's machine"):
+        with consensus.on_every_rank_or_none("checking this rank's machine"):
             _of_this_rank(arguments, mark)
     finally:
-        runtime.on_rank_0(lambda: mark.unlink(missing_ok=True), "cleaning up")
+        consensus.on_rank_0(lambda: mark.unlink(missing_ok=True), "cleaning up")
     _check_model_path(arguments.model_name)
-    ranks = runtime.all_gather_object((socket.gethostname(), _versions_of_results()))
+    ranks = processes.all_gather_object((socket.gethostname(), _versions_of_results()))
     different = [f"rank {r}: {v}" for r, (_, v) in enumerate(ranks) if v != ranks[0][1]]
     if different:
         raise ConfigError(f"other versions than rank 0's ({ranks[0][1]}): {'; '.join(different[:3])}: one environment for all "
                           "nodes, on a shared file system or in a container")
     begun = time.monotonic()
-    runtime.all_reduce_sum(torch.ones(1 << 20, device=runtime.collective_device()))
+    processes.all_reduce_sum(torch.ones(1 << 20, device=processes.collective_device()))
     hosts = len({host for host, _ in ranks})
-    if runtime.rank() == 0:
+    if processes.rank() == 0:
         logger.info("%d ranks on %d host%s meet: 4 MB all-reduced in %.0f ms", len(ranks), hosts, "s" * (hosts > 1),
                     1000 * (time.monotonic() - begun))
     path = Path(arguments.model_name).expanduser()
     if path.is_dir():
-        runtime.on_rank_0(lambda: _warn(needs(arguments, path, hosts, -(-len(ranks) // hosts), phase)), "counting the needs")
+        consensus.on_rank_0(lambda: _warn(needs(arguments, path, hosts, -(-len(ranks) // hosts), phase)), "counting the needs")
 
 
 def _of_this_rank(arguments: RunArguments, mark: Path) -> None:
-    if arguments.resolved_device == "cuda" and runtime.local_rank() >= torch.cuda.device_count():
-        raise ConfigError(f"rank {runtime.rank()} on {socket.gethostname()} has no GPU of its own: local rank "
-                          f"{runtime.local_rank()}, but torch sees {torch.cuda.device_count()}: as many ranks a node as GPUs")
+    if arguments.resolved_device == "cuda" and processes.local_rank() >= torch.cuda.device_count():
+        raise ConfigError(f"rank {processes.rank()} on {socket.gethostname()} has no GPU of its own: local rank "
+                          f"{processes.local_rank()}, but torch sees {torch.cuda.device_count()}: as many ranks a node as GPUs")
     for name in ("output_dir", "log_dir"):
         found = writable(name, getattr(arguments, name))
         if found.cure:
@@ -316,7 +316,7 @@ def _check_model_path(name: str) -> None:
     """ConfigError on every rank where a path is no directory on some host. Collective."""
     if not name.startswith(("/", "./", "../", "~")):
         return
-    found = runtime.all_gather_object((socket.gethostname(), Path(name).expanduser().is_dir()))
+    found = processes.all_gather_object((socket.gethostname(), Path(name).expanduser().is_dir()))
     without = sorted({host for host, there in found if not there})
     if not without:
         return

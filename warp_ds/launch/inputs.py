@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from warp_ds.artifacts import find_artifact
 from warp_ds.cluster.slurm import task_environment
 from warp_ds.data.datasets import local_file
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import ImportanceArguments, RunArguments, TrainArguments
-from warp_ds.zero import runtime
+from warp_ds.store.runs import find_artifact
+from warp_ds.zero import settings
 from warp_ds.zero.model import check_model_dir, local_model_dir, read_config
 
 MODELS = ("model_name", "reference_model", "judge_model", "unaligned_model")
@@ -36,7 +36,7 @@ def check_inputs(arguments: RunArguments) -> None:
                 local_file(source)
     if named.get("refusal_file") and not Path(named["refusal_file"]).expanduser().is_file():
         raise ConfigError(f"--refusal_file {named['refusal_file']}: no such file")
-    runtime.zero3_config(arguments)
+    settings.zero3_config(arguments)
     needed = {"basis": isinstance(arguments, ImportanceArguments) and arguments.basis != "identity",
               "masks": isinstance(arguments, TrainArguments)}
     for kind, always in needed.items():

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from warp_ds.artifacts import ArtifactError
-from warp_ds.cluster import preemption, slurm
+from warp_ds import errors
+from warp_ds.cluster import consensus, preemption, processes, slurm
 from warp_ds.cluster.slurm import task_environment
 from warp_ds.data.datasets import DataError
-from warp_ds.errors import ConfigError
+from warp_ds.errors import ArtifactError, ConfigError, DirectoryGoneError, UnsupportedSetting
 from warp_ds.flags.arguments import RunArguments
 from warp_ds.flags.parsing import parse_arguments, parse_training
 from warp_ds.launch.doctor import start_checks
@@ -27,10 +27,7 @@ from warp_ds.launch.inputs import check_inputs, on_one_machine
 from warp_ds.phases.failures import explain, is_later
 from warp_ds.phases.run import log_to_terminal
 from warp_ds.secrets import redact
-from warp_ds.store.held import DirectoryGoneError
 from warp_ds.store.state import note
-from warp_ds.zero import runtime
-from warp_ds.zero.deepspeed_internals import UnsupportedSetting
 
 logger = logging.getLogger(__name__)
 PHASE_OF = {"SafetyTuningArguments": "phase0", "BasisArguments": "phase1", "ImportanceArguments": "phase2",
@@ -52,7 +49,7 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
     passed: dict[str, Any] = {}
     arguments: A | None = None
     try:
-        runtime.check_launch(os.environ)
+        processes.check_launch(os.environ)
         if stoppable:
             preemption.watch()
         if training:
@@ -64,16 +61,16 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
         if on_one_machine():  # elsewhere a rank that alone misses a file would leave the others waiting
             arguments.check_machine()
             check_inputs(arguments)
-        runtime.init_distributed(arguments.resolved_device, arguments.timeout)
+        processes.init_distributed(arguments.resolved_device, arguments.timeout)
         log_to_terminal(logging.DEBUG if arguments.debug else logging.INFO)
-        with runtime.on_every_rank_or_none("checking this machine"):
+        with consensus.on_every_rank_or_none("checking this machine"):
             arguments.check_machine()
             restarts = preemption.too_many_restarts(arguments.max_requeues)
             if restarts:
                 raise ConfigError(restarts)
         start_checks(arguments, PHASE_OF.get(kind.__name__, ""))
         phase(arguments, passed) if training else phase(arguments)
-    except (ConfigError, ArtifactError, DataError, UnsupportedSetting, DirectoryGoneError, runtime.OtherRankError) as error:
+    except (ConfigError, ArtifactError, DataError, UnsupportedSetting, DirectoryGoneError, errors.OtherRankError) as error:
         _fail(error, status=2, wrong_input=True)
     except preemption.Preempted as stop:
         assert arguments is not None
@@ -82,7 +79,7 @@ def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, arg
         if arguments is not None:
             explain(error, arguments)
         _fail(error, status=1, wrong_input=is_later(error))
-    runtime.shutdown()
+    processes.shutdown()
     # Gloo's threads sometimes abort an interpreter that ends while they do, and the finished job would count as failed.
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -100,8 +97,8 @@ def _go_on_later(stop: preemption.Preempted, max_requeues: int) -> None:
         logger.info(refused or f"job {slurm.job_id()} is in the queue again, and will go on in {directory}")
         return refused
 
-    refused = runtime.on_rank_0(requeue, "requeueing")
-    runtime.shutdown()
+    refused = consensus.on_rank_0(requeue, "requeueing")
+    processes.shutdown()
     sys.stdout.flush()
     os._exit(0 if refused is None else preemption.STOPPED)
 
@@ -125,7 +122,7 @@ def _fail(error: BaseException, status: int, wrong_input: bool) -> None:
     Wrong input is one message, cause and cure, from the rank that found it; anything else is that rank's traceback. What
     is found before the ranks meet is found by every one of them: rank 0 says it.
     """
-    rank = runtime.rank()
+    rank = processes.rank()
     if not torch.distributed.is_initialized():
         try:
             rank = int(({**(task_environment(os.environ) or {}), **os.environ}).get("RANK", 0))

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from warp_ds.artifacts import TargetLayer
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import DTYPES, BasisArguments, ImportanceArguments, TrainArguments
 from warp_ds.method.covariance import kept_entries
@@ -28,6 +27,7 @@ from warp_ds.method.importance import tokens_first
 from warp_ds.method.rotation import Rotation
 from warp_ds.models.targets import find_blocks, find_targets, shared_inputs
 from warp_ds.store.checkpoint_index import READ_BUFFER_BYTES
+from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.collect import REDUCE, route
 from warp_ds.zero.fetch import outside
 from warp_ds.zero.model import local_model_dir, read_config, snapshot

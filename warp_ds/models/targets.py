@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from warp_ds.artifacts import TargetLayer
 from warp_ds.errors import ConfigError
 from warp_ds.models.layer_names import LAYER_TYPES, parse_layer_types, parse_target_layers
 from warp_ds.models.transformers_internals import zero3_hidden_from_transformers
+from warp_ds.store.layers import TargetLayer
 
 #: Where a layer type is found in a block, for Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 and all built like them.
 MODULES = {

@@ -11,26 +11,22 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from warp_ds.artifacts import (
-    ArtifactError,
-    BasisMetadata,
-    TargetLayer,
-    fingerprint_rows,
-    layer_entry,
-    metadata_dict,
-    remove_unfinished,
-    write_json,
-    write_tensors,
-)
+from warp_ds.cluster.consensus import on_every_rank_or_none, on_rank_0
+from warp_ds.cluster.peaks import returning_large_pieces
 from warp_ds.cluster.preemption import leave_if_asked
+from warp_ds.cluster.processes import all_gather_object, init_distributed, rank, world_size
 from warp_ds.data.datasets import load_pairs
-from warp_ds.errors import ConfigError
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.arguments import BasisArguments
 from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, weight_basis
 from warp_ds.models.layer_names import LAYER_TYPES
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases.run import start_run
 from warp_ds.phases.texts import tokenise
+from warp_ds.store.files import remove_unfinished, write_json, write_tensors
+from warp_ds.store.fingerprints import fingerprint_rows
+from warp_ds.store.layers import TargetLayer
+from warp_ds.store.metadata import BasisMetadata, layer_entry, metadata_dict
 from warp_ds.store.state import Progress
 from warp_ds.zero.batches import Samples
 from warp_ds.zero.collect import (
@@ -46,16 +42,7 @@ from warp_ds.zero.collect import (
 )
 from warp_ds.zero.fetch import gathered
 from warp_ds.zero.model import load_model, resolve_model_dir
-from warp_ds.zero.runtime import (
-    all_gather_object,
-    init_distributed,
-    on_every_rank_or_none,
-    on_rank_0,
-    rank,
-    returning_large_pieces,
-    world_size,
-    zero3_config,
-)
+from warp_ds.zero.settings import zero3_config
 from warp_ds.zero.shared_reading import model_fingerprint
 from warp_ds.zero.walk import BlockWalk
 

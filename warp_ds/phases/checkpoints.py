@@ -12,7 +12,8 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from warp_ds.artifacts import ArtifactError, read_json, write_json
+from warp_ds.errors import ArtifactError
+from warp_ds.store.files import read_json, write_json
 from warp_ds.store.sealed import contents, difference
 
 logger = logging.getLogger(__name__)

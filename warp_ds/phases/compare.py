@@ -20,17 +20,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from warp_ds.artifacts import (
-    ArtifactError,
-    fingerprint_rows,
-    read_json,
-    read_lines,
-    write_json,
-    write_text,
-)
+from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.data.datasets import load_pairs, load_prompts
-from warp_ds.errors import ConfigError
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.evaluation.generate import answer_surprise
 from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.flags.arguments import (
@@ -67,8 +60,9 @@ from warp_ds.phases.run import link_latest, start_run, versions
 from warp_ds.phases.texts import check_lengths
 from warp_ds.phases.training import check_training, run_safety_tuning, run_training
 from warp_ds.report import card, costs, tradeoff
+from warp_ds.store.files import read_json, read_lines, write_json, write_text
+from warp_ds.store.fingerprints import fingerprint_rows
 from warp_ds.store.state import Progress
-from warp_ds.zero import runtime
 from warp_ds.zero.deepspeed_internals import end_engine
 from warp_ds.zero.model import resolve_model_dir
 from warp_ds.zero.shared_reading import model_fingerprint
@@ -110,14 +104,14 @@ class Point:
 def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = None) -> Path:
     """Returns the run directory with report.json and table.md. Collective."""
     check_training(training_flags(arguments), passed)
-    with runtime.on_every_rank_or_none("checking the arms"):
+    with consensus.on_every_rank_or_none("checking the arms"):
         arms = parse_arms(arguments.arms)
         rates, seeds = arguments.rates([arm.name for arm in arms]), arguments.seed_list
     model_dir = resolve_model_dir(arguments.model_name)
     if arguments.unaligned_model is not None:
         resolve_model_dir(arguments.unaligned_model, "--unaligned_model")
     fingerprint = model_fingerprint(model_dir)
-    with runtime.on_every_rank_or_none("reading the data"):
+    with consensus.on_every_rank_or_none("reading the data"):
         data = load_data(arguments)
         _check(arms, arguments, data)
         inputs = {"model": fingerprint, "data": fingerprint_rows(
@@ -125,9 +119,9 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
              data.sets.harmful, data.sets.harmless, list(data.sets.utility)])}
     with start_run("compare", arguments, inputs, passed) as run:
         report = compare(Bench(arguments, model_dir, run.directory, data, passed or {}), arms, rates, seeds)
-        runtime.on_rank_0(lambda: write_report(run.directory, report), "writing the report")
+        consensus.on_rank_0(lambda: write_report(run.directory, report), "writing the report")
         run.finish()
-        if runtime.rank() == 0:
+        if processes.rank() == 0:
             print_tables((run.directory / "table.md").read_text(encoding="utf-8"))
         return run.directory
 
@@ -163,7 +157,7 @@ def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[floa
     progress.at(len(points))
     plainly_rotated = [point for point in points if point.arm == replace(ARMS["rotated"], name=point.arm.name)]
     if plainly_rotated:
-        runtime.on_rank_0(lambda: bench.link_latest(plainly_rotated[-1]), "linking the rotated arm's runs")
+        consensus.on_rank_0(lambda: bench.link_latest(plainly_rotated[-1]), "linking the rotated arm's runs")
     sets = bench.data.sets
     prompts = {"refusal_rate": len(sets.harmful), "partial_rate": len(sets.harmful), "incoherent_rate": len(sets.harmful),
                "not_judged_rate": len(sets.harmful),
@@ -175,7 +169,7 @@ def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[floa
         "keep_ratio": bench.arguments.keep_ratio, "layer_type": bench.arguments.layer_type,
         "noise_threshold": bench.noise_threshold(),
         "unaligned": bench.known("unaligned") if any(arm.merge == "resta" for arm in arms) else None,
-        "seconds": bench.seconds, "total_seconds": round(time.time() - started, 1), "world_size": runtime.world_size(),
+        "seconds": bench.seconds, "total_seconds": round(time.time() - started, 1), "world_size": processes.world_size(),
         "versions": versions(), **tradeoff.compare(rows, {k: n for k, n in prompts.items() if n},
                                                    bench.arguments.at_utility),
     }
@@ -259,7 +253,7 @@ class Bench:
             for name, rows in {"safety": self.data.safety, "unaligned": self.data.unaligned}.items():
                 self._write_rows(name, rows)
 
-        runtime.on_rank_0(write, "writing the texts")
+        consensus.on_rank_0(write, "writing the texts")
 
     def _write_rows(self, name: str, rows: Sequence[Row]) -> Path:
         path = self.root / "data" / f"{name}.jsonl"
@@ -277,7 +271,7 @@ class Bench:
                       range(-(-wanted // len(self.data.safety)))]
             rows += [self.data.safety[i] for i in [i for order in picked for i in order][:wanted]]
         name = f"task_safety{share:g}" if wanted else "task"
-        return runtime.on_rank_0(lambda: self._write_rows(name, rows), "writing the task")
+        return consensus.on_rank_0(lambda: self._write_rows(name, rows), "writing the task")
 
     # ---------------------------------------------------------------- start models, bases, masks
 
@@ -293,7 +287,7 @@ class Bench:
     def _neuron_tuned(self, kind: str) -> Path:
         """SN-Tune, RSN-Tune: the start model after its safety neurons alone have trained on the safety set."""
         a, masks = self.arguments, self.root / f"neurons_{kind}" / "masks"
-        if not runtime.on_rank_0(lambda: (masks / "metadata.json").is_file(), "looking for the neurons"):
+        if not consensus.on_rank_0(lambda: (masks / "metadata.json").is_file(), "looking for the neurons"):
             engine, tokenizer = load_engine(EvaluateArguments(**self.common(self.model_dir)))
             foundation = list(self.data.foundation) if kind == "rsn-tune" else None
             safety_neuron_masks(engine, tokenizer, [row["prompt"] for row in self.data.safety], foundation, a.neuron_share,
@@ -371,7 +365,7 @@ class Bench:
             train_scope=scope, masks_dir=str(self.masks(arm, point.seed)) if arm.basis else "none",
             utility_data=str(self.task(arm.safety_share)), utility_samples=0, run_name=f"phase3_{point.name}",
             epochs=a.epochs, learning_rate=point.rate, **self._same("global_batch_size", "basis_placement", "save_minutes"))
-        runtime.on_rank_0(partial(self._remember, self.root / f"phase3_{point.name}"), "looking for a removed model")
+        consensus.on_rank_0(partial(self._remember, self.root / f"phase3_{point.name}"), "looking for a removed model")
         return self.timed(f"phase3_{point.name}", lambda: run_training(settings, self.passed)) / "model"
 
     @staticmethod
@@ -396,7 +390,7 @@ class Bench:
         output = self.root / f"merge_{point.name}" / "model"
         self.timed(f"merge_{point.name}", lambda: merge(fine_tuned, aligned, output, formula))
         text = f"## Merged after training\n\nThis model is the trained one, `{fine_tuned}`, merged by the arm `{arm.name}`.\n\n"
-        runtime.on_rank_0(lambda: card.write_section(output, "merged", text + card.made(fine_tuned)), "writing the card")
+        consensus.on_rank_0(lambda: card.write_section(output, "merged", text + card.made(fine_tuned)), "writing the card")
         return output
 
     def point(self, point: Point, rotated: Arm | None) -> dict[str, Any]:
@@ -408,7 +402,7 @@ class Bench:
             model = self.root / f"{'merge' if point.arm.merge else 'phase3'}_{point.name}" / "model"
             before = self.known("before")
             where = f"By a comparison, `{self.root.name}`, arm `{point.arm.name}`."
-            runtime.on_rank_0(lambda: write_card(model, "compare", where, found | {"overlap": self.overlap}, before),
+            consensus.on_rank_0(lambda: write_card(model, "compare", where, found | {"overlap": self.overlap}, before),
                               "writing the model's card")
         return {"arm": point.arm.name, "rate": point.rate if point.arm.trains else None, "seed": point.seed,
                 "from_start": point.arm.merge is None and point.arm.start is None, **found}
@@ -420,17 +414,17 @@ class Bench:
         if found is None:
             model = make()
             measured = self.measure(model, name)
-            runtime.on_rank_0(lambda: write_measurement(home, measured), "writing the results")
+            consensus.on_rank_0(lambda: write_measurement(home, measured), "writing the results")
             found = measured.metrics
         if more is not None and "movement" not in found:
             found |= more(model or make())
-            runtime.on_rank_0(lambda: write_json(home / "metrics.json", found), "writing the results")
+            consensus.on_rank_0(lambda: write_json(home / "metrics.json", found), "writing the results")
         return found
 
     def known(self, name: str) -> dict[str, Any] | None:
         """The metrics of a point, where it has been measured. Collective."""
         path = self.root / "points" / name / "metrics.json"
-        return runtime.on_rank_0(lambda: read_measured(path) if path.is_file() else None, "looking for results")
+        return consensus.on_rank_0(lambda: read_measured(path) if path.is_file() else None, "looking for results")
 
     def measure(self, model: Path, name: str) -> Measurement:
         """Behaviour of one model, against the start model's. Collective."""
@@ -453,7 +447,7 @@ class Bench:
     def _answers_before(self) -> list[Row]:
         """The start model's judged answers, where its point has been measured."""
         path = self.root / "points" / "before" / "answers.jsonl"
-        return runtime.on_rank_0(lambda: read_lines(path) if path.is_file() else [], "reading the start model's answers")
+        return consensus.on_rank_0(lambda: read_lines(path) if path.is_file() else [], "reading the start model's answers")
 
     def _evaluation(self, model: Path) -> EvaluateArguments:
         a = self.arguments
@@ -462,15 +456,15 @@ class Bench:
     def noise_threshold(self) -> float | None:
         """Nats a token, also where every point was measured before."""
         path = self.root / "noise.json"
-        return runtime.on_rank_0(lambda: read_measured(path).get("threshold") if path.is_file() else None,
+        return consensus.on_rank_0(lambda: read_measured(path).get("threshold") if path.is_file() else None,
                                  "reading the noise threshold")
 
     def _noise(self) -> NoiseRule | None:
         settings = self._evaluation(self.model_dir)
-        if not runtime.on_rank_0((self.root / "noise.json").is_file, "looking for the noise rule"):
+        if not consensus.on_rank_0((self.root / "noise.json").is_file, "looking for the noise rule"):
             limit = self._with_start_model(partial(noise_limit, sets=self.data.sets, batch_size=settings.batch_size,
                                                    max_new_tokens=settings.max_new_tokens))
-            runtime.on_rank_0(lambda: write_json(self.root / "noise.json", {"threshold": limit}), "writing the rule")
+            consensus.on_rank_0(lambda: write_json(self.root / "noise.json", {"threshold": limit}), "writing the rule")
         threshold = self.noise_threshold()
         return None if threshold is None else NoiseRule(lambda prompts, answers: self._with_start_model(partial(
             answer_surprise, prompts=prompts, answers=answers, batch_size=settings.batch_size)), threshold)
@@ -504,7 +498,7 @@ class Bench:
                     shutil.rmtree(aside, ignore_errors=True)
 
         if point.arm.trains is not None:
-            runtime.on_rank_0(remove, "removing a measured model")
+            consensus.on_rank_0(remove, "removing a measured model")
 
 
 def overlaps(data: ComparisonData) -> dict[tuple[str, str], int]:

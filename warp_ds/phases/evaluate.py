@@ -14,18 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from warp_ds.artifacts import (
-    MaskStore,
-    find_artifact,
-    fingerprint_rows,
-    model_contents,
-    path_of_run,
-    phase_of,
-    read_lines,
-    run_config,
-    write_json,
-    write_text,
-)
+from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.data.datasets import DataError, load_pairs, load_prompts
 from warp_ds.data.formats import encode
@@ -45,7 +34,11 @@ from warp_ds.flags.arguments import EvaluateArguments
 from warp_ds.phases.run import start_run
 from warp_ds.phases.texts import check_lengths
 from warp_ds.report import card
-from warp_ds.zero import runtime
+from warp_ds.store.files import read_lines, write_json, write_text
+from warp_ds.store.fingerprints import fingerprint_rows, model_contents
+from warp_ds.store.masks import MaskStore
+from warp_ds.store.runs import find_artifact, path_of_run, phase_of, run_config
+from warp_ds.zero import settings
 from warp_ds.zero.model import load_model, resolve_model_dir
 from warp_ds.zero.shared_reading import model_fingerprint, read_together
 
@@ -116,7 +109,7 @@ class AnswerLog:
 
     def done(self, suite: str) -> list[str]:
         """The answers to the first prompts of ``suite``, on every rank."""
-        return runtime.on_rank_0(lambda: self._read(suite), "reading the answers so far")
+        return consensus.on_rank_0(lambda: self._read(suite), "reading the answers so far")
 
     def _read(self, suite: str) -> list[str]:
         found: dict[int, str] = {}
@@ -128,7 +121,7 @@ class AnswerLog:
         return [found[i] for i in takewhile(found.__contains__, count())]
 
     def append(self, suite: str, first: int, answers: Sequence[str]) -> None:
-        if self.path is not None and runtime.rank() == 0:
+        if self.path is not None and processes.rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a+b") as file:
                 # A line that was cut off must not spoil the next one.
@@ -156,7 +149,7 @@ def collect_answers(model: Any, tokenizer: PreTrainedTokenizerBase, sets: Evalua
             leave_if_asked()  # every rank saves after the same batches
 
         answers = generate_greedy(model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=batch_size,
-                                  synced=runtime.world_size() > 1, done=done, save=save, desc=suite)
+                                  synced=processes.world_size() > 1, done=done, save=save, desc=suite)
         rows += [{"suite": suite, "prompt": p, "answer": a} for p, a in zip(texts, answers, strict=True)]
     golds = [row["response"] for row in sets.utility]
     for row, gold in zip((row for row in rows if row["suite"] == "gsm8k"), golds, strict=False):
@@ -289,7 +282,7 @@ def measure(model: Any, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets
 
 def run_evaluation(arguments: EvaluateArguments) -> Path:
     """Evaluates one model; returns the run directory with metrics.json and answers.jsonl. Collective."""
-    with runtime.on_every_rank_or_none("checking the suites"):
+    with consensus.on_every_rank_or_none("checking the suites"):
         suites, tasks = _suites(arguments)
     model_dir = resolve_model_dir(arguments.model_name)
     start, judge_dir = (None if name is None else resolve_model_dir(name, flag) for flag, name in (
@@ -297,7 +290,7 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
     fingerprint = model_fingerprint(model_dir)
     if start is not None and arguments.basis_dir is not None:
         read_together(lambda: [model_contents(start)], "reading the reference model")
-    with runtime.on_every_rank_or_none("reading the evaluation sets"):
+    with consensus.on_every_rank_or_none("reading the evaluation sets"):
         sets = _sets(arguments, suites)
         inputs = {"model": fingerprint, "data": fingerprint_rows(
             [sets.harmful, sets.harmless, list(sets.utility), sorted(sets.attacks.items())])}
@@ -308,7 +301,7 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
     with start_run("evaluate", arguments, inputs) as run:
         if run.done:
             return run.directory
-        overlap = runtime.on_rank_0(lambda: shared_prompts(fitting_sets([model_dir.parent, *(
+        overlap = consensus.on_rank_0(lambda: shared_prompts(fitting_sets([model_dir.parent, *(
             [] if basis is None else [basis.parent])]), sets), "looking for prompts of the fitting sets")
         for (where, kind), count in overlap.items():
             logger.warning("%d %s prompts of the evaluation stand in %s: what is measured on them is memory; give held-out "
@@ -319,7 +312,7 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
                           arguments.max_new_tokens)
         judge = None
         if judge_dir is not None:
-            with runtime.on_every_rank_or_none("loading the judge"):
+            with consensus.on_every_rank_or_none("loading the judge"):
                 judge = Judge(str(judge_dir), arguments.resolved_device, arguments.torch_dtype)
         rule, before = None, Measurement()
         if start is not None:
@@ -338,7 +331,7 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
         if overlap:
             found.metrics["overlap"] = {f"{kind} in {where}": count for (where, kind), count in overlap.items()}
         # What follows may fail, or be cut off: the answers stay, and a run that goes on makes none again.
-        runtime.on_rank_0(lambda: write_measurement(run.directory, found, last=False), "writing the results")
+        consensus.on_rank_0(lambda: write_measurement(run.directory, found, last=False), "writing the results")
         if tasks:
             from warp_ds.evaluation.lm_eval_tasks import run_tasks
 
@@ -346,13 +339,13 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
             harness = run_tasks(engine, tokenizer, tasks, include=arguments.lm_eval_include, limit=arguments.lm_eval_limit,
                                 **options)
             found.metrics["lm_eval"] = harness["results"]
-            runtime.on_rank_0(lambda: write_text(run.directory / "lm_eval_samples.json", json.dumps(
+            consensus.on_rank_0(lambda: write_text(run.directory / "lm_eval_samples.json", json.dumps(
                 harness["samples"], ensure_ascii=False, default=str)), "writing the harness's samples")
         if start is not None and basis is not None:
             found.metrics |= movement_metrics(start, model_dir, basis)
-        runtime.on_rank_0(lambda: write_measurement(run.directory, found), "writing the results")
+        consensus.on_rank_0(lambda: write_measurement(run.directory, found), "writing the results")
         where, old = f"By `launch/evaluate.py`, run `{run.directory.name}`, data {inputs['data']}.", summarise(before.answers)
-        runtime.on_rank_0(lambda: write_card(model_dir, "evaluate", where, found.metrics, old), "writing the model's card")
+        consensus.on_rank_0(lambda: write_card(model_dir, "evaluate", where, found.metrics, old), "writing the model's card")
         for name, value in found.metrics.items():
             logger.info("%s: %s", name, value)
         run.finish()
@@ -473,7 +466,7 @@ def load_engine(arguments: EvaluateArguments) -> tuple[Any, PreTrainedTokenizerB
     import deepspeed
 
     leave_if_asked()
-    config = runtime.zero3_config(arguments)
+    config = settings.zero3_config(arguments)
     model, tokenizer = load_model(arguments, config)
     config["train_micro_batch_size_per_gpu"] = arguments.batch_size
     for training_only in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"):

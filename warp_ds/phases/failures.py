@@ -8,10 +8,11 @@ import os
 import traceback
 from pathlib import Path
 
+from warp_ds import errors
+from warp_ds.cluster import processes
 from warp_ds.flags.arguments import RunArguments
 from warp_ds.secrets import redact
 from warp_ds.store.state import note
-from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
 FAILURE = ".failure"
@@ -49,10 +50,10 @@ def record_failure(directory: Path, error: Exception, log_dir: Path) -> None:
 
     The errors of the ranks that fail after it are marked (``is_later``).
     """
-    if isinstance(error, runtime.OtherRankError):
+    if isinstance(error, errors.OtherRankError):
         return
-    text = redact(f"rank {runtime.rank()} failed:\n{''.join(traceback.format_exception(error))}")
-    own, main = (log_file(log_dir, directory.name, rank) for rank in (runtime.rank(), 0))
+    text = redact(f"rank {processes.rank()} failed:\n{''.join(traceback.format_exception(error))}")
+    own, main = (log_file(log_dir, directory.name, rank) for rank in (processes.rank(), 0))
     try:
         os.close(os.open(directory / FAILURE, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
@@ -62,7 +63,7 @@ def record_failure(directory: Path, error: Exception, log_dir: Path) -> None:
         return
     except OSError:
         pass  # a full or read-only file system: every rank says what it saw
-    note(directory, "failed", rank=runtime.rank(), error=f"{type(error).__name__}: {str(error)[:500]}")
+    note(directory, "failed", rank=processes.rank(), error=f"{type(error).__name__}: {str(error)[:500]}")
     for log in {own, main}:
         _append(log, text)
 

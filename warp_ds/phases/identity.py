@@ -14,26 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warp_ds.artifacts import (
-    ArtifactError,
-    BasisStore,
-    Contents,
-    find_artifact,
-    fingerprint_model,
-    is_run,
-    model_contents,
-    newest_first,
-    read_json,
-    run_config,
-)
-from warp_ds.errors import ConfigError
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import RunArguments
 from warp_ds.flags.identity import identity_settings, in_one_spelling
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.files import read_json
+from warp_ds.store.fingerprints import Contents, fingerprint_model, model_contents
 from warp_ds.store.lock import alive
+from warp_ds.store.runs import find_artifact, is_run, newest_first, run_config
 from warp_ds.store.state import PROGRESS
 from warp_ds.store.written import config_problem, digest_of
-from warp_ds.zero import runtime
+from warp_ds.zero import settings
 from warp_ds.zero.shared_reading import read_together
 
 NEAR = 3
@@ -131,7 +123,7 @@ def _sections(arguments: RunArguments) -> dict[str, Any]:
     """What of the DeepSpeed configuration changes a training."""
     if not hasattr(arguments, "global_batch_size") or arguments.deepspeed is None:
         return {}
-    config = runtime.zero3_config(arguments, for_trainer=True)
+    config = settings.zero3_config(arguments, for_trainer=True)
     return {f"deepspeed {key}": config[key] for key in ("optimizer", "scheduler", "gradient_clipping")
             if config.get(key, "auto") != "auto"}
 

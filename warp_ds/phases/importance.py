@@ -14,20 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from warp_ds.artifacts import (
-    BasisStore,
-    MasksMetadata,
-    MaskStore,
-    TargetLayer,
-    find_artifact,
-    fingerprint_rows,
-    layer_entry,
-    metadata_dict,
-    remove_unfinished,
-    write_json,
-    write_mask,
-)
+from warp_ds.cluster.consensus import on_every_rank_or_none, on_rank_0
 from warp_ds.cluster.preemption import leave_if_asked
+from warp_ds.cluster.processes import all_reduce_sum, broadcast_object, collective_device, init_distributed, rank, world_size
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import ImportanceArguments
 from warp_ds.method.importance import response_loss, tokens_first
@@ -37,21 +26,17 @@ from warp_ds.models.targets import check_targets, find_blocks, find_targets, sha
 from warp_ds.phases.basis import safety_pairs
 from warp_ds.phases.run import start_run
 from warp_ds.phases.texts import tokenise
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.files import remove_unfinished, write_json
+from warp_ds.store.fingerprints import fingerprint_rows
+from warp_ds.store.layers import TargetLayer
+from warp_ds.store.masks import MaskStore, write_mask
+from warp_ds.store.metadata import MasksMetadata, layer_entry, metadata_dict
+from warp_ds.store.runs import find_artifact
 from warp_ds.store.state import Progress
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.collect import Background, stop_together
 from warp_ds.zero.model import load_model, resolve_model_dir
-from warp_ds.zero.runtime import (
-    all_reduce_sum,
-    broadcast_object,
-    collective_device,
-    init_distributed,
-    on_every_rank_or_none,
-    on_rank_0,
-    rank,
-    world_size,
-    zero3_config,
-)
 from warp_ds.zero.scores import (
     Finite,
     Loss,
@@ -68,6 +53,7 @@ from warp_ds.zero.scores import (
     steps_at_once,
 )
 from warp_ds.zero.select import Chosen, choose, gather_packed
+from warp_ds.zero.settings import zero3_config
 from warp_ds.zero.shared_reading import model_fingerprint, read_together
 from warp_ds.zero.walk import BlockWalk, free_gpu_memory
 

@@ -11,10 +11,12 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from warp_ds.artifacts import ArtifactError, BasisStore, read_json, write_json, write_tensors, write_text
+from warp_ds.cluster import consensus, processes
+from warp_ds.errors import ArtifactError
 from warp_ds.method.baselines import resta, safe_delta, safety_hessian
 from warp_ds.report.card import without_sections
-from warp_ds.zero import runtime
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.files import read_json, write_json, write_tensors, write_text
 
 logger = logging.getLogger(__name__)
 Formula = Callable[[str, Tensor, Tensor], Tensor]
@@ -73,19 +75,19 @@ def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula) -> No
 
     Raises ArtifactError where the models do not have the same parameters.
     """
-    if runtime.on_rank_0(lambda: (output / MARK).is_file(), "looking for a merged model"):
+    if consensus.on_rank_0(lambda: (output / MARK).is_file(), "looking for a merged model"):
         return
-    with runtime.on_every_rank_or_none("opening the models"):
+    with consensus.on_every_rank_or_none("opening the models"):
         source, before = Weights(fine_tuned), Weights(aligned)
         files = sorted(set(source.files.values()))
     # A file is written aside and renamed: one that is there is whole.
-    left = runtime.on_rank_0(lambda: [file for file in files if not (output / file).is_file()], "looking for merged files")
-    world = runtime.world_size()
-    for first in tqdm(range(0, len(left), world), desc="merging", disable=runtime.rank() != 0):
+    left = consensus.on_rank_0(lambda: [file for file in files if not (output / file).is_file()], "looking for merged files")
+    world = processes.world_size()
+    for first in tqdm(range(0, len(left), world), desc="merging", disable=processes.rank() != 0):
         # The ranks meet after every file: none waits for another longer than one takes.
-        with runtime.on_every_rank_or_none("merging the models"):
+        with consensus.on_every_rank_or_none("merging the models"):
             output.mkdir(parents=True, exist_ok=True)
-            for file in left[first : first + world][runtime.rank() : runtime.rank() + 1]:
+            for file in left[first : first + world][processes.rank() : processes.rank() + 1]:
                 tensors = {}
                 for name in (name for name, where in source.files.items() if where == file):
                     tuned = source.get(name)
@@ -101,4 +103,4 @@ def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula) -> No
                 shutil.copyfile(path, output / path.name)
         write_json(output / MARK, {"fine_tuned": str(fine_tuned), "aligned": str(aligned)})
 
-    runtime.on_rank_0(rest, "writing the merged model's other files")
+    consensus.on_rank_0(rest, "writing the merged model's other files")

@@ -11,20 +11,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from warp_ds.artifacts import (
-    MasksMetadata,
-    TargetLayer,
-    fingerprint_rows,
-    layer_entry,
-    metadata_dict,
-    write_json,
-    write_mask,
-)
+from warp_ds.cluster import consensus, processes
 from warp_ds.data.formats import encode_prompt
 from warp_ds.method.baselines import attention_neurons, linear_neurons, robust_neurons, top_share
 from warp_ds.method.mask import pack_bits
 from warp_ds.models.targets import MODULES, find_blocks, find_targets
-from warp_ds.zero import runtime
+from warp_ds.store.files import write_json
+from warp_ds.store.fingerprints import fingerprint_rows
+from warp_ds.store.layers import TargetLayer
+from warp_ds.store.masks import write_mask
+from warp_ds.store.metadata import MasksMetadata, layer_entry, metadata_dict
 
 logger = logging.getLogger(__name__)
 LAYERS = ",".join(MODULES)
@@ -50,11 +46,11 @@ def least_importance(engine: Any, tokenizer: Any, prompts: Sequence[str]) -> dic
             found[name] = importance if name not in found else torch.minimum(found[name], importance)
 
     handles = [handle for number, block in enumerate(find_blocks(model)[1]) for handle in _watch(number, block, note)]
-    mine = list(prompts[runtime.rank() :: runtime.world_size()])
-    rounds = -(-len(prompts) // runtime.world_size())
+    mine = list(prompts[processes.rank() :: processes.world_size()])
+    rounds = -(-len(prompts) // processes.world_size())
     try:
         with torch.no_grad():
-            for i in tqdm(range(rounds), desc="neurons", disable=runtime.rank() != 0):
+            for i in tqdm(range(rounds), desc="neurons", disable=processes.rank() != 0):
                 # A rank without a prompt left runs one again, so that every rank enters the same collectives.
                 ignore[0] = i >= len(mine)
                 prompt = prompts[0] if ignore[0] else mine[i]
@@ -62,7 +58,7 @@ def least_importance(engine: Any, tokenizer: Any, prompts: Sequence[str]) -> dic
     finally:
         for handle in handles:
             handle.remove()
-    parts = [part for part in runtime.all_gather_object(found) if part]
+    parts = [part for part in processes.all_gather_object(found) if part]
     return {name: torch.stack([part[name] for part in parts]).min(0).values for name in parts[0]}
 
 
@@ -102,7 +98,7 @@ def safety_neuron_masks(engine: Any, tokenizer: Any, safety: Sequence[str], foun
         base = {name: top_share(least, share) for name, least in least_importance(engine, tokenizer, foundation).items()}
         chosen = {name: robust_neurons(neurons, base[name]) for name, neurons in chosen.items()}
     layers = [layer for layer in find_targets(getattr(engine, "module", engine), "all", LAYERS) if layer.type != "attn_o"]
-    runtime.on_rank_0(lambda: _write(layers, chosen, directory, model_name, model_fingerprint, fingerprint_rows(safety)),
+    consensus.on_rank_0(lambda: _write(layers, chosen, directory, model_name, model_fingerprint, fingerprint_rows(safety)),
                       "writing the neurons' masks")
 
 

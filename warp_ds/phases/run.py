@@ -17,19 +17,19 @@ from typing import Any
 
 import datasets
 
-from warp_ds.artifacts import is_aside, is_run, remove_unfinished, write_json
-from warp_ds.cluster import slurm
+from warp_ds.cluster import consensus, peaks, processes, slurm
 from warp_ds.cluster.preemption import Preempted
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import RunArguments
 from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
 from warp_ds.phases.identity import Identity, identify, read_named, unfinished
 from warp_ds.secrets import Redacting
+from warp_ds.store.files import is_aside, remove_unfinished, write_json
 from warp_ds.store.held import check_there, held
 from warp_ds.store.lock import RunLock
+from warp_ds.store.runs import is_run
 from warp_ds.store.state import STATE, note, now
 from warp_ds.store.written import check_written
-from warp_ds.zero import runtime
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("warp_ds", "torch", "transformers", "deepspeed", "accelerate", "datasets", "safetensors")
@@ -46,11 +46,11 @@ class Run:
     done: bool
     """Was finished before: nothing is left to do."""
     started: float
-    memory: runtime.PeakMemory
+    memory: peaks.PeakMemory
 
     def note(self, event: str, **more: Any) -> None:
         """One line in the run's state: what happened to it, when, in which job. Rank 0 alone writes."""
-        if runtime.rank() == 0:
+        if processes.rank() == 0:
             note(self.directory, event, **more)
 
     def finish(self) -> None:
@@ -64,7 +64,7 @@ class Run:
             self.note("finished")
             logger.info("%s finished in %.0f s: %s", self.phase, seconds, self.directory)
 
-        runtime.on_rank_0(mark, "marking the run finished")
+        consensus.on_rank_0(mark, "marking the run finished")
 
 
 def link_latest(phase: str, run: Path) -> None:
@@ -110,7 +110,7 @@ def start_run(
         if not resumed:
             write_json(directory / "config.json", {
                 **identity.record, "settings": {**dataclasses.asdict(arguments), **(passed or {})},
-                "started_at": now(), "versions": versions(), "command": sys.argv, "world_size": runtime.world_size(),
+                "started_at": now(), "versions": versions(), "command": sys.argv, "world_size": processes.world_size(),
                 "working_directory": os.getcwd(),
             }, private=True)
         (directory / FAILURE).unlink(missing_ok=True)
@@ -120,9 +120,9 @@ def start_run(
 
     try:
         read_named(arguments, inputs)
-        chosen = runtime.on_rank_0(choose, "opening the run directory")
+        chosen = consensus.on_rank_0(choose, "opening the run directory")
         directory = Path(chosen["directory"])
-        with _held_by_all(directory), runtime.peak_memory() as memory, log_to_file(Path(arguments.log_dir), directory.name):
+        with _held_by_all(directory), peaks.peak_memory() as memory, log_to_file(Path(arguments.log_dir), directory.name):
             run = Run(phase, directory, chosen["resumed"], chosen["done"], time.time(), memory)
             if chosen["near"]:
                 logger.warning("%s: %s", phase, chosen["near"])
@@ -130,7 +130,7 @@ def start_run(
                 logger.info("%s is finished already: %s", phase, run.directory)
             else:
                 logger.info("%s: %s %s", phase, "going on in" if run.resumed else "writing to", run.directory)
-                run.note("restarted" if run.resumed else "started", world_size=runtime.world_size())
+                run.note("restarted" if run.resumed else "started", world_size=processes.world_size())
             try:
                 yield run
             except Preempted as stop:
@@ -152,7 +152,7 @@ def start_run(
 def _held_by_all(directory: Path) -> Iterator[None]:
     """``held`` on every rank, or an error on every rank. Collective."""
     with ExitStack() as stack:
-        with runtime.on_every_rank_or_none("opening the run directory"):
+        with consensus.on_every_rank_or_none("opening the run directory"):
             deadline = time.monotonic() + 30  # network file systems remember for a while that a file was not there
             while not directory.is_dir() and time.monotonic() < deadline:
                 time.sleep(0.2)
@@ -223,7 +223,7 @@ def log_to_terminal(level: int = logging.INFO) -> None:
     root.setLevel(level)
     root.propagate = False
     root.handlers = [h for h in root.handlers if isinstance(h, logging.FileHandler)]
-    if runtime.rank() == 0:
+    if processes.rank() == 0:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         handler.addFilter(Redacting())
@@ -236,8 +236,8 @@ def log_to_terminal(level: int = logging.INFO) -> None:
 @contextmanager
 def log_to_file(log_dir: Path, name: str) -> Iterator[None]:
     """This rank's log file: logs/<run>.log for rank 0, logs/<run>.rank<r>.log beside it for the others."""
-    path = log_file(log_dir, name, runtime.rank())
-    with runtime.on_every_rank_or_none("opening the log"):
+    path = log_file(log_dir, name, processes.rank())
+    with consensus.on_every_rank_or_none("opening the log"):
         log_dir.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise ConfigError(f"{path}, which would be the run's log, is no file: move it, or give another --log_dir")

@@ -20,19 +20,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from warp_ds.artifacts import (
-    BASIS_FORMAT,
-    ArtifactError,
-    BasisStore,
-    MaskStore,
-    find_artifact,
-    metadata_dict,
-    write_json,
-    write_mask,
-    write_tensors,
-)
+from warp_ds.errors import ArtifactError
 from warp_ds.method.mask import pack_bits, unpack_bits
 from warp_ds.method.rotation import Rotation
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.files import write_json, write_tensors
+from warp_ds.store.masks import MaskStore, write_mask
+from warp_ds.store.metadata import BASIS_FORMAT, metadata_dict
+from warp_ds.store.runs import find_artifact
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from warp_ds.artifacts import fingerprint_rows
+from warp_ds.cluster import consensus, processes
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import CompareArguments, flag
 from warp_ds.flags.checks import check_keep_ratio
@@ -18,7 +18,7 @@ from warp_ds.phases.compare import Bench, Point, compare, load_data, print_table
 from warp_ds.phases.run import start_run
 from warp_ds.phases.training import check_training
 from warp_ds.report import tradeoff
-from warp_ds.zero import runtime
+from warp_ds.store.fingerprints import fingerprint_rows
 from warp_ds.zero.model import resolve_model_dir
 from warp_ds.zero.shared_reading import model_fingerprint
 
@@ -77,11 +77,11 @@ def settings(a: SweepArguments) -> Iterator[tuple[str, Arm, dict[str, Any]]]:
 def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -> Path:
     """Returns the run directory with report.json, table.md and the front. Collective."""
     check_training(training_flags(arguments), passed)
-    with runtime.on_every_rank_or_none("checking the settings"):
+    with consensus.on_every_rank_or_none("checking the settings"):
         wanted = list(settings(arguments))
     model_dir = resolve_model_dir(arguments.model_name)
     fingerprint = model_fingerprint(model_dir)
-    with runtime.on_every_rank_or_none("reading the data"):
+    with consensus.on_every_rank_or_none("reading the data"):
         data = {count: load_data(replace(arguments, safety_samples=count))
                 for count in {change.get("safety_samples", arguments.safety_samples) for _, _, change in wanted}}
         middle = data[arguments.safety_samples]
@@ -111,9 +111,9 @@ def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -
                  "total_seconds": round(sum(r["total_seconds"] for r in reports), 1),
                  **tradeoff.compare(points, {k: n for k, n in report["prompts"].items() if n},
                                     arguments.at_utility, "middle")}
-        runtime.on_rank_0(lambda: write_report(run.directory, found), "writing the report")
+        consensus.on_rank_0(lambda: write_report(run.directory, found), "writing the report")
         run.finish()
-        if runtime.rank() == 0:
+        if processes.rank() == 0:
             print_tables((run.directory / "table.md").read_text(encoding="utf-8"))
         return run.directory
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from datasets import Dataset
 
+from warp_ds.cluster import consensus
 from warp_ds.data.datasets import DataError
 from warp_ds.data.formats import encode_dataset, encode_prompt, too_long
 from warp_ds.flags.arguments import RunArguments
-from warp_ds.zero import runtime
 from warp_ds.zero.model import check_ids, context_length, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ Pairs = Sequence[Mapping[str, str]]
 def tokenise(pairs: Any, arguments: RunArguments, prompt_only: bool = False) -> Any:
     """``encode_dataset`` of a data set with the tokenizer of --model_name. Collective. Raises DataError."""
     config, tokenizer = load_tokenizer(arguments)
-    with runtime.on_every_rank_or_none("tokenising"):
+    with consensus.on_every_rank_or_none("tokenising"):
         samples = encode_dataset(pairs, tokenizer, arguments.max_length, context_length(config), prompt_only=prompt_only)
         check_ids(samples, config)
     return samples
@@ -38,7 +38,7 @@ def check_lengths(
     """
     config, tokenizer = load_tokenizer(arguments)
     context, wrong = context_length(config), []
-    with runtime.on_every_rank_or_none("tokenising"):
+    with consensus.on_every_rank_or_none("tokenising"):
         for name, prompts in generated.items():
             encoded = [_encoded(name, row, prompt, tokenizer) for row, prompt in enumerate(prompts)]
             lengths = {row: len(ids) for row, ids in enumerate(encoded)}

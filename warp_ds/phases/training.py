@@ -32,20 +32,10 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from warp_ds.artifacts import (
-    ArtifactError,
-    Contents,
-    MaskStore,
-    append_line,
-    find_artifact,
-    fingerprint_rows,
-    read_text,
-    write_text,
-)
-from warp_ds.cluster import preemption
+from warp_ds.cluster import consensus, preemption, processes
 from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch
 from warp_ds.data.datasets import load_pairs
-from warp_ds.errors import ConfigError
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.evaluation.generate import pad_token
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import RunArguments, SafetyTuningArguments, TrainArguments, TrainingFlags
@@ -54,9 +44,13 @@ from warp_ds.phases import checkpoints
 from warp_ds.phases.run import start_run
 from warp_ds.phases.texts import tokenise
 from warp_ds.protection import WarpCallback
+from warp_ds.store.files import append_line, read_text, write_text
+from warp_ds.store.fingerprints import Contents, fingerprint_rows
+from warp_ds.store.masks import MaskStore
+from warp_ds.store.runs import find_artifact
 from warp_ds.store.sealed import odd_file
 from warp_ds.store.state import Progress
-from warp_ds.zero import runtime, universal
+from warp_ds.zero import settings, universal
 from warp_ds.zero.deepspeed_internals import end_engine, is_built, nothing_unpickled, refuse_pickles, tag_of
 from warp_ds.zero.model import load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
@@ -75,7 +69,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     model_dir = resolve_model_dir(arguments.model_name)
     fingerprint = model_fingerprint(model_dir)
     read_together(lambda: _artefacts(arguments), "reading basis and masks")
-    with runtime.on_every_rank_or_none("checking the inputs"):
+    with consensus.on_every_rank_or_none("checking the inputs"):
         pairs = load_pairs(
             arguments.utility_data, split=arguments.utility_split, samples=arguments.utility_samples,
             prompt_column=arguments.prompt_column, response_column=arguments.response_column,
@@ -91,7 +85,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
             return run.directory
         samples = tokenise(pairs, arguments)
         checkpoint = find_checkpoint(run.directory, arguments)
-        model, tokenizer = load_model(arguments, runtime.zero3_config(arguments))
+        model, tokenizer = load_model(arguments, settings.zero3_config(arguments))
         layers = MaskStore(masks_dir).layers if masks_dir is not None else find_targets(
             model, arguments.target_layers, arguments.layer_type)
         choose_trained(model, [layer.name for layer in layers] if arguments.train_scope == "warp" else None)
@@ -110,7 +104,7 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
     check_training(arguments, passed)
     model_dir = resolve_model_dir(arguments.model_name)
     fingerprint = model_fingerprint(model_dir)
-    with runtime.on_every_rank_or_none("checking the inputs"):
+    with consensus.on_every_rank_or_none("checking the inputs"):
         pairs = load_pairs(
             arguments.safety_data, split=arguments.safety_split, samples=arguments.safety_samples,
             prompt_column=arguments.prompt_column, response_column=arguments.response_column,
@@ -122,7 +116,7 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
             return run.directory
         samples = tokenise(pairs, arguments)
         checkpoint = find_checkpoint(run.directory, arguments)
-        model, tokenizer = load_model(arguments, runtime.zero3_config(arguments))
+        model, tokenizer = load_model(arguments, settings.zero3_config(arguments))
         trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, [], passed)
         export(trainer, tokenizer, run.directory / "model",
                f"# Safety-tuned {arguments.model_name}\n\nTrained by warp_ds phase 0 on {arguments.safety_data}.\n")
@@ -166,18 +160,18 @@ def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
 
     Raises ConfigError where that cannot be done.
     """
-    found = runtime.on_rank_0(lambda: checkpoints.newest_whole(directory / "trainer"), "looking for a checkpoint")
+    found = consensus.on_rank_0(lambda: checkpoints.newest_whole(directory / "trainer"), "looking for a checkpoint")
     if found is None:
         if (directory / "trainer").is_dir():
             logger.warning("%s holds no whole checkpoint: its training begins at the first step", directory)
         return None
     checkpoint = Path(found)
-    wrote = runtime.on_rank_0(lambda: checkpoints.world_size_of(checkpoint), "reading a checkpoint")
-    runtime.on_rank_0(lambda: check_checkpoint(checkpoint), "checking the checkpoint")
-    if wrote == runtime.world_size():
+    wrote = consensus.on_rank_0(lambda: checkpoints.world_size_of(checkpoint), "reading a checkpoint")
+    consensus.on_rank_0(lambda: check_checkpoint(checkpoint), "checking the checkpoint")
+    if wrote == processes.world_size():
         return checkpoint
-    converted = universal.convert(checkpoint, runtime.zero3_config(arguments, for_trainer=True), wrote)
-    runtime.on_rank_0(lambda: check_checkpoint(converted), "checking the converted checkpoint")
+    converted = universal.convert(checkpoint, settings.zero3_config(arguments, for_trainer=True), wrote)
+    consensus.on_rank_0(lambda: check_checkpoint(converted), "checking the converted checkpoint")
     return converted
 
 
@@ -209,7 +203,7 @@ def fit(
     Raises Preempted, with a checkpoint saved, where a rank was asked to leave.
     """
     sampler = GlobalBatchSampler(
-        len(samples), arguments.global_batch_size, arguments.batch_size, runtime.world_size(), shuffle=True,
+        len(samples), arguments.global_batch_size, arguments.batch_size, processes.world_size(), shuffle=True,
         seed=arguments.seed,
     )
     passed = {**training_arguments.DEFAULTS, **(passed or {})}
@@ -228,22 +222,22 @@ def fit(
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(directory / "tensorboard")  # one curve, however often the run goes on
-    if runtime.rank() > 0:
+    if processes.rank() > 0:
         trainer.remove_callback(PrinterCallback)  # rank 0's lines are enough
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
-        runtime.on_rank_0(lambda: metrics.keep_until(checkpoint.name), "trimming the metrics")
+        consensus.on_rank_0(lambda: metrics.keep_until(checkpoint.name), "trimming the metrics")
         if universal.is_converted(checkpoint):
             trainer.callback_handler.callbacks.insert(0, CompleteConverted(trainer, checkpoint))  # before the WarpCallback
     steps = training.max_steps if training.max_steps > 0 else math.ceil(arguments.epochs * sampler.steps)
     logger.info("training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %d)", len(samples), steps,
-                arguments.global_batch_size, runtime.world_size(), sampler.accumulation_steps, arguments.batch_size)
-    runtime.on_rank_0(lambda: checkpoints.refuse_foreign(directory / "trainer", steps), "looking for foreign checkpoints")
+                arguments.global_batch_size, processes.world_size(), sampler.accumulation_steps, arguments.batch_size)
+    consensus.on_rank_0(lambda: checkpoints.refuse_foreign(directory / "trainer", steps), "looking for foreign checkpoints")
     with nullcontext() if checkpoint is None else nothing_unpickled():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if whole.stopped_by is not None:
         raise preemption.Preempted(whole.stopped_by)
-    runtime.on_rank_0(lambda: universal.remove_converted(directory / "trainer"), "removing a converted checkpoint")
+    consensus.on_rank_0(lambda: universal.remove_converted(directory / "trainer"), "removing a converted checkpoint")
     return trainer
 
 
@@ -251,7 +245,7 @@ def trainer_arguments(arguments: TrainingFlags, passed: Mapping[str, Any], direc
                       converted: bool = False) -> TrainingArguments:
     """What Trainer is told; ``passed`` are TrainingArguments of the user's, and training_arguments.DEFAULTS."""
     config = _trainer_config(arguments, converted)
-    options = {"disable_tqdm": runtime.rank() != 0, **passed}
+    options = {"disable_tqdm": processes.rank() != 0, **passed}
     clipping = config["gradient_clipping"]
     if clipping != "auto":
         options.setdefault("max_grad_norm", clipping)
@@ -277,8 +271,8 @@ def trainer_arguments(arguments: TrainingFlags, passed: Mapping[str, Any], direc
 def check_training(arguments: TrainingFlags, passed: Mapping[str, Any] | None) -> None:
     """ConfigError, on every rank and before any work, for flags that Trainer or the DeepSpeed configuration contradict.
     Collective."""
-    with runtime.on_every_rank_or_none("checking the flags of the training"):
-        sampler = GlobalBatchSampler(1, arguments.global_batch_size, arguments.batch_size, runtime.world_size())
+    with consensus.on_every_rank_or_none("checking the flags of the training"):
+        sampler = GlobalBatchSampler(1, arguments.global_batch_size, arguments.batch_size, processes.world_size())
         given = {**training_arguments.DEFAULTS, **(passed or {})}
         given.pop("save_total_limit", None)
         config = _trainer_config(arguments, converted=False)
@@ -333,7 +327,7 @@ def _check_operators(config: Mapping[str, Any]) -> None:
     compiled = str(section.get("type", "")).lower() in ("adam", "adamw", "lamb", "lion", "adagrad", "fusedadam", "muon")
     offloaded = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none"
     if compiled and not (section.get("params", {}).get("torch_adam") and not offloaded) and not (
-            runtime.has_compiler() or is_built("cpu_adam" if offloaded else "fused_adam")):
+            processes.has_compiler() or is_built("cpu_adam" if offloaded else "fused_adam")):
         raise ConfigError(f"the DeepSpeed configuration's optimizer.type {section['type']} is compiled at its first use, and "
                           "there is no C++ compiler, or no ninja, here: install them (apt-get install g++ ninja-build), leave "
                           "the optimizer section out, or write \"torch_adam\": true into its params (without offloading)")
@@ -351,7 +345,7 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, directory: Path
 
 def _trainer_config(arguments: RunArguments, converted: bool) -> dict[str, Any]:
     """The DeepSpeed configuration with what Trainer fills in left to it; ``converted``: it loads a universal checkpoint."""
-    config = runtime.zero3_config(arguments, for_trainer=True)
+    config = settings.zero3_config(arguments, for_trainer=True)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if config.setdefault(key, "auto") != "auto":
             raise ConfigError(f"the DeepSpeed configuration sets {key}: leave it out or 'auto'; --batch_size and "
@@ -381,7 +375,7 @@ class GlobalBatchTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer does; what is begun is marked, so that a killed save can be told from somebody else's files."""
         checkpoint = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
-        runtime.on_rank_0(lambda: checkpoints.begin(checkpoint), "beginning a checkpoint")
+        consensus.on_rank_0(lambda: checkpoints.begin(checkpoint), "beginning a checkpoint")
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             # A pickle of all that TrainingArguments hold, which nobody reads.
@@ -480,11 +474,11 @@ class WholeCheckpoints(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                     **kwargs: Any) -> TrainerControl:
         # Clocks differ between ranks, and a save is collective: rank 0's clock decides. A signal may reach any rank.
-        due = self.minutes > 0 and runtime.rank() == 0 and time.monotonic() - self._last > 60 * self.minutes
-        flags = torch.tensor([float(due), float(preemption.asked())], device=runtime.collective_device())
-        save, leave = runtime.all_reduce_sum(flags).bool().tolist()
+        due = self.minutes > 0 and processes.rank() == 0 and time.monotonic() - self._last > 60 * self.minutes
+        flags = torch.tensor([float(due), float(preemption.asked())], device=processes.collective_device())
+        save, leave = processes.all_reduce_sum(flags).bool().tolist()
         if leave:
-            self.stopped_by = runtime.broadcast_object(preemption.reason())
+            self.stopped_by = processes.broadcast_object(preemption.reason())
             # The losses since the last line would be lost with the process.
             control.should_training_stop = control.should_log = True
         control.should_save = control.should_save or save or leave
@@ -492,15 +486,15 @@ class WholeCheckpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._last = time.monotonic()
-        runtime.barrier()
+        processes.barrier()
         root = Path(args.output_dir or ".")
 
         def finish() -> None:
-            checkpoints.finish(root / f"checkpoint-{state.global_step}", runtime.world_size())
+            checkpoints.finish(root / f"checkpoint-{state.global_step}", processes.world_size())
             checkpoints.keep_newest(root, self.keep)
             universal.remove_converted(root)
 
-        runtime.on_rank_0(finish, "finishing a checkpoint")
+        consensus.on_rank_0(finish, "finishing a checkpoint")
 
 
 def _model_card(arguments: TrainArguments, masks_dir: Path | None) -> str:

@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from warp_ds.artifacts import ArtifactError, MaskStore, newest, path_of_run, phase_of, read_json, write_text
+from warp_ds.errors import ArtifactError
+from warp_ds.store.files import read_json, write_text
+from warp_ds.store.masks import MaskStore
+from warp_ds.store.runs import newest, path_of_run, phase_of
 
 logger = logging.getLogger(__name__)
 OURS = re.compile(r"^Trained by \[?warp_ds\b", re.MULTILINE)

@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from warp_ds.artifacts import read_json, read_lines, run_config
+from warp_ds.store.files import read_json, read_lines
+from warp_ds.store.runs import run_config
 from warp_ds.store.state import STATE
 
 CAPTION = (

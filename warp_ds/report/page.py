@@ -17,13 +17,18 @@ from typing import Any
 
 import torch
 
-from warp_ds import __version__, artifacts
-from warp_ds.artifacts import ArtifactError, BasisStore, MaskStore, path_of_run, write_text
+from warp_ds import __version__
+from warp_ds.errors import ArtifactError
 from warp_ds.evaluation.certificate import still_describes
 from warp_ds.method.mask import unpack_bits
 from warp_ds.names import printable
 from warp_ds.report import costs, figures, tradeoff
 from warp_ds.secrets import redact
+from warp_ds.store import files, runs
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.files import write_text
+from warp_ds.store.masks import MaskStore
+from warp_ds.store.runs import path_of_run
 
 logger = logging.getLogger(__name__)
 BINS = 50
@@ -31,17 +36,17 @@ CURVES, MASKS, ANSWERS = 16, 3, 20
 """Most training runs in one picture, most masks, and most prompts with their answers in the page."""
 
 def read_json(path: Path) -> Any:
-    """As ``artifacts.read_json``; strings that a page and a picture can hold."""
-    return printable(artifacts.read_json(path))
+    """As ``files.read_json``; strings that a page and a picture can hold."""
+    return printable(files.read_json(path))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = printable(artifacts.read_lines(path))
+    found: list[dict[str, Any]] = printable(files.read_lines(path))
     return found
 
 
 def run_config(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = printable(artifacts.run_config(run))
+    found: dict[str, Any] = printable(runs.run_config(run))
     return found
 
 

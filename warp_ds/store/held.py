@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from warp_ds.errors import DirectoryGoneError
+
 _held: dict[Path, tuple[int, int]] = {}
-
-
-class DirectoryGoneError(ValueError):
-    """A run's directory was removed, replaced or unmounted while the run was under way."""
 
 
 @contextmanager

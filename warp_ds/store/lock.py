@@ -20,9 +20,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from warp_ds.artifacts import ArtifactError, read_json, write_json
-from warp_ds.errors import ConfigError
-from warp_ds.store.held import DirectoryGoneError
+from warp_ds.errors import ArtifactError, ConfigError, DirectoryGoneError
+from warp_ds.store.files import read_json, write_json
 from warp_ds.store.written import is_owner
 
 logger = logging.getLogger(__name__)

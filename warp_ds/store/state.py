@@ -11,11 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from warp_ds.artifacts import append_line, write_json
-from warp_ds.cluster import slurm
+from warp_ds.cluster import processes, slurm
+from warp_ds.errors import DirectoryGoneError
 from warp_ds.secrets import redact
-from warp_ds.store.held import DirectoryGoneError
-from warp_ds.zero import runtime
+from warp_ds.store.files import append_line, write_json
 
 logger = logging.getLogger(__name__)
 STATE, PROGRESS = "state.jsonl", "progress.json"
@@ -30,7 +29,7 @@ class Progress:
 
     def at(self, done: float) -> None:
         """``done`` of the total are finished."""
-        if runtime.rank() == 0 and (time.monotonic() - self._shown > self.seconds or done >= self.total):
+        if processes.rank() == 0 and (time.monotonic() - self._shown > self.seconds or done >= self.total):
             self._shown = time.monotonic()
             try:
                 write_json(self.path, {"done": done, "total": self.total, "unit": self.unit})

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from warp_ds.artifacts import ArtifactError, read_json
+from warp_ds.errors import ArtifactError
+from warp_ds.store.files import read_json
 from warp_ds.store.schema import SchemaError, check_type
 from warp_ds.store.sealed import odd_file
 

@@ -23,7 +23,7 @@ from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import safe_globals
 
-from warp_ds.errors import ConfigError
+from warp_ds.errors import ConfigError, UnsupportedSetting
 
 #: The steps of ``DeepSpeedZeroOptimizer_Stage3.step`` that the masked step stands between.
 HOOKED = (
@@ -36,13 +36,6 @@ HOOKED = (
     "reset_swap_buffers",  # masters made anew from swap files (a checkpoint of an optimizer on NVMe)
 )
 OPTIMIZER_STATE, MASTERS = "optimizer_state_dict", "fp32_flat_groups"
-
-
-def disable_shm_collective() -> None:
-    """Keeps DeepSpeed from compiling ops/comm/shm.cpp at the first CPU start (comm/torch.py, ``build_shm_op``)."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def end_engine(engine: Any) -> None:
@@ -66,10 +59,6 @@ def params_to_release_cache() -> Any:
     """The cached function inside ``PartitionedParameterCoordinator.__params_to_release``, under its profiling decorator."""
     outer = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release  # type: ignore[attr-defined]
     return inspect.getclosurevars(outer).nonlocals["func"]
-
-
-class UnsupportedSetting(ValueError):
-    """A DeepSpeed setting or optimizer under which the masked step would not be exact; refused before the first step."""
 
 
 def refuse_unsupported(optimizer: Any) -> None:

@@ -24,6 +24,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from warp_ds.cluster.consensus import on_every_rank_or_none
+from warp_ds.cluster.processes import all_gather_object, rank
 from warp_ds.models.transformers_internals import (
     CannotMap,
     MetaModel,
@@ -33,7 +35,6 @@ from warp_ds.models.transformers_internals import (
 )
 from warp_ds.store.checkpoint_index import RangeReader, ReadAhead, TensorLocation
 from warp_ds.zero.partitioned_param import Partitioner, own_range, why_not_by_hand
-from warp_ds.zero.runtime import all_gather_object, on_every_rank_or_none, rank
 
 logger = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from warp_ds.errors import UnsupportedSetting
 from warp_ds.method.rotation import Rotation
-from warp_ds.zero import deepspeed_internals as internals
-from warp_ds.zero.deepspeed_internals import UnsupportedSetting
+from warp_ds.zero import deepspeed_internals
 from warp_ds.zero.shard_rotation import ProtectedLayer, ShardRotation
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class MaskedStep:
         Raises UnsupportedSetting where the step would not be exact, ValueError where a checkpoint of another basis
         or masks, or of an unprotected run, has been loaded into the optimizer.
         """
-        internals.refuse_unsupported(optimizer)
+        deepspeed_internals.refuse_unsupported(optimizer)
         for group in optimizer.optimizer.param_groups:
             weight_decay_kind(optimizer.optimizer, group)
         self.optimizer = optimizer
@@ -77,7 +77,7 @@ class MaskedStep:
         self.sub_group: dict[int, int] = {}
         self.offset: dict[int, int] = {}
         for layer in layers:
-            sub_group, offset, length = internals.locate(optimizer, layer.param)
+            sub_group, offset, length = deepspeed_internals.locate(optimizer, layer.param)
             if length != layer.partition.length:
                 raise UnsupportedSetting(
                     f"{layer.target.name} is stored in pieces of {length} elements, not of the {layer.partition.length} "
@@ -99,7 +99,7 @@ class MaskedStep:
         self._loading = False
         self.take_masters(self._pop_marks())
         self._install()
-        if internals.forgotten_by_checkpoints(optimizer) and (not dist.is_initialized() or dist.get_rank() == 0):
+        if deepspeed_internals.forgotten_by_checkpoints(optimizer) and (not dist.is_initialized() or dist.get_rank() == 0):
             logger.warning("%s", NO_CHECKPOINTS)
 
     # ------------------------------------------------------------ the three parts of a step
@@ -111,24 +111,24 @@ class MaskedStep:
         with self._clock.running():
             norms = torch.zeros(2, dtype=torch.float64, device=self.device)
             for sub_group, layers in self.by_sub_group.items():
-                with internals.resident(self.optimizer, sub_group, gradients=True):
+                with deepspeed_internals.resident(self.optimizer, sub_group, gradients=True):
                     for layer, rotated in self._rotating(layers, self._gradient, Rotation.rotate, fast=True):
                         norms[0] += torch.linalg.vector_norm(rotated, dtype=torch.float64) ** 2
                         for piece, frozen in layer.frozen_pieces(rotated.device):
                             rotated[piece].masked_fill_(frozen, 0.0)
                         norms[1] += torch.linalg.vector_norm(rotated, dtype=torch.float64) ** 2
-                        internals.set_gradient(self.optimizer, layer.param, rotated)
+                        deepspeed_internals.set_gradient(self.optimizer, layer.param, rotated)
             self._norms = norms
 
     @torch.no_grad()
     def decay_free(self, sub_group: int, step: Callable[[int], None]) -> None:
         """The optimizer's step of a sub-group, with weight decay applied to free entries alone."""
-        base, group = internals.stepping(self.optimizer, sub_group)
+        base, group = deepspeed_internals.stepping(self.optimizer, sub_group)
         weight_decay = group.get("weight_decay", 0.0)
         if not weight_decay or sub_group not in self.by_sub_group:
             step(sub_group)
             return
-        flat, flat_gradient = internals.master(self.optimizer, sub_group), internals.master_gradient(self.optimizer, sub_group)
+        flat, flat_gradient = deepspeed_internals.master(self.optimizer, sub_group), deepspeed_internals.master_gradient(self.optimizer, sub_group)
         kind = weight_decay_kind(base, group)
         layers = self.by_sub_group[sub_group]
         with self._clock.running():
@@ -152,7 +152,7 @@ class MaskedStep:
         with self._clock.running():
             for layer, weights in self._rotating(layers, self._coefficients, Rotation.unrotate, fast=True):
                 real = slice(0, layer.partition.stop - layer.partition.start)
-                internals.shard(layer.param)[real].copy_(weights[real])
+                deepspeed_internals.shard(layer.param)[real].copy_(weights[real])
 
     # ------------------------------------------------------------ entering, saving, loading
 
@@ -167,13 +167,13 @@ class MaskedStep:
         saved = self._pop_saved_coefficients()
         problem = "" if marks is None else self._foreign_state(marks)
         for sub_group in saved:
-            with internals.resident(self.optimizer, sub_group):
+            with deepspeed_internals.resident(self.optimizer, sub_group):
                 # Collective: a rank that has found a problem must not leave the others waiting.
                 found_here = self._foreign_weights(sub_group, saved[sub_group])
                 problem = problem or found_here
         _raise_together(problem)
         for sub_group, layers in self.by_sub_group.items():
-            with internals.resident(self.optimizer, sub_group, weights=True):
+            with deepspeed_internals.resident(self.optimizer, sub_group, weights=True):
                 found: Iterator[tuple[ProtectedLayer, Tensor]]
                 if sub_group in saved:
                     found = iter([(layer, self._local(saved[sub_group], layer)) for layer in layers])
@@ -232,8 +232,8 @@ class MaskedStep:
     def _pop_saved_coefficients(self) -> dict[int, Tensor]:
         """C of each sub-group as a checkpoint brought it, removed from the optimizer's state."""
         found = {}
-        for sub_group in range(internals.sub_group_count(self.optimizer)):
-            state = self.optimizer.optimizer.state.get(internals.master(self.optimizer, sub_group), {})
+        for sub_group in range(deepspeed_internals.sub_group_count(self.optimizer)):
+            state = self.optimizer.optimizer.state.get(deepspeed_internals.master(self.optimizer, sub_group), {})
             if COEFFICIENTS in state:
                 found[sub_group] = state.pop(COEFFICIENTS)
         return found
@@ -241,23 +241,23 @@ class MaskedStep:
     def _repair_universal(self, marks: list[dict[str, Any] | None]) -> None:
         """Mends what DeepSpeed's loading of universal checkpoints does; each group's mark says what every group had."""
         foreign = [mark for index, mark in enumerate(marks) if mark is not None and mark["group"] != index]
-        internals.repair_universal(self.optimizer.optimizer, foreign[0]["groups"] if foreign else None)
+        deepspeed_internals.repair_universal(self.optimizer.optimizer, foreign[0]["groups"] if foreign else None)
 
     @torch.no_grad()
     def state_dict(self, original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """DeepSpeed's state with W as weights (copies on the host) and C beside the moments. Collective."""
-        if internals.forgotten_by_checkpoints(self.optimizer):
+        if deepspeed_internals.forgotten_by_checkpoints(self.optimizer):
             raise UnsupportedSetting(NO_CHECKPOINTS)
         state = original()
-        masters = list(state[internals.MASTERS])
-        base = dict(state[internals.OPTIMIZER_STATE])
+        masters = list(state[deepspeed_internals.MASTERS])
+        base = dict(state[deepspeed_internals.OPTIMIZER_STATE])
         base["state"] = dict(base["state"])
         for sub_group, layers in self.by_sub_group.items():
             coefficients = masters[sub_group].detach()
             masters[sub_group] = coefficients.to("cpu", copy=True)
             for layer, weights in self._rotating_aside(layers, self._coefficients, Rotation.unrotate):
                 self._local(masters[sub_group], layer).copy_(weights)
-            index = internals.state_index(self.optimizer, sub_group)
+            index = deepspeed_internals.state_index(self.optimizer, sub_group)
             # An Adam that finds anything in a state takes it as its own: without moments there is none to add C to.
             if index in base["state"] or type(self.optimizer.optimizer).__name__ == "SGD":
                 base["state"][index] = {**base["state"].get(index, {}), COEFFICIENTS: coefficients}
@@ -265,11 +265,11 @@ class MaskedStep:
         mark = {"fingerprint": self.fingerprint, "steps": _steps(self.optimizer.optimizer), "groups": own}
         base["param_groups"] = [{**group, MARK: {**mark, "group": index}}
                                 for index, group in enumerate(base["param_groups"])]
-        return {**state, internals.MASTERS: masters, internals.OPTIMIZER_STATE: base}
+        return {**state, deepspeed_internals.MASTERS: masters, deepspeed_internals.OPTIMIZER_STATE: base}
 
     def load_state_dict(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's load, after which the masters hold C again. Collective."""
-        if internals.forgotten_by_checkpoints(self.optimizer):
+        if deepspeed_internals.forgotten_by_checkpoints(self.optimizer):
             raise UnsupportedSetting(NO_CHECKPOINTS)
         self._loading = True
         try:
@@ -321,7 +321,7 @@ class MaskedStep:
             "_restore_from_bit16_weights": restore,
             "reset_swap_buffers": refuse,
         }
-        self._undo = [internals.wrap(self.optimizer, name, make) for name, make in hooks.items()]
+        self._undo = [deepspeed_internals.wrap(self.optimizer, name, make) for name, make in hooks.items()]
 
     @torch.no_grad()
     def release(self) -> None:
@@ -330,7 +330,7 @@ class MaskedStep:
             undo()
         self._undo = []
         for sub_group, layers in self.by_sub_group.items():
-            with internals.resident(self.optimizer, sub_group, weights=True):
+            with deepspeed_internals.resident(self.optimizer, sub_group, weights=True):
                 for layer, weights in self._rotating_aside(layers, self._coefficients, Rotation.unrotate):
                     self._coefficients(layer).copy_(weights)
 
@@ -350,10 +350,10 @@ class MaskedStep:
 
     def _coefficients(self, layer: ProtectedLayer) -> Tensor:
         """View of the master: the layer's local partition, padding included."""
-        return self._local(internals.master(self.optimizer, self.sub_group[id(layer)]), layer)
+        return self._local(deepspeed_internals.master(self.optimizer, self.sub_group[id(layer)]), layer)
 
     def _gradient(self, layer: ProtectedLayer) -> Tensor:
-        return internals.get_gradient(self.optimizer, layer.param)
+        return deepspeed_internals.get_gradient(self.optimizer, layer.param)
 
 def _between(spans: Iterable[tuple[int, int]], total: int) -> Iterator[slice]:
     """What of range(total) lies in none of the (offset, length) spans."""

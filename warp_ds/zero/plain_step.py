@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from warp_ds.errors import UnsupportedSetting
 from warp_ds.method.rotation import Rotation
-from warp_ds.zero.deepspeed_internals import UnsupportedSetting
 from warp_ds.zero.masked_step import Clock, StepMetrics, decay, weight_decay_kind
 from warp_ds.zero.shard_rotation import ProtectedLayer, matmul_precision, row_chunks
 

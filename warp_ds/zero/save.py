@@ -30,17 +30,12 @@ from huggingface_hub import ModelCardData
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from warp_ds.cluster.consensus import on_every_rank_or_none
+from warp_ds.cluster.processes import broadcast_object, collective_device, rank, world_size
 from warp_ds.models.transformers_internals import save_without_weights
 from warp_ds.store.checkpoint_index import DTYPES
 from warp_ds.store.held import check_there
 from warp_ds.zero.partition import RowPartition
-from warp_ds.zero.runtime import (
-    broadcast_object,
-    collective_device,
-    on_every_rank_or_none,
-    rank,
-    world_size,
-)
 
 logger = logging.getLogger(__name__)
 

@@ -17,21 +17,17 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from warp_ds.artifacts import ArtifactError, TargetLayer, read_json, remove_own, write_json, write_tensors
+from warp_ds.cluster.consensus import on_every_rank_or_none, on_rank_0
+from warp_ds.cluster.processes import all_gather_object, collective_device, rank, world_size
 from warp_ds.data.collate import EMPTY
 from warp_ds.data.formats import IGNORE
+from warp_ds.errors import ArtifactError
 from warp_ds.method.importance import add_importance
+from warp_ds.store.files import read_json, remove_own, write_json, write_tensors
+from warp_ds.store.layers import TargetLayer
 from warp_ds.store.sealed import contents, difference
 from warp_ds.zero.batches import Batch, Samples, sample_sums
 from warp_ds.zero.fetch import FetchHooks, outside, saved_by_reference
-from warp_ds.zero.runtime import (
-    all_gather_object,
-    collective_device,
-    on_every_rank_or_none,
-    on_rank_0,
-    rank,
-    world_size,
-)
 from warp_ds.zero.walk import BlockWalk, HiddenStates, host_memory, keep_last
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from warp_ds.cluster.processes import all_reduce_sum, collective_device, rank, world_size
 from warp_ds.method.selection import HIGH, LOW, bin_of_kth, high_histogram, log_histogram, low_histogram, score_bits, take
-from warp_ds.zero.runtime import all_reduce_sum, collective_device, rank, world_size
 
 GROUPS_AT_ONCE = 64
 """Thresholds whose histograms are reduced together: 48 MB of int64."""

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from warp_ds.artifacts import TargetLayer
 from warp_ds.method.mask import unpack_bits
 from warp_ds.method.rotation import Rotation
+from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.partition import RowPartition
 
 #: Rows are rotated in pieces of at most this many elements: bounds temporary memory to 64 MB of fp32 a matrix.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from warp_ds.artifacts import ArtifactError, Contents, fingerprint_model, model_contents
-from warp_ds.errors import ConfigError
+from warp_ds.cluster import consensus, processes
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.store import digests
 from warp_ds.store.digests import Digest, FileState, Part
-from warp_ds.zero import runtime
+from warp_ds.store.fingerprints import Contents, fingerprint_model, model_contents
 
 ROUND_BYTES = 8 << 30
 """What a rank reads between two meetings: at 20 MB/s, 7 of the 30 minutes that a rank waits for another."""
@@ -18,7 +18,7 @@ ROUND_BYTES = 8 << 30
 def model_fingerprint(directory: Path) -> str:
     """``artifacts.fingerprint_model`` on every rank; each byte is read by one. Collective. Raises ArtifactError."""
     read_together(lambda: [model_contents(directory)], "reading the model")
-    return runtime.on_rank_0(lambda: fingerprint_model(directory), "reading the model")
+    return consensus.on_rank_0(lambda: fingerprint_model(directory), "reading the model")
 
 
 def read_together(covered: Callable[[], Iterable[Contents]], what: str) -> None:
@@ -28,21 +28,21 @@ def read_together(covered: Callable[[], Iterable[Contents]], what: str) -> None:
     rank takes over only what it sees itself in the same state (on a shared file system, all), and reads the rest when
     it is asked for it. Raises ArtifactError where a file cannot be read to its end.
     """
-    parts, states = runtime.on_rank_0(lambda: _wanted(covered), what)
-    found = runtime.broadcast_object(digests.recall(parts, states) if runtime.rank() == 0 else {})
+    parts, states = consensus.on_rank_0(lambda: _wanted(covered), what)
+    found = processes.broadcast_object(digests.recall(parts, states) if processes.rank() == 0 else {})
     digests.learn(found, states)
-    hands = deal([part for part in parts if part not in found], runtime.world_size())
+    hands = deal([part for part in parts if part not in found], processes.world_size())
     for turn in range(max(map(len, hands))):
         fresh: dict[Part, Digest] = {}
-        with runtime.on_every_rank_or_none(what):
-            mine = hands[runtime.rank()][turn] if turn < len(hands[runtime.rank()]) else []
+        with consensus.on_every_rank_or_none(what):
+            mine = hands[processes.rank()][turn] if turn < len(hands[processes.rank()]) else []
             try:
                 fresh = digests.read([part for part in mine if FileState.of(part.path) == states[part.path]])
             except OSError as error:
                 raise ArtifactError(f"{error}: it was removed or changed while it was read; try again") from error
-        fresh = {part: digest for of_rank in runtime.all_gather_object(fresh) for part, digest in of_rank.items()}
+        fresh = {part: digest for of_rank in processes.all_gather_object(fresh) for part, digest in of_rank.items()}
         digests.learn(fresh, states)
-        if runtime.rank() == 0:
+        if processes.rank() == 0:
             digests.store(fresh, states)  # a run that is started again goes on from here
 
 

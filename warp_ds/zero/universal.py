@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from warp_ds.artifacts import ArtifactError, read_json, write_json
-from warp_ds.cluster import preemption
-from warp_ds.errors import ConfigError
+from warp_ds.cluster import consensus, preemption, processes
+from warp_ds.errors import ArtifactError, ConfigError
+from warp_ds.store.files import read_json, write_json
 from warp_ds.store.sealed import contents, difference
-from warp_ds.zero import deepspeed_internals as internals
-from warp_ds.zero import runtime
+from warp_ds.zero import deepspeed_internals
 from warp_ds.zero.masked_step import COEFFICIENTS
 from warp_ds.zero.walk import host_memory
 
@@ -49,23 +48,23 @@ def convert(checkpoint: Path, deepspeed_config: dict[str, Any], wrote: int) -> P
     target = checkpoint.with_name(PREFIX + checkpoint.name.rsplit("-", 1)[1])
     part = target.with_name(f"{target.name}.part")
     cure = f"Start again on {wrote} ranks, or start the training anew with --resume never"
-    if runtime.on_rank_0(lambda: _is_own(target), "looking for a converted checkpoint"):
-        runtime.on_rank_0(lambda: _check_whole(target), "checking the converted checkpoint")
+    if consensus.on_rank_0(lambda: _is_own(target), "looking for a converted checkpoint"):
+        consensus.on_rank_0(lambda: _check_whole(target), "checking the converted checkpoint")
         return target
     memory = host_memory()
     process: subprocess.Popen[bytes] | None = None
-    with runtime.on_every_rank_or_none("converting the checkpoint"):
-        if runtime.rank() == 0:
+    with consensus.on_every_rank_or_none("converting the checkpoint"):
+        if processes.rank() == 0:
             if _is_own(part):
                 shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-            source = checkpoint / internals.tag_of(checkpoint)
+            source = checkpoint / deepspeed_internals.tag_of(checkpoint)
             if problem := _inconvertible(source, deepspeed_config) or _no_room(source):
-                raise ConfigError(f"{checkpoint} was written by {wrote} ranks, and these are {runtime.world_size()}; it cannot "
+                raise ConfigError(f"{checkpoint} was written by {wrote} ranks, and these are {processes.world_size()}; it cannot "
                                   f"be converted: {problem}. {cure}")
-            logger.info("converting %s, of %d ranks, for %d", checkpoint, wrote, runtime.world_size())
+            logger.info("converting %s, of %d ranks, for %d", checkpoint, wrote, processes.world_size())
             process = _start(source, part, _workers(source, memory))
     try:
-        while (status := runtime.broadcast_object(process and process.poll())) is None:
+        while (status := processes.broadcast_object(process and process.poll())) is None:
             preemption.leave_if_asked()  # The collective also tells every rank that rank 0 lives, however long it takes.
             time.sleep(0.5)
     finally:
@@ -85,7 +84,7 @@ def convert(checkpoint: Path, deepspeed_config: dict[str, Any], wrote: int) -> P
         write_json(part / _BEGUN, {"files": contents(part, _BEGUN)})
         os.replace(part, target)
 
-    runtime.on_rank_0(rename, "converting the checkpoint")
+    consensus.on_rank_0(rename, "converting the checkpoint")
     return target
 
 
@@ -123,19 +122,19 @@ def complete(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
 
     Before a ``MaskedStep`` is made, which takes them from the optimizer's state, as after an ordinary load.
     """
-    with runtime.on_every_rank_or_none("completing the loaded checkpoint"):
-        zero = checkpoint / internals.tag_of(checkpoint, "latest_universal") / "zero"
-        saved = _read(zero / "optimizer_state.pt")[internals.OPTIMIZER_STATE]
-        internals.repair_universal(optimizer.optimizer, saved["param_groups"])
+    with consensus.on_every_rank_or_none("completing the loaded checkpoint"):
+        zero = checkpoint / deepspeed_internals.tag_of(checkpoint, "latest_universal") / "zero"
+        saved = _read(zero / "optimizer_state.pt")[deepspeed_internals.OPTIMIZER_STATE]
+        deepspeed_internals.repair_universal(optimizer.optimizer, saved["param_groups"])
         for name, param in model.named_parameters():
             file = zero / name / f"{COEFFICIENTS}.pt"
             if param.requires_grad and file.is_file():
-                sub_group, offset, length = internals.locate(optimizer, param)
-                master = internals.master(optimizer, sub_group)
+                sub_group, offset, length = deepspeed_internals.locate(optimizer, param)
+                master = deepspeed_internals.master(optimizer, sub_group)
                 state = optimizer.optimizer.state[master]
                 if COEFFICIENTS not in state:
                     state[COEFFICIENTS] = master.detach().clone()
-                mine = _read(file)[runtime.rank() * length :][:length]
+                mine = _read(file)[processes.rank() * length :][:length]
                 state[COEFFICIENTS].narrow(0, offset, len(mine)).copy_(mine)
 
 
@@ -147,7 +146,7 @@ def _inconvertible(source: Path, deepspeed_config: dict[str, Any]) -> str:
     offload = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device") == "nvme" or (source / "offloaded_tensors").is_dir():
         return "the optimizer is on NVMe (offload_optimizer.device), whose swap files are those of one rank"
-    state = _read(_optimizer_files(source)[0])["optimizer_state_dict"][internals.OPTIMIZER_STATE]["state"]
+    state = _read(_optimizer_files(source)[0])["optimizer_state_dict"][deepspeed_internals.OPTIMIZER_STATE]["state"]
     shapes = _read(_model_file(source))["param_shapes"]
     lacking = sorted({key for index in range(len(shapes)) for key in _MOMENTS if key not in state.get(index, {})})
     if lacking:
@@ -192,7 +191,7 @@ def _convert_here(source: Path, target: Path, workers: int) -> None:
 
     sys.argv = ["ds_to_universal", "--input_folder", str(source), "--output_folder", str(target),
                 "--num_extract_workers", str(workers), "--num_merge_workers", str(min(workers, 4))]
-    with internals.nothing_unpickled():  # in its workers too, which are forked
+    with deepspeed_internals.nothing_unpickled():  # in its workers too, which are forked
         ds_to_universal.main(ds_to_universal.parse_arguments())
     _shrink(target / "zero" / "optimizer_state.pt")
     _add_coefficients(source, target / "zero")
@@ -205,8 +204,8 @@ def _convert_here(source: Path, target: Path, workers: int) -> None:
 def _shrink(path: Path) -> None:
     """Leaves out the tensors: this is all of rank 0's state, and every rank reads it for a few numbers."""
     state = _read(path)
-    base = state[internals.OPTIMIZER_STATE]
-    small = {**state, internals.MASTERS: [], internals.OPTIMIZER_STATE: {
+    base = state[deepspeed_internals.OPTIMIZER_STATE]
+    small = {**state, deepspeed_internals.MASTERS: [], deepspeed_internals.OPTIMIZER_STATE: {
         "state": {0: {"step": base["state"][0]["step"]}}, "param_groups": base["param_groups"]}}
     aside = path.with_suffix(".part")
     torch.save(small, aside)
@@ -216,7 +215,7 @@ def _shrink(path: Path) -> None:
 def _add_coefficients(source: Path, zero: Path) -> None:
     """Writes C beside W, exp_avg and exp_avg_sq where a protected run keeps it: the converter drops it."""
     # Mapped, not read: one parameter at a time is in memory.
-    states = [_read(path)["optimizer_state_dict"][internals.OPTIMIZER_STATE] for path in _optimizer_files(source)]
+    states = [_read(path)["optimizer_state_dict"][deepspeed_internals.OPTIMIZER_STATE] for path in _optimizer_files(source)]
     for sub_group, shapes in enumerate(_read(_model_file(source))["param_shapes"]):
         offset = 0
         for name, shape in shapes.items():
@@ -241,7 +240,7 @@ def _model_file(source: Path) -> Path:
 
 
 def _read(path: Path) -> Any:
-    with internals.nothing_unpickled():
+    with deepspeed_internals.nothing_unpickled():
         return torch.load(path, map_location="cpu", mmap=True)
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from warp_ds.artifacts import remove_own
 from warp_ds.cluster import memory
+from warp_ds.cluster.processes import all_gather_object
+from warp_ds.store.files import remove_own
 from warp_ds.zero.batches import Batch
 from warp_ds.zero.fetch import gathered, outside
-from warp_ds.zero.runtime import all_gather_object
 
 Forward = Callable[..., Any]
 #: position, hidden states, the block's forward with all its other arguments -> hidden states after the block

@@ -7,8 +7,8 @@ import signal
 import time
 from typing import Any
 
+from warp_ds.cluster import processes
 from warp_ds.phases.training import MetricsFile
-from warp_ds.zero import runtime
 
 
 def arm() -> None:
@@ -18,7 +18,7 @@ def arm() -> None:
         on_step_end(self, args, state, control, **kwargs)
         if fault.startswith("slow:"):
             time.sleep(float(fault[5:]))
-        if state.global_step == 4 and runtime.rank() == 1:
+        if state.global_step == 4 and processes.rank() == 1:
             if fault == "raise":
                 raise ArithmeticError("the fault that rank 1 was given")
             if fault == "hang":

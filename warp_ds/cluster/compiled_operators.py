@@ -1,4 +1,4 @@
-"""PyTorch's private parts that we touch, each in one place.
+"""Private parts of PyTorch and DeepSpeed where operators are compiled or loaded, each in one place.
 
 Loading a compiled operator (DeepSpeed's, on CPUs and with offload) takes a lock that is a file's existence: a process
 killed meanwhile leaves it, and every later run on that machine, or of that home directory, waits for it without end.
@@ -82,3 +82,10 @@ def survive_kills_while_loading_operators() -> None:
     if not issubclass(module.FileBaton, FileBaton):
         raise RuntimeError("torch.utils.cpp_extension.FileBaton is no longer torch.utils.file_baton.FileBaton")
     module.FileBaton = MortalBaton
+
+
+def disable_shm_collective() -> None:
+    """Keeps DeepSpeed from compiling ops/comm/shm.cpp at the first CPU start (comm/torch.py, ``build_shm_op``)."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,143 @@
+"""basis/: the bases of phase 1 and their metadata."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from warp_ds.errors import ArtifactError
+from warp_ds.method.eigenbasis import BAR, orthogonality_error, probed_orthogonality
+from warp_ds.method.rotation import Rotation
+from warp_ds.store.fingerprints import Contents, whole_part
+from warp_ds.store.layers import TargetLayer
+from warp_ds.store.metadata import (
+    BASIS_FORMAT,
+    BasisMetadata,
+    check_entries,
+    check_layer_in_header,
+    check_layers,
+    check_model,
+    layers_of,
+    metadata_dict,
+    open_tensors,
+    read_metadata,
+    shapes_in,
+    shown,
+)
+from warp_ds.store.schema import SchemaError
+
+
+class BasisStore:
+    """Reads a basis directory. Every reader of the same directory gets the same rotation.
+
+    Whatever its metadata say is checked when it is opened, each file when it is first read: ArtifactError where one
+    contradicts the other, or U is not orthonormal within ``method.eigenbasis.BAR``.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.metadata: BasisMetadata = read_metadata(self.directory, BasisMetadata, BASIS_FORMAT, "basis", "phase 1")
+        self._checked: set[str] = set()
+        """Layers whose file's header was looked at, and files whose U and S were."""
+        try:
+            self._check_metadata()
+        except SchemaError as error:
+            raise ArtifactError(f"{self.directory / 'metadata.json'}: {error}; run phase 1 again") from error
+
+    def _check_metadata(self) -> None:
+        meta = self.metadata
+        check_entries(meta.layers)
+        if {entry["file"] for entry in meta.layers.values()} != meta.bases.keys():
+            raise SchemaError("the files that 'layers' names are not those of 'bases'")
+        for name, entry in meta.layers.items():
+            of_file = meta.bases[entry["file"]]
+            if not 0 <= of_file.get("rank", -1) <= of_file.get("n", -1) == entry["shape"][1]:
+                raise SchemaError(f"{name} has {entry['shape'][1]} inputs, but {entry['file']} says n {of_file.get('n')}, "
+                                  f"rank {of_file.get('rank')}")
+            if not re.fullmatch(rf"layer_{entry['layer']:02d}_[a-z0-9_]+_svd\.safetensors", entry["file"]):
+                raise SchemaError(f"{name}, a layer of block {entry['layer']}, names the file {entry['file']}")
+        if meta.tokens < 0:
+            raise SchemaError(f"tokens is {meta.tokens}")
+
+    def columns(self, name: str) -> tuple[Tensor, Tensor]:
+        """U [n, r] and S [r] (descending), fp32, of the layer called ``name``."""
+        file = self._check_file(name)
+        with open_tensors(self.directory / file) as opened:
+            u, s = opened.get_tensor("U"), opened.get_tensor("S")
+        if file not in self._checked:
+            _check_basis(u, s, self.directory / file)
+            self._checked.add(file)
+        return u, s
+
+    def _check_file(self, name: str) -> str:
+        """The name of the layer's file, whose header is what the metadata say. Raises ArtifactError."""
+        entry = self.metadata.layers[name]
+        if name in self._checked:
+            return entry["file"]
+        path, of_file = self.directory / entry["file"], self.metadata.bases[entry["file"]]
+        n, r = of_file["n"], of_file["rank"]
+        found = shapes_in(path)
+        if found != {"U": (torch.float32, (n, r)), "S": (torch.float32, (r,))}:
+            raise ArtifactError(f"{path} holds {shown(found)}, where a basis of {n} inputs and rank {r} has U [{n}, {r}] and "
+                                f"S [{r}] in float32; run phase 1 again")
+        if of_file.get("bytes", path.stat().st_size) != path.stat().st_size:
+            raise ArtifactError(f"{path} has {path.stat().st_size} bytes, but its metadata say {of_file['bytes']}; run phase "
+                                "1 again")
+        check_layer_in_header(path, BASIS_FORMAT, name, "phase 1")
+        self._checked.add(name)
+        return entry["file"]
+
+    def held(self, name: str) -> tuple[str, int]:
+        """The file of the basis of the layer called ``name``, and the bytes that its fp32 ``rotation`` takes."""
+        file = self._check_file(name)
+        return file, Rotation.held_bytes(self.metadata.bases[file]["n"], self.metadata.bases[file]["rank"])
+
+    def rotation(
+        self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Rotation:
+        """The complete basis of the layer called ``name``, made and held on ``device``."""
+        columns, _ = self.columns(name)
+        return Rotation(columns.to(device), columns.shape[0], dtype)
+
+    def contents(self) -> Contents:
+        """What ``fingerprint`` covers: every byte of the files, and the metadata but for seconds."""
+        values = metadata_dict(self.metadata)
+        for entry in values["bases"].values():
+            entry.pop("seconds", None)
+        return Contents(json.dumps(values, sort_keys=True),
+                        {file: whole_part(self.directory / file) for file in self.metadata.bases})
+
+    def fingerprint(self, remember: bool = True) -> str:
+        """64 hex digits over ``contents``; ``remember`` False reads every byte now."""
+        contents = self.contents()
+        return contents.fingerprint(contents.digests(remember))
+
+    @property
+    def layers(self) -> list[TargetLayer]:
+        return layers_of(self.metadata.layers)
+
+    def check(self, layers: Iterable[TargetLayer], model_fingerprint: str | None, model_name: str) -> None:
+        """ArtifactError naming both sides where the basis belongs to another model, layers or shapes, or a file's header
+        contradicts the metadata."""
+        check_model(self.directory, self.metadata, model_fingerprint, model_name, "basis", "phase 1")
+        layers = list(layers)
+        check_layers(self.directory, self.metadata.layers, layers, model_name, "basis", "phase 1")
+        for layer in layers:
+            self._check_file(layer.name)
+
+
+def _check_basis(u: Tensor, s: Tensor, path: Path) -> None:
+    """U is orthonormal and S a descending spectrum, or ArtifactError."""
+    if not (torch.isfinite(u).all() and torch.isfinite(s).all()):
+        raise ArtifactError(f"{path} holds NaN or infinities; run phase 1 again")
+    if (s < 0).any() or (s[1:] > s[:-1]).any():
+        raise ArtifactError(f"{path}: S is negative or does not descend; run phase 1 again")
+    # As phase 1 measures it: by probes, and entry by entry where those are above the bar.
+    if probed_orthogonality(u) > BAR and (error := orthogonality_error(u.double())) > BAR:
+        raise ArtifactError(f"{path}: U is not orthonormal (an entry of its UᵀU - I is {error:.1e}, more than {BAR:g}); run "
+                            "phase 1 again")

@@ -1,0 +1,159 @@
+"""Files written whole (aside, fsync, rename) and read with a message; removed only where this program wrote them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from warp_ds.errors import ArtifactError
+from warp_ds.secrets import redact
+from warp_ds.store.held import check_there
+
+# ---------------------------------------------------------------- files
+
+
+def write_json(path: Path, value: Any, private: bool = False) -> None:
+    """Writes ``value`` as indented JSON, whole or not at all; ``private``: for its owner's eyes alone, without secrets."""
+    text = json.dumps(redact(value) if private else value, indent=2) + "\n"
+
+    def write(aside: Path) -> None:
+        aside.touch(mode=0o600 if private else 0o666)
+        aside.write_text(text)
+
+    _write_aside(path, write)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file, whole or not at all."""
+    _write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    _write_aside(path, lambda aside: save_file(contiguous, str(aside), metadata=dict(metadata or {})))
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Removes what a process of this program that was killed had begun to write anywhere under ``directory``."""
+    for parent, _, files in os.walk(directory):  # through no link
+        for name in filter(is_aside, files):
+            aside = Path(parent, name)
+            if not aside.is_symlink():
+                aside.unlink(missing_ok=True)
+
+
+def remove_own(directory: Path, names: str) -> None:
+    """Removes the files in ``directory`` whose names match ``names``, and it, if nothing else is in it."""
+    if directory.is_dir() and not directory.is_symlink():
+        for path in directory.iterdir():
+            if (re.fullmatch(names, path.name) or is_aside(path.name)) and path.is_file():
+                path.unlink(missing_ok=True)
+        try:
+            directory.rmdir()
+        except OSError:
+            pass
+
+
+def is_aside(name: str) -> bool:
+    """Whether a file of this name was begun by this program, and never finished."""
+    return _ASIDE.fullmatch(name) is not None
+
+
+#: What ``_write_aside`` calls the files it writes, and nobody else.
+_ASIDE = re.compile(r"\..+\.[0-9a-f]{8}\.warp_ds\.tmp", re.DOTALL)
+
+
+def append_line(path: Path, line: str, private: bool = False) -> None:
+    """Adds a line to a file, in one write; ``private``: a new one is for this user's eyes alone.
+
+    OSError where that is no regular file: opening a pipe would wait for a reader, and a link may lead anywhere.
+    """
+    check_there(path)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, 0o600 if private else 0o666)
+    with open(descriptor, "a", encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        file.write(f"{line}\n")
+
+
+def _write_aside(path: Path, write: Any) -> None:
+    check_there(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.warp_ds.tmp")
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Raises ArtifactError where the file is missing, no file (a pipe, a directory) or no JSON."""
+    try:
+        return json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+def read_strict_json(path: Path) -> Any:
+    """``read_json`` without what JSON does not have (NaN, Infinity) and without a name that stands twice in one object."""
+    def no_constant(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON")
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError(f"a name stands twice among {sorted(found)[:5]}")
+        return found
+
+    try:
+        return json.loads(read_text(path), parse_constant=no_constant, object_pairs_hook=no_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+LONGEST_TEXT = 1 << 30
+"""Bytes of a text file that are read at all: more would fill the memory."""
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """A file's UTF-8 text. OSError where it is none: opening a pipe would wait for ever for somebody to write."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, encoding="utf-8", errors=errors) as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if status.st_size > LONGEST_TEXT:
+            raise OSError(errno.EFBIG, f"it has {status.st_size / 1e9:.1f} GB, which no text of this program has", str(path))
+        return file.read()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of one JSON object a line. ArtifactError where it cannot be read."""
+    found = []
+    try:
+        lines = read_text(path, errors="replace").split("\n")
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # empty, or being written when the run was looked at or died
+        if isinstance(value, dict):
+            found.append(value)
+    return found

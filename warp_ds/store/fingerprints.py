@@ -1,0 +1,95 @@
+"""Fingerprints of a model and of data: every byte that a result rests on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from warp_ds.errors import ArtifactError
+from warp_ds.store.checkpoint_index import CheckpointError, PickledCheckpoint, TensorLocation, read_header, resolve_checkpoint
+from warp_ds.store.digests import Digest, Part, combine, digest_parts, is_regular, whole_file
+from warp_ds.store.files import read_json
+
+SHOWN = 16
+"""Of a fingerprint's 64 hex digits, those that messages show."""
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
+"""Keys of a model's config.json that do not change what the model computes from its weights."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a fingerprint covers: a text, and ranges of files by name."""
+
+    text: str
+    parts: dict[str, Part]
+
+    def digests(self, remember: bool = True) -> list[Digest]:
+        """Of ``parts``, in order. ``remember`` False reads every byte now. Raises ArtifactError."""
+        try:
+            return digest_parts(list(self.parts.values()), remember)
+        except OSError as error:
+            raise ArtifactError(f"{error}: it was removed or changed while it was read; try again") from error
+
+    def fingerprint(self, digests: Iterable[Digest]) -> str:
+        """64 hex digits from ``text`` and the digests of ``parts``."""
+        return combine(self.text, ((name, digest.sha256) for name, digest in zip(self.parts, digests, strict=True)))
+
+
+def fingerprint_model(directory: Path, remember: bool = True) -> str:
+    """Fingerprint of a model: every byte of its tensors by name, dtype and shape, and its config.json.
+
+    The same whatever the directory is called, however the tensors are spread over files, and whatever VOLATILE keys say.
+    Pickled weights (*.bin) count as whole files. Raises ArtifactError.
+    """
+    contents = model_contents(directory)
+    return contents.fingerprint(contents.digests(remember))
+
+
+def model_contents(directory: Path) -> Contents:
+    """What ``fingerprint_model`` covers; no weight is read. Raises ArtifactError."""
+    config = read_json(directory / "config.json")
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{directory / 'config.json'} is no JSON object")
+    try:
+        parts = {f"{name} {tensor.dtype} {list(tensor.shape)}": Part(tensor.path, tensor.offset, tensor.nbytes)
+                 for name, tensor in resolve_checkpoint(directory).items()}
+    except PickledCheckpoint:
+        parts = {path.name: whole_part(path) for path in sorted(directory.glob("*.bin"))}
+    except CheckpointError as error:
+        raise ArtifactError(str(error)) from error
+    kept = {key: value for key, value in config.items() if key not in VOLATILE}
+    return Contents(json.dumps(kept, sort_keys=True), parts)
+
+
+def header_of(path: Path) -> dict[str, TensorLocation]:
+    """The tensors of a safetensors file by name; no tensor is read. ArtifactError where it is missing or broken."""
+    try:
+        if not is_regular(path):
+            raise CheckpointError(f"{path} is missing, or no regular file")
+        return read_header(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); run the phase that wrote it again, or download the model "
+                            "again") from error
+
+
+def whole_part(path: Path) -> Part:
+    if not is_regular(path):
+        raise ArtifactError(f"{path} cannot be read: it is missing, or no regular file; run the phase that wrote it again")
+    return whole_file(path)
+
+
+def fingerprint_rows(rows: Iterable[Any]) -> str:
+    """Fingerprint of a data set's rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()[:16]

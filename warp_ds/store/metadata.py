@@ -1,0 +1,210 @@
+"""The files that phases hand to one another, and the run directories they lie in (section 5 of the design).
+
+Every file appears under its final name only when whole: written aside, fsynced, renamed. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from warp_ds.errors import ArtifactError
+from warp_ds.store.digests import is_regular
+from warp_ds.store.files import read_strict_json
+from warp_ds.store.fingerprints import SHOWN, header_of
+from warp_ds.store.layers import TargetLayer
+from warp_ds.store.schema import SchemaError, check_fields
+
+BASIS_FORMAT, MASKS_FORMAT, VERSION = "warp_ds.basis", "warp_ds.masks", 2
+
+
+# ---------------------------------------------------------------- bases and masks
+
+
+class LayerEntry(TypedDict):
+    """A layer in basis/metadata.json."""
+
+    layer: int
+    type: str
+    shape: list[int]
+    """[m, n]"""
+    file: str
+    """Layers that see the same input name the same file."""
+
+
+class MaskedLayerEntry(LayerEntry):
+    """A layer in masks/metadata.json."""
+
+    frozen: int
+    """Bits that are set in its mask."""
+    wanted: int | None
+    """Coefficients that keep_ratio asks for in this layer; None where the scope is global."""
+    threshold: float | None
+    """The lowest frozen score; None where nothing is frozen."""
+
+
+#: A file in basis/metadata.json; n and rank are always there.
+BasisEntry = TypedDict("BasisEntry", {
+    "n": int, "rank": int, "tokens": int, "energy": float, "orthogonality_error": float, "residual": float, "from": str,
+    "seconds": float | None, "bytes": int}, total=False)
+
+
+@dataclass
+class BasisMetadata:
+    """basis/metadata.json"""
+
+    basis: str
+    model_fingerprint: str
+    data_fingerprint: str
+    token_scope: str
+    model_name: str
+    tokens: int
+    layers: dict[str, LayerEntry] = field(default_factory=dict)
+    """by module name"""
+    bases: dict[str, BasisEntry] = field(default_factory=dict)
+    """by file"""
+    format: str = BASIS_FORMAT
+    version: int = VERSION
+
+
+@dataclass
+class MasksMetadata:
+    """masks/metadata.json"""
+
+    keep_ratio: float
+    scope: str
+    unit: str
+    score: str
+    basis: str
+    basis_dir: str | None
+    """Absolute, as it was when the masks were made; ``MaskStore.find_basis`` also finds it after a move."""
+    basis_fingerprint: str | None
+    model_fingerprint: str
+    data_fingerprint: str
+    model_name: str
+    layers: dict[str, MaskedLayerEntry] = field(default_factory=dict)
+    """by module name"""
+    frozen: int = 0
+    entries: int = 0
+    notes: list[str] = field(default_factory=list)
+    format: str = MASKS_FORMAT
+    version: int = VERSION
+
+
+def layers_of(entries: Mapping[str, Mapping[str, Any]]) -> list[TargetLayer]:
+    return [TargetLayer(name, e["layer"], e["type"], *e["shape"]) for name, e in entries.items()]
+
+
+def layer_entry(layer: TargetLayer, file: str, **more: Any) -> Any:
+    """A layer's entry in either metadata file."""
+    return {"layer": layer.layer, "type": layer.type, "shape": [layer.m, layer.n], "file": file, **more}
+
+
+def metadata_dict(metadata: BasisMetadata | MasksMetadata) -> dict[str, Any]:
+    """What is written to metadata.json, format and version first."""
+    values = asdict(metadata)
+    return {"format": values.pop("format"), "version": values.pop("version"), **values}
+
+
+def check_entries(entries: Mapping[str, LayerEntry] | Mapping[str, MaskedLayerEntry]) -> None:
+    """What holds of the layers in either file. Raises SchemaError."""
+    if not entries:
+        raise SchemaError("it has no layers")
+    seen: set[tuple[int, str]] = set()
+    for name, entry in entries.items():
+        place = (entry["layer"], entry["type"])
+        if str(entry["layer"]) not in name.split(".") or not re.fullmatch("[a-z][a-z0-9_]*", entry["type"]) or place in seen:
+            raise SchemaError(f"{name} cannot be the {entry['type']} of block {entry['layer']}")
+        seen.add(place)
+        if len(entry["shape"]) != 2 or min(entry["shape"]) < 1:
+            raise SchemaError(f"{name} has shape {entry['shape']}")
+
+
+def shapes_in(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in header_of(path).items()}
+
+
+def shown(found: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{ascii(name)[1:-1][:40]} {list(shape)} in {str(dtype).removeprefix('torch.')}"
+                     for name, (dtype, shape) in list(found.items())[:5]) or "no tensor"
+
+
+def check_layer_in_header(path: Path, key: str, name: str, phase: str) -> None:
+    """The file was written for the layer ``name``, where its header says for which: ArtifactError."""
+    with open_tensors(path) as file:
+        metadata = file.metadata() or {}
+    try:
+        made_for = json.loads(metadata.get(key, "{}")).get("layers", [name])
+        right = name in made_for
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        made_for, right = "nothing readable", False
+    if not right:
+        raise ArtifactError(f"{path} was made for {ascii(made_for)[:200]}, but the metadata give it to {name}: files or names "
+                            f"were swapped; run {phase} again")
+
+
+def read_metadata(directory: Path, declared: Any, expected: str, kind: str, phase: str) -> Any:
+    path = directory / "metadata.json"
+    if not path.exists():
+        raise ArtifactError(f"no {kind} in {directory} (no metadata.json there): run {phase} first, or give its "
+                            f"directory with --{'basis' if kind == 'basis' else 'masks'}_dir")
+    values = read_strict_json(path)
+    marks = (values.get("format"), values.get("version")) if isinstance(values, dict) else (type(values).__name__, None)
+    if marks == (expected, 1) and marks[1] is not True:
+        raise ArtifactError(f"{path} was made by an earlier version of warp_ds, whose fingerprints do not cover every byte: "
+                            f"run {phase} again")
+    if marks != (expected, VERSION) or isinstance(marks[1], bool):
+        raise ArtifactError(f"{path} is {ascii(marks)[:100]}, not {(expected, VERSION)}: it was written by another program or "
+                            "version")
+    try:
+        check_fields(values, declared)
+        for entry in (*values["layers"].values(), *({"file": file} for file in values.get("bases", ()))):
+            # A name and nothing more: no directory, no way out of this one.
+            if Path(entry["file"]).name != entry["file"] or entry["file"] in ("", ".", ".."):
+                raise SchemaError(f"{ascii(entry['file'])} is no file of this directory")
+    except SchemaError as error:
+        raise ArtifactError(f"{path}: {error}; it is damaged or was edited: run {phase} again") from error
+    return declared(**values)
+
+
+def open_tensors(path: Path) -> Any:
+    try:
+        if not is_regular(path):
+            raise OSError("it is missing, or no regular file")
+        return safe_open(str(path), framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); run the phase that wrote it again") from error
+
+
+def check_model(directory: Path, metadata: BasisMetadata | MasksMetadata, fingerprint: str | None, name: str,
+                 kind: str, phase: str) -> None:
+    if fingerprint is not None and metadata.model_fingerprint != fingerprint:
+        raise ArtifactError(
+            f"the {kind} in {directory} belong to the model {metadata.model_name} ({metadata.model_fingerprint[:SHOWN]}), "
+            f"not to {name} ({fingerprint[:SHOWN]}): give that model, or run {phase} on this one"
+        )
+
+
+def check_layers(directory: Path, entries: Mapping[str, Mapping[str, Any]], layers: Iterable[TargetLayer],
+                  model_name: str, kind: str, phase: str) -> None:
+    for layer in layers:
+        entry = entries.get(layer.name)
+        if entry is None:
+            raise ArtifactError(f"the {kind} in {directory} has no layer {layer.name}: it was made for "
+                                f"{summary(entries)}; run {phase} with the layers wanted now")
+        if list(entry["shape"]) != [layer.m, layer.n]:
+            raise ArtifactError(f"the {kind} in {directory} has {layer.name} as {entry['shape']}, but {model_name} has "
+                                f"{[layer.m, layer.n]}: it belongs to another model")
+
+
+def summary(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    types = sorted({e["type"] for e in entries.values()})
+    blocks = sorted({e["layer"] for e in entries.values()})
+    return f"{', '.join(types)} of blocks {blocks[0]}-{blocks[-1]}" if entries else "no layers"
