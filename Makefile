@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM ?= false
+# Test files side by side. Each starts up to three ranks of one thread.
+PROCESSES ?= 2
 
 .PHONY: demo test test-slow lint install clean
 
@@ -26,13 +28,15 @@ demo: $(READY)
 	$(BIN)/warp-ds demo
 
 test: $(READY)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -m "not slow"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -n $(PROCESSES) -m "not slow"
 
 test-slow: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 clean:

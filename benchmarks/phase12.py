@@ -486,8 +486,7 @@ class Sent:
 def worker(job: dict[str, Any]) -> None:
     import contextlib
 
-    from warp_ds.cluster import compiled_operators
-from warp_ds.cluster import processes
+    from warp_ds.cluster import compiled_operators, processes
 
     arguments = argparse.Namespace(**job)
     if runtime_world() > (os.cpu_count() or 1):
