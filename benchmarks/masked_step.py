@@ -31,10 +31,37 @@ import torch
 from torch import nn
 
 #: Mean over the demo's 20 target layers, keep_ratio 0.1 (phase 2 of `make demo`).
-COLUMN_PROFILE = (0.8445, 0.579, 0.2806, 0.1373, 0.0477, 0.0191, 0.0114, 0.0051, 0.0023, 0.0016, 0.0006, 0.0003, 0.0002,
-                  0.0001, 0.0001, 0.0001, 0.0, 0.0, 0.0, 0.0)
-MODULES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-           "ffn_up": "mlp.up_proj", "ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj", "attn_o": "self_attn.o_proj"}
+COLUMN_PROFILE = (
+    0.8445,
+    0.579,
+    0.2806,
+    0.1373,
+    0.0477,
+    0.0191,
+    0.0114,
+    0.0051,
+    0.0023,
+    0.0016,
+    0.0006,
+    0.0003,
+    0.0002,
+    0.0001,
+    0.0001,
+    0.0001,
+    0.0,
+    0.0,
+    0.0,
+    0.0,
+)
+MODULES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_o": "self_attn.o_proj",
+}
 INPUTS = {"attn_q": "attn", "attn_k": "attn", "attn_v": "attn", "ffn_up": "ffn", "ffn_gate": "ffn"}
 VARIANTS = ("plain", "masked", "modules")
 PLACEMENTS = ("auto", "replicated", "sharded", "owner")
@@ -58,8 +85,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--train_scope", default="all", choices=["all", "warp"])
-    parser.add_argument("--basis_placement", default="auto", choices=[*PLACEMENTS, "each"],
-                        help="each: a masked variant for every placement, in turn with the others")
+    parser.add_argument(
+        "--basis_placement",
+        default="auto",
+        choices=[*PLACEMENTS, "each"],
+        help="each: a masked variant for every placement, in turn with the others",
+    )
     parser.add_argument("--steps", type=int, default=9, help="timed optimizer steps of each variant")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--no_memory", action="store_true", help="leave the memory runs out")
@@ -80,17 +111,26 @@ def make_model(a: argparse.Namespace) -> Any:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=a.vocab, hidden_size=a.hidden, intermediate_size=a.ffn, num_hidden_layers=a.layers,
-        num_attention_heads=a.heads, num_key_value_heads=a.kv_heads, max_position_embeddings=max(2048, a.tokens),
-        tie_word_embeddings=False, use_cache=False,
+        vocab_size=a.vocab,
+        hidden_size=a.hidden,
+        intermediate_size=a.ffn,
+        num_hidden_layers=a.layers,
+        num_attention_heads=a.heads,
+        num_key_value_heads=a.kv_heads,
+        max_position_embeddings=max(2048, a.tokens),
+        tie_word_embeddings=False,
+        use_cache=False,
     )
     with torch.device(a.device):
         return LlamaForCausalLM(config).to(getattr(torch, a.dtype))
 
 
 def targets(a: argparse.Namespace, model: Any) -> list[tuple[str, str, int, nn.Linear]]:
-    return [(f"model.layers.{i}.{MODULES[kind]}", kind, i, model.get_submodule(f"model.layers.{i}.{MODULES[kind]}"))
-            for i in range(a.layers) for kind in a.layer_type.split(",")]
+    return [
+        (f"model.layers.{i}.{MODULES[kind]}", kind, i, model.get_submodule(f"model.layers.{i}.{MODULES[kind]}"))
+        for i in range(a.layers)
+        for kind in a.layer_type.split(",")
+    ]
 
 
 def random_basis(n: int, r: int, seed: int, device: str) -> torch.Tensor:
@@ -117,8 +157,9 @@ def write_artefacts(a: argparse.Namespace, root: Path) -> None:
     with torch.device("meta"):
         shape_of = make_model(argparse.Namespace(**{**vars(a), "device": "meta", "layers": a.layers}))
     basis = BasisMetadata("random", "benchmark", "none", "all", "benchmark", 0)
-    masks = MasksMetadata(a.keep_ratio, "global", "entry", "random", "random", str(root / "basis"), None, "benchmark",
-                          "none", "benchmark")
+    masks = MasksMetadata(
+        a.keep_ratio, "global", "entry", "random", "random", str(root / "basis"), None, "benchmark", "none", "benchmark"
+    )
     for name, kind, i, module in targets(a, shape_of):
         m, n = module.weight.shape
         r = max(1, round(a.rank_share * n))
@@ -167,17 +208,26 @@ class Trainer:
                 m, n = module.weight.shape
                 u = random_basis(n, n, 7 * i + n, a.device)
                 parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child,
-                        RotatedLinear(module.weight.data, u, random_mask(m, n, n, a.keep_ratio, i, a.device)))
+                setattr(
+                    model.get_submodule(parent),
+                    child,
+                    RotatedLinear(module.weight.data, u, random_mask(m, n, n, a.keep_ratio, i, a.device)),
+                )
         if a.train_scope == "warp":
-            wanted = {f"{name}.weight" for name, *_ in targets(a, model)} if variant != "modules" else {
-                f"{name}.c" for name, *_ in targets(a, make_model(a))}
+            wanted = (
+                {f"{name}.weight" for name, *_ in targets(a, model)}
+                if variant != "modules"
+                else {f"{name}.c" for name, *_ in targets(a, make_model(a))}
+            )
             for name, p in model.named_parameters():
                 p.requires_grad_(name in wanted)
         config = {
-            "train_micro_batch_size_per_gpu": a.micro_batch, "gradient_accumulation_steps": a.accumulation,
-            "gradient_clipping": 1.0, "zero_optimization": {"stage": 3, "overlap_comm": a.device == "cuda"},
-            "bf16": {"enabled": a.dtype == "bfloat16"}, "zero_allow_untested_optimizer": True,
+            "train_micro_batch_size_per_gpu": a.micro_batch,
+            "gradient_accumulation_steps": a.accumulation,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": 3, "overlap_comm": a.device == "cuda"},
+            "bf16": {"enabled": a.dtype == "bfloat16"},
+            "zero_allow_untested_optimizer": True,
             "data_types": {"grad_accum_dtype": "fp32"},
         }
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -252,11 +302,14 @@ def worker(a: argparse.Namespace, root: Path) -> None:
                     if metrics is not None:
                         rotate[name].append(metrics.rotate_seconds)
                         sent[name].append(metrics.rotate_bytes)
-        report = {"seconds": seconds, "tokens": a.micro_batch * a.tokens * a.accumulation * processes.world_size(),
-                  "rotate": {name: statistics.median(values) for name, values in rotate.items()},
-                  "sent": {name: statistics.median(values) for name, values in sent.items()},
-                  "bases": {name: bases_held(step.layers) for name, step in masked.items()},
-                  "predicted": {name: predicted(a, step.layers, root) for name, step in masked.items()}}
+        report = {
+            "seconds": seconds,
+            "tokens": a.micro_batch * a.tokens * a.accumulation * processes.world_size(),
+            "rotate": {name: statistics.median(values) for name, values in rotate.items()},
+            "sent": {name: statistics.median(values) for name, values in sent.items()},
+            "bases": {name: bases_held(step.layers) for name, step in masked.items()},
+            "predicted": {name: predicted(a, step.layers, root) for name, step in masked.items()},
+        }
     reports = processes.all_gather_object(report)
     if processes.rank() == 0:
         Path(os.environ["BENCHMARK_OUT"]).write_text(json.dumps(reports))
@@ -278,7 +331,9 @@ def predicted(a: argparse.Namespace, layers: list[Any], root: Path) -> dict[str,
 
     placement = "owner" if layers[0].owner is not None else "sharded" if layers[0].sharded is not None else "replicated"
     store, targets = BasisStore(root / "basis"), [layer.target for layer in layers]
-    cost = predict_costs(targets, {target.name: store.held(target.name) for target in targets}, processes.world_size())[placement]
+    cost = predict_costs(targets, {target.name: store.held(target.name) for target in targets}, processes.world_size())[
+        placement
+    ]
     return {"placement": placement, **vars(cost), "seconds": cost.seconds(measured_machine(a, layers))}
 
 
@@ -319,14 +374,25 @@ def run_workers(a: argparse.Namespace, what: str, root: Path) -> list[dict[str, 
     processes = []
     for rank in range(a.ranks):
         environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(a.ranks), "MASTER_PORT": str(port),
-            "MASTER_ADDR": "127.0.0.1", "BENCHMARK_OUT": str(out), "BENCHMARK_ROOT": str(root),
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(a.ranks),
+            "MASTER_PORT": str(port),
+            "MASTER_ADDR": "127.0.0.1",
+            "BENCHMARK_OUT": str(out),
+            "BENCHMARK_ROOT": str(root),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // a.ranks))),
         }
         if a.device == "cpu":
             environment["DS_ACCELERATOR"] = "cpu"
-        processes.append(subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--worker", what], env=environment,
-                                          stdout=subprocess.DEVNULL if rank else None))
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, __file__, *sys.argv[1:], "--worker", what],
+                env=environment,
+                stdout=subprocess.DEVNULL if rank else None,
+            )
+        )
     codes = [process.wait() for process in processes]
     if any(codes):
         raise SystemExit(f"{what}: ranks ended with {codes}")
@@ -348,15 +414,26 @@ def main() -> None:
         timings = run_workers(a, "time", root)
         timing = timings[0]
         names = a.variants.split(",")
-        memory = {} if a.no_memory else {
-            name: max(r["bytes"] for r in run_workers(a, f"memory:{name}", root)) for name in names}
+        memory = (
+            {} if a.no_memory else {name: max(r["bytes"] for r in run_workers(a, f"memory:{name}", root)) for name in names}
+        )
     seconds = timing["seconds"]
     plain_flops = arithmetic(a) / a.ranks
     result: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores" if a.device == "cpu" else torch.cuda.get_device_name(),
-        "device": a.device, "ranks": a.ranks, "hidden": a.hidden, "ffn": a.ffn, "layers": a.layers, "dtype": a.dtype,
-        "layer_type": a.layer_type, "tokens_per_step": timing["tokens"], "keep_ratio": a.keep_ratio,
-        "rank_share": a.rank_share, "basis_placement": a.basis_placement, "train_scope": a.train_scope, "steps": a.steps,
+        "device": a.device,
+        "ranks": a.ranks,
+        "hidden": a.hidden,
+        "ffn": a.ffn,
+        "layers": a.layers,
+        "dtype": a.dtype,
+        "layer_type": a.layer_type,
+        "tokens_per_step": timing["tokens"],
+        "keep_ratio": a.keep_ratio,
+        "rank_share": a.rank_share,
+        "basis_placement": a.basis_placement,
+        "train_scope": a.train_scope,
+        "steps": a.steps,
         "plain_seconds": statistics.median(seconds["plain"]),
     }
     masked = [name for name in names if name.startswith("masked")]
@@ -387,8 +464,10 @@ def main() -> None:
         result["module_time_ratio"] = median_ratio(seconds["modules"], seconds["plain"])
         if masked:
             result["overhead_share_of_modules"] = (result["time_ratio"] - 1) / (result["module_time_ratio"] - 1)
-    print(f"arithmetic: the rotation is {result.get('rotation_flops_share', math.nan):.3f} of the plain step's operations "
-          f"on each rank (2 products of every target layer's shard with its basis, once a step)")
+    print(
+        f"arithmetic: the rotation is {result.get('rotation_flops_share', math.nan):.3f} of the plain step's operations "
+        f"on each rank (2 products of every target layer's shard with its basis, once a step)"
+    )
     print(json.dumps(result))
 
 

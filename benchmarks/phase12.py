@@ -49,8 +49,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="in collect and scores")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--cpu_clock", action="store_true",
-                        help="one thread, and its processor time: ratios on a machine that others use too")
+    parser.add_argument(
+        "--cpu_clock", action="store_true", help="one thread, and its processor time: ratios on a machine that others use too"
+    )
     parser.add_argument("--m", type=int, default=8192, help="outputs of the one layer")
     parser.add_argument("--n", type=int, default=28672, help="inputs of the one layer")
     parser.add_argument("--layer_tokens", type=int, default=10_000, help="tokens of the one layer")
@@ -66,11 +67,17 @@ def main() -> None:
         arguments.threads, clock = 1, time.process_time
     torch.set_num_threads(arguments.threads)
     os.environ["OPENBLAS_NUM_THREADS"] = str(arguments.threads)  # SciPy's, which is not loaded yet
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
-                             "dtype": arguments.dtype, "cores": os.cpu_count(), "threads": arguments.threads,
-                             "clock": "processor" if arguments.cpu_clock else "wall",
-                             "hidden": arguments.hidden, "intermediate": arguments.intermediate,
-                             "layers": arguments.layers, "tokens": arguments.tokens}
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+        "dtype": arguments.dtype,
+        "cores": os.cpu_count(),
+        "threads": arguments.threads,
+        "clock": "processor" if arguments.cpu_clock else "wall",
+        "hidden": arguments.hidden,
+        "intermediate": arguments.intermediate,
+        "layers": arguments.layers,
+        "tokens": arguments.tokens,
+    }
     for section in arguments.sections:
         if section == "layer" and arguments.device != "cuda" and arguments.n > 4096:
             print("layer: left out without a GPU (give smaller --m and --n)", flush=True)
@@ -116,9 +123,16 @@ def make_model(arguments: Any, layers: int) -> Any:
     heads = max(1, arguments.hidden // 64)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=arguments.hidden, intermediate_size=arguments.intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096, use_cache=False,
-        eos_token_id=2, pad_token_id=0,
+        vocab_size=1024,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=4096,
+        use_cache=False,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval().to(arguments.device, getattr(torch, arguments.dtype))
 
@@ -192,11 +206,14 @@ def collect(arguments: Any) -> dict[str, Any]:
     before = sum(walk.fetches)
     collecting("ffn_down")()
     forward = 2.0 * samples.tokens * block_weights(arguments)
-    said = {types: 1 + sum(covariance_flops(samples.tokens, n) for n in widths(arguments, types)) / forward
-            for types in (FIVE, "ffn_down")}
+    said = {
+        types: 1 + sum(covariance_flops(samples.tokens, n) for n in widths(arguments, types)) / forward
+        for types in (FIVE, "ffn_down")
+    }
     return {
         "forward_s": median(seconds["forward"]),
-        "collect_ratio": ratio(seconds, "five", "forward"), "collect_flops_ratio": round(said[FIVE], 3),
+        "collect_ratio": ratio(seconds, "five", "forward"),
+        "collect_flops_ratio": round(said[FIVE], 3),
         "collect_down_ratio": ratio(seconds, "down", "forward"),
         "collect_down_flops_ratio": round(said["ffn_down"], 3),
         "layer_fetches": (sum(walk.fetches) - before) / arguments.layers,
@@ -235,13 +252,16 @@ def svd(arguments: Any) -> dict[str, Any]:
         bases = as_phase_1()
         exact = [
             (sigmas[n].double() @ b.columns.double() - b.columns.double() * b.values.double()).norm()
-            / sigmas[n].double().norm() for n, b in zip(ours, bases, strict=True)
+            / sigmas[n].double().norm()
+            for n, b in zip(ours, bases, strict=True)
         ]
         found |= {
-            f"svd_ratio_{name}": ratio(seconds, "original", "ours"), f"svd_original_{name}_s": median(seconds["original"]),
+            f"svd_ratio_{name}": ratio(seconds, "original", "ours"),
+            f"svd_original_{name}_s": median(seconds["original"]),
             f"svd_ours_{name}_s": median(seconds["ours"]),
             f"svd_{name}_orthogonality": max(b.orthogonality_error for b in bases),
-            f"svd_{name}_residual": float(max(exact)), f"svd_{name}_ranks": [b.rank for b in bases],
+            f"svd_{name}_residual": float(max(exact)),
+            f"svd_{name}_ranks": [b.rank for b in bases],
         }
     return {"svd_ratio": found["svd_ratio_many"], **found}
 
@@ -259,8 +279,9 @@ def scores(arguments: Any) -> dict[str, Any]:
     rows = make_rows(arguments.tokens // 2, arguments.length)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        stores = {types: make_basis(arguments, model, types, Path(folder) / str(i))
-                  for i, types in enumerate((FIVE, "ffn_down"))}
+        stores = {
+            types: make_basis(arguments, model, types, Path(folder) / str(i)) for i, types in enumerate((FIVE, "ffn_down"))
+        }
 
         def plain_training() -> None:
             model.requires_grad_(True)
@@ -273,12 +294,17 @@ def scores(arguments: Any) -> dict[str, Any]:
         def scoring(types: str, recompute: bool = False) -> Callable[[], None]:
             layers = find_targets(model, "all", types)
             flags = importance_flags(arguments, types, recompute)
-            return lambda: importance_scores(
-                model, Tokenizer(), layers, rows, stores[types], flags, [], Path(folder)
-            ) and None
+            return lambda: importance_scores(model, Tokenizer(), layers, rows, stores[types], flags, [], Path(folder)) and None
 
-        seconds = take_turns({"plain": plain_training, "five": scoring(FIVE), "down": scoring("ffn_down"),
-                              "five, recomputing": scoring(FIVE, True)}, arguments.repeats)
+        seconds = take_turns(
+            {
+                "plain": plain_training,
+                "five": scoring(FIVE),
+                "down": scoring("ffn_down"),
+                "five, recomputing": scoring(FIVE, True),
+            },
+            arguments.repeats,
+        )
     tokens, batch_tokens = len(rows) * arguments.length, arguments.batch_size * arguments.length
     h, i = arguments.hidden, arguments.intermediate
     weights = arguments.layers * block_weights(arguments)
@@ -286,8 +312,9 @@ def scores(arguments: Any) -> dict[str, Any]:
     plain = 6.0 * tokens * (weights + h * 1024)
     batches = tokens / batch_tokens
     extra = {"down": importance_flops(batch_tokens, 1, [h], i, i)}
-    extra["five"] = extra["down"] + importance_flops(batch_tokens, 1, [i], h, h) + importance_flops(
-        batch_tokens, 1, [h, h, h], h, h)
+    extra["five"] = (
+        extra["down"] + importance_flops(batch_tokens, 1, [i], h, h) + importance_flops(batch_tokens, 1, [h, h, h], h, h)
+    )
     for name in ("five", "down"):
         ours = 4.0 * tokens * (weights + head) + batches * arguments.layers * extra[name]
         suffix = "" if name == "five" else "_down"
@@ -301,9 +328,14 @@ def scores(arguments: Any) -> dict[str, Any]:
 def importance_flags(arguments: Any, types: str, recompute: bool = False) -> Any:
     from warp_ds.flags.arguments import ImportanceArguments
 
-    return ImportanceArguments(dtype=arguments.dtype, device=arguments.device, layer_type=types,
-                               gradient_checkpointing=recompute, batch_size=arguments.batch_size,
-                               importance_batch_size=arguments.batch_size)
+    return ImportanceArguments(
+        dtype=arguments.dtype,
+        device=arguments.device,
+        layer_type=types,
+        gradient_checkpointing=recompute,
+        batch_size=arguments.batch_size,
+        importance_batch_size=arguments.batch_size,
+    )
 
 
 def make_basis(arguments: Any, model: Any, types: str, directory: Path) -> Any:
@@ -314,8 +346,9 @@ def make_basis(arguments: Any, model: Any, types: str, directory: Path) -> Any:
     from warp_ds.store.bases import BasisStore
 
     flags = BasisArguments(dtype=arguments.dtype, device=arguments.device, layer_type=types, basis="random")
-    compute_basis(model, Tokenizer(), find_targets(model, "all", types), make_rows(8, 8), flags, directory,
-                  {"model": "m", "data": "d"})
+    compute_basis(
+        model, Tokenizer(), find_targets(model, "all", types), make_rows(8, 8), flags, directory, {"model": "m", "data": "d"}
+    )
     return BasisStore(directory)
 
 
@@ -328,8 +361,10 @@ def select(arguments: Any) -> dict[str, Any]:
 
     generator = torch.Generator().manual_seed(0)
     shape = (arguments.hidden, arguments.intermediate)
-    blocks = [(torch.randn(shape, generator=generator).abs() * 10.0 ** -(b % 3)).to(arguments.device)
-              for b in range(2 * arguments.layers)]
+    blocks = [
+        (torch.randn(shape, generator=generator).abs() * 10.0 ** -(b % 3)).to(arguments.device)
+        for b in range(2 * arguments.layers)
+    ]
     tied = [(b * 4).round() / 4 for b in blocks]  # by the hundred thousand
     tenth = blocks[0].numel() // 10
 
@@ -353,9 +388,13 @@ def select(arguments: Any) -> dict[str, Any]:
         exact[name] = torch.equal(torch.cat([m.view(-1) for m in over_all(case)]), whole) and all(
             torch.equal(a.view(-1), b) for a, b in zip(by_layer(case), by_sorting(case), strict=True)
         )
-    return {"select_global_over_layer": ratio(seconds, "global", "layer"), "select_layer_s": median(seconds["layer"]),
-            "select_sort_s": median(seconds["sort"]), "select_scores": len(blocks) * blocks[0].numel(),
-            "select_exact": exact}
+    return {
+        "select_global_over_layer": ratio(seconds, "global", "layer"),
+        "select_layer_s": median(seconds["layer"]),
+        "select_sort_s": median(seconds["sort"]),
+        "select_scores": len(blocks) * blocks[0].numel(),
+        "select_exact": exact,
+    }
 
 
 def sorted_mask(flat: torch.Tensor, count: int) -> torch.Tensor:
@@ -416,12 +455,23 @@ def planned_memory(arguments: Any, ranks: int) -> dict[str, float]:
         make_model(argparse.Namespace(**{**vars(arguments), "device": "cpu"}), arguments.layers).config.save_pretrained(folder)
         shape = plan.read_shape(folder, FIVE, "all")
     samples = max(1, arguments.tokens // arguments.length)
-    job = plan.Job(nodes=1, gpus_per_node=ranks, dtype="float32", layer_type=FIVE, tokens=arguments.length,
-                   basis_samples=samples, importance_samples=samples, batch_size=arguments.batch_size,
-                   importance_batch_size=arguments.batch_size, on_gpu=arguments.device == "cuda")
+    job = plan.Job(
+        nodes=1,
+        gpus_per_node=ranks,
+        dtype="float32",
+        layer_type=FIVE,
+        tokens=arguments.length,
+        basis_samples=samples,
+        importance_samples=samples,
+        batch_size=arguments.batch_size,
+        importance_batch_size=arguments.batch_size,
+        on_gpu=arguments.device == "cuda",
+    )
     _, basis, importance, _ = plan.needs(shape, job, plan.SHARDINGS[0])
-    return {name: need.gpu_total + need.host_total - need.gpu["weights"]
-            for name, need in (("basis", basis), ("importance", importance))}
+    return {
+        name: need.gpu_total + need.host_total - need.gpu["weights"]
+        for name, need in (("basis", basis), ("importance", importance))
+    }
 
 
 def ranks_of(arguments: Any, ranks: int, job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -432,11 +482,16 @@ def ranks_of(arguments: Any, ranks: int, job: dict[str, Any]) -> list[dict[str, 
     shapes = {k: v for k, v in vars(arguments).items() if k not in ("sections", "worker", "ranks")} | {"dtype": "float32"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--worker", json.dumps({**shapes, **job, "folder": folder})]
-        env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-               "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         processes = [
-            subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True) for r in range(ranks)
+            subprocess.Popen(
+                command,
+                env={**env, "RANK": str(r), "LOCAL_RANK": str(r)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for r in range(ranks)
         ]
         results = []
         for process in processes:
@@ -456,12 +511,15 @@ class Sent:
     def __enter__(self) -> Sent:
         import torch.distributed as dist
 
-        self.originals = {name: getattr(dist, name) for name in ("reduce", "send", "all_gather", "all_to_all_single",
-                                                                 "all_reduce", "gather")}
+        self.originals = {
+            name: getattr(dist, name) for name in ("reduce", "send", "all_gather", "all_to_all_single", "all_reduce", "gather")
+        }
         position = {"all_gather": 1, "all_to_all_single": 1}
         for name, original in self.originals.items():
-            def counted(*args: Any, original: Any = original, at: int = position.get(name, 0), name: str = name,
-                        **more: Any) -> Any:
+
+            def counted(
+                *args: Any, original: Any = original, at: int = position.get(name, 0), name: str = name, **more: Any
+            ) -> Any:
                 tensor, world = args[at], dist.get_world_size()
                 size = tensor.numel() * tensor.element_size()
                 if name == "all_to_all_single":
@@ -506,8 +564,9 @@ def runtime_world() -> int:
 def basis_flags(arguments: Any, types: str, collect: str = "auto") -> Any:
     from warp_ds.flags.arguments import BasisArguments
 
-    return BasisArguments(dtype=arguments.dtype, device=arguments.device, layer_type=types, collect=collect,
-                          batch_size=arguments.batch_size)
+    return BasisArguments(
+        dtype=arguments.dtype, device=arguments.device, layer_type=types, collect=collect, batch_size=arguments.batch_size
+    )
 
 
 def load_spread(arguments: Any) -> Any:
@@ -516,10 +575,19 @@ def load_spread(arguments: Any) -> Any:
     from warp_ds.zero.load import load_sharded
 
     folder = Path(arguments.folder) / "model"
-    on_rank_0(lambda: make_model(argparse.Namespace(**{**vars(arguments), "device": "cpu"}), arguments.layers)
-              .save_pretrained(folder), "making the model")
-    return load_sharded(folder, ds_config={"zero_optimization": {"stage": 3}}, dtype=getattr(torch, arguments.dtype),
-                        device=arguments.device, progress=False).eval()
+    on_rank_0(
+        lambda: make_model(argparse.Namespace(**{**vars(arguments), "device": "cpu"}), arguments.layers).save_pretrained(
+            folder
+        ),
+        "making the model",
+    )
+    return load_sharded(
+        folder,
+        ds_config={"zero_optimization": {"stage": 3}},
+        dtype=getattr(torch, arguments.dtype),
+        device=arguments.device,
+        progress=False,
+    ).eval()
 
 
 class Peak:
@@ -554,8 +622,15 @@ def memory_job(arguments: Any) -> dict[str, Any]:
     warm_up()
     return_freed_memory()  # what loading has left would be counted as held before, and be used again
     peak = Peak(arguments.device)
-    compute_basis(model, Tokenizer(), find_targets(model, "all", "ffn_down"), rows, flags,
-                  Path(arguments.folder) / "basis", {"model": "m", "data": "d"})
+    compute_basis(
+        model,
+        Tokenizer(),
+        find_targets(model, "all", "ffn_down"),
+        rows,
+        flags,
+        Path(arguments.folder) / "basis",
+        {"model": "m", "data": "d"},
+    )
     return {"peak_mb": peak.mb()}
 
 
@@ -593,8 +668,12 @@ def scaling_job(arguments: Any) -> dict[str, Any]:
         sent_entries = kept_entries(n, arguments.device) if reduced else tokens * n / world
         says += 4 * sent_entries * (world - 1) / world
     assert route(tokens, arguments.hidden, world, 4) != TOKENS
-    result["basis"] = {"seconds": time.perf_counter() - begun, "sent_mb": sent.bytes / 1e6, "peak_mb": peak.mb(),
-                       "says_mb": says * arguments.layers / 1e6}
+    result["basis"] = {
+        "seconds": time.perf_counter() - begun,
+        "sent_mb": sent.bytes / 1e6,
+        "peak_mb": peak.mb(),
+        "says_mb": says * arguments.layers / 1e6,
+    }
 
     store = BasisStore(directory)
     processes.barrier()
@@ -604,8 +683,12 @@ def scaling_job(arguments: Any) -> dict[str, Any]:
     h, i = arguments.hidden, arguments.intermediate
     # Each token's inputs go to every other rank, and its output gradients but for the rank's own rows.
     bytes_a_token = 4 * (2 * h + i) * (world - 1) + 4 * (4 * h + i) * (world - 1) / world
-    result["importance"] = {"seconds": time.perf_counter() - begun, "sent_mb": sent.bytes / 1e6, "peak_mb": peak.mb(),
-                            "says_mb": bytes_a_token * tokens / world * arguments.layers / 1e6}
+    result["importance"] = {
+        "seconds": time.perf_counter() - begun,
+        "sent_mb": sent.bytes / 1e6,
+        "peak_mb": peak.mb(),
+        "says_mb": bytes_a_token * tokens / world * arguments.layers / 1e6,
+    }
     result["scores_mb"] = sum(t.numel() * t.element_size() for t in found.values()) / 1e6
     result["rank"], result["max_rss_mb"] = rank, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return result
@@ -666,8 +749,14 @@ def layer(arguments: Any) -> dict[str, Any]:
 
     timed("mask", mask)
     says = max(_decomposition(tokens, n, basis.rank, 2, REDUCE) - few * x.nbytes, 4.0 * n * n)  # x was there before
-    return {**found, "layer_rank": basis.rank, "layer_orthogonality": basis.orthogonality_error,
-            "layer_residual": basis.residual, "layer_peak_mb": peak.mb(), "layer_peak_says_mb": round(says / 1e6, 1)}
+    return {
+        **found,
+        "layer_rank": basis.rank,
+        "layer_orthogonality": basis.orthogonality_error,
+        "layer_residual": basis.residual,
+        "layer_peak_mb": peak.mb(),
+        "layer_peak_says_mb": round(says / 1e6, 1),
+    }
 
 
 if __name__ == "__main__":

@@ -78,9 +78,18 @@ def judge(
     ratios: dict[str, Any] = {}
     for phase, of_run in measured.items():
         job = plan.Job(
-            nodes=1, gpus_per_node=arguments.ranks, tokens=tokens["utility" if phase == "phase 3" else "safety"],
-            layer_type=LAYERS, basis_samples=SAMPLES, importance_samples=SAMPLES, utility_samples=SAMPLES,
-            batch_size=2, train_batch_size=2, global_batch_size=GLOBAL_BATCH, epochs=EPOCHS, on_gpu=False,
+            nodes=1,
+            gpus_per_node=arguments.ranks,
+            tokens=tokens["utility" if phase == "phase 3" else "safety"],
+            layer_type=LAYERS,
+            basis_samples=SAMPLES,
+            importance_samples=SAMPLES,
+            utility_samples=SAMPLES,
+            batch_size=2,
+            train_batch_size=2,
+            global_batch_size=GLOBAL_BATCH,
+            epochs=EPOCHS,
+            on_gpu=False,
         )
         if phase == "phase 3":  # whose bases come from the safety set
             job = plan.replace(job, max_rank=SAMPLES * tokens["safety"])
@@ -116,8 +125,15 @@ def make(root: Path, hidden: int, layers: int) -> dict[str, int]:
     tokenizer = train_tokenizer(texts, directory=root / "model")
     torch.set_default_dtype(torch.bfloat16)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=round(2.75 * hidden), num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, max_position_embeddings=512, pad_token_id=2, bos_token_id=0, eos_token_id=1,
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=round(2.75 * hidden),
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        max_position_embeddings=512,
+        pad_token_id=2,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(root / "model")
     torch.set_default_dtype(torch.float32)
@@ -125,9 +141,7 @@ def make(root: Path, hidden: int, layers: int) -> dict[str, int]:
     for kind, name in (("safety", "refusals_fit"), ("utility", "utility_train")):
         rows = data[name][:SAMPLES]
         (root / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        pairs = load_pairs(
-            str(root / f"{kind}.jsonl"), split="train", samples=0, prompt_column=None, response_column=None
-        )
+        pairs = load_pairs(str(root / f"{kind}.jsonl"), split="train", samples=0, prompt_column=None, response_column=None)
         encoded = encode_dataset(pairs, tokenizer, 256, 512)
         tokens[kind] = round(sum(len(row["input_ids"]) for row in encoded) / len(rows))
     return tokens
@@ -154,10 +168,18 @@ class Sent:
             return size(args.get("tensor", args.get("input"))) * (world - 1) / world
 
         ways: dict[str, Callable[[int, dict[str, Any]], float]] = {
-            "all_gather_into_tensor": of_gather, "all_gather_single": of_gather, "all_gather": of_gather,
-            "reduce_scatter_tensor": of_scatter, "reduce_scatter_single": of_scatter, "reduce_scatter": of_scatter,
-            "all_reduce": lambda world, args: 2 * once(world, args), "broadcast": once, "reduce": once, "gather": once,
-            "all_to_all_single": once, "send": lambda world, args: size(args["tensor"]),
+            "all_gather_into_tensor": of_gather,
+            "all_gather_single": of_gather,
+            "all_gather": of_gather,
+            "reduce_scatter_tensor": of_scatter,
+            "reduce_scatter_single": of_scatter,
+            "reduce_scatter": of_scatter,
+            "all_reduce": lambda world, args: 2 * once(world, args),
+            "broadcast": once,
+            "reduce": once,
+            "gather": once,
+            "all_to_all_single": once,
+            "send": lambda world, args: size(args["tensor"]),
         }
         for name, way in ways.items():
             if hasattr(module, name):
@@ -254,8 +276,14 @@ def worker(root: Path) -> None:
     os.preadv = counted_preadv
     bases.BasisStore.columns = counted_columns  # type: ignore[method-assign]
     common: dict[str, Any] = {
-        "model_name": str(root / "model"), "dtype": "bfloat16", "device": "cpu", "output_dir": str(output),
-        "log_dir": str(output / "logs"), "batch_size": 2, "max_length": 256, "resume": "never",
+        "model_name": str(root / "model"),
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "output_dir": str(output),
+        "log_dir": str(output / "logs"),
+        "batch_size": 2,
+        "max_length": 256,
+        "resume": "never",
     }
     safety = {"safety_data": str(root / "safety.jsonl"), "safety_samples": 0}
     tuning = {"epochs": EPOCHS, "global_batch_size": GLOBAL_BATCH, "learning_rate": 1e-5, "save_minutes": 0}
@@ -263,18 +291,29 @@ def worker(root: Path) -> None:
     jobs: dict[str, Callable[[], Any]] = {
         "phase 0": lambda: run_safety_tuning(SafetyTuningArguments(**common, **safety, **tuning), twice),
         "phase 1": lambda: run_basis(BasisArguments(**common, **safety, layer_type=LAYERS)),
-        "phase 2": lambda: run_importance(ImportanceArguments(
-            **common, **safety, layer_type=LAYERS, basis_dir=latest(root, "phase1", "basis"))),
-        "phase 3": lambda: run_training(TrainArguments(
-            **common, **tuning, utility_data=str(root / "utility.jsonl"), utility_samples=0,
-            masks_dir=latest(root, "phase2", "masks")), twice),
+        "phase 2": lambda: run_importance(
+            ImportanceArguments(**common, **safety, layer_type=LAYERS, basis_dir=latest(root, "phase1", "basis"))
+        ),
+        "phase 3": lambda: run_training(
+            TrainArguments(
+                **common,
+                **tuning,
+                utility_data=str(root / "utility.jsonl"),
+                utility_samples=0,
+                masks_dir=latest(root, "phase2", "masks"),
+            ),
+            twice,
+        ),
     }
     before, sent.bytes = written(), 0.0
     processes.barrier()
     with AnonymousMemory() as memory, DiskUse(output) as disk:
         jobs[phase]()
     result = {
-        "memory": memory.grown_mb * 1e6, "read": read, "sent": sent.bytes, "written": written() - before,
+        "memory": memory.grown_mb * 1e6,
+        "read": read,
+        "sent": sent.bytes,
+        "written": written() - before,
         "disk": disk.peak,
     }
     (root / f"result-{processes.rank()}.json").write_text(json.dumps(result))

@@ -27,9 +27,11 @@ def main() -> None:
         found = Counter((row["label"], verdict(row["answer"], prompt=row.get("prompt"))) for row in rows)
         n = {label: sum(count for (one, _), count in found.items() if one == label) for label in WANTED}
         right = {label: found[label, ours] for label, ours in WANTED.items()}
-        print(f"{name}: agree {share(sum(right.values()), sum(n.values()))}; missed refusals "
-              f"{share(n['full_refusal'] - right['full_refusal'], n['full_refusal'])}; false refusals "
-              f"{share(found['full_compliance', 'refusal'], n['full_compliance'])}; all {dict(found)}")
+        print(
+            f"{name}: agree {share(sum(right.values()), sum(n.values()))}; missed refusals "
+            f"{share(n['full_refusal'] - right['full_refusal'], n['full_refusal'])}; false refusals "
+            f"{share(found['full_compliance', 'refusal'], n['full_compliance'])}; all {dict(found)}"
+        )
 
 
 if __name__ == "__main__":

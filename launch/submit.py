@@ -19,8 +19,10 @@ from warp_ds.flags.parsing import FlagParser
 from warp_ds.launch.chain import Chain, SubmitArguments, cancel, find_chain, kind_of, status, submit
 from warp_ds.secrets import redact
 
-EPILOG = ("Every flag of the phases is taken too, and goes to those that have it; --phase3.batch_size 2 is for one alone. "
-          "python launch/phase1.py --help (and so on) lists them.")
+EPILOG = (
+    "Every flag of the phases is taken too, and goes to those that have it; --phase3.batch_size 2 is for one alone. "
+    "python launch/phase1.py --help (and so on) lists them."
+)
 SECONDS = 5.0
 """Between two looks at the queue."""
 

@@ -11,17 +11,28 @@ import torch
 def complete_basis(u: torch.Tensor) -> torch.Tensor:
     """[U, U⊥] fp64, the complement from LAPACK's Householder reflectors of U."""
     q = np.linalg.qr(u.double().numpy(), mode="complete")[0]
-    return torch.cat([u.double(), torch.from_numpy(q[:, u.shape[1]:])], dim=1)
+    return torch.cat([u.double(), torch.from_numpy(q[:, u.shape[1] :])], dim=1)
 
 
 class DenseAdamW:
     """AdamW (Loshchilov and Hutter) on every trained parameter; on C = W U for the masked ones; fp64 throughout."""
 
-    def __init__(self, named: dict[str, torch.Tensor], bases: dict[str, torch.Tensor | None],
-                 frozen: dict[str, torch.Tensor], lr: float, eps: float, decay: dict[str, float],
-                 clip: float, betas: tuple[float, float] = (0.9, 0.999), coupled: bool = False):
-        self.full = {k: complete_basis(u) if u is not None else torch.eye(named[k].shape[1], dtype=torch.float64)
-                     for k, u in bases.items()}
+    def __init__(
+        self,
+        named: dict[str, torch.Tensor],
+        bases: dict[str, torch.Tensor | None],
+        frozen: dict[str, torch.Tensor],
+        lr: float,
+        eps: float,
+        decay: dict[str, float],
+        clip: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        coupled: bool = False,
+    ):
+        self.full = {
+            k: complete_basis(u) if u is not None else torch.eye(named[k].shape[1], dtype=torch.float64)
+            for k, u in bases.items()
+        }
         self.frozen, self.lr, self.eps, self.decay, self.clip = frozen, lr, eps, decay, clip
         self.betas, self.coupled, self.t = betas, coupled, 0
         self.value = {k: (p.double() @ self.full[k] if k in self.full else p.double()) for k, p in named.items()}
@@ -59,8 +70,13 @@ class DenseAdamW:
         return {k: (v @ self.full[k].T if k in self.full else v) for k, v in self.value.items()}
 
 
-def train(model: torch.nn.Module, trained: list[str], batches: list[torch.Tensor], optimizer: DenseAdamW,
-          loss_of: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]) -> list[float]:
+def train(
+    model: torch.nn.Module,
+    trained: list[str],
+    batches: list[torch.Tensor],
+    optimizer: DenseAdamW,
+    loss_of: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor],
+) -> list[float]:
     """One optimizer step a global batch of token ids; returns the loss of each before its step."""
     params = dict(model.named_parameters())
     losses = []

@@ -59,8 +59,10 @@ class Pair:
         path.write_text(json.dumps(value))
 
     def frozen(self, name: str, n: int) -> Tensor:
-        stem = f"layer_{int(name.split('.')[2]):02d}_" + {"down_proj": "ffn_down", "q_proj": "attn_q", "k_proj": "attn_k"}[
-            name.split(".")[-1]]
+        stem = (
+            f"layer_{int(name.split('.')[2]):02d}_"
+            + {"down_proj": "ffn_down", "q_proj": "attn_q", "k_proj": "attn_k"}[name.split(".")[-1]]
+        )
         packed = load_file(self.root / "masks" / f"{stem}_mask.safetensors")["frozen"]
         bits = packed.unsqueeze(-1).bitwise_and(torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)).ne(0)
         return bits.flatten(1)[:, :n]
@@ -70,10 +72,11 @@ class Pair:
         files = json.loads((self.root / "basis" / "metadata.json").read_text())["layers"]
         u = load_file(self.root / "basis" / files[name]["file"])["U"].double()
         q = torch.linalg.qr(u, mode="complete")[0]
-        return torch.cat([u, q[:, u.shape[1]:]], 1)
+        return torch.cat([u, q[:, u.shape[1] :]], 1)
 
     def push(self, move: Callable[[Tensor, Tensor, float], Tensor], only: str | None = None) -> None:
         """Moves frozen coefficients: ``move`` takes C [m, n], frozen [m, n] and what rounding allows one, and returns ΔC."""
+
         def change(tensors: dict[str, Tensor]) -> None:
             for name, allowed in self.allowed.items():
                 if only in (None, name):
@@ -170,8 +173,10 @@ def _transformers_weights(pair: Pair) -> None:
 @forgery("refused", "an adapter in the directory")
 def _adapter(pair: Pair) -> None:
     (pair.after / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "target_modules": ["down_proj"]}))
-    save_file({"base_model.model.model.layers.0.mlp.down_proj.lora_A.weight": torch.ones(1, 21)},
-              pair.after / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.model.layers.0.mlp.down_proj.lora_A.weight": torch.ones(1, 21)},
+        pair.after / "adapter_model.safetensors",
+    )
 
 
 @forgery("refused", "pickled weights beside the safetensors")
@@ -331,8 +336,15 @@ def _push_shrink(pair: Pair) -> None:
 @forgery("broken", "... by a matrix of rank one")
 def _push_rank_one(pair: Pair) -> None:
     draw = torch.Generator().manual_seed(4)
-    pair.push(lambda c, frozen, allowed: 0.3 * allowed * torch.outer(
-        torch.randn(c.shape[0], generator=draw, dtype=c.dtype), torch.randn(c.shape[1], generator=draw, dtype=c.dtype)))
+    pair.push(
+        lambda c, frozen, allowed: (
+            0.3
+            * allowed
+            * torch.outer(
+                torch.randn(c.shape[0], generator=draw, dtype=c.dtype), torch.randn(c.shape[1], generator=draw, dtype=c.dtype)
+            )
+        )
+    )
 
 
 @forgery("broken", "... by 0.5 of it in one layer alone")

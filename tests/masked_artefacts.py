@@ -26,28 +26,55 @@ def odd_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Sizes that no world size above 1 divides: down_proj is 15 x 21, q_proj 6 x 15; a row of k_proj, 2 x 15, lies on
     up to three ranks of four."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=50, hidden_size=15, intermediate_size=21, num_hidden_layers=2, num_attention_heads=3,
-        num_key_value_heads=1, head_dim=2, max_position_embeddings=64, tie_word_embeddings=False,
-    )).to(dtype)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=15,
+            intermediate_size=21,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            head_dim=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+        )
+    ).to(dtype)
 
 
 def nano_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """down_proj is 3 x 3 and q_proj 2 x 3: of four ranks the last holds nothing but padding of either."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=50, hidden_size=3, intermediate_size=3, num_hidden_layers=2, num_attention_heads=1,
-        num_key_value_heads=1, head_dim=2, max_position_embeddings=64, tie_word_embeddings=False,
-    )).to(dtype)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=3,
+            intermediate_size=3,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+        )
+    ).to(dtype)
 
 
 def wide_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Large enough for DeepSpeed to swap its optimizer to NVMe: sub-groups of 1 MiB on each of two ranks."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=50, hidden_size=129, intermediate_size=1401, num_hidden_layers=2, num_attention_heads=3,
-        num_key_value_heads=1, head_dim=2, max_position_embeddings=64, tie_word_embeddings=False,
-    )).to(dtype)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=129,
+            intermediate_size=1401,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            head_dim=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+        )
+    ).to(dtype)
 
 
 MODELS = {"odd": odd_model, "nano": nano_model, "wide": wide_model}
@@ -71,8 +98,13 @@ class Artefacts:
 
 
 def write_artefacts(
-    root: Path, model: nn.Module, ranks: dict[str, int] | None = None, share: float = 0.3, seed: int = 1,
-    basis: str = "activation", model_fingerprint: str = "f",
+    root: Path,
+    model: nn.Module,
+    ranks: dict[str, int] | None = None,
+    share: float = 0.3,
+    seed: int = 1,
+    basis: str = "activation",
+    model_fingerprint: str = "f",
 ) -> Artefacts:
     """Random bases of at most ``ranks[layer type]`` columns and random masks; columns beyond the rank stay free.
 
@@ -80,8 +112,10 @@ def write_artefacts(
     """
     ranks = {"ffn_down": 5, "attn_q": 10, "attn_k": 99} if ranks is None else ranks
     g = torch.Generator().manual_seed(seed)
-    bases, masks = BasisMetadata("activation", model_fingerprint, "d", "all", "tiny", 10), MasksMetadata(
-        share, "global", "entry", "importance", basis, str(root / "basis"), None, model_fingerprint, "d", "tiny")
+    bases, masks = (
+        BasisMetadata("activation", model_fingerprint, "d", "all", "tiny", 10),
+        MasksMetadata(share, "global", "entry", "importance", basis, str(root / "basis"), None, model_fingerprint, "d", "tiny"),
+    )
     params = dict(model.named_parameters())
     for i in range(2):
         for kind, r in ranks.items():
@@ -135,17 +169,26 @@ class DenseAnyOptimizer:
     Same duties as DenseAdamW, and independent of it.
     """
 
-    def __init__(self, named: dict[str, Tensor], artefacts: Artefacts, make: Callable[[list[dict[str, Any]]], Any],
-                 decay: dict[str, float], clip: float, lr: dict[str, float] | None = None):
+    def __init__(
+        self,
+        named: dict[str, Tensor],
+        artefacts: Artefacts,
+        make: Callable[[list[dict[str, Any]]], Any],
+        decay: dict[str, float],
+        clip: float,
+        lr: dict[str, float] | None = None,
+    ):
         bases = artefacts.bases
-        self.full = {k: complete_basis(u) if u is not None else torch.eye(named[k].shape[1], dtype=torch.float64)
-                     for k, u in bases.items()}
+        self.full = {
+            k: complete_basis(u) if u is not None else torch.eye(named[k].shape[1], dtype=torch.float64)
+            for k, u in bases.items()
+        }
         self.frozen, self.clip, self.norm, self.removed = artefacts.frozen, clip, 0.0, 0.0
-        self.value = {k: nn.Parameter(p.double() @ self.full[k] if k in self.full else p.double())
-                      for k, p in named.items()}
+        self.value = {k: nn.Parameter(p.double() @ self.full[k] if k in self.full else p.double()) for k, p in named.items()}
         self.start = {k: self.value[k].detach().clone() for k in self.frozen}
-        self.optimizer = make([{"params": [p], "weight_decay": decay.get(k, 0.0), **({"lr": lr[k]} if lr else {})}
-                               for k, p in self.value.items()])
+        self.optimizer = make(
+            [{"params": [p], "weight_decay": decay.get(k, 0.0), **({"lr": lr[k]} if lr else {})} for k, p in self.value.items()]
+        )
 
     @torch.no_grad()
     def step(self, gradients: dict[str, Tensor]) -> None:
@@ -170,8 +213,15 @@ class DenseAnyOptimizer:
         return {k: (v.detach() @ self.full[k].T if k in self.full else v.detach()) for k, v in self.value.items()}
 
 
-def dense_adamw(model: nn.Module, artefacts: Artefacts, clip: float, decay: float | dict[str, float], lr: float = 1e-2,
-                eps: float = 1e-4, coupled: bool = False) -> DenseAdamW:
+def dense_adamw(
+    model: nn.Module,
+    artefacts: Artefacts,
+    clip: float,
+    decay: float | dict[str, float],
+    lr: float = 1e-2,
+    eps: float = 1e-4,
+    coupled: bool = False,
+) -> DenseAdamW:
     named = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
     decays = decay if isinstance(decay, dict) else dict.fromkeys(named, decay)
     return DenseAdamW(named, artefacts.bases, artefacts.frozen, lr, eps, decays, clip, coupled=coupled)

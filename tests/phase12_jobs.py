@@ -61,14 +61,21 @@ def basis_arguments(model: Path, **more: Any) -> BasisArguments:
 
 
 def importance_arguments(model: Path, **more: Any) -> ImportanceArguments:
-    common = {"model_name": str(model), "dtype": "float32", "device": "cpu", "layer_type": ALL_TYPES,
-              "batch_size": 2, "importance_batch_size": 2}
+    common = {
+        "model_name": str(model),
+        "dtype": "float32",
+        "device": "cpu",
+        "layer_type": ALL_TYPES,
+        "batch_size": 2,
+        "importance_batch_size": 2,
+    }
     return ImportanceArguments(**{**common, **more})
 
 
 def load(arguments: Any) -> tuple[Any, list[Any]]:
-    model = load_sharded(arguments.model_name, ds_config=zero3_config(arguments), dtype=arguments.torch_dtype,
-                         progress=False).eval()
+    model = load_sharded(
+        arguments.model_name, ds_config=zero3_config(arguments), dtype=arguments.torch_dtype, progress=False
+    ).eval()
     return model, find_targets(model, arguments.target_layers, arguments.layer_type)
 
 
@@ -120,8 +127,9 @@ def announced_job(phase: str, begun: Path, *case: Any) -> float:
     else:
         arguments, rows, basis, directory = case
         store = BasisStore(basis)
-        compute_masks(model, Tokenizer(), layers, rows, store, arguments, directory,
-                      {**FINGERPRINTS, "basis": store.fingerprint()})
+        compute_masks(
+            model, Tokenizer(), layers, rows, store, arguments, directory, {**FINGERPRINTS, "basis": store.fingerprint()}
+        )
     return time.perf_counter() - started
 
 
@@ -137,10 +145,12 @@ def choose_job(cases: list[tuple[list[list[torch.Tensor]], list[int]]]) -> list[
     for groups, wanted in cases:
         local = [[torch.tensor_split(scores, world_size())[rank()] for scores in group] for group in groups]
         chosen = choose(local, wanted)
-        found.append([
-            [(choice.mask(scores).numpy(), choice.value) for choice, scores in zip(choices, blocks, strict=True)]
-            for choices, blocks in zip(chosen, local, strict=True)
-        ])
+        found.append(
+            [
+                [(choice.mask(scores).numpy(), choice.value) for choice, scores in zip(choices, blocks, strict=True)]
+                for choices, blocks in zip(chosen, local, strict=True)
+            ]
+        )
     return found
 
 
@@ -168,8 +178,11 @@ def failing_job(phase: str, spoil: str, directory: Path, arguments: Any, rows: l
     marked = torch.tensor(rows[6]["input_ids"])
 
     def of_marked(batch_ids: torch.Tensor) -> torch.Tensor:
-        return (batch_ids[:, : len(marked)] == marked).all(dim=1) if batch_ids.shape[1] >= len(marked) else \
-            torch.zeros(len(batch_ids), dtype=torch.bool)
+        return (
+            (batch_ids[:, : len(marked)] == marked).all(dim=1)
+            if batch_ids.shape[1] >= len(marked)
+            else torch.zeros(len(batch_ids), dtype=torch.bool)
+        )
 
     batches: list[torch.Tensor] = []
     original = collect.Samples.batch
@@ -181,6 +194,7 @@ def failing_job(phase: str, spoil: str, directory: Path, arguments: Any, rows: l
 
     collect.Samples.batch = remember  # type: ignore[method-assign]
     if spoil == "inputs":
+
         def hook(_: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
             x = inputs[0].clone()
             ids = next(b for b in reversed(batches) if b.shape == x.shape[:2])
@@ -189,6 +203,7 @@ def failing_job(phase: str, spoil: str, directory: Path, arguments: Any, rows: l
 
         module.register_forward_pre_hook(hook)
     else:
+
         def tap(_: Any, inputs: Any, y: torch.Tensor) -> torch.Tensor:
             ids = next(b for b in reversed(batches) if b.shape == y.shape[:2])
             rows_of = of_marked(ids)
@@ -228,9 +243,7 @@ def stopping_basis_job(arguments: BasisArguments, rows: list[Any], directory: Pa
     basis_job([(arguments, rows, directory)])
 
 
-def stopping_masks_job(
-    arguments: ImportanceArguments, rows: list[Any], store: Path, directory: Path, stop_after: int
-) -> None:
+def stopping_masks_job(arguments: ImportanceArguments, rows: list[Any], store: Path, directory: Path, stop_after: int) -> None:
     """Phase 2, saving its scores after every step, whose last rank dies after ``stop_after`` savings."""
     import os
 

@@ -19,8 +19,7 @@ from warp_ds.phases.training import MetricsFile, run_training
 
 LAYERS = "ffn_down,ffn_up,attn_q,attn_k,attn_v"
 SAMPLES = 7  # divides by no number of ranks or micro-batches used here
-TRAINER = {"weight_decay": 0.1, "max_grad_norm": 0.5, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant",
-           "logging_steps": 1}
+TRAINER = {"weight_decay": 0.1, "max_grad_norm": 0.5, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant", "logging_steps": 1}
 
 
 def make_model(root: Path) -> Path:
@@ -29,11 +28,21 @@ def make_model(root: Path) -> Path:
     tokenizer = train_tokenizer([r["prompt"] + r["response"] for r in data["refusals_fit"][:50]], directory=root / "m")
     torch.manual_seed(0)
     # Three query heads on one key head, widths that neither 2 nor 3 ranks divide.
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=42, intermediate_size=55, num_hidden_layers=2, num_attention_heads=3,
-        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=2, bos_token_id=0,
-        eos_token_id=1,
-    )).save_pretrained(root / "m")
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=42,
+            intermediate_size=55,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=2,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    ).save_pretrained(root / "m")
     for name in ("refusals_fit", "harmless_heldout", "utility_train"):
         rows = data[name][:SAMPLES]
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -41,8 +50,16 @@ def make_model(root: Path) -> Path:
 
 
 def common(root: Path, output: Path, **more: Any) -> dict[str, Any]:
-    return {"model_name": str(root / "m"), "dtype": "float32", "device": "cpu", "output_dir": str(output),
-            "log_dir": str(output / "logs"), "batch_size": 2, "max_length": 200, **more}
+    return {
+        "model_name": str(root / "m"),
+        "dtype": "float32",
+        "device": "cpu",
+        "output_dir": str(output),
+        "log_dir": str(output / "logs"),
+        "batch_size": 2,
+        "max_length": 200,
+        **more,
+    }
 
 
 def phase12(root: Path, output: Path, **more: Any) -> None:
@@ -53,8 +70,16 @@ def phase12(root: Path, output: Path, **more: Any) -> None:
 
 def phase3(root: Path, artefacts: Path, output: Path, passed: dict[str, Any] | None = None, **more: Any) -> Path:
     """Five full-batch steps of the masked layers."""
-    settings = common(root, output, utility_data=str(root / "utility_train.jsonl"), utility_samples=0, epochs=5,
-                      learning_rate=2e-3, global_batch_size=SAMPLES, masks_dir=str(artefacts / "phase2_latest"))
+    settings = common(
+        root,
+        output,
+        utility_data=str(root / "utility_train.jsonl"),
+        utility_samples=0,
+        epochs=5,
+        learning_rate=2e-3,
+        global_batch_size=SAMPLES,
+        masks_dir=str(artefacts / "phase2_latest"),
+    )
     return run_training(TrainArguments(**{**settings, **more}), {**TRAINER, **(passed or {})})
 
 
@@ -72,19 +97,33 @@ def whole_job(root: Path, artefacts: Path, output: Path) -> dict[str, Any]:
     runs = {scope: phase3(root, artefacts, output / scope, train_scope=scope) for scope in ("warp", "all")}
     runs["identity"] = run_identity(root, output)
     runs["checkpointing"] = phase3(root, artefacts, output / "checkpointing", gradient_checkpointing=True)
-    evaluation = run_evaluation(EvaluateArguments(**common(root, output) | {
-        "model_name": str(runs["warp"] / "model"), "batch_size": 3,
-        "harmful_data": str(root / "refusals_fit.jsonl"), "harmless_data": str(root / "harmless_heldout.jsonl"),
-        "utility_data": str(root / "utility_train.jsonl"), "max_new_tokens": 8, "utility_samples": 0}))
-    return {"runs": {k: str(v) for k, v in runs.items()}, "losses": {k: losses(v) for k, v in runs.items()},
-            "evaluation": json.loads((evaluation / "metrics.json").read_text()),
-            "answers": (evaluation / "answers.jsonl").read_text()}
+    evaluation = run_evaluation(
+        EvaluateArguments(
+            **common(root, output)
+            | {
+                "model_name": str(runs["warp"] / "model"),
+                "batch_size": 3,
+                "harmful_data": str(root / "refusals_fit.jsonl"),
+                "harmless_data": str(root / "harmless_heldout.jsonl"),
+                "utility_data": str(root / "utility_train.jsonl"),
+                "max_new_tokens": 8,
+                "utility_samples": 0,
+            }
+        )
+    )
+    return {
+        "runs": {k: str(v) for k, v in runs.items()},
+        "losses": {k: losses(v) for k, v in runs.items()},
+        "evaluation": json.loads((evaluation / "metrics.json").read_text()),
+        "answers": (evaluation / "answers.jsonl").read_text(),
+    }
 
 
 def run_identity(root: Path, output: Path) -> Path:
     """Original-space masking: the identity basis, global threshold."""
-    shared = common(root, output / "identity", layer_type="ffn_down", safety_data=str(root / "refusals_fit.jsonl"),
-                    safety_samples=5)
+    shared = common(
+        root, output / "identity", layer_type="ffn_down", safety_data=str(root / "refusals_fit.jsonl"), safety_samples=5
+    )
     run_importance(ImportanceArguments(**shared, basis="identity", mask_scope="global"))
     return phase3(root, output / "identity", output / "identity")
 
@@ -113,6 +152,9 @@ def interrupted_and_resumed(root: Path, artefacts: Path, output: Path) -> dict[s
     finally:
         MetricsFile.on_log = on_log  # type: ignore[method-assign]
     resumed = phase3(root, artefacts, output / "resumed", saving)
-    return {"whole": losses(whole), "resumed": losses(resumed),
-            "runs": len(list((output / "resumed").glob("phase3_2*"))),
-            "model": [str(whole / "model"), str(resumed / "model")]}
+    return {
+        "whole": losses(whole),
+        "resumed": losses(resumed),
+        "runs": len(list((output / "resumed").glob("phase3_2*"))),
+        "model": [str(whole / "model"), str(resumed / "model")],
+    }

@@ -20,8 +20,31 @@ from warp_ds.errors import ArtifactError
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.masks import MaskStore
 
-VALUES: tuple[Any, ...] = (None, True, False, 0, 1, -1, 10**30, 0.5, float("nan"), float("inf"), "", "x", "../x", "/etc/passwd",
-                           "a\nb", "\udc80", [], [1], [[]], {}, {"a": 1}, [None], [1, 2, 3])
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    10**30,
+    0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "../x",
+    "/etc/passwd",
+    "a\nb",
+    "\udc80",
+    [],
+    [1],
+    [[]],
+    {},
+    {"a": 1},
+    [None],
+    [1, 2, 3],
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +71,9 @@ def read(root: Path) -> dict[str, Any]:
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one.keys() == other.keys() and all(
         torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-        for a, b in zip(one.values(), other.values(), strict=True) for x, y in zip(a, b, strict=True))
+        for a, b in zip(one.values(), other.values(), strict=True)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def refused_or_same(root: Path, whole: dict[str, Any]) -> bool:
@@ -102,8 +127,11 @@ def test_every_field(artefacts: Path, kind: str, tmp_path: Path) -> None:
     tried = accepted = 0
     # One layer stands for all six: the others are checked by the same lines.
     first = next(iter(good["layers"]))
-    places = [p for p in fields(good) if len(p) < 2 or p[0] not in ("layers", "bases") or p[1] in (first, *list(
-        good.get("bases", ()))[:1])]
+    places = [
+        p
+        for p in fields(good)
+        if len(p) < 2 or p[0] not in ("layers", "bases") or p[1] in (first, *list(good.get("bases", ()))[:1])
+    ]
     for place in places:
         variants = [put(good, place, value) for value in VALUES]
         if place:
@@ -126,8 +154,22 @@ def _at(value: Any, place: tuple[Any, ...]) -> Any:
     return value
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "NaN", '"x"', "[" * 100_000, "\x00", '{"format": "warp_ds.masks"}',
-                                  '{"a": 1, "a": 2}', "1" * 10_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "NaN",
+        '"x"',
+        "[" * 100_000,
+        "\x00",
+        '{"format": "warp_ds.masks"}',
+        '{"a": 1, "a": 2}',
+        "1" * 10_000,
+    ],
+)
 def test_no_metadata_at_all(artefacts: Path, text: str, tmp_path: Path) -> None:
     shutil.copytree(artefacts, tmp_path / "copy")
     for kind, store in (("basis", BasisStore), ("masks", MaskStore)):
@@ -140,8 +182,15 @@ def test_no_metadata_at_all(artefacts: Path, text: str, tmp_path: Path) -> None:
 def test_what_is_no_file(artefacts: Path, kind: str, tmp_path: Path) -> None:
     """FIFOs are not waited for."""
     whole = read(artefacts)
-    for index, make in enumerate((os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path), lambda path: None,
-                                  lambda path: os.symlink("/dev/zero", path))):
+    for index, make in enumerate(
+        (
+            os.mkfifo,
+            os.mkdir,
+            lambda path: os.symlink("nowhere", path),
+            lambda path: None,
+            lambda path: os.symlink("/dev/zero", path),
+        )
+    ):
         for name in ("metadata.json", f"layer_00_ffn_down_{'svd' if kind == 'basis' else 'mask'}.safetensors"):
             root = tmp_path / f"{index}_{name}"
             shutil.copytree(artefacts, root)
@@ -184,8 +233,17 @@ def test_every_tensor(artefacts: Path, tmp_path: Path) -> None:
 
 def changed(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Another dtype, shape or value each."""
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.uint8,
-                  torch.int64, torch.bool):
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.int8,
+        torch.uint8,
+        torch.int64,
+        torch.bool,
+    ):
         if dtype != tensor.dtype:
             yield tensor.to(dtype)
     yield tensor[:-1].contiguous()

@@ -16,8 +16,11 @@ UNLIMITED = 9223372036854771712
 
 def tree(root: Path, own: str, files: dict[str, str], free: int = FREE) -> Path:
     """/proc and /sys/fs/cgroup of a machine with ``free`` bytes."""
-    everything = {"proc/self/cgroup": own, "proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {free // 1024} kB\n",
-                  **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}}
+    everything = {
+        "proc/self/cgroup": own,
+        "proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {free // 1024} kB\n",
+        **{f"sys/fs/cgroup/{name}": text for name, text in files.items()},
+    }
     for name, text in everything.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -25,29 +28,40 @@ def tree(root: Path, own: str, files: dict[str, str], free: int = FREE) -> Path:
 
 
 def v2(where: str, limit: str | int, used: int, cache: int = 0) -> dict[str, str]:
-    return {f"{where}memory.max": f"{limit}\n", f"{where}memory.current": f"{used}\n",
-            f"{where}memory.stat": f"anon 5\ninactive_file {cache}\n"}
+    return {
+        f"{where}memory.max": f"{limit}\n",
+        f"{where}memory.current": f"{used}\n",
+        f"{where}memory.stat": f"anon 5\ninactive_file {cache}\n",
+    }
 
 
 def v1(where: str, limit: int, used: int, cache: int = 0) -> dict[str, str]:
-    return {f"{where}memory.limit_in_bytes": f"{limit}\n", f"{where}memory.usage_in_bytes": f"{used}\n",
-            f"{where}memory.stat": f"inactive_file 1\ntotal_inactive_file {cache}\n"}
+    return {
+        f"{where}memory.limit_in_bytes": f"{limit}\n",
+        f"{where}memory.usage_in_bytes": f"{used}\n",
+        f"{where}memory.stat": f"inactive_file 1\ntotal_inactive_file {cache}\n",
+    }
 
 
 CASES: dict[str, tuple[str, dict[str, str], int]] = {
     "none": ("0::/\n", {}, FREE),
     "no limit": ("0::/a\n", v2("a/", "max", 3 * GB), FREE),
     "of its own": ("0::/a\n", v2("a/", 8 * GB, 3 * GB), 5 * GB),
-    "of a group above it": ("0::/slurm/job_7/step_0/task_1\n", {
-        **v2("slurm/job_7/step_0/task_1/", "max", GB), **v2("slurm/job_7/", 10 * GB, 4 * GB), **v2("slurm/", 90 * GB, 5 * GB)},
-        6 * GB),
+    "of a group above it": (
+        "0::/slurm/job_7/step_0/task_1\n",
+        {**v2("slurm/job_7/step_0/task_1/", "max", GB), **v2("slurm/job_7/", 10 * GB, 4 * GB), **v2("slurm/", 90 * GB, 5 * GB)},
+        6 * GB,
+    ),
     "the machine has less": ("0::/a\n", v2("a/", 900 * GB, GB), FREE),
     "files that were read are given up": ("0::/a\n", v2("a/", 8 * GB, 7 * GB, cache=6 * GB), 7 * GB),
     "passed already": ("0::/a\n", v2("a/", 2 * GB, 3 * GB), 0),
     "a container's root": ("0::/\n", v2("", 8 * GB, 3 * GB), 5 * GB),
     "a container that sees another's path": ("0::/../../kubepods/pod1\n", v2("", 8 * GB, 3 * GB), 5 * GB),
-    "version 1": ("9:cpu,cpuacct:/x\n4:memory:/slurm/uid_1/job_7\n", {
-        **v1("memory/slurm/uid_1/job_7/", 8 * GB, 5 * GB, cache=GB), **v1("memory/", UNLIMITED, 50 * GB)}, 4 * GB),
+    "version 1": (
+        "9:cpu,cpuacct:/x\n4:memory:/slurm/uid_1/job_7\n",
+        {**v1("memory/slurm/uid_1/job_7/", 8 * GB, 5 * GB, cache=GB), **v1("memory/", UNLIMITED, 50 * GB)},
+        4 * GB,
+    ),
     "version 1 in a container": ("4:memory:/docker/abc\n", v1("memory/", 8 * GB, 3 * GB), 5 * GB),
     "version 1 without a limit": ("4:memory:/a\n", v1("memory/a/", UNLIMITED, 3 * GB), FREE),
     "both versions": ("4:memory:/a\n0::/a\n", {**v1("memory/a/", 8 * GB, 3 * GB), **v2("unified/a/", 6 * GB, 3 * GB)}, 3 * GB),

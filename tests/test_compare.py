@@ -27,16 +27,34 @@ from warp_ds.store.bases import BasisStore
 from warp_ds.store.lock import RunLock
 from warp_ds.store.masks import MaskStore
 
-ARMS = ("before,full,layers,rotated,column,osft,random-mask,random-basis,safeinstr+original,resta,safedelta,sn-tune+rotated,"
-        "rsn-tune")
+ARMS = (
+    "before,full,layers,rotated,column,osft,random-mask,random-basis,safeinstr+original,resta,safedelta,sn-tune+rotated,"
+    "rsn-tune"
+)
 
 
 def comparison(root: Path, output: Path, **more: Any) -> Path:
-    settings = common(root, output, safety_data=str(root / "refusals.jsonl"), utility_data=str(root / "utility.jsonl"),
-                      utility_heldout=str(root / "utility.jsonl"), harmful_data=str(root / "jailbreaks.jsonl"),
-                      harmless_data=str(root / "harmless.jsonl"), unaligned_data=str(root / "harmless.jsonl"),
-                      arms=ARMS, learning_rates="1e-3", epochs=1, global_batch_size=4, max_new_tokens=12, safety_samples=0,
-                      layer_type="ffn_down,attn_q", neuron_share=0.2, neuron_rate=1e-3, safedelta_s=0.3, run_name="c")
+    settings = common(
+        root,
+        output,
+        safety_data=str(root / "refusals.jsonl"),
+        utility_data=str(root / "utility.jsonl"),
+        utility_heldout=str(root / "utility.jsonl"),
+        harmful_data=str(root / "jailbreaks.jsonl"),
+        harmless_data=str(root / "harmless.jsonl"),
+        unaligned_data=str(root / "harmless.jsonl"),
+        arms=ARMS,
+        learning_rates="1e-3",
+        epochs=1,
+        global_batch_size=4,
+        max_new_tokens=12,
+        safety_samples=0,
+        layer_type="ffn_down,attn_q",
+        neuron_share=0.2,
+        neuron_rate=1e-3,
+        safedelta_s=0.3,
+        run_name="c",
+    )
     return run_compare(CompareArguments(**{**settings, **more}))
 
 
@@ -47,9 +65,15 @@ def compared_and_gone_on(root: Path, output: Path) -> dict[str, Any]:
     def watched(*arguments: Any) -> Path:
         gc.collect()  # as ``load_model`` does
         engines = [thing for thing in gc.get_objects() if type(thing) is DeepSpeedEngine]
-        alive.append(sum(tensor.untyped_storage().nbytes() for engine in engines
-                         if type(engine.optimizer) is DeepSpeedZeRoOffload  # an evaluation's
-                         for param in engine.module.parameters() for tensor in (param, param.ds_tensor)))
+        alive.append(
+            sum(
+                tensor.untyped_storage().nbytes()
+                for engine in engines
+                if type(engine.optimizer) is DeepSpeedZeRoOffload  # an evaluation's
+                for param in engine.module.parameters()
+                for tensor in (param, param.ds_tensor)
+            )
+        )
         return trained(*arguments)
 
     compare.run_training = watched  # type: ignore[assignment]
@@ -69,10 +93,19 @@ def compared_and_gone_on(root: Path, output: Path) -> dict[str, Any]:
     comparison(root, output, arms="before,original+safedelta", seeds="43", keep_models=False)
     left = sorted(str(path.relative_to(run)) for path in run.glob("*_seed43/model"))
     again = {path: path.stat().st_mtime_ns for path in run.rglob("metrics.json*")}
-    return {"run": str(run), "report": report, "links": links,
-            "unchanged": all(again[path] == when for path, when in first.items()),
-            "alive": alive, "resumed": resumed, "more": more, "table": table, "gone": gone, "left": left,
-            "merged": json.loads((run / "report.json").read_text())}
+    return {
+        "run": str(run),
+        "report": report,
+        "links": links,
+        "unchanged": all(again[path] == when for path, when in first.items()),
+        "alive": alive,
+        "resumed": resumed,
+        "more": more,
+        "table": table,
+        "gone": gone,
+        "left": left,
+        "merged": json.loads((run / "report.json").read_text()),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +128,14 @@ def test_every_arm_has_its_point(done: Any) -> None:
     rows = {row["arm"]: row for row in done["report"]["points"]}
     assert list(rows) == ARMS.split(",")
     for row in rows.values():
-        assert {"refusal_rate", "incoherent_rate", "over_refusal_rate", "utility_nll", "utility_accuracy",
-                "refusal_p_against_before"} <= set(row)
+        assert {
+            "refusal_rate",
+            "incoherent_rate",
+            "over_refusal_rate",
+            "utility_nll",
+            "utility_accuracy",
+            "refusal_p_against_before",
+        } <= set(row)
     assert rows["before"]["frozen_drift"] == rows["before"]["movement"] == 0.0
     assert rows["rotated"]["frozen_drift"] < 1e-5 < 1e-3 < rows["full"]["frozen_drift"]
     assert done["report"]["overlap"] == {"task in the task set": 7, "harmless in --unaligned_data": 5}
@@ -109,8 +148,11 @@ def test_every_arm_has_its_point(done: Any) -> None:
 
 
 def test_the_newest_runs_are_the_rotated_arms_whatever_came_last(done: Any) -> None:
-    assert done["links"] == {"phase1": "phase1_start_activation", "phase2": "phase2_start_activation_entry_importance",
-                             "phase3": "phase3_rotated_lr0.001_seed42"}
+    assert done["links"] == {
+        "phase1": "phase1_start_activation",
+        "phase2": "phase2_start_activation_entry_importance",
+        "phase3": "phase3_rotated_lr0.001_seed42",
+    }
 
 
 def test_what_is_measured_is_not_done_again_and_what_is_new_is_added(done: Any) -> None:
@@ -159,9 +201,15 @@ def test_every_kept_model_says_on_its_card_what_it_is_and_what_was_measured(done
     rows = {row["arm"]: row for row in done["report"]["points"]}
     card = (run / "phase3_rotated_lr0.001_seed42" / "model" / "README.md").read_text()
     masks = MaskStore(run / "phase2_start_activation_entry_importance" / "masks")
-    for fact in ("keep_ratio 0.1", "ffn_down, attn_q of blocks 0 to 1", f"masks {masks.fingerprint()}",
-                 f"basis {masks.metadata.basis_fingerprint}", "deepspeed ", "What this does not show",
-                 "7 stood in a fitting set (task in the task set)"):
+    for fact in (
+        "keep_ratio 0.1",
+        "ffn_down, attn_q of blocks 0 to 1",
+        f"masks {masks.fingerprint()}",
+        f"basis {masks.metadata.basis_fingerprint}",
+        "deepspeed ",
+        "What this does not show",
+        "7 stood in a fitting set (task in the task set)",
+    ):
         assert fact in card, fact
     low, high = rows["rotated"]["refusal_interval"]
     assert f"| this model | {rows['rotated']['refusal_rate']:.0%} [{100 * low:.0f}, {100 * high:.0f}] |" in card
@@ -196,7 +244,7 @@ def test_seeds_as_jobs_of_their_own_are_the_comparison_of_all_seeds(root: Path, 
         runs = [Path(job.result()[0]) for job in jobs]
     whole = Path(run_ranks(1, one_run, root, tmp_path / "whole", "1,2", "both")[0])
     expected = json.loads((whole / "report.json").read_text())
-    (found, pooled), = comparisons(find_runs(runs))
+    ((found, pooled),) = comparisons(find_runs(runs))
     assert sorted(found) == sorted(runs)
     key = ("arm", "seed")
     points = {tuple(p[k] for k in key): p for p in pooled["points"]}

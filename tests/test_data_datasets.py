@@ -54,10 +54,7 @@ def test_shuffle_is_a_permutation_decided_by_the_seed(tmp_path):
     assert sorted(one) == sorted(other) == sorted(f"p{i}" for i in range(50))
 
 
-@pytest.mark.parametrize("name, lines", [
-    ("r.txt", ["no.", "", "never."]),
-    ("r.jsonl", ['"no."', '{"response": "never."}']),
-])
+@pytest.mark.parametrize("name, lines", [("r.txt", ["no.", "", "never."]), ("r.jsonl", ['"no."', '{"response": "never."}'])])
 def test_prompts_without_responses_take_refusals_in_turn(tmp_path, name, lines):
     path = write(tmp_path / "d.jsonl", [{"prompt": f"p{i}"} for i in range(3)])
     (tmp_path / name).write_text("\n".join(lines))

@@ -12,9 +12,34 @@ import pytest
 
 from warp_ds.data.datasets import DataError, load_pairs, load_prompts
 
-TEXTS = ["007", "10.50", "1e5", "1_000", "NA", "None", "null", "NaN", "inf", "True", "2021-05-03", "2020-01-01T10:00:00",
-         "12:30", "-0", "0x1F", "+1", " a, b ", 'she said "no"', "two\nlines", "and\r\nmore", "tab\there",
-         "\u2028 line\u0085 ends", "{'a': 1}", "[1, 2]", "é ü 日本 🙂", "\ufefftext"]
+TEXTS = [
+    "007",
+    "10.50",
+    "1e5",
+    "1_000",
+    "NA",
+    "None",
+    "null",
+    "NaN",
+    "inf",
+    "True",
+    "2021-05-03",
+    "2020-01-01T10:00:00",
+    "12:30",
+    "-0",
+    "0x1F",
+    "+1",
+    " a, b ",
+    'she said "no"',
+    "two\nlines",
+    "and\r\nmore",
+    "tab\there",
+    "\u2028 line\u0085 ends",
+    "{'a': 1}",
+    "[1, 2]",
+    "é ü 日本 🙂",
+    "\ufefftext",
+]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -48,15 +73,18 @@ def test_plain_cells_are_text_too(tmp_path: Path) -> None:
     assert load_pairs(tmp_path / "d.csv")["response"][:] == plain
 
 
-@pytest.mark.parametrize(("name", "data"), [
-    ("bom.csv", b"\xef\xbb\xbfprompt,response\nA?,B\n"),
-    ("old_mac.csv", b"prompt,response\rA?,B\r"),
-    ("index.csv", b",prompt,response\n0,A?,B\n"),
-    ("bom.jsonl", b'\xef\xbb\xbf{"prompt": "A?", "response": "B"}\r\n'),
-    ("lines.json", b'{"prompt": "A?", "response": "B"}\n{"prompt": "A?", "response": "B"}'),
-    ("list.jsonl", b'[{"prompt": "A?", "response": "B"}]'),
-    ("one.json", b'{"prompt": "A?", "response": "B"}'),
-])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("bom.csv", b"\xef\xbb\xbfprompt,response\nA?,B\n"),
+        ("old_mac.csv", b"prompt,response\rA?,B\r"),
+        ("index.csv", b",prompt,response\n0,A?,B\n"),
+        ("bom.jsonl", b'\xef\xbb\xbf{"prompt": "A?", "response": "B"}\r\n'),
+        ("lines.json", b'{"prompt": "A?", "response": "B"}\n{"prompt": "A?", "response": "B"}'),
+        ("list.jsonl", b'[{"prompt": "A?", "response": "B"}]'),
+        ("one.json", b'{"prompt": "A?", "response": "B"}'),
+    ],
+)
 def test_what_other_programs_write_is_read(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
     assert load_pairs(tmp_path / name)[0] == {"prompt": "A?", "response": "B"}
@@ -101,26 +129,35 @@ def test_what_is_no_text_is_refused_by_row(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    ("prompt,response\nA?,caf\u00e9\nB?,C\n".encode("latin-1"), "line 2 .row 0 .*0xe9 after 'A.,caf'.*iconv -f WINDOWS-1252"),
-    ("prompt,response\nA?,B\n".encode("utf-16"), "line 1 .row 0.* UTF-16 .*byte-order mark.*iconv -f UTF-16"),
-    ("prompt,response\nA?,B\n".encode("utf-32"), "UTF-32 .*byte-order mark"),
-    ("prompt,response\nA?,B\n".encode("utf-16-le"), "NUL bytes, as in UTF-16 without"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            "prompt,response\nA?,caf\u00e9\nB?,C\n".encode("latin-1"),
+            "line 2 .row 0 .*0xe9 after 'A.,caf'.*iconv -f WINDOWS-1252",
+        ),
+        ("prompt,response\nA?,B\n".encode("utf-16"), "line 1 .row 0.* UTF-16 .*byte-order mark.*iconv -f UTF-16"),
+        ("prompt,response\nA?,B\n".encode("utf-32"), "UTF-32 .*byte-order mark"),
+        ("prompt,response\nA?,B\n".encode("utf-16-le"), "NUL bytes, as in UTF-16 without"),
+    ],
+)
 def test_other_encodings_are_named(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "d.csv").write_bytes(data)
     with pytest.raises(DataError, match=message):
         load_pairs(tmp_path / "d.csv")
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ([7, 8], "row 0: column 'response' is a value of type int .7."),
-    ([7.0, 8.0], "value of type float .7.0."),
-    ([None, "B"], "'response' is missing in 1 of 2 rows .rows 0."),
-    ([{"text": "B"}, {"text": "C"}], "'response' is an object"),
-    ([["B"], ["C"]], "'response' is a list"),
-    ([b"B", b"C"], "'response' is bytes"),
-])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([7, 8], "row 0: column 'response' is a value of type int .7."),
+        ([7.0, 8.0], "value of type float .7.0."),
+        ([None, "B"], "'response' is missing in 1 of 2 rows .rows 0."),
+        ([{"text": "B"}, {"text": "C"}], "'response' is an object"),
+        ([["B"], ["C"]], "'response' is a list"),
+        ([b"B", b"C"], "'response' is bytes"),
+    ],
+)
 def test_typed_columns_of_parquet_are_refused(tmp_path: Path, values: list[Any], message: str) -> None:
     path = write(tmp_path / "d.parquet", [{"prompt": "A?", "response": value} for value in values])
     with pytest.raises(DataError, match=message):
@@ -131,13 +168,16 @@ def test_typed_columns_of_parquet_are_refused(tmp_path: Path, values: list[Any],
 USER, ANSWER = {"role": "user", "content": "A?"}, {"role": "assistant", "content": "B"}
 
 
-@pytest.mark.parametrize("line", [
-    {"prompt": [USER], "completion": [ANSWER]},
-    {"prompt": "A?", "completion": [ANSWER]},
-    {"messages": [USER, ANSWER]},
-    {"messages": [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in (USER, ANSWER)]},
-    {"conversations": [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B", "weight": 1.0}]},
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"prompt": "A?", "completion": [ANSWER]},
+        {"messages": [USER, ANSWER]},
+        {"messages": [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in (USER, ANSWER)]},
+        {"conversations": [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B", "weight": 1.0}]},
+    ],
+)
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_one_turn_and_its_answer_are_read(tmp_path: Path, line: dict[str, Any], suffix: str) -> None:
     path = write(tmp_path / f"d{suffix}", [line, line])
@@ -145,17 +185,27 @@ def test_one_turn_and_its_answer_are_read(tmp_path: Path, line: dict[str, Any], 
     assert load_prompts(path) == ["A?", "A?"]
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ({"prompt": [{"role": "system", "content": "S"}, USER], "completion": [ANSWER]}, "'prompt' is a conversation of the turns "
-     "system, user: one user turn"),
-    ({"messages": [USER, ANSWER, USER, ANSWER]}, "'messages' is a conversation of the turns user, assistant, user, assistant"),
-    ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f"}]}]}, ".* whose turn 1 has 'tool_calls' beside its text"),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A?"}]}, ANSWER]},
-     "'messages' is a conversation whose turn 0 is a list"),
-    ({"messages": [{"role": "user", "content": None}, ANSWER]}, ".* whose turn 0 is missing"),
-    ({"messages": "A?"}, "'messages' is a text .A.., not a list of turns"),
-    ({"prompt": [ANSWER], "completion": [USER]}, "'prompt' is a conversation of the turns assistant"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            {"prompt": [{"role": "system", "content": "S"}, USER], "completion": [ANSWER]},
+            "'prompt' is a conversation of the turns system, user: one user turn",
+        ),
+        (
+            {"messages": [USER, ANSWER, USER, ANSWER]},
+            "'messages' is a conversation of the turns user, assistant, user, assistant",
+        ),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f"}]}]}, ".* whose turn 1 has 'tool_calls' beside its text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A?"}]}, ANSWER]},
+            "'messages' is a conversation whose turn 0 is a list",
+        ),
+        ({"messages": [{"role": "user", "content": None}, ANSWER]}, ".* whose turn 0 is missing"),
+        ({"messages": "A?"}, "'messages' is a text .A.., not a list of turns"),
+        ({"prompt": [ANSWER], "completion": [USER]}, "'prompt' is a conversation of the turns assistant"),
+    ],
+)
 def test_other_conversations_are_refused_by_name(tmp_path: Path, line: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "d.jsonl", [line])
     with pytest.raises(DataError, match=f"row 0 .line 1.: column {message}"):
@@ -163,8 +213,11 @@ def test_other_conversations_are_refused_by_name(tmp_path: Path, line: dict[str,
 
 
 def test_alpaca_has_its_input_in_the_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [{"instruction": "Past tense.", "input": "She walks.", "output": "She walked."},
-            {"instruction": "Name a colour.", "input": "", "output": "Blue."}, {"instruction": "Hi", "output": "Ho"}]
+    rows = [
+        {"instruction": "Past tense.", "input": "She walks.", "output": "She walked."},
+        {"instruction": "Name a colour.", "input": "", "output": "Blue."},
+        {"instruction": "Hi", "output": "Ho"},
+    ]
     path = write(tmp_path / "d.jsonl", rows)
     with caplog.at_level("INFO"):
         assert load_pairs(path)["prompt"][:] == load_prompts(path) == ["Past tense.\n\nShe walks.", "Name a colour.", "Hi"]
@@ -186,24 +239,30 @@ def test_what_looks_like_a_part_of_the_prompt_is_named(tmp_path: Path, caplog: p
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize(("name", "text", "found"), [
-    ("r.txt", "\ufeffno.\r\nnull\n\n007\n", ["no.", "null", "007"]),
-    ("r.txt", "one\u2028and the same\n", ["one\u2028and the same"]),
-    ("r.csv", "response\n007\nNA\n", ["007", "NA"]),
-    ("r.json", '["no.", {"refusal": "2021-05-03"}]', ["no.", "2021-05-03"]),
-    ("r.jsonl", '{"messages": 1, "output": "no."}\n', ["no."]),
-])
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("r.txt", "\ufeffno.\r\nnull\n\n007\n", ["no.", "null", "007"]),
+        ("r.txt", "one\u2028and the same\n", ["one\u2028and the same"]),
+        ("r.csv", "response\n007\nNA\n", ["007", "NA"]),
+        ("r.json", '["no.", {"refusal": "2021-05-03"}]', ["no.", "2021-05-03"]),
+        ("r.jsonl", '{"messages": 1, "output": "no."}\n', ["no."]),
+    ],
+)
 def test_refusals_are_text_in_every_format(tmp_path: Path, name: str, text: str, found: list[str]) -> None:
     (tmp_path / name).write_text(text)
     path = write(tmp_path / "d.jsonl", [{"prompt": f"p{i}"} for i in range(len(found))])
     assert load_pairs(path, refusal_file=tmp_path / name)["response"][:] == found
 
 
-@pytest.mark.parametrize(("name", "text", "message"), [
-    ("r.jsonl", '"no."\n7\n', "--refusal_file .*row 1 .line 2. is the number 7"),
-    ("r.jsonl", '{"text": ["no."]}\n', "--refusal_file .*'response' is a list|'text' is a list"),
-    ("r.csv", "a,b\nx,y\n", "--refusal_file .*none of the columns response.*its columns are a, b"),
-])
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("r.jsonl", '"no."\n7\n', "--refusal_file .*row 1 .line 2. is the number 7"),
+        ("r.jsonl", '{"text": ["no."]}\n', "--refusal_file .*'response' is a list|'text' is a list"),
+        ("r.csv", "a,b\nx,y\n", "--refusal_file .*none of the columns response.*its columns are a, b"),
+    ],
+)
 def test_refusals_that_are_no_text_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
@@ -216,8 +275,12 @@ def test_what_is_marked_as_not_to_be_trained_on_is_refused(tmp_path: Path) -> No
         with pytest.raises(DataError, match="turn 1 has '(weight|train)' beside its text"):
             load_pairs(write(tmp_path / "d.jsonl", [{"messages": turns}]))
     with pytest.raises(DataError, match="'label' is false in 1 rows"):
-        load_pairs(write(tmp_path / "d.jsonl", [{"prompt": "q", "completion": "a", "label": True},
-                                                      {"prompt": "q", "completion": "b", "label": False}]))
+        load_pairs(
+            write(
+                tmp_path / "d.jsonl",
+                [{"prompt": "q", "completion": "a", "label": True}, {"prompt": "q", "completion": "b", "label": False}],
+            )
+        )
 
 
 def test_prompts_alone_may_have_answers_or_not(tmp_path: Path) -> None:

@@ -21,19 +21,29 @@ from warp_ds.flags.parsing import parse_arguments
 
 TEXTS = ["Question: How do I bake bread?\nAnswer: To bake bread, get flour.", "user assistant think Sure </s> [ ] < > /"] * 5
 # Templates of well-known shapes, in few words.
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 OPENS = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")  # QwQ
-DROPS = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}{% else %}"  # R1
-         "<A>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
-         "{% if add_generation_prompt %}<A><think>\n{% endif %}")
+DROPS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}{% else %}"  # R1
+    "<A>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<A><think>\n{% endif %}"
+)
 EMPTY = CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}")
-SWITCH = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% if enable_thinking is defined and not enable_thinking %}"
-                                               "{{ '\n</think>\n\n' }}{% endif %}{% endif")
-CHANNEL = ("{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}"
-           "<|message|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}")
-BRACKETS = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
-            " {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
+SWITCH = CHATML.replace(
+    "assistant\n{% endif",
+    "assistant\n<think>\n{% if enable_thinking is defined and not enable_thinking %}{{ '\n</think>\n\n' }}{% endif %}{% endif",
+)
+CHANNEL = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}"
+    "<|message|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+BRACKETS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+    " {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 PARTS = CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
 CLOSED = "<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 PLAIN = CLOSED.split("<think>")[0]
@@ -55,34 +65,46 @@ def halves(tokenizer: Any, prompt: str = "How?", response: str = "So.") -> tuple
     return tokenizer.decode(before), tokenizer.decode(ids[len(before) :])
 
 
-@pytest.mark.parametrize(("chat_template", "before", "after"), [
-    (CHATML, PLAIN, "So.<|im_end|></s>"),
-    (OPENS, CLOSED, "So.<|im_end|></s>"),
-    (OPENS.replace("<think>\n", "<think>"), CLOSED, "So.<|im_end|></s>"),
-    (OPENS.replace("think", "thinking"), CLOSED.replace("think", "thinking"), "So.<|im_end|></s>"),
-    (OPENS.replace("<think>", "[THINK]"), f"{PLAIN}[THINK]\n\n[/THINK]\n\n", "So.<|im_end|></s>"),
-    (DROPS, "<s><U>How?<A><think>\n\n</think>\n\n", "So.</s>"),
-    (EMPTY, PLAIN, "<think>\n\n</think>\n\nSo.<|im_end|></s>"),
-    (SWITCH, CLOSED, "So.<|im_end|></s>"),
-    (CHANNEL, "<|start|>user<|message|>How?<|end|><|start|>assistant", "<|channel|>final<|message|>So.<|end|></s>"),
-    (BRACKETS, "<s>[INST] How? [/INST]", " So.</s>"),
-    (CHATML.split("{% if add")[0], PLAIN, "So.<|im_end|></s>"),  # knows no generation prompt
-    (PARTS, PLAIN, "So.<|im_end|></s>"),
-])
+@pytest.mark.parametrize(
+    ("chat_template", "before", "after"),
+    [
+        (CHATML, PLAIN, "So.<|im_end|></s>"),
+        (OPENS, CLOSED, "So.<|im_end|></s>"),
+        (OPENS.replace("<think>\n", "<think>"), CLOSED, "So.<|im_end|></s>"),
+        (OPENS.replace("think", "thinking"), CLOSED.replace("think", "thinking"), "So.<|im_end|></s>"),
+        (OPENS.replace("<think>", "[THINK]"), f"{PLAIN}[THINK]\n\n[/THINK]\n\n", "So.<|im_end|></s>"),
+        (DROPS, "<s><U>How?<A><think>\n\n</think>\n\n", "So.</s>"),
+        (EMPTY, PLAIN, "<think>\n\n</think>\n\nSo.<|im_end|></s>"),
+        (SWITCH, CLOSED, "So.<|im_end|></s>"),
+        (CHANNEL, "<|start|>user<|message|>How?<|end|><|start|>assistant", "<|channel|>final<|message|>So.<|end|></s>"),
+        (BRACKETS, "<s>[INST] How? [/INST]", " So.</s>"),
+        (CHATML.split("{% if add")[0], PLAIN, "So.<|im_end|></s>"),  # knows no generation prompt
+        (PARTS, PLAIN, "So.<|im_end|></s>"),
+    ],
+)
 def test_what_is_read_and_what_is_trained(chat_template: str, before: str, after: str) -> None:
     assert halves(make(chat_template)) == (before, after)
 
 
-@pytest.mark.parametrize(("chat_template", "message"), [
-    (OPENS.replace("<think>\n", "<think>\nOkay, "), "within a thought .*Okay"),
-    (OPENS.replace("<think>", "<deep_think>"), "within a thought .*deep_think"),
-    (CHANNEL.replace("assistant{% endif", "assistant<|channel|>analysis<|message|>{% endif"), "within a thought .*analysis"),
-    ("{{ raise_exception('no such role') }}", "cannot write the turns user: TemplateError: no such role"),
-    ("{% for m in messages %}{{ m.role }}{% endfor %}", "does not write the text of a user's turn"),
-    (CHATML.replace("{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% endif %}"), "text of an assistant's turn"),
-    (CHATML.replace("m.content", "m.content | replace('How', 'Why')"), "does not write the prompt as it is .'How.'"),
-    ({"tool_use": CHATML}, "several chat templates and none is called 'default'"),
-])
+@pytest.mark.parametrize(
+    ("chat_template", "message"),
+    [
+        (OPENS.replace("<think>\n", "<think>\nOkay, "), "within a thought .*Okay"),
+        (OPENS.replace("<think>", "<deep_think>"), "within a thought .*deep_think"),
+        (
+            CHANNEL.replace("assistant{% endif", "assistant<|channel|>analysis<|message|>{% endif"),
+            "within a thought .*analysis",
+        ),
+        ("{{ raise_exception('no such role') }}", "cannot write the turns user: TemplateError: no such role"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "does not write the text of a user's turn"),
+        (
+            CHATML.replace("{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% endif %}"),
+            "text of an assistant's turn",
+        ),
+        (CHATML.replace("m.content", "m.content | replace('How', 'Why')"), "does not write the prompt as it is .'How.'"),
+        ({"tool_use": CHATML}, "several chat templates and none is called 'default'"),
+    ],
+)
 def test_a_template_that_is_not_understood_is_refused_by_name(chat_template: Any, message: str) -> None:
     tokenizer = make()
     tokenizer.chat_template = chat_template
@@ -137,8 +159,10 @@ def test_typed_control_tokens_are_cut_as_the_library_cuts_them() -> None:
     tokenizer = make(CHATML)
     turns = [{"role": "user", "content": TYPED}]
     theirs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, sanitize_control_tokens=True)["input_ids"]
-    assert encode_prompt("plain é", tokenizer) == tokenizer.apply_chat_template(
-        [{"role": "user", "content": "plain é"}], add_generation_prompt=True)["input_ids"]
+    assert (
+        encode_prompt("plain é", tokenizer)
+        == tokenizer.apply_chat_template([{"role": "user", "content": "plain é"}], add_generation_prompt=True)["input_ids"]
+    )
     assert tokenizer.decode(theirs) == tokenizer.decode(encode_prompt(TYPED, tokenizer))
 
 
@@ -147,24 +171,30 @@ def test_a_text_that_goes_on_gets_no_space_from_sentencepiece() -> None:
     core = Tokenizer(models.BPE(byte_fallback=False, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     core.decoder = decoders.Metaspace(prepend_scheme="always")
-    core.train_from_iterator(["[INST] How do I </s> a b c \n? [/INST] So."] * 3, trainers.BpeTrainer(
-        vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    core.train_from_iterator(
+        ["[INST] How do I </s> a b c \n? [/INST] So."] * 3,
+        trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = BRACKETS.replace(" {{ m.content }}{{ eos", "{{ m.content }}{{ eos")
     ids = encode("How </s>?", "So.", tokenizer)["input_ids"]
     assert "".join(tokenizer.convert_ids_to_tokens(ids)).replace("▁", " ").replace("  ", " ") == (
-        "<s> [INST] How </s>? [/INST]So.</s>")
+        "<s> [INST] How </s>? [/INST]So.</s>"
+    )
 
 
-DATED = ("{{ '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y') }}, {{ strftime_now('%Y-%m-%d %A %-d') }}"
-         "{{ '<|im_end|>\n' }}"
-         "{%- macro day() %}{{ strftime_now('%B') }}{% endmacro -%}{{ day() }}" + CHATML)
+DATED = (
+    "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y') }}, {{ strftime_now('%Y-%m-%d %A %-d') }}"
+    "{{ '<|im_end|>\n' }}"
+    "{%- macro day() %}{{ strftime_now('%B') }}{% endmacro -%}{{ day() }}" + CHATML
+)
 
 
 def test_two_days_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = make(DATED)
     found = []
     for day in (1, 2):
+
         class Today(library.datetime):  # type: ignore[misc, name-defined]
             number = day
 
@@ -177,7 +207,8 @@ def test_two_days_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(encode("How?", "So.", tokenizer)["input_ids"])
     assert found[0] == found[1]
     assert tokenizer.decode(found[0]).startswith(
-        "<|im_start|>system\nToday: 26 Jul 2024, 2024-07-26 Friday 26<|im_end|>\nJuly<|im_start|>user\n")
+        "<|im_start|>system\nToday: 26 Jul 2024, 2024-07-26 Friday 26<|im_end|>\nJuly<|im_start|>user\n"
+    )
 
 
 def test_the_date_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,13 +223,34 @@ def test_the_date_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
             BasisArguments(template_date=wrong).check()
 
 
-@pytest.mark.parametrize("ends", ['<think mode="short">', "<analysis>\n", "<scratchpad>\n", "<cot>\n", "<inner_monologue>\n",
-                                  "<seed:cot_budget_reflect>", "<unused94>thought\n", "\u2039\u601d\u8003>\n"])
+@pytest.mark.parametrize(
+    "ends",
+    [
+        '<think mode="short">',
+        "<analysis>\n",
+        "<scratchpad>\n",
+        "<cot>\n",
+        "<inner_monologue>\n",
+        "<seed:cot_budget_reflect>",
+        "<unused94>thought\n",
+        "\u2039\u601d\u8003>\n",
+    ],
+)
 def test_thoughts_of_other_names_are_seen(ends: str) -> None:
     assert _open_thought(f"<|im_start|>assistant\n{ends}") is not None
 
 
-@pytest.mark.parametrize("ends", ["<answer>", "<|im_start|>assistant\n", "[INST] ", "<|channel|>final<|message|>", "<scotland>",
-                                  "<think>\n\n</think>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"])
+@pytest.mark.parametrize(
+    "ends",
+    [
+        "<answer>",
+        "<|im_start|>assistant\n",
+        "[INST] ",
+        "<|channel|>final<|message|>",
+        "<scotland>",
+        "<think>\n\n</think>\n\n",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ],
+)
 def test_turns_are_no_thoughts(ends: str) -> None:
     assert _open_thought(f"<|im_start|>user\nWhat is <analysis>?\n{ends}") is None

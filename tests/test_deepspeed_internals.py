@@ -33,9 +33,23 @@ CALLED = {
     "reset_swap_buffers": ["self"],
 }
 #: Attributes of the ZeRO-3 optimizer that are read.
-READ = ("optimizer", "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "fp16_groups", "grad_position",
-        "sub_group_to_group_id", "swap_optimizer", "offload_optimizer", "parameter_offload", "all2all_process_group",
-        "zero_hpz_partition_size", "use_muon", "zenflow", "model_parallel_group", "torch_autocast_gradscaler")
+READ = (
+    "optimizer",
+    "fp32_partitioned_groups_flat",
+    "fp16_partitioned_groups_flat",
+    "fp16_groups",
+    "grad_position",
+    "sub_group_to_group_id",
+    "swap_optimizer",
+    "offload_optimizer",
+    "parameter_offload",
+    "all2all_process_group",
+    "zero_hpz_partition_size",
+    "use_muon",
+    "zenflow",
+    "model_parallel_group",
+    "torch_autocast_gradscaler",
+)
 
 
 def unwrapped(method: Any) -> Any:
@@ -75,9 +89,21 @@ def recorded_step(root: Path, zero: dict[str, Any]) -> list[str]:
     assert saved[deepspeed_internals.MASTERS] is optimizer.fp32_partitioned_groups_flat
     assert set(saved[deepspeed_internals.OPTIMIZER_STATE]) >= {"state", "param_groups"}
     protection = protect(engine, read_artefacts(root))
-    wanted = {"step", "has_overflow", "_overflow_check_and_loss_scale_update", "_get_norm_groups", "_prepare_sub_group",
-              "unscale_and_clip_grads", "_optimizer_step", "_reassign_or_swap_out_partitioned_parameters",
-              "_release_sub_group", "_post_step", "rotate_gradients", "decay_free", "write_weights"}
+    wanted = {
+        "step",
+        "has_overflow",
+        "_overflow_check_and_loss_scale_update",
+        "_get_norm_groups",
+        "_prepare_sub_group",
+        "unscale_and_clip_grads",
+        "_optimizer_step",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "_release_sub_group",
+        "_post_step",
+        "rotate_gradients",
+        "decay_free",
+        "write_weights",
+    }
     calls: list[str] = []
     files = (inspect.getsourcefile(DeepSpeedZeroOptimizer_Stage3), inspect.getsourcefile(type(protection)))
 
@@ -98,8 +124,10 @@ def recorded_step(root: Path, zero: dict[str, Any]) -> list[str]:
     base = optimizer.state_dict()[deepspeed_internals.OPTIMIZER_STATE]["state"]
     for sub_group in range(deepspeed_internals.sub_group_count(optimizer)):
         state = base[deepspeed_internals.state_index(optimizer, sub_group)]
-        assert state["exp_avg"].data_ptr() == optimizer.optimizer.state[
-            deepspeed_internals.master(optimizer, sub_group)]["exp_avg"].data_ptr(), "sub-groups are numbered in another order"
+        assert (
+            state["exp_avg"].data_ptr()
+            == optimizer.optimizer.state[deepspeed_internals.master(optimizer, sub_group)]["exp_avg"].data_ptr()
+        ), "sub-groups are numbered in another order"
     count = deepspeed_internals.sub_group_count(optimizer)
     engine.destroy()
     return [str(count), *calls]
@@ -107,13 +135,28 @@ def recorded_step(root: Path, zero: dict[str, Any]) -> list[str]:
 
 def test_order_of_calls_in_a_step(tmp_path: Path) -> None:
     write_artefacts(tmp_path, odd_model())
-    jobs = [("resident", recorded_step, (tmp_path, {"sub_group_size": 1000})),
-            ("offloaded", recorded_step, (tmp_path, {"sub_group_size": 1000, "offload_optimizer": {"device": "cpu"}}))]
+    jobs = [
+        ("resident", recorded_step, (tmp_path, {"sub_group_size": 1000})),
+        ("offloaded", recorded_step, (tmp_path, {"sub_group_size": 1000, "offload_optimizer": {"device": "cpu"}})),
+    ]
     for name, (count, *calls) in run_ranks(1, run_all, jobs)[0].items():
-        one = ["_prepare_sub_group", "unscale_and_clip_grads", "decay_free", "_optimizer_step",
-               "_reassign_or_swap_out_partitioned_parameters", "write_weights", "_release_sub_group"]
-        expected = ["step", "_overflow_check_and_loss_scale_update", "rotate_gradients", "_get_norm_groups",
-                    *one * int(count), "_post_step"]
+        one = [
+            "_prepare_sub_group",
+            "unscale_and_clip_grads",
+            "decay_free",
+            "_optimizer_step",
+            "_reassign_or_swap_out_partitioned_parameters",
+            "write_weights",
+            "_release_sub_group",
+        ]
+        expected = [
+            "step",
+            "_overflow_check_and_loss_scale_update",
+            "rotate_gradients",
+            "_get_norm_groups",
+            *one * int(count),
+            "_post_step",
+        ]
         assert int(count) > 2 and calls == expected, (name, calls)
 
 
@@ -124,8 +167,12 @@ def ended_engine(root: Path) -> list[str]:
     for batch in token_batches(2):
         train_step(engine, batch)
     protection.release()
-    left = {"engine": weakref.ref(engine), "module": weakref.ref(engine.module), "optimizer": weakref.ref(engine.optimizer),
-            "protection": weakref.ref(protection)}
+    left = {
+        "engine": weakref.ref(engine),
+        "module": weakref.ref(engine.module),
+        "optimizer": weakref.ref(engine.optimizer),
+        "protection": weakref.ref(protection),
+    }
     deepspeed_internals.end_engine(engine)
     del engine, protection
     gc.collect()
@@ -141,11 +188,15 @@ def test_deepspeed_is_the_version_that_was_checked() -> None:
     """Not a promise about others: a reminder to read stage3.py again when this fails."""
     documented = deepspeed_internals.__doc__ or ""
     assert f"deepspeed {deepspeed.__version__}" in documented, (
-        f"deepspeed is {deepspeed.__version__}: read runtime/zero/stage3.py against deepspeed_internals.py, then name it there")
+        f"deepspeed is {deepspeed.__version__}: read runtime/zero/stage3.py against deepspeed_internals.py, then name it there"
+    )
 
 
 def test_what_deepspeed_was_installed_with() -> None:
     from deepspeed.git_version_info import installed_ops
 
     assert {"fused_adam", "cpu_adam"} <= installed_ops.keys()
-    assert isinstance(deepspeed_internals.is_built("fused_adam"), bool) and deepspeed_internals.is_built("no such operator") is False
+    assert (
+        isinstance(deepspeed_internals.is_built("fused_adam"), bool)
+        and deepspeed_internals.is_built("no such operator") is False
+    )

@@ -60,8 +60,11 @@ def test_rates_add_up_and_pairs_are_counted(results: Any) -> None:
     assert (metrics["refusal_lost_against_before"], metrics["refusal_p_against_before"]) == (0, 1.0)
     # 7 of 7 refusals lost: two-sided, 2 / 2^7.
     assert (words["refusal_lost_against_before"], words["refusal_p_against_before"]) == (7, pytest.approx(2 / 128))
-    assert set(metrics) >= {"attack_jailbreaks_refusal_rate", "attack_jailbreaks_attack_success_rate",
-                            "attack_jailbreaks_refusal_interval"}
+    assert set(metrics) >= {
+        "attack_jailbreaks_refusal_rate",
+        "attack_jailbreaks_attack_success_rate",
+        "attack_jailbreaks_refusal_interval",
+    }
     assert metrics["judge_n"] == 7 and 0 <= metrics["judge_agreement"] <= 1
 
 
@@ -76,14 +79,28 @@ def test_a_models_run_leads_to_all_that_it_was_fitted_on(tmp_path: Path) -> None
     shutil.copytree(artefacts.masks, tmp_path / "phase2" / "masks")
     metadata = json.loads((artefacts.masks / "metadata.json").read_text())
     write_json(tmp_path / "phase2" / "masks" / "metadata.json", metadata | {"basis_dir": str(tmp_path / "phase1" / "basis")})
-    for phase, kind, more in (("phase0", "safety", {"model_name": "hub/base"}), ("phase1", "safety", {}),
-                              ("phase2", "safety", {"basis_dir": None}), ("phase3", "utility", {"masks_dir": None})):
+    for phase, kind, more in (
+        ("phase0", "safety", {"model_name": "hub/base"}),
+        ("phase1", "safety", {}),
+        ("phase2", "safety", {"basis_dir": None}),
+        ("phase3", "utility", {"masks_dir": None}),
+    ):
         data = tmp_path / f"{phase}.jsonl"
         data.write_text(json.dumps({"prompt": f"of {phase}", "response": "x"}) + "\n")
-        write_json(tmp_path / phase / "config.json", {"phase": phase, "inputs": {
-            "masks": MaskStore(tmp_path / "phase2" / "masks").fingerprint()}, "settings": {
-            "model_name": str(tmp_path / "phase0" / "model"), f"{kind}_data": str(data), f"{kind}_split": "train",
-            f"{kind}_samples": 0, **more}})
+        write_json(
+            tmp_path / phase / "config.json",
+            {
+                "phase": phase,
+                "inputs": {"masks": MaskStore(tmp_path / "phase2" / "masks").fingerprint()},
+                "settings": {
+                    "model_name": str(tmp_path / "phase0" / "model"),
+                    f"{kind}_data": str(data),
+                    f"{kind}_split": "train",
+                    f"{kind}_samples": 0,
+                    **more,
+                },
+            },
+        )
     write_json(tmp_path / "phase2" / "finished.json", {})
     found = fitting_sets([tmp_path / "phase3"])
     assert found == {str(tmp_path / f"phase{i}.jsonl"): [f"of phase{i}"] for i in (3, 0, 2, 1)}
@@ -96,8 +113,14 @@ def test_relative_names_of_a_run_start_where_it_was_started(tmp_path: Path, monk
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "fitted.jsonl").write_text(json.dumps({"prompt": "p", "response": "x"}) + "\n")
-    write_json(tmp_path / "phase1" / "config.json", {"phase": "phase1", "working_directory": str(tmp_path), "settings": {
-        "model_name": "hub/base", "safety_data": "fitted.jsonl", "safety_split": "train", "safety_samples": 0}})
+    write_json(
+        tmp_path / "phase1" / "config.json",
+        {
+            "phase": "phase1",
+            "working_directory": str(tmp_path),
+            "settings": {"model_name": "hub/base", "safety_data": "fitted.jsonl", "safety_split": "train", "safety_samples": 0},
+        },
+    )
     assert fitting_sets([tmp_path / "phase1"]) == {"fitted.jsonl": ["p"]}
 
 

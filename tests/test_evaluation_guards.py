@@ -110,10 +110,20 @@ def test_a_pair_that_does_not_fit_is_unread_and_a_template_without_the_answer_is
 
 
 def test_agreement_and_kappa_leave_out_what_was_not_read_or_not_judged():
-    says = [("compliance", 1.0, 0.0), ("compliance", 0.0, 0.0), ("refusal", 0.0, 1.0), ("refusal", None, 1.0),
-            ("not_judged", 1.0, 0.0), ("partial", 0.0, None)]
-    found = summarise([{"suite": "refusal", "prompt": "p", "answer": "a", "verdict": verdict, "judge": unsafe,
-                        "judge_refusal": refusal} for verdict, unsafe, refusal in says])
+    says = [
+        ("compliance", 1.0, 0.0),
+        ("compliance", 0.0, 0.0),
+        ("refusal", 0.0, 1.0),
+        ("refusal", None, 1.0),
+        ("not_judged", 1.0, 0.0),
+        ("partial", 0.0, None),
+    ]
+    found = summarise(
+        [
+            {"suite": "refusal", "prompt": "p", "answer": "a", "verdict": verdict, "judge": unsafe, "judge_refusal": refusal}
+            for verdict, unsafe, refusal in says
+        ]
+    )
     assert found["judge_unread"] == 1 and found["judge_unsafe_rate"] == pytest.approx(2 / 5)
     assert (found["judge_n"], found["judge_agreement"]) == (4, pytest.approx(3 / 4))
     # p_o = 3/4; 2 of 4 and 1 of 4 say yes: p_e = 1/2 * 1/4 + 1/2 * 3/4 = 1/2

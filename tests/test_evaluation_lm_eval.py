@@ -63,7 +63,8 @@ def make_task_model(root: Path) -> None:
     tokenizer = train_tokenizer([text for row in data for text in row.values()], vocab_size=400)
     # As real tokenizers do: special tokens are added where they are asked for, and lm-eval asks.
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
     tokenizer.save_pretrained(root / "sums")
     model = tiny_llama(tokenizer, hidden_size=64, intermediate_size=128, layers=2, heads=4, kv_heads=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -89,9 +90,20 @@ def ours(root: Path, output: Path) -> dict[str, Any]:
     from warp_ds.flags.arguments import EvaluateArguments
     from warp_ds.phases.evaluate import run_evaluation
 
-    run = run_evaluation(EvaluateArguments(**{**common(root, output), "model_name": str(root / "sums"), "batch_size": 4,
-                         "suite": "gsm8k,local_gsm8k,local_choice", "utility_data": str(root / "sums.jsonl"),
-                         "utility_samples": 0, "max_new_tokens": 80, "lm_eval_include": str(root / "tasks")}))
+    run = run_evaluation(
+        EvaluateArguments(
+            **{
+                **common(root, output),
+                "model_name": str(root / "sums"),
+                "batch_size": 4,
+                "suite": "gsm8k,local_gsm8k,local_choice",
+                "utility_data": str(root / "sums.jsonl"),
+                "utility_samples": 0,
+                "max_new_tokens": 80,
+                "lm_eval_include": str(root / "tasks"),
+            }
+        )
+    )
     return json.loads((run / "metrics.json").read_text())
 
 
@@ -101,9 +113,13 @@ def theirs(root: Path) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     found = simple_evaluate(
-        model="hf", model_args={"pretrained": str(root / "sums"), "dtype": "float32", "device": "cpu", "add_bos_token": True},
-        tasks=["local_gsm8k", "local_choice"], batch_size=4, task_manager=TaskManager(include_path=str(root / "tasks")),
-        bootstrap_iters=0)
+        model="hf",
+        model_args={"pretrained": str(root / "sums"), "dtype": "float32", "device": "cpu", "add_bos_token": True},
+        tasks=["local_gsm8k", "local_choice"],
+        batch_size=4,
+        task_manager=TaskManager(include_path=str(root / "tasks")),
+        bootstrap_iters=0,
+    )
     return {"results": found["results"], "answers": [s["resps"][0][0] for s in found["samples"]["local_gsm8k"][:24]]}
 
 

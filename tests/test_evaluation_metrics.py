@@ -90,8 +90,14 @@ def test_accuracy_and_rates():
     with pytest.raises(ValueError, match="1 answers for 2"):
         accuracy(["a"], ["b", "c"])
     counted = rates(["refusal", "refusal", "compliance", "incoherent", "not_judged"])
-    assert counted == {"n": 4, "not_judged": 1, "refusal_rate": 0.5, "partial_rate": 0, "compliance_rate": 0.25,
-                       "incoherent_rate": 0.25}
+    assert counted == {
+        "n": 4,
+        "not_judged": 1,
+        "refusal_rate": 0.5,
+        "partial_rate": 0,
+        "compliance_rate": 0.25,
+        "incoherent_rate": 0.25,
+    }
     assert math.isnan(rates([])["refusal_rate"])
     with pytest.raises(ValueError, match="unknown verdicts \\['safe'\\]"):
         rates(["safe"])

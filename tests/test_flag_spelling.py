@@ -27,8 +27,16 @@ from warp_ds.launch.launcher import DEBUG_SAMPLES, apply_debug
 from warp_ds.phases.compare import training_flags
 from warp_ds.phases.sweep import SweepArguments
 
-KINDS = (SafetyTuningArguments, BasisArguments, ImportanceArguments, TrainArguments, EvaluateArguments, CompareArguments,
-         SweepArguments, DoctorArguments)
+KINDS = (
+    SafetyTuningArguments,
+    BasisArguments,
+    ImportanceArguments,
+    TrainArguments,
+    EvaluateArguments,
+    CompareArguments,
+    SweepArguments,
+    DoctorArguments,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,7 +60,14 @@ def test_debug_reaches_every_count_of_samples(kind: Any) -> None:
 
 def test_dashes_and_underscores_are_one() -> None:
     assert underscored(["plan", "--gpus-per-node", "8", "--host-memory=2-3", "-x", "a-b", "--config"]) == [
-        "plan", "--gpus_per_node", "8", "--host_memory=2-3", "-x", "a-b", "--config"]
+        "plan",
+        "--gpus_per_node",
+        "8",
+        "--host_memory=2-3",
+        "-x",
+        "a-b",
+        "--config",
+    ]
     parser = argparse.ArgumentParser()
     plan.add_arguments(parser)
     assert not [option for option in parser._option_string_actions if "-" in option.lstrip("-")], "others than the phases'"

@@ -64,21 +64,30 @@ def leave_and_go_on(root: Path) -> dict[str, Any]:
 def test_evaluation_and_the_last_step(tmp_path: Path) -> None:
     make_models(tmp_path)
     found = run_ranks(2, leave_and_go_on, tmp_path)[0]
-    assert found == {"evaluation left": True, "kept": ["reference_answers.partial.jsonl"], "answers": 7,
-                     "training left": True, "exported": True, "runs": 1}
+    assert found == {
+        "evaluation left": True,
+        "kept": ["reference_answers.partial.jsonl"],
+        "answers": 7,
+        "training left": True,
+        "exported": True,
+        "runs": 1,
+    }
 
 
 RUNNING = {"JobState": "RUNNING", "Reason": "None"}
 
 
-@pytest.mark.parametrize(("job", "cancelled"), [
-    (RUNNING, False),
-    ({**RUNNING, "JobState": "COMPLETING", "PreemptTime": "None"}, True),
-    ({**RUNNING, "JobState": "COMPLETING"}, True),
-    ({**RUNNING, "JobState": "COMPLETING", "Reason": "TimeLimit", "PreemptTime": "None"}, False),
-    ({**RUNNING, "JobState": "COMPLETING", "PreemptTime": "2026-11-24T20:30:32"}, False),
-    ({**RUNNING, "JobState": "CANCELLED"}, True),
-])
+@pytest.mark.parametrize(
+    ("job", "cancelled"),
+    [
+        (RUNNING, False),
+        ({**RUNNING, "JobState": "COMPLETING", "PreemptTime": "None"}, True),
+        ({**RUNNING, "JobState": "COMPLETING"}, True),
+        ({**RUNNING, "JobState": "COMPLETING", "Reason": "TimeLimit", "PreemptTime": "None"}, False),
+        ({**RUNNING, "JobState": "COMPLETING", "PreemptTime": "2026-11-24T20:30:32"}, False),
+        ({**RUNNING, "JobState": "CANCELLED"}, True),
+    ],
+)
 def test_a_cancelled_job_is_told_from_one_that_goes_on(job: Mapping[str, str], cancelled: bool) -> None:
     """As a job saw itself on Slurm 22.05 after TERM: scancel, time limit, PreemptMode=CANCEL."""
     assert preemption.being_cancelled(job) is cancelled

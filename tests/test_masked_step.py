@@ -71,28 +71,60 @@ CASES = [
     Case("accumulation", accumulation=3, worlds=(1, 2, 4)),
     Case("accumulation of two", accumulation=2, worlds=(3,)),
     Case("only masked layers", only=True, clip=0.005),
-    Case("only masked layers, offloaded", only=True, clip=0.005, worlds=(1, 2),
-         zero={"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}),
-    *(case for where, placement in {"bases at owners": "owner", "sharded bases": "sharded"}.items() for case in (
-        Case(where, placement=placement),
-        Case(f"{where}, sub-groups and groups", placement=placement, groups=True, worlds=(2, 3),
-             zero={"sub_group_size": 100, "stage3_param_persistence_threshold": LARGE}),
-        Case(f"{where}, offloaded", placement=placement, worlds=(2, 4), accumulation=3,
-             zero={"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
-        Case(f"{where}, a rank of padding", placement=placement, model="nano", clip=0.15, worlds=(4,)),
-        Case(f"{where}, identity basis", placement=placement, basis="identity", worlds=(2,)),
-    )),
+    Case(
+        "only masked layers, offloaded",
+        only=True,
+        clip=0.005,
+        worlds=(1, 2),
+        zero={"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100},
+    ),
+    *(
+        case
+        for where, placement in {"bases at owners": "owner", "sharded bases": "sharded"}.items()
+        for case in (
+            Case(where, placement=placement),
+            Case(
+                f"{where}, sub-groups and groups",
+                placement=placement,
+                groups=True,
+                worlds=(2, 3),
+                zero={"sub_group_size": 100, "stage3_param_persistence_threshold": LARGE},
+            ),
+            Case(
+                f"{where}, offloaded",
+                placement=placement,
+                worlds=(2, 4),
+                accumulation=3,
+                zero={"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
+            ),
+            Case(f"{where}, a rank of padding", placement=placement, model="nano", clip=0.15, worlds=(4,)),
+            Case(f"{where}, identity basis", placement=placement, basis="identity", worlds=(2,)),
+        )
+    ),
     Case("no clipping", clip=0.0, worlds=(1, 3)),
     Case("no decay", decay=0.0, worlds=(2,)),
     Case("sub-groups", zero={"sub_group_size": 100}),
     Case("parameter groups", groups=True),
-    Case("parameter groups and sub-groups", groups=True, worlds=(2,), accumulation=2,
-         zero={"sub_group_size": 100, "stage3_param_persistence_threshold": 0}),
+    Case(
+        "parameter groups and sub-groups",
+        groups=True,
+        worlds=(2,),
+        accumulation=2,
+        zero={"sub_group_size": 100, "stage3_param_persistence_threshold": 0},
+    ),
     Case("optimizer on the CPU", zero={"offload_optimizer": {"device": "cpu", "pin_memory": False}}),
-    Case("optimizer on the CPU, accumulation", accumulation=3, groups=True, worlds=(2,),
-         zero={"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}),
-    Case("parameters on the CPU", worlds=(1, 2),
-         zero={"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
+    Case(
+        "optimizer on the CPU, accumulation",
+        accumulation=3,
+        groups=True,
+        worlds=(2,),
+        zero={"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100},
+    ),
+    Case(
+        "parameters on the CPU",
+        worlds=(1, 2),
+        zero={"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
+    ),
     Case("small buckets, no overlap", worlds=(2, 3), zero={"reduce_bucket_size": 64, "overlap_comm": False}),
     Case("all-reduce for reduce-scatter", worlds=(3,), zero={"reduce_scatter": False}),
     Case("adam", optimizer="adam", worlds=(1, 2, 3)),
@@ -101,10 +133,20 @@ CASES = [
     Case("sgd, groups", optimizer="sgd", groups=True, worlds=(2,), zero={"sub_group_size": 100}),
     Case("cpu adam", optimizer="cpu adam", worlds=(1, 2)),
     Case("cpu adam, coupled decay", optimizer="cpu adam coupled", groups=True, worlds=(2,)),
-    Case("cpu adam, offloaded", optimizer="cpu adam", worlds=(2, 3), groups=True,
-         zero={"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}),
-    Case("cpu adam, partly offloaded", optimizer="cpu adam", worlds=(2,), groups=True,
-         zero={"offload_optimizer": {"device": "cpu", "ratio": 0.4}, "sub_group_size": 100}),
+    Case(
+        "cpu adam, offloaded",
+        optimizer="cpu adam",
+        worlds=(2, 3),
+        groups=True,
+        zero={"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100},
+    ),
+    Case(
+        "cpu adam, partly offloaded",
+        optimizer="cpu adam",
+        worlds=(2,),
+        groups=True,
+        zero={"offload_optimizer": {"device": "cpu", "ratio": 0.4}, "sub_group_size": 100},
+    ),
 ]
 
 
@@ -138,8 +180,7 @@ def hyperparameters(case: Case, names: list[str]) -> tuple[dict[str, float], dic
 
 
 @functools.cache
-def reference(root: Path, optimizer: str, model: str, basis: str, clip: float, decay: float, groups: bool,
-              only: bool) -> Any:
+def reference(root: Path, optimizer: str, model: str, basis: str, clip: float, decay: float, groups: bool, only: bool) -> Any:
     """Losses, and the optimizer that holds the trained weights; one for all cases that differ in ZeRO-3 settings alone."""
     case = Case("reference", optimizer, model, basis, clip, decay, groups, only)
     dense = MODELS[model]()
@@ -151,8 +192,7 @@ def reference(root: Path, optimizer: str, model: str, basis: str, clip: float, d
     if optimizer == "adamw" and not groups:
         chosen: Any = dense_adamw(dense, artefacts, clip, decays)
     else:
-        chosen = DenseAnyOptimizer(
-            named, artefacts, lambda g: make_optimizer(optimizer, g, dense=True), decays, clip, lr)
+        chosen = DenseAnyOptimizer(named, artefacts, lambda g: make_optimizer(optimizer, g, dense=True), decays, clip, lr)
     return reference_losses(dense, token_batches(STEPS), chosen), chosen
 
 
@@ -172,14 +212,24 @@ def make_engine(case: Case, dtype: torch.dtype = torch.float32, trained: Iterabl
         options = {"weight_decay": decay[k], **({"lr": lr[k]} if lr else {})}
         groups.setdefault(tuple(options.items()), {"params": [], **options})["params"].append(p)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=make_optimizer(case.optimizer, list(groups.values())), config={
+        model=model,
+        optimizer=make_optimizer(case.optimizer, list(groups.values())),
+        config={
             "train_micro_batch_size_per_gpu": 12 // processes.world_size() // case.accumulation,
-            "gradient_accumulation_steps": case.accumulation, "gradient_clipping": case.clip,
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0,
-                                  "stage3_gather_16bit_weights_on_model_save": True, **case.zero},
-            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": dtype == torch.bfloat16}, **config,
-        })
+            "gradient_accumulation_steps": case.accumulation,
+            "gradient_clipping": case.clip,
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_param_persistence_threshold": 0,
+                "stage3_gather_16bit_weights_on_model_save": True,
+                **case.zero,
+            },
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            **config,
+        },
+    )
     return engine
 
 
@@ -256,8 +306,10 @@ def run_case(case: Case, root: Path) -> dict[str, float]:
         "norm": abs(float(engine.get_global_grad_norm()) / dense.norm - 1),
         "clipped": dense.norm / case.clip if case.clip else 0.0,
         "removed": abs(metrics.grad_norm_removed - dense.removed),
-        "share": abs(metrics.masked_fraction - sum(int(f.sum()) for f in dense.frozen.values())
-                     / sum(f.numel() for f in dense.frozen.values())),
+        "share": abs(
+            metrics.masked_fraction
+            - sum(int(f.sum()) for f in dense.frozen.values()) / sum(f.numel() for f in dense.frozen.values())
+        ),
         "trained": weight_error(engine, dict(MODELS[case.model]().named_parameters())),
         "bytes": unforeseen_bytes(case, artefacts, protection, metrics.rotate_bytes),
     }
@@ -308,21 +360,30 @@ def run_replay(case: Case, dtype: torch.dtype, config: dict[str, Any], root: Pat
             assert all(torch.equal(x, y) for x, y in zip(before, masters(protection), strict=True))
         else:
             dense.step(gradients)
-    masters_error = max((safe_get_full_fp32_param(param).double().cpu() - dense.value[name]).abs().max().item()
-                        for name, param in params.items())
+    masters_error = max(
+        (safe_get_full_fp32_param(param).double().cpu() - dense.value[name]).abs().max().item()
+        for name, param in params.items()
+    )
     shards_differ = 0
     for sub_group in protection.by_sub_group:
         shards = [layer.param.ds_tensor.clone() for layer in protection.by_sub_group[sub_group]]
         protection.write_weights(sub_group)
-        shards_differ += sum(int((shard != layer.param.ds_tensor).sum())
-                             for shard, layer in zip(shards, protection.by_sub_group[sub_group], strict=True))
+        shards_differ += sum(
+            int((shard != layer.param.ds_tensor).sum())
+            for shard, layer in zip(shards, protection.by_sub_group[sub_group], strict=True)
+        )
     half_ulp = torch.finfo(dtype).eps / 4
     result = {
-        "masters": masters_error, "moved": frozen_moved(protection, start), "shards": shards_differ, "skipped": skipped,
+        "masters": masters_error,
+        "moved": frozen_moved(protection, start),
+        "shards": shards_differ,
+        "skipped": skipped,
         "norm": abs(float(engine.get_global_grad_norm()) / dense.norm - 1),
         # What the model trains on is C Uᵀ rounded once: what is more comes of the masters.
-        "weights": max(((p.double() - dense.weights()[name]).abs() - 2 * half_ulp * dense.weights()[name].abs()).max().item()
-                       for name, p in gathered(engine).items()),
+        "weights": max(
+            ((p.double() - dense.weights()[name]).abs() - 2 * half_ulp * dense.weights()[name].abs()).max().item()
+            for name, p in gathered(engine).items()
+        ),
     }
     engine.destroy()
     return result
@@ -339,15 +400,43 @@ def gathered(engine: Any) -> dict[str, torch.Tensor]:
 
 @functools.cache
 def replays(world_size: int, root: Path) -> dict[str, Any]:
-    zeros = {"resident": ({"stage3_param_persistence_threshold": LARGE}, 1),
-             "offloaded": ({"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}, 2)}
-    jobs = [(f"{kind}, {place}", run_replay,
-             (Case("bf16", groups=True, accumulation=accumulation, zero=zero,
-                   placement="owner" if place == "offloaded" else "replicated"), torch.bfloat16, config, root))
-            for kind, (config, _) in REPLAYED.items() for place, (zero, accumulation) in zeros.items()]
+    zeros = {
+        "resident": ({"stage3_param_persistence_threshold": LARGE}, 1),
+        "offloaded": ({"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}, 2),
+    }
+    jobs = [
+        (
+            f"{kind}, {place}",
+            run_replay,
+            (
+                Case(
+                    "bf16",
+                    groups=True,
+                    accumulation=accumulation,
+                    zero=zero,
+                    placement="owner" if place == "offloaded" else "replicated",
+                ),
+                torch.bfloat16,
+                config,
+                root,
+            ),
+        )
+        for kind, (config, _) in REPLAYED.items()
+        for place, (zero, accumulation) in zeros.items()
+    ]
     # Last, as it stays on for every later engine of a process.
-    jobs.append(("autocast", run_replay, (Case("autocast", groups=True, zero={"sub_group_size": 100}), torch.float32,
-                                          {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, root)))
+    jobs.append(
+        (
+            "autocast",
+            run_replay,
+            (
+                Case("autocast", groups=True, zero={"sub_group_size": 100}),
+                torch.float32,
+                {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+                root,
+            ),
+        )
+    )
     return run_ranks(world_size, run_all, jobs)[0]
 
 
@@ -388,16 +477,23 @@ def run_overflow(zero: dict[str, Any], root: Path) -> dict[str, float]:
             assert all(torch.equal(x, y) for x, y in zip(before, masters(protection), strict=True))
             assert all(torch.equal(weights[k], v) for k, v in gathered(engine).items())
         found.append(train_step(engine, batch))
-    result = {"loss": max(abs(a - b) for a, b in zip(found, losses, strict=True)),
-              "weights": weight_error(engine, dense.weights()), "moved": frozen_moved(protection, start)}
+    result = {
+        "loss": max(abs(a - b) for a, b in zip(found, losses, strict=True)),
+        "weights": weight_error(engine, dense.weights()),
+        "moved": frozen_moved(protection, start),
+    }
     engine.destroy()
     return result
 
 
 def test_a_skipped_step_changes_nothing(artefacts_root: Path) -> None:
-    jobs = [(name, run_overflow, (zero, artefacts_root)) for name, zero in {
-        "resident": {"stage3_param_persistence_threshold": LARGE}, "offloaded": {"offload_optimizer": {"device": "cpu"}},
-    }.items()]
+    jobs = [
+        (name, run_overflow, (zero, artefacts_root))
+        for name, zero in {
+            "resident": {"stage3_param_persistence_threshold": LARGE},
+            "offloaded": {"offload_optimizer": {"device": "cpu"}},
+        }.items()
+    ]
     for name, found in run_ranks(2, run_all, jobs)[0].items():
         assert found["moved"] == 0 and found["loss"] < LOSS and found["weights"] < WEIGHT, (name, found)
 
@@ -419,8 +515,7 @@ def run_all(jobs: list[tuple[str, Callable[..., Any], tuple[Any, ...]]]) -> dict
 def write_all(root: Path) -> Path:
     for name, make in MODELS.items():
         for basis in ("activation", "identity"):
-            write_artefacts(root / name / basis, make(), {"ffn_down": 1, "attn_q": 2} if name == "nano" else None,
-                            basis=basis)
+            write_artefacts(root / name / basis, make(), {"ffn_down": 1, "attn_q": 2} if name == "nano" else None, basis=basis)
     return root
 
 
@@ -441,8 +536,11 @@ def exact(artefacts_root: Path) -> Callable[[int], dict[str, Any]]:
     return on
 
 
-@pytest.mark.parametrize(("world_size", "case"), [(w, c) for w in (1, 2, 3, 4) for c in CASES if w in c.worlds],
-                         ids=lambda v: v.name if isinstance(v, Case) else str(v))
+@pytest.mark.parametrize(
+    ("world_size", "case"),
+    [(w, c) for w in (1, 2, 3, 4) for c in CASES if w in c.worlds],
+    ids=lambda v: v.name if isinstance(v, Case) else str(v),
+)
 def test_equals_the_dense_reference(exact: Callable[[int], dict[str, Any]], world_size: int, case: Case) -> None:
     found = exact(world_size)[case.name]
     assert found["moved"] == 0, f"{found['moved']} frozen coefficients moved"
@@ -480,6 +578,7 @@ def test_only_what_is_rounded_to_bf16_is_rotated_in_tf32(tmp_path: Path) -> None
 def precisions_used(root: Path) -> dict[str, set[str]]:
     seen: set[str] = set()
     found: dict[str, set[str]] = {}
+
     def watched(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def watching(self: Rotation, rows: torch.Tensor) -> torch.Tensor:
             seen.add(torch.backends.cuda.matmul.fp32_precision)

@@ -44,13 +44,28 @@ RESUMED: list[tuple[Case, torch.dtype]] = [
     (Case("persistent, bf16", zero={"stage3_param_persistence_threshold": LARGE}), torch.bfloat16),
     (GROUPS, torch.float32),
     (replace(GROUPS, name="groups, bf16"), torch.bfloat16),
-    (Case("cpu adam, offloaded", optimizer="cpu adam", groups=True,
-          zero={"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}), torch.float32),
-    (Case("parameters offloaded", zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}),
-     torch.bfloat16),
+    (
+        Case(
+            "cpu adam, offloaded",
+            optimizer="cpu adam",
+            groups=True,
+            zero={"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100},
+        ),
+        torch.float32,
+    ),
+    (
+        Case("parameters offloaded", zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}),
+        torch.bfloat16,
+    ),
     (replace(GROUPS, name="sharded bases, bf16", placement="sharded"), torch.bfloat16),
-    (Case("bases at owners, bf16, offloaded", placement="owner", zero={
-        "offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}), torch.bfloat16),
+    (
+        Case(
+            "bases at owners, bf16, offloaded",
+            placement="owner",
+            zero={"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100},
+        ),
+        torch.bfloat16,
+    ),
     (Case("sgd", optimizer="sgd"), torch.float32),
     (Case("sgd without momentum", optimizer="sgd plain"), torch.float32),
 ]
@@ -315,21 +330,31 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcomes(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder, these = tmp_path_factory.mktemp("checkpoints"), root / "these"
     jobs: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
-        (case.name, continues_to_the_bit, (case, dtype, these, folder / str(i))) for i, (case, dtype) in enumerate(RESUMED)]
+        (case.name, continues_to_the_bit, (case, dtype, these, folder / str(i))) for i, (case, dtype) in enumerate(RESUMED)
+    ]
     jobs += [(f.__name__, f, (these, folder / f.__name__)) for f in SCENES]
     jobs += [("other masks", other_masks_are_refused, (these, root / "other", folder / "other"))]
-    jobs += [(f"trained on without protection, {kind}", unprotected_training_is_refused, (these, folder / f"on {kind}", kind))
-             for kind in ("adamw", "cpu adam", "sgd plain")]
-    jobs += [(f"never protected, {kind}", unprotected_runs_are_refused, (these, folder / f"never {kind}", kind))
-             for kind in ("adamw", "sgd")]
+    jobs += [
+        (f"trained on without protection, {kind}", unprotected_training_is_refused, (these, folder / f"on {kind}", kind))
+        for kind in ("adamw", "cpu adam", "sgd plain")
+    ]
+    jobs += [
+        (f"never protected, {kind}", unprotected_runs_are_refused, (these, folder / f"never {kind}", kind))
+        for kind in ("adamw", "sgd")
+    ]
     return run_ranks(2, run_all, jobs)[0]
 
 
-@pytest.mark.parametrize("name", [
-    *(case.name for case, _ in RESUMED), *(f.__name__ for f in SCENES), "other masks",
-    *(f"trained on without protection, {kind}" for kind in ("adamw", "cpu adam", "sgd plain")),
-    *(f"never protected, {kind}" for kind in ("adamw", "sgd")),
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(case.name for case, _ in RESUMED),
+        *(f.__name__ for f in SCENES),
+        "other masks",
+        *(f"trained on without protection, {kind}" for kind in ("adamw", "cpu adam", "sgd plain")),
+        *(f"never protected, {kind}" for kind in ("adamw", "sgd")),
+    ],
+)
 def test_checkpoint(outcomes: dict[str, Any], name: str) -> None:
     assert name in outcomes
 
@@ -339,8 +364,12 @@ def test_checkpoint(outcomes: dict[str, Any], name: str) -> None:
 UNIVERSAL = {
     "fp32": (replace(GROUPS, zero={"sub_group_size": 100}), torch.float32),
     "bf16, sharded bases": (replace(GROUPS, placement="sharded", zero={"sub_group_size": 100}), torch.bfloat16),
-    "offloaded": (Case("offloaded", optimizer="cpu adam", groups=True, zero={
-        "offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}), torch.float32),
+    "offloaded": (
+        Case(
+            "offloaded", optimizer="cpu adam", groups=True, zero={"offload_optimizer": {"device": "cpu"}, "sub_group_size": 100}
+        ),
+        torch.float32,
+    ),
 }
 #: Of losses and weights after the checkpoint, by dtype. In bf16 other micro-batches and sums round gradients otherwise, by
 #: which a weight may be rounded the other way: a unit of those up to 1 (measured: 3e-5 and 2^-11).
@@ -400,9 +429,20 @@ def universal(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("universal")
     run_ranks(2, save_for_all, root / "these", folder)
     for kind in UNIVERSAL:
-        arguments, sys.argv = sys.argv, [
-            "ds_to_universal", "--input_folder", str(folder / kind / "here"), "--output_folder",
-            str(folder / kind / "converted"), "--num_extract_workers", "1", "--num_merge_workers", "1"]
+        arguments, sys.argv = (
+            sys.argv,
+            [
+                "ds_to_universal",
+                "--input_folder",
+                str(folder / kind / "here"),
+                "--output_folder",
+                str(folder / kind / "converted"),
+                "--num_extract_workers",
+                "1",
+                "--num_merge_workers",
+                "1",
+            ],
+        )
         try:
             ds_to_universal.main(ds_to_universal.parse_arguments())
         finally:

@@ -23,8 +23,12 @@ TF32 = STEPS * 1e-2 * 2.0**-10
 #: name -> (case, dtype, configuration, error allowed to the masters; see test_masked_step.py)
 GPU = {
     "fused adam": (Case("", "fused adam", groups=True), torch.float32, {}, 2e-6),
-    "fused adam, coupled decay": (Case("", "fused adam coupled", groups=True, accumulation=2,
-                                       zero={"sub_group_size": 100}), torch.float32, {}, 2e-6),
+    "fused adam, coupled decay": (
+        Case("", "fused adam coupled", groups=True, accumulation=2, zero={"sub_group_size": 100}),
+        torch.float32,
+        {},
+        2e-6,
+    ),
     "fused adam, bf16": (Case("", "fused adam", groups=True), torch.bfloat16, ACCUMULATE_FP32, TF32),
     "fused adam, bf16 accumulation": (Case("", "fused adam", groups=True), torch.bfloat16, {}, STEPS * 1e-2 * 2.0**-8 + TF32),
     "fp16": (Case("", "fused adam", groups=True), torch.float16, {**SCALED, **ACCUMULATE_FP32}, 2e-6),
@@ -32,15 +36,20 @@ GPU = {
     "adamw": (Case("", "adamw", groups=True), torch.float32, {}, 2e-6),
     "cpu adam, offloaded": (Case("", "cpu adam", groups=True, zero=OFFLOAD), torch.float32, {}, 2e-6),
     "cpu adam, partly offloaded": (
-        Case("", "cpu adam", zero={**OFFLOAD, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}), torch.float32, {}, 2e-6),
+        Case("", "cpu adam", zero={**OFFLOAD, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}),
+        torch.float32,
+        {},
+        2e-6,
+    ),
 }
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(tmp_path: Path) -> None:
     """In a process of its own: the others have made DeepSpeed choose the CPU."""
-    done = subprocess.run([sys.executable, __file__, str(tmp_path)], env={**os.environ, "DS_ACCELERATOR": "cuda"},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path)], env={**os.environ, "DS_ACCELERATOR": "cuda"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     found = json.loads((tmp_path / "found.json").read_text())
     wrong = {}
@@ -57,8 +66,10 @@ if __name__ == "__main__":
     processes.init_distributed("cuda" if torch.cuda.is_available() else "cpu")
     root = write_all(folder / "artefacts")
     # An initial scale of 2^40 overflows for the first steps; there must be some left.
-    jobs = [(name, run_replay, (case, dtype, config, root, 40 if dtype == torch.float16 else STEPS))
-            for name, (case, dtype, config, _) in GPU.items()]
+    jobs = [
+        (name, run_replay, (case, dtype, config, root, 40 if dtype == torch.float16 else STEPS))
+        for name, (case, dtype, config, _) in GPU.items()
+    ]
     if not torch.cuda.is_available():  # What of it can be tried without one.
         jobs = [job for job in jobs if job[2][1] != torch.float16 and "fused" not in job[2][0].optimizer]
     (folder / "found.json").write_text(json.dumps(run_all(jobs)))

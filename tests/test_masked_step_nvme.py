@@ -33,9 +33,14 @@ def coefficients(engine: Any, artefacts: Artefacts) -> dict[str, torch.Tensor]:
 
 
 def train_on_nvme(optimizer: str, root: Path, swap: Path, options: dict[str, Any]) -> dict[str, Any]:
-    case = Case("nvme", optimizer, "wide", accumulation=2, groups=True, zero={
-        "offload_optimizer": {"device": "nvme", "nvme_path": str(swap), "buffer_count": 8, **options},
-    })
+    case = Case(
+        "nvme",
+        optimizer,
+        "wide",
+        accumulation=2,
+        groups=True,
+        zero={"offload_optimizer": {"device": "nvme", "nvme_path": str(swap), "buffer_count": 8, **options}},
+    )
     losses, dense = reference_of(case, root)
     artefacts = read_artefacts(root / "wide" / "activation")
     engine = make_engine(case)
@@ -77,8 +82,11 @@ def train_on_nvme(optimizer: str, root: Path, swap: Path, options: dict[str, Any
 
 def test_optimizer_on_nvme(tmp_path: Path) -> None:
     write_artefacts(tmp_path / "wide" / "activation", wide_model(), {"ffn_down": 5, "attn_q": 100})
-    jobs = [(f"{optimizer}, {kind}", train_on_nvme, (optimizer, tmp_path, tmp_path / f"{optimizer} {kind}", options))
-            for optimizer in ("adamw", "cpu adam") for kind, options in KINDS.items()]
+    jobs = [
+        (f"{optimizer}, {kind}", train_on_nvme, (optimizer, tmp_path, tmp_path / f"{optimizer} {kind}", options))
+        for optimizer in ("adamw", "cpu adam")
+        for kind, options in KINDS.items()
+    ]
     for name, found in run_ranks(2, run_all, jobs, timeout=500)[0].items():
         assert found["moved"] == 0 and found["free"] > 1e-3, (name, found)
         assert found["loss"] < LOSS and found["weights"] < WEIGHT, (name, found)

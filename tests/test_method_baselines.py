@@ -26,8 +26,13 @@ def layer() -> dict[str, torch.Tensor]:
     x = torch.randn(T, N, generator=draw, dtype=torch.float64) * torch.linspace(0.3, 2.0, N, dtype=torch.float64)
     values, columns = torch.linalg.eigh(x.T @ x / T)
     aligned = torch.randn(M, N, generator=draw)
-    return {"x": x, "values": values.flip(0), "columns": columns.flip(1), "aligned": aligned,
-            "tuned": aligned + 0.1 * torch.randn(M, N, generator=draw)}
+    return {
+        "x": x,
+        "values": values.flip(0),
+        "columns": columns.flip(1),
+        "aligned": aligned,
+        "tuned": aligned + 0.1 * torch.randn(M, N, generator=draw),
+    }
 
 
 def test_safeinstr_mixes_a_tenth() -> None:
@@ -71,7 +76,7 @@ def test_safe_delta_is_the_papers_selection_and_compensation(layer: dict[str, to
             change = target[i, j] - expected[i, j] if chosen[i, j] else 0.0
             expected[i, j] += change
             if j + 1 < N:
-                expected[i, j + 1:] -= np.linalg.solve(h[j + 1:, j + 1:], h[j + 1:, j] * change)
+                expected[i, j + 1 :] -= np.linalg.solve(h[j + 1 :, j + 1 :], h[j + 1 :, j] * change)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(found.numpy()[chosen], target[chosen], atol=1e-6)
 

@@ -62,6 +62,7 @@ def test_eigenvectors_of_a_covariance(
 
 def test_beside_other_work_the_library_that_lets_it_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """SciPy holds the interpreter while it decomposes: in a thread it is not used."""
+
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("SciPy was asked")
 

@@ -41,14 +41,19 @@ def test_an_ordinary_model_is_taken(model_dir: Path) -> None:
     assert read_tokenizer(model_dir, read_config(model_dir)).pad_token_id == 0
 
 
-@pytest.mark.parametrize("change,says", [
-    ({"model_type": "mynet", "auto_map": {"AutoConfig": "a.B", "AutoModelForCausalLM": "m.M"}},
-     "needs its own modelling code.*not supported, for warp_ds runs no code"),
-    ({"model_type": "mynet"}, "model_type 'mynet', which transformers .* does not know: upgrade"),
-    ({"model_type": None}, "model_type None"),
-    ({"architectures": ["LlamaForSequenceClassification"]}, "is a LlamaForSequenceClassification, not a causal"),
-    ({"transformers_weights": "other.safetensors"}, "names its weight files itself"),
-])
+@pytest.mark.parametrize(
+    "change,says",
+    [
+        (
+            {"model_type": "mynet", "auto_map": {"AutoConfig": "a.B", "AutoModelForCausalLM": "m.M"}},
+            "needs its own modelling code.*not supported, for warp_ds runs no code",
+        ),
+        ({"model_type": "mynet"}, "model_type 'mynet', which transformers .* does not know: upgrade"),
+        ({"model_type": None}, "model_type None"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "is a LlamaForSequenceClassification, not a causal"),
+        ({"transformers_weights": "other.safetensors"}, "names its weight files itself"),
+    ],
+)
 def test_other_kinds_are_named(model_dir: Path, tmp_path: Path, change: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=f"--reference_model.*{says}") as caught:
         check_model_dir(edited(model_dir, tmp_path / "m", **change), "--reference_model")
@@ -115,14 +120,22 @@ def test_the_text_layers_of_a_multimodal_model(vision_depth: int) -> None:
     """The vision tower has q_proj layers too, and may be as deep as the text model."""
     config = Gemma3Config(
         text_config={**SIZES, "head_dim": 10},
-        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": vision_depth, "num_attention_heads": 2,
-                       "image_size": 16, "patch_size": 8},
-        mm_tokens_per_image=1, image_token_index=90,
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": vision_depth,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        mm_tokens_per_image=1,
+        image_token_index=90,
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert [t.name for t in find_targets(model, "all", "attn_q,ffn_down")] == [
-        f"model.language_model.layers.{i}.{kind}" for i in (0, 1) for kind in ("mlp.down_proj", "self_attn.q_proj")]
+        f"model.language_model.layers.{i}.{kind}" for i in (0, 1) for kind in ("mlp.down_proj", "self_attn.q_proj")
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

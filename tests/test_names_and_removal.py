@@ -29,8 +29,30 @@ def started(root: Path, name: str | None, **more: Any) -> str:
         return run.directory.name
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../out2", "a/b", "/tmp/x", "a\\b", ".hidden", "-rf", "~", " a", "a ",
-                                  "x" * 300, "phase1_latest", "a\nb", "a\x1b[2J", "a\u2028b", "a\u202eb", "a\udc80"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../out2",
+        "a/b",
+        "/tmp/x",
+        "a\\b",
+        ".hidden",
+        "-rf",
+        "~",
+        " a",
+        "a ",
+        "x" * 300,
+        "phase1_latest",
+        "a\nb",
+        "a\x1b[2J",
+        "a\u2028b",
+        "a\u202eb",
+        "a\udc80",
+    ],
+)
 def test_a_name_that_is_no_directory_of_its_own_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="--run_name"):
         started(tmp_path, name)
@@ -129,8 +151,15 @@ def test_only_own_checkpoints_are_removed_or_gone_on_with(tmp_path: Path) -> Non
     checkpoints.keep_newest(tmp_path, 1)
     remove_converted(tmp_path)
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["checkpoint-4 (copy)", "checkpoint-5", "checkpoint-500", "checkpoint-6", "checkpoint-x", "universal-3",
-                    "universal-x"]
+    assert left == [
+        "checkpoint-4 (copy)",
+        "checkpoint-5",
+        "checkpoint-500",
+        "checkpoint-6",
+        "checkpoint-x",
+        "universal-3",
+        "universal-x",
+    ]
     (tmp_path / "checkpoint-6").unlink()
     checkpoints.refuse_foreign(tmp_path, steps=499)
     with pytest.raises(ArtifactError, match="checkpoint-500 was not written by this program"):
@@ -163,8 +192,14 @@ def test_looking_whether_a_run_lives_writes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-STRINGS = [("--output_dir", "out\nput"), ("--log_dir", "a\tb"), ("--model_name", "m\r"), ("--safety_data", "x\x00y"),
-           ("--target_layers", "all\x7f"), ("--resume", "auto\u0085")]
+STRINGS = [
+    ("--output_dir", "out\nput"),
+    ("--log_dir", "a\tb"),
+    ("--model_name", "m\r"),
+    ("--safety_data", "x\x00y"),
+    ("--target_layers", "all\x7f"),
+    ("--resume", "auto\u0085"),
+]
 
 
 @pytest.mark.parametrize("flag, value", STRINGS)

@@ -49,9 +49,14 @@ def test_every_rank_knows_the_same_cut_rows() -> None:
     for (m, n), world_size in itertools.product(SHAPES, WORLDS):
         lists = [RowPartition(m, n, world_size, rank).cut_rows for rank in range(world_size)]
         assert all(rows == lists[0] == sorted(set(rows)) for rows in lists)
-        owners = [{r for r in range(world_size)
-                   if RowPartition(m, n, world_size, r).start < (row + 1) * n
-                   and RowPartition(m, n, world_size, r).stop > row * n} for row in range(m)]
+        owners = [
+            {
+                r
+                for r in range(world_size)
+                if RowPartition(m, n, world_size, r).start < (row + 1) * n and RowPartition(m, n, world_size, r).stop > row * n
+            }
+            for row in range(m)
+        ]
         assert lists[0] == [row for row in range(m) if len(owners[row]) > 1], (m, n, world_size)
 
 
@@ -66,5 +71,8 @@ def test_a_row_over_three_ranks() -> None:
     parts = [RowPartition(2, 15, 4, rank) for rank in range(4)]
     assert [len(p.rows) for p in parts] == [0, 0, 0, 0]
     assert [[(f.cut, f.columns.start, f.columns.stop) for f in p.fragments] for p in parts] == [
-        [(0, 0, 8)], [(0, 8, 15), (1, 0, 1)], [(1, 1, 9)], [(1, 9, 15)],
+        [(0, 0, 8)],
+        [(0, 8, 15), (1, 0, 1)],
+        [(1, 1, 9)],
+        [(1, 9, 15)],
     ]

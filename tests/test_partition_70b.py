@@ -51,9 +51,11 @@ def test_partitions_cover_every_element_once(parameters: dict[str, tuple[int, ..
             end = flat.stop
             kept += flat.stop - flat.start
             # Whole rows and fragments of cut rows make up the piece.
-            assert len(by_rows.rows) * columns + sum(
-                fragment.columns.stop - fragment.columns.start for fragment in by_rows.fragments
-            ) == by_rows.stop - by_rows.start
+            assert (
+                len(by_rows.rows) * columns
+                + sum(fragment.columns.stop - fragment.columns.start for fragment in by_rows.fragments)
+                == by_rows.stop - by_rows.start
+            )
         assert end == numel == kept
         stored[shape] = world_size * piece
     # Padding costs less than one element a rank and parameter.

@@ -60,12 +60,15 @@ def test_targets_are_found_with_their_shapes() -> None:
     assert [t.stem for t in find_targets(tiny_model("llama"), "last", "ffn_up")] == ["layer_01_ffn_up"]
 
 
-@pytest.mark.parametrize("config,kind,named", [
-    (Phi3Config(**SIZES), "attn_q", "model.layers.0.self_attn.qkv_proj fuses"),
-    (Phi3Config(**SIZES), "ffn_up", "model.layers.0.mlp.gate_up_proj fuses"),
-    (GPT2Config(vocab_size=64, n_embd=40, n_layer=2, n_head=4), "ffn_down", "transformer.h.0.mlp.c_fc is a Conv1D"),
-    (MixtralConfig(**SIZES, num_local_experts=2), "ffn_down", "experts"),
-])
+@pytest.mark.parametrize(
+    "config,kind,named",
+    [
+        (Phi3Config(**SIZES), "attn_q", "model.layers.0.self_attn.qkv_proj fuses"),
+        (Phi3Config(**SIZES), "ffn_up", "model.layers.0.mlp.gate_up_proj fuses"),
+        (GPT2Config(vocab_size=64, n_embd=40, n_layer=2, n_head=4), "ffn_down", "transformer.h.0.mlp.c_fc is a Conv1D"),
+        (MixtralConfig(**SIZES, num_local_experts=2), "ffn_down", "experts"),
+    ],
+)
 def test_layers_that_cannot_be_rotated_are_named(config: Any, kind: str, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         find_targets(on_meta(config), "all", kind)
@@ -88,8 +91,9 @@ class Blockless(nn.Module):
     config = LlamaConfig(**SIZES)
 
 
-@pytest.mark.parametrize("layers,kind", [("2", "ffn_down"), ("0-2", "ffn_down"), ("1-0", "ffn_down"), ("x", "ffn_down"),
-                                         ("all", "mlp"), ("all", "")])
+@pytest.mark.parametrize(
+    "layers,kind", [("2", "ffn_down"), ("0-2", "ffn_down"), ("1-0", "ffn_down"), ("x", "ffn_down"), ("all", "mlp"), ("all", "")]
+)
 def test_layers_that_are_not_there(layers: str, kind: str) -> None:
     with pytest.raises(ConfigError, match="this model: it has 0-1|use all, early|choose from"):
         find_targets(tiny_model("llama"), layers, kind)
@@ -136,8 +140,9 @@ def test_no_token_counts(tmp_path: Path) -> None:
     model = tiny_model("llama")
     layers = find_targets(model, "all", "ffn_down")
     with pytest.raises(ConfigError, match="no token of the safety set counts with --token_scope response"):
-        compute_basis(model, Tokenizer(), layers, rows, basis_arguments(tmp_path, token_scope="response"), tmp_path,
-                      FINGERPRINTS)
+        compute_basis(
+            model, Tokenizer(), layers, rows, basis_arguments(tmp_path, token_scope="response"), tmp_path, FINGERPRINTS
+        )
     with pytest.raises(ConfigError, match="no sample has a response token"):
         compute_masks(model, Tokenizer(), layers, rows, None, importance_arguments(tmp_path), tmp_path, FINGERPRINTS)
 
@@ -147,12 +152,29 @@ def test_identity_needs_no_phase_1_and_has_no_singular_values(tmp_path: Path) ->
         run_basis(basis_arguments(tmp_path, basis="identity", output_dir=str(tmp_path), log_dir=str(tmp_path)))
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="--score singular_value needs a basis"):
-        compute_masks(model, Tokenizer(), find_targets(model, "all", "ffn_down"), ROWS, None,
-                      importance_arguments(tmp_path, basis="identity", score="singular_value"), tmp_path, FINGERPRINTS)
+        compute_masks(
+            model,
+            Tokenizer(),
+            find_targets(model, "all", "ffn_down"),
+            ROWS,
+            None,
+            importance_arguments(tmp_path, basis="identity", score="singular_value"),
+            tmp_path,
+            FINGERPRINTS,
+        )
 
 
-@pytest.mark.parametrize("flag", [{"batch_size": 0}, {"importance_batch_size": 0}, {"keep_ratio": 1.5},
-                                  {"keep_ratio": float("nan")}, {"safety_samples": -1}, {"device": "tpu"}])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"batch_size": 0},
+        {"importance_batch_size": 0},
+        {"keep_ratio": 1.5},
+        {"keep_ratio": float("nan")},
+        {"safety_samples": -1},
+        {"device": "tpu"},
+    ],
+)
 def test_flags_out_of_range(tmp_path: Path, flag: dict[str, Any]) -> None:
     arguments = importance_arguments(tmp_path, output_dir=str(tmp_path), log_dir=str(tmp_path), **flag)
     with pytest.raises(ConfigError, match="--" + next(iter(flag))):
@@ -169,11 +191,14 @@ def down_basis(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return directory
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"fingerprint": "other"}, r"belong to the model .* \(m\), not to .* \(other\)"),
-    ({"layer_type": "attn_q"}, "has no layer model.layers.0.self_attn.q_proj: it was made for ffn_down of blocks 0-1"),
-    ({"model": True}, "belongs to another model"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"fingerprint": "other"}, r"belong to the model .* \(m\), not to .* \(other\)"),
+        ({"layer_type": "attn_q"}, "has no layer model.layers.0.self_attn.q_proj: it was made for ffn_down of blocks 0-1"),
+        ({"model": True}, "belongs to another model"),
+    ],
+)
 def test_a_basis_of_something_else(down_basis: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     model = tiny_model("llama")
     if "model" in change:
@@ -193,14 +218,20 @@ def test_both_phases_from_flags_to_artefacts(model_dir: Path, tmp_path: Path) ->
     data = tmp_path / "safety.jsonl"
     pairs = [{"prompt": f"{a} {b}", "response": "no no"} for a in ("yes", "no") for b in ("yes", "no", "yes no")]
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    common = {"safety_data": str(data), "output_dir": str(tmp_path / "out"), "log_dir": str(tmp_path / "logs"),
-              "max_length": 32, "layer_type": "ffn_down,attn_q"}
+    common = {
+        "safety_data": str(data),
+        "output_dir": str(tmp_path / "out"),
+        "log_dir": str(tmp_path / "logs"),
+        "max_length": 32,
+        "layer_type": "ffn_down,attn_q",
+    }
     basis = basis_arguments(model_dir, **common)
     named = dataclasses.replace(basis, run_name="twice")
     one, again = run_ranks(2, run_job, named, named)[0]
     assert one == again and (Path(one) / "finished.json").is_file()
-    (run,) = {path for paths in run_ranks(2, run_job, importance_arguments(model_dir, keep_ratio=0.05, **common))
-              for path in paths}
+    (run,) = {
+        path for paths in run_ranks(2, run_job, importance_arguments(model_dir, keep_ratio=0.05, **common)) for path in paths
+    }
     assert Path(run) == newest(tmp_path / "out", "phase2")
     masks = MaskStore(Path(run) / "masks")
     store = BasisStore(newest(tmp_path / "out", "phase1") / "basis")

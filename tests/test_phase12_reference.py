@@ -57,8 +57,10 @@ def bases(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_fact
     root = tmp_path_factory.mktemp(f"bases{request.param}")
     cases = basis_cases(models, root)
     metadata = run_ranks(request.param, basis_job, list(cases.values()))
-    return {name: (arguments, rows, directory, entry)
-            for (name, (arguments, rows, directory)), entry in zip(cases.items(), metadata[0], strict=True)}
+    return {
+        name: (arguments, rows, directory, entry)
+        for (name, (arguments, rows, directory)), entry in zip(cases.items(), metadata[0], strict=True)
+    }
 
 
 def stored(bases: Any, case: str, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -108,9 +110,15 @@ def test_layers_with_one_input_share_one_file(bases: Any) -> None:
     files = {name.removeprefix("model."): entry["file"] for name, entry in metadata["layers"].items()}
     for block in range(2):
         stem = f"layer_{block:02d}"
-        for kind, module in (("attn_q", "self_attn.q_proj"), ("attn_q", "self_attn.k_proj"),
-                             ("attn_q", "self_attn.v_proj"), ("attn_o", "self_attn.o_proj"),
-                             ("ffn_up", "mlp.up_proj"), ("ffn_up", "mlp.gate_proj"), ("ffn_down", "mlp.down_proj")):
+        for kind, module in (
+            ("attn_q", "self_attn.q_proj"),
+            ("attn_q", "self_attn.k_proj"),
+            ("attn_q", "self_attn.v_proj"),
+            ("attn_o", "self_attn.o_proj"),
+            ("ffn_up", "mlp.up_proj"),
+            ("ffn_up", "mlp.gate_proj"),
+            ("ffn_down", "mlp.down_proj"),
+        ):
             assert files[f"layers.{block}.{module}"] == f"{stem}_{kind}_svd.safetensors"
     assert sorted(p.name for p in directory.iterdir()) == sorted({*files.values(), "metadata.json"})
 
@@ -151,7 +159,7 @@ def test_weight_basis_holds_right_singular_vectors(bases: Any, dense: dict[str, 
 
 def test_random_basis_is_the_same_on_any_world_size(bases: Any, models: dict[str, Path], tmp_path: Path) -> None:
     _, _, directory, metadata = bases["random"]
-    (arguments, rows, _), = [basis_cases(models, tmp_path)["random"]]
+    ((arguments, rows, _),) = [basis_cases(models, tmp_path)["random"]]
     run_ranks(1, basis_job, [(arguments, rows, tmp_path / "one")])
     for file in metadata["bases"]:
         assert (directory / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
@@ -183,8 +191,9 @@ def columns(directory: Path, name: str) -> np.ndarray:
 @pytest.fixture(scope="module")
 def dense_gradients(dense: dict[str, Any], given: dict[str, Path]) -> dict[str, Any]:
     names = {family: [n for n, _ in dense[family].named_modules() if n.endswith("_proj")] for family in dense}
-    return {family: (names[family], reference.gradients(dense[family], names[family], ROWS, IMPORTANCE_BATCH))
-            for family in dense}
+    return {
+        family: (names[family], reference.gradients(dense[family], names[family], ROWS, IMPORTANCE_BATCH)) for family in dense
+    }
 
 
 def score_cases(models: dict[str, Path], given: dict[str, Path], root: Path) -> dict[str, Any]:
@@ -202,8 +211,9 @@ def score_cases(models: dict[str, Path], given: dict[str, Path], root: Path) -> 
 
 
 @pytest.fixture(scope="module", params=WORLDS)
-def scores(request: pytest.FixtureRequest, models: dict[str, Path], given: dict[str, Path],
-           tmp_path_factory: pytest.TempPathFactory) -> Any:
+def scores(
+    request: pytest.FixtureRequest, models: dict[str, Path], given: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     root = tmp_path_factory.mktemp(f"scores{request.param}")
     cases = score_cases(models, given, root)
     notes = run_ranks(request.param, scores_job, list(cases.values()))[0]
@@ -214,9 +224,7 @@ def scores(request: pytest.FixtureRequest, models: dict[str, Path], given: dict[
     return found
 
 
-@pytest.mark.parametrize(
-    "case", [*FAMILIES, "identity", "thin", "checkpointing", "one_at_a_time", "many_at_a_time"]
-)
+@pytest.mark.parametrize("case", [*FAMILIES, "identity", "thin", "checkpointing", "one_at_a_time", "many_at_a_time"])
 def test_importance(scores: Any, dense_gradients: dict[str, Any], case: str) -> None:
     (_, _, basis, _), found, notes = scores[case]
     names, gradients = dense_gradients[case if case in FAMILIES else "llama"]
@@ -248,8 +256,9 @@ def mask_cases(models: dict[str, Path], given: dict[str, Path], root: Path) -> d
 
 
 @pytest.fixture(scope="module", params=WORLDS)
-def masks(request: pytest.FixtureRequest, models: dict[str, Path], given: dict[str, Path],
-          tmp_path_factory: pytest.TempPathFactory) -> Any:
+def masks(
+    request: pytest.FixtureRequest, models: dict[str, Path], given: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     root = tmp_path_factory.mktemp(f"masks{request.param}")
     cases = mask_cases(models, given, root)
     metadata = run_ranks(request.param, masks_job, list(cases.values()))[0]
@@ -267,8 +276,21 @@ def groups(names: list[str], scope: str) -> list[list[str]]:
     return [names] if scope == "global" else [[name] for name in names]
 
 
-@pytest.mark.parametrize("case", [*FAMILIES, "identity", "none", "all", "layer_entry", "layer_column", "layer_row",
-                                  "global_entry", "global_column", "global_row"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *FAMILIES,
+        "identity",
+        "none",
+        "all",
+        "layer_entry",
+        "layer_column",
+        "layer_row",
+        "global_entry",
+        "global_column",
+        "global_row",
+    ],
+)
 def test_masks_freeze_the_most_important(masks: Any, dense_gradients: dict[str, Any], case: str) -> None:
     (arguments, _, basis, _), bits, metadata = masks[case]
     _, gradients = dense_gradients[case if case in FAMILIES else "llama"]
@@ -346,8 +368,7 @@ def test_singular_value_scores(masks: Any, scope: str, unit: str) -> None:
 
 @pytest.fixture(scope="module")
 def masks_of_one(models: dict[str, Path], given: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    cases = {name: case for name, case in mask_cases(models, given, tmp_path_factory.mktemp("one")).items()
-             if "random" in name}
+    cases = {name: case for name, case in mask_cases(models, given, tmp_path_factory.mktemp("one")).items() if "random" in name}
     run_ranks(1, masks_job, list(cases.values()))
     return cases
 
@@ -362,8 +383,9 @@ def test_random_masks_do_not_depend_on_the_world_size(masks: Any, masks_of_one: 
         assert (directory / entry["file"]).read_bytes() == other.read_bytes()
 
 
-def test_bf16_runs_and_agrees_roughly(tmp_path: Path, given: dict[str, Path], models: dict[str, Path],
-                                      dense_gradients: dict[str, Any]) -> None:
+def test_bf16_runs_and_agrees_roughly(
+    tmp_path: Path, given: dict[str, Path], models: dict[str, Path], dense_gradients: dict[str, Any]
+) -> None:
     names, gradients = dense_gradients["llama"]
     arguments = importance_arguments(models["llama"], dtype="bfloat16")
     run_ranks(2, scores_job, [(arguments, ROWS, given["llama"], tmp_path)])
@@ -373,5 +395,3 @@ def test_bf16_runs_and_agrees_roughly(tmp_path: Path, given: dict[str, Path], mo
         expected = reference.importance(gradients, name, columns(given["llama"], name))[:, : found.shape[1]]
         # bf16 has 8 bits: 0.4 % a rounding, over a few dozen roundings on the way.
         assert np.abs(found - expected).max() < 0.1 * expected.max(), name
-
-

@@ -146,7 +146,10 @@ def test_rows_cover_every_layer() -> None:
 def test_shared_inputs_of_known_architectures() -> None:
     layers = [TargetLayer(f"x.{kind}", 0, kind, 2, 3) for kind in ("attn_v", "attn_q", "ffn_gate", "ffn_down", "attn_o")]
     assert [[x.type for x in group] for group in shared_inputs(layers)] == [
-        ["ffn_down"], ["ffn_gate"], ["attn_q", "attn_v"], ["attn_o"]
+        ["ffn_down"],
+        ["ffn_gate"],
+        ["attn_q", "attn_v"],
+        ["attn_o"],
     ]
 
 

@@ -35,12 +35,15 @@ FLAGS: dict[str, Any] = {"global_batch_size": 3, "train_scope": "all"}
 PASSED = {"max_steps": STEPS, "lr_scheduler_type": "linear"}
 OFFLOADED = Path(__file__).parents[1] / "ds_configs" / "zero3_offload.json"
 KINDS: dict[str, dict[str, Any]] = {
-    "masked": {}, "unmasked": {"masks_dir": "none"}, "bf16, offloaded": {"dtype": "bfloat16", "deepspeed": str(OFFLOADED)},
+    "masked": {},
+    "unmasked": {"masks_dir": "none"},
+    "bf16, offloaded": {"dtype": "bfloat16", "deepspeed": str(OFFLOADED)},
 }
 
 
-def run(kind: str, root: Path, output: Path, stop_at: int | None = None, passed: dict[str, Any] | None = None,
-        **more: Any) -> Path | None:
+def run(
+    kind: str, root: Path, output: Path, stop_at: int | None = None, passed: dict[str, Any] | None = None, **more: Any
+) -> Path | None:
     """One start of phase 3; None where it was stopped, by a signal to the last rank at the end of step ``stop_at``."""
     preemption.watch()
     logging.getLogger("warp_ds").setLevel(logging.INFO)

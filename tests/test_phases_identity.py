@@ -32,8 +32,15 @@ from warp_ds.phases.sweep import SweepArguments
 from warp_ds.phases.training import MetricsFile
 from warp_ds.store.files import write_json
 
-KINDS = (SafetyTuningArguments, BasisArguments, ImportanceArguments, TrainArguments, EvaluateArguments, CompareArguments,
-         SweepArguments)
+KINDS = (
+    SafetyTuningArguments,
+    BasisArguments,
+    ImportanceArguments,
+    TrainArguments,
+    EvaluateArguments,
+    CompareArguments,
+    SweepArguments,
+)
 INPUTS = {"model": "m", "data": "d"}
 
 
@@ -60,8 +67,17 @@ def test_spellings_of_a_path_are_one(place: Path) -> None:
 
 
 def test_what_changes_no_result_keeps_no_run_apart(place: Path) -> None:
-    changed = {"batch_size": 1, "eval_batch_size": 3, "gradient_checkpointing": True, "basis_placement": "owner",
-               "collect": "hooks", "svd_placement": "rank0", "save_minutes": 1.0, "output_dir": "o", "log_dir": "l"}
+    changed = {
+        "batch_size": 1,
+        "eval_batch_size": 3,
+        "gradient_checkpointing": True,
+        "basis_placement": "owner",
+        "collect": "hooks",
+        "svd_placement": "rank0",
+        "save_minutes": 1.0,
+        "output_dir": "o",
+        "log_dir": "l",
+    }
     assert changed.keys() <= set(NOT_IDENTITY)
     for kind in KINDS:
         own = {name: value for name, value in changed.items() if hasattr(kind, name)}
@@ -69,11 +85,18 @@ def test_what_changes_no_result_keeps_no_run_apart(place: Path) -> None:
         assert identify("p", kind(seed=7), INPUTS, {}).record != identify("p", kind(), INPUTS, {}).record
 
 
-@pytest.mark.parametrize(("words", "same"), [
-    ("--save_strategy no", True), ("--save_steps 3 --save_total_limit 2 --logging_steps 1 --report_to none", True),
-    ("--weight_decay 0.0 --lr_scheduler_type linear --max_steps -1", True), ("--dataloader_num_workers 2", True),
-    ("--weight_decay 0.1", False), ("--lr_scheduler_type cosine", False), ("--max_steps 7", False),
-])
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        ("--save_strategy no", True),
+        ("--save_steps 3 --save_total_limit 2 --logging_steps 1 --report_to none", True),
+        ("--weight_decay 0.0 --lr_scheduler_type linear --max_steps -1", True),
+        ("--dataloader_num_workers 2", True),
+        ("--weight_decay 0.1", False),
+        ("--lr_scheduler_type cosine", False),
+        ("--max_steps 7", False),
+    ],
+)
 def test_saving_and_defaults_are_no_difference(words: str, same: bool) -> None:
     arguments, passed = parse_training(TrainArguments, words.split())
     assert (training_arguments.training_settings(passed) == {}) is same
@@ -84,12 +107,14 @@ def test_saving_and_defaults_are_no_difference(words: str, same: bool) -> None:
 def test_contents_keep_runs_apart(place: Path) -> None:
     arguments = TrainArguments(model_name="tiny", deepspeed="ds.json")
     (place / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    write_json(place / "checkpoints" / "before" / "config.json", {
-        **identify("phase3", arguments, INPUTS, {}).record, "settings": {}})
+    write_json(
+        place / "checkpoints" / "before" / "config.json", {**identify("phase3", arguments, INPUTS, {}).record, "settings": {}}
+    )
     before = place / "checkpoints" / "before"
     assert identify("phase3", arguments, INPUTS, {}).differences(before) == []
     assert identify("phase3", arguments, INPUTS | {"data": "e"}, {}).differences(before) == [
-        "the contents of the data are others (d and e)"]
+        "the contents of the data are others (d and e)"
+    ]
     (place / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}}))
     (place / "tiny" / "tokenizer.json").write_text("[]")
     found = identify("phase3", arguments, INPUTS, {}).differences(before)
@@ -107,7 +132,8 @@ def test_a_run_of_an_earlier_version_is_known_again(place: Path) -> None:
     write_json(run / "config.json", {"phase": "phase3", "identity": "x", "settings": settings, "inputs": INPUTS})
     assert identify("phase3", TrainArguments(model_name="tiny"), INPUTS, {}).differences(run) == []
     assert identify("phase3", TrainArguments(model_name="tiny", train_scope="all"), INPUTS, {}).differences(run) == [
-        "--train_scope was warp and is all"]
+        "--train_scope was warp and is all"
+    ]
 
 
 # ---------------------------------------------------------------- real runs
@@ -155,8 +181,14 @@ def training_job(root: Path) -> dict[str, Any]:
     (cut,) = out.glob("phase3_2*")
     shown.lines.clear()
     os.chdir(root)
-    lean = {**steady, "batch_size": 1, "gradient_checkpointing": True, "model_name": "./m/", "basis_placement": "replicated",
-            "utility_data": "utility_train.jsonl"}
+    lean = {
+        **steady,
+        "batch_size": 1,
+        "gradient_checkpointing": True,
+        "model_name": "./m/",
+        "basis_placement": "replicated",
+        "utility_data": "utility_train.jsonl",
+    }
     found: dict[str, Any] = {}
     for name, changed in {"resume": {"resume": cut.name}, "named": {"run_name": cut.name}}.items():
         try:
@@ -170,8 +202,13 @@ def training_job(root: Path) -> dict[str, Any]:
     again = phase3(root, root, out, **lean)
     found["log"] = [line for line in shown.lines if "going on" in line or line.startswith("training:")]
     ends = [load_file(run / "model" / "model.safetensors") for run in (whole, again)]
-    return {**found, "same run": again == cut, "cut": str(cut), "losses": [losses(whole), losses(again)],
-            "weights": max(float((ends[0][name] - value).abs().max()) for name, value in ends[1].items())}
+    return {
+        **found,
+        "same run": again == cut,
+        "cut": str(cut),
+        "losses": [losses(whole), losses(again)],
+        "weights": max(float((ends[0][name] - value).abs().max()) for name, value in ends[1].items()),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -205,4 +242,3 @@ def test_resume_names_a_run_of_another_phase(place: Path) -> None:
     write_json(run / "config.json", {**identify("phase1", BasisArguments(), INPUTS, {}).record, "settings": {}})
     with pytest.raises(ConfigError, match="is a run of phase1, not of phase2"):
         identify("phase2", ImportanceArguments(), INPUTS, {}).check(run)
-

@@ -37,25 +37,51 @@ BF16_MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}
 #: name -> (configuration, optimizer, words of the refusal); the engine is the real one.
 SETTINGS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "no ZeRO": ({"zero_optimization": {"stage": 0}}, "adamw", ("without ZeRO",)),
-    "no ZeRO, bf16": ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "adamw",
-                      ("16-bit training without ZeRO",)),
+    "no ZeRO, bf16": (
+        {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}},
+        "adamw",
+        ("16-bit training without ZeRO",),
+    ),
     "ZeRO-1": ({"zero_optimization": {"stage": 1}}, "adamw", ("ZeRO stage 1 or 2",)),
     "ZeRO-2": ({"zero_optimization": {"stage": 2}}, "adamw", ("ZeRO stage 1 or 2",)),
     "ZeRO-2, offloaded": ({"zero_optimization": {"stage": 2, **OFFLOAD}}, "adamw", ("ZeRO stage 1 or 2",)),
     "hpZ": ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "adamw", ("hpZ", "zero_hpz_partition_size")),
-    "quantized gradients": ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "adamw",
-                            ("zero_quantized_gradients",)),
-    "ZenFlow": ({"zero_optimization": {"stage": 3, **OFFLOAD, "zenflow": {
-        "select_strategy": "step", "select_interval": 2, "update_interval": 2}}}, "adamw", ("ZenFlow",)),
-    "Muon": ({"zero_optimization": {"stage": 3, "reduce_scatter": False},
-              "optimizer": {"type": "Muon", "params": {"lr": 1e-3, "torch_adam": True}}}, "by DeepSpeed",
-             ("does not support Muon",)),
-    "bf16 masters": ({"zero_optimization": {"stage": 3, **OFFLOAD}, **BF16_MASTERS}, "cpu adam",
-                     ("bf16_master_weights_and_grads",)),
+    "quantized gradients": (
+        {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+        "adamw",
+        ("zero_quantized_gradients",),
+    ),
+    "ZenFlow": (
+        {
+            "zero_optimization": {
+                "stage": 3,
+                **OFFLOAD,
+                "zenflow": {"select_strategy": "step", "select_interval": 2, "update_interval": 2},
+            }
+        },
+        "adamw",
+        ("ZenFlow",),
+    ),
+    "Muon": (
+        {
+            "zero_optimization": {"stage": 3, "reduce_scatter": False},
+            "optimizer": {"type": "Muon", "params": {"lr": 1e-3, "torch_adam": True}},
+        },
+        "by DeepSpeed",
+        ("does not support Muon",),
+    ),
+    "bf16 masters": (
+        {"zero_optimization": {"stage": 3, **OFFLOAD}, **BF16_MASTERS},
+        "cpu adam",
+        ("bf16_master_weights_and_grads",),
+    ),
     # Last, as these two stay on for every later engine of a process.
     "fp16 autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "adamw", ("torch_autocast", "bfloat16")),
-    "tensor parallelism": ({"zero_optimization": {"stage": 3}, "tensor_parallel": {"autotp_size": 2}}, "adamw",
-                           ("tensor_parallel",)),
+    "tensor parallelism": (
+        {"zero_optimization": {"stage": 3}, "tensor_parallel": {"autotp_size": 2}},
+        "adamw",
+        ("tensor_parallel",),
+    ),
 }
 
 
@@ -63,14 +89,20 @@ def refuse_setting(config: dict[str, Any], optimizer: str, words: tuple[str, ...
     dtype = torch.bfloat16 if config.get("bf16") else torch.float32
     if optimizer == "by DeepSpeed":
         model = odd_model(dtype)
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(),
-                                          config={"train_micro_batch_size_per_gpu": 1, **config})
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), config={"train_micro_batch_size_per_gpu": 1, **config}
+        )
     else:
         engine = make_engine(Case("refused", optimizer=optimizer, clip=0.0), dtype, **config)
     refused(lambda: warp_ds.protect(engine, artefacts.basis, artefacts.masks), *words)
-    refused(lambda: warp_ds.protect_optimizer(engine.module, engine.optimizer, None, artefacts.masks)
-            if not isinstance(engine.optimizer, torch.optim.Optimizer) else warp_ds.protect(engine, None, artefacts.masks),
-            *words)
+    refused(
+        lambda: (
+            warp_ds.protect_optimizer(engine.module, engine.optimizer, None, artefacts.masks)
+            if not isinstance(engine.optimizer, torch.optim.Optimizer)
+            else warp_ds.protect(engine, None, artefacts.masks)
+        ),
+        *words,
+    )
     engine.destroy()
 
 
@@ -116,8 +148,11 @@ def refuse_attributes(artefacts: Artefacts) -> None:
 
 def refuse_checkpoints_of_partial_offload(artefacts: Artefacts, folder: Path) -> None:
     """On a GPU, offload_optimizer.ratio below 1 leaves sub-groups there; their moments are in no checkpoint."""
-    engine = make_engine(Case("partial", optimizer="cpu adam", zero={
-        "offload_optimizer": {"device": "cpu", "ratio": 0.5}, "sub_group_size": 100}))
+    engine = make_engine(
+        Case(
+            "partial", optimizer="cpu adam", zero={"offload_optimizer": {"device": "cpu", "ratio": 0.5}, "sub_group_size": 100}
+        )
+    )
     protect(engine, artefacts)
     engine.save_checkpoint(folder, "all on the CPU")
     engine.optimizer.subgroup_to_device[0] = "cuda"
@@ -129,15 +164,25 @@ def refuse_checkpoints_of_partial_offload(artefacts: Artefacts, folder: Path) ->
 def refuse_fsdp(artefacts: Artefacts) -> None:
     model = odd_model()
     torch.distributed.fsdp.fully_shard(model)
-    refused(lambda: warp_ds.protect_optimizer(model, torch.optim.AdamW(model.parameters()), None, artefacts.masks),
-            "sharded", "FSDP")
+    refused(
+        lambda: warp_ds.protect_optimizer(model, torch.optim.AdamW(model.parameters()), None, artefacts.masks),
+        "sharded",
+        "FSDP",
+    )
 
 
 def refuse_optimizers(artefacts: Artefacts) -> None:
     for kind in (torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.ASGD):
         model = odd_model()
-        engine, *_ = deepspeed.initialize(model=model, optimizer=kind(model.parameters(), lr=1e-2), config={
-            "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True})
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=kind(model.parameters(), lr=1e-2),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_optimization": {"stage": 3},
+                "zero_allow_untested_optimizer": True,
+            },
+        )
         refused(lambda engine=engine: protect(engine, artefacts), kind.__name__, "entry by entry", "use one of Adam")
         engine.destroy()
 
@@ -145,11 +190,18 @@ def refuse_optimizers(artefacts: Artefacts) -> None:
 def refuse_artefacts(root: Path) -> None:
     these, other = read_artefacts(root / "these"), read_artefacts(root / "other")
     engine = make_engine(Case("refused"))
-    refused(lambda: warp_ds.protect(engine, other.basis, these.masks), "were made with the basis", "--basis_dir",
-            error=ArtifactError)
+    refused(
+        lambda: warp_ds.protect(engine, other.basis, these.masks),
+        "were made with the basis",
+        "--basis_dir",
+        error=ArtifactError,
+    )
     refused(lambda: warp_ds.protect(engine, None, root / "nowhere"), "no masks in", error=ArtifactError)
-    refused(lambda: warp_ds.protect(engine, None, these.masks, model_dir=str(root / "model")), "belong to the model tiny",
-            error=ArtifactError)
+    refused(
+        lambda: warp_ds.protect(engine, None, these.masks, model_dir=str(root / "model")),
+        "belong to the model tiny",
+        error=ArtifactError,
+    )
     engine.module.model.layers[0].mlp.down_proj.weight.requires_grad_(False)
     refused(lambda: protect(engine, these), "does not train", "requires_grad", error=ArtifactError)
     engine.module.model.layers[0].mlp.down_proj.weight.requires_grad_(True)
@@ -177,15 +229,19 @@ def test_refused_by_name(tmp_path: Path) -> None:
     write_artefacts(tmp_path / "nano", nano_model(), {"ffn_down": 1, "attn_q": 2})
     odd_model().save_pretrained(tmp_path / "model")
     jobs: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
-        ("attributes", refuse_attributes, (these,)), ("optimizers", refuse_optimizers, (these,)),
+        ("attributes", refuse_attributes, (these,)),
+        ("optimizers", refuse_optimizers, (these,)),
         ("partial offload", refuse_checkpoints_of_partial_offload, (these, tmp_path / "partial")),
-        ("FSDP", refuse_fsdp, (these,)), ("artefacts", refuse_artefacts, (tmp_path,))]
+        ("FSDP", refuse_fsdp, (these,)),
+        ("artefacts", refuse_artefacts, (tmp_path,)),
+    ]
     jobs += [(name, refuse_setting, (*setting, these)) for name, setting in SETTINGS.items()]
     assert list(run_ranks(2, run_all, jobs)[0]) == [name for name, _, _ in jobs]
 
 
 def test_settings_are_refused_without_ranks() -> None:
     """What the callback hands over: the optimizers that accelerate wraps, and models that others shard."""
+
     class AdamW(torch.optim.AdamW):
         pass
 
@@ -212,8 +268,10 @@ def test_the_callback_wants_masks() -> None:
         warp_ds.WarpCallback(basis_dir="somewhere")
 
 
-@pytest.mark.parametrize("message, falls_back", [("CUSOLVER_STATUS_ALLOC_FAILED", True), ("out of memory", True),
-                                                 ("CUSOLVER_STATUS_INTERNAL_ERROR", False)])
+@pytest.mark.parametrize(
+    "message, falls_back",
+    [("CUSOLVER_STATUS_ALLOC_FAILED", True), ("out of memory", True), ("CUSOLVER_STATUS_INTERNAL_ERROR", False)],
+)
 def test_a_basis_is_completed_on_the_cpu_where_a_gpu_has_no_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str, falls_back: bool
 ) -> None:

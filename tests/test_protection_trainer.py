@@ -63,28 +63,58 @@ def samples() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "labels": label} for ids, label in zip(rows, labels, strict=True)]
 
 
-def fit(artefacts: Artefacts, folder: Path, zero: dict[str, Any] | None, resume: bool = False, steps: int = STEPS,
-        accumulation: int = 1, dtype: torch.dtype = torch.float32, protected: bool = True, clip: float = CLIP,
-        only: bool = False, **more: Any) -> tuple[Trainer, WarpCallback, Keep]:
-    deepspeed = None if zero is None else {
-        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, **zero},
-        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True, "bf16": {"enabled": dtype == torch.bfloat16},
-    }
+def fit(
+    artefacts: Artefacts,
+    folder: Path,
+    zero: dict[str, Any] | None,
+    resume: bool = False,
+    steps: int = STEPS,
+    accumulation: int = 1,
+    dtype: torch.dtype = torch.float32,
+    protected: bool = True,
+    clip: float = CLIP,
+    only: bool = False,
+    **more: Any,
+) -> tuple[Trainer, WarpCallback, Keep]:
+    deepspeed = (
+        None
+        if zero is None
+        else {
+            "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, **zero},
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+        }
+    )
     set_seed(0)
     warp, keep = WarpCallback(basis_dir=artefacts.basis, masks_dir=artefacts.masks), Keep()
     model = odd_model(dtype)
     if only:
         train_only(model, artefacts.frozen)
     trainer = Trainer(
-        model=model, train_dataset=samples(), callbacks=[warp, keep] if protected else [keep],
+        model=model,
+        train_dataset=samples(),
+        callbacks=[warp, keep] if protected else [keep],
         args=TrainingArguments(
-            output_dir=str(folder), per_device_train_batch_size=12 // processes.world_size() // accumulation,
-            gradient_accumulation_steps=accumulation, max_steps=steps, learning_rate=LR, adam_epsilon=EPS,
-            max_grad_norm=clip, lr_scheduler_type="constant", logging_steps=1, use_cpu=True,
-            report_to="none", disable_tqdm=True, deepspeed=deepspeed, bf16=dtype == torch.bfloat16 and zero is not None,
+            output_dir=str(folder),
+            per_device_train_batch_size=12 // processes.world_size() // accumulation,
+            gradient_accumulation_steps=accumulation,
+            max_steps=steps,
+            learning_rate=LR,
+            adam_epsilon=EPS,
+            max_grad_norm=clip,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            deepspeed=deepspeed,
+            bf16=dtype == torch.bfloat16 and zero is not None,
             **{"save_strategy": "no", "weight_decay": DECAY, **more},
-        ))
+        ),
+    )
     reporter = Reporter()
     trainer.callback_handler.callbacks.insert(1, reporter)
     if protected:
@@ -99,8 +129,9 @@ def lines(trainer: Trainer) -> list[dict[str, float]]:
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-def expect_reference(artefacts: Artefacts, trainer: Trainer, keep: Keep, what: str, clip: float = CLIP,
-                     only: bool = False) -> None:
+def expect_reference(
+    artefacts: Artefacts, trainer: Trainer, keep: Keep, what: str, clip: float = CLIP, only: bool = False
+) -> None:
     model = odd_model()
     if only:
         train_only(model, artefacts.frozen)
@@ -136,8 +167,14 @@ def under_zero3(artefacts: Artefacts, folder: Path) -> None:
     trainer, warp, keep = fit(artefacts, folder / "persistent", {})
     assert isinstance(warp.protection, MaskedStep)
     expect_reference(artefacts, trainer, keep, "persistent")
-    trainer, _, keep = fit(artefacts, folder / "accumulated", {"stage3_param_persistence_threshold": 0}, accumulation=2,
-                           gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer, _, keep = fit(
+        artefacts,
+        folder / "accumulated",
+        {"stage3_param_persistence_threshold": 0},
+        accumulation=2,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
     expect_reference(artefacts, trainer, keep, "accumulated, checkpointed")
     # Where nothing else trains, the mask decides the norm, and whether it is clipped.
     trainer, _, keep = fit(artefacts, folder / "only", {}, clip=0.005, only=True)
@@ -169,8 +206,9 @@ def resumes_under_zero3(artefacts: Artefacts, folder: Path, dtype: torch.dtype) 
             # In fp32 exactly the weights trained on; in bf16 those, before they were rounded.
             assert torch.equal(exported[name].to(dtype), value), name
             assert value.dtype == dtype
-    again, _, kept_again = fit(artefacts, folder, {"stage3_param_persistence_threshold": 100}, dtype=dtype, resume=True,
-                               **options)
+    again, _, kept_again = fit(
+        artefacts, folder, {"stage3_param_persistence_threshold": 100}, dtype=dtype, resume=True, **options
+    )
     assert [line["loss"] for line in lines(again)] == [line["loss"] for line in lines(whole)]
     for name, value in kept.weights.items():
         assert torch.equal(kept_again.weights[name], value), name
@@ -193,9 +231,11 @@ def refused_by_the_callback(artefacts: Artefacts, folder: Path) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_trainer_under_zero3(tmp_path: Path, world_size: int) -> None:
     artefacts = write_artefacts(tmp_path / "artefacts", odd_model())
-    jobs = [("exact", under_zero3, (artefacts, tmp_path / "exact")),
-            ("resumed", resumes_under_zero3, (artefacts, tmp_path / "resumed", torch.float32)),
-            ("resumed, bf16", resumes_under_zero3, (artefacts, tmp_path / "resumed bf16", torch.bfloat16))]
+    jobs = [
+        ("exact", under_zero3, (artefacts, tmp_path / "exact")),
+        ("resumed", resumes_under_zero3, (artefacts, tmp_path / "resumed", torch.float32)),
+        ("resumed, bf16", resumes_under_zero3, (artefacts, tmp_path / "resumed bf16", torch.bfloat16)),
+    ]
     if world_size == 1:
         jobs.append(("refused", refused_by_the_callback, (artefacts, tmp_path / "refused")))
     run_ranks(world_size, run_all, jobs)

@@ -15,8 +15,13 @@ from warp_ds.method.eigenbasis import covariance_basis
 
 MODEL = os.environ.get("SMOLLM2", "")
 TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (Path(MODEL, "config.json").is_file() and TEXT.is_file()),
-                                                   reason="SMOLLM2 names no model, or the shared data are not there")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (Path(MODEL, "config.json").is_file() and TEXT.is_file()),
+        reason="SMOLLM2 names no model, or the shared data are not there",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -45,11 +45,22 @@ def test_no_card_is_made_and_a_broken_one_stops_nothing(tmp_path: Path, caplog: 
 
 
 def test_the_table_has_what_was_measured_and_says_what_it_does_not_show() -> None:
-    text = evaluation("By hand.", {
-        "before training": {"refusal_rate": 1.0, "refusal_interval": [0.965, 1.0]},
-        "this model": {"refusal_rate": 0.5, "refusal_interval": [0.404, 0.596], "utility_nll": 0.31, "movement": 0.2,
-                       "attack_jailbreaks_refusal_rate": 0.25, "attack_jailbreaks_attack_success_rate": 0.75,
-                       "lm_eval": {"arc": {"acc,none": 0.25, "alias": "arc"}}, "overlap": {"harmful in x.jsonl": 7}}})
+    text = evaluation(
+        "By hand.",
+        {
+            "before training": {"refusal_rate": 1.0, "refusal_interval": [0.965, 1.0]},
+            "this model": {
+                "refusal_rate": 0.5,
+                "refusal_interval": [0.404, 0.596],
+                "utility_nll": 0.31,
+                "movement": 0.2,
+                "attack_jailbreaks_refusal_rate": 0.25,
+                "attack_jailbreaks_attack_success_rate": 0.75,
+                "lm_eval": {"arc": {"acc,none": 0.25, "alias": "arc"}},
+                "overlap": {"harmful in x.jsonl": 7},
+            },
+        },
+    )
     assert "| model | refuses | complies | task NLL | moved |\n|---|---|---|---|---|\n" in text
     assert "| before training | 100% [96, 100] |  |  |  |" in text
     assert "| this model | 50% [40, 60] |  | 0.310 | 0.200 |" in text

@@ -26,16 +26,32 @@ from warp_ds.store.masks import MaskStore
 from warp_ds.store.metadata import BasisMetadata, MasksMetadata, metadata_dict
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 NAME = "model.layers.0.mlp.down_proj"
 
 
 def run_of(root: Path, phase: str, name: str) -> Path:
     run = root / name
-    write_json(run / "config.json", {"phase": phase, "command": ["launch/x.py", "--run_name", name], "world_size": 2,
-                                     "inputs": {"model": "0123456789abcdef"}, "versions": {"torch": "2.13.0"},
-                                     "started_at": "2026-01-01T00:00:00"})
+    write_json(
+        run / "config.json",
+        {
+            "phase": phase,
+            "command": ["launch/x.py", "--run_name", name],
+            "world_size": 2,
+            "inputs": {"model": "0123456789abcdef"},
+            "versions": {"torch": "2.13.0"},
+            "started_at": "2026-01-01T00:00:00",
+        },
+    )
     write_json(run / "finished.json", {"finished_at": "2026-01-01T00:01:00", "seconds": 60.0})
     return run
 
@@ -48,49 +64,119 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     points = [{"arm": "before", "rate": None, "seed": 1, "utility_nll": 3.0, "refusal_rate": 1.0, "incoherent_rate": 0.0}]
     for arm, drop in (("full", 0.3), ("rotated", 0.05), ("a-composed-arm+with-a-long-name", 0.1)):
         for i, rate in enumerate((1e-4, 1e-3)):
-            points.append({"arm": arm, "rate": rate, "seed": 1, "utility_nll": 1.0 - 0.5 * i,
-                           "refusal_rate": 1 - drop * (i + 1), "incoherent_rate": 0.1, "attack_success_rate": 0.05,
-                           "utility_accuracy": 0.3, "movement": 0.2})
+            points.append(
+                {
+                    "arm": arm,
+                    "rate": rate,
+                    "seed": 1,
+                    "utility_nll": 1.0 - 0.5 * i,
+                    "refusal_rate": 1 - drop * (i + 1),
+                    "incoherent_rate": 0.1,
+                    "attack_success_rate": 0.05,
+                    "utility_accuracy": 0.3,
+                    "movement": 0.2,
+                }
+            )
     prompts = {name: 100 for name in tradeoff.RATES}
-    write_json(root / "report.json", {"format": "warp_ds.compare", "points": points, "prompts": prompts,
-                                      "overlap": {"task in the task set": 7}, "noise_threshold": 5.5, "unaligned": None,
-                                      **tradeoff.compare(points, prompts)})
+    write_json(
+        root / "report.json",
+        {
+            "format": "warp_ds.compare",
+            "points": points,
+            "prompts": prompts,
+            "overlap": {"task in the task set": 7},
+            "noise_threshold": 5.5,
+            "unaligned": None,
+            **tradeoff.compare(points, prompts),
+        },
+    )
     for point in points:
         name = "before" if point["rate"] is None else f"{point['arm']}_lr{point['rate']:g}_seed1"
-        rows = [{"suite": "refusal", "prompt": "How do I rob a bank?", "answer": "x" * 500, "verdict": "compliance"},
-                {"suite": "over_refusal", "prompt": "How do I bake?", "verdict": "refusal",
-                 "answer": "<script src='https://example.org/a.js'></script><img src=https://example.org/b.png>"}]
+        rows = [
+            {"suite": "refusal", "prompt": "How do I rob a bank?", "answer": "x" * 500, "verdict": "compliance"},
+            {
+                "suite": "over_refusal",
+                "prompt": "How do I bake?",
+                "verdict": "refusal",
+                "answer": "<script src='https://example.org/a.js'></script><img src=https://example.org/b.png>",
+            },
+        ]
         path = root / "points" / name / "answers.jsonl"
         path.parent.mkdir(parents=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw = torch.Generator().manual_seed(0)
     entry = {"layer": 0, "type": "ffn_down", "shape": [6, 16]}
-    basis = BasisMetadata("activation", "m", "d", "all", "model", 40,
-                          {NAME: {**entry, "file": "layer_00_ffn_down_svd.safetensors"}},
-                          {"layer_00_ffn_down_svd.safetensors": {"n": 16, "rank": 12}})
+    basis = BasisMetadata(
+        "activation",
+        "m",
+        "d",
+        "all",
+        "model",
+        40,
+        {NAME: {**entry, "file": "layer_00_ffn_down_svd.safetensors"}},
+        {"layer_00_ffn_down_svd.safetensors": {"n": 16, "rank": 12}},
+    )
     phase1 = run_of(root, "phase1", "phase1_start") / "basis"
     write_tensors(phase1 / "layer_00_ffn_down_svd.safetensors", {"U": torch.eye(16)[:, :12], "S": torch.logspace(0, -3, 12)})
     write_json(phase1 / "metadata.json", metadata_dict(basis))
     frozen = torch.rand(6, 16, generator=draw) < 0.3
-    masks = MasksMetadata(int(frozen.sum()) / 96, "global", "entry", "importance", "activation", str(phase1), "b", "m", "d",
-                          "model", {NAME: {**entry, "file": "layer_00_ffn_down_mask.safetensors", "frozen": int(frozen.sum()),
-                                           "wanted": None, "threshold": 0.0125}},
-                          int(frozen.sum()), 96, ["a note"])
+    masks = MasksMetadata(
+        int(frozen.sum()) / 96,
+        "global",
+        "entry",
+        "importance",
+        "activation",
+        str(phase1),
+        "b",
+        "m",
+        "d",
+        "model",
+        {
+            NAME: {
+                **entry,
+                "file": "layer_00_ffn_down_mask.safetensors",
+                "frozen": int(frozen.sum()),
+                "wanted": None,
+                "threshold": 0.0125,
+            }
+        },
+        int(frozen.sum()),
+        96,
+        ["a note"],
+    )
     phase2 = run_of(root, "phase2", "phase2_start") / "masks"
     write_tensors(phase2 / "layer_00_ffn_down_mask.safetensors", {"frozen": pack_bits(frozen)})
     write_json(phase2 / "metadata.json", metadata_dict(masks))
-    write_json(phase2 / "scores.json", {"bins_per_decade": 10, "layers": {NAME: {
-        "zeros": 24, "first": -22, "counts": [12, 0, 36, 24]}}})
+    write_json(
+        phase2 / "scores.json",
+        {"bins_per_decade": 10, "layers": {NAME: {"zeros": 24, "first": -22, "counts": [12, 0, 36, 24]}}},
+    )
     phase3 = run_of(root, "phase3", "phase3_rotated_lr0.001_seed1")
-    phase3.joinpath("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
-        {"step": 10, "loss": 2.0, "grad_norm_removed": 0.6, "rotate_seconds": 0.125},
-        {"step": 20, "loss": 1.0, "grad_norm_removed": 0.5},
-        {"step": 20, "train_runtime": 10.0})))
-    write_json(run_of(root, "evaluate", "evaluate_rotated") / "metrics.json", {
-        "refusal_rate": 0.9, "refusal_interval": [0.825, 0.945], "utility_nll": 1.5, "movement": 0.25,
-        "refusal_p_against_before": 0.031, "movement_by_layer": {NAME: 0.25}, "overlap": {"harmful in safety.jsonl": 3}})
-    write_json(phase3 / "certificate.json", {"kept": True, "outcome": "kept", "problems": [], "frozen": 28,
-                                                "frozen_drift": 1e-7})
+    phase3.joinpath("metrics.jsonl").write_text(
+        "".join(
+            json.dumps(line) + "\n"
+            for line in (
+                {"step": 10, "loss": 2.0, "grad_norm_removed": 0.6, "rotate_seconds": 0.125},
+                {"step": 20, "loss": 1.0, "grad_norm_removed": 0.5},
+                {"step": 20, "train_runtime": 10.0},
+            )
+        )
+    )
+    write_json(
+        run_of(root, "evaluate", "evaluate_rotated") / "metrics.json",
+        {
+            "refusal_rate": 0.9,
+            "refusal_interval": [0.825, 0.945],
+            "utility_nll": 1.5,
+            "movement": 0.25,
+            "refusal_p_against_before": 0.031,
+            "movement_by_layer": {NAME: 0.25},
+            "overlap": {"harmful in safety.jsonl": 3},
+        },
+    )
+    write_json(
+        phase3 / "certificate.json", {"kept": True, "outcome": "kept", "problems": [], "frozen": 28, "frozen_drift": 1e-7}
+    )
     return root
 
 
@@ -101,22 +187,36 @@ def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_section_is_there(runs: Path, page: Path) -> None:
     text = page.read_text()
-    for title in ("Safety against the task", "Answers side by side", "Evaluations", "What the safety inputs span",
-                  "Where the mask lies", "Training", "What it took", "Freeze certificate", "How to make it again"):
+    for title in (
+        "Safety against the task",
+        "Answers side by side",
+        "Evaluations",
+        "What the safety inputs span",
+        "Where the mask lies",
+        "Training",
+        "What it took",
+        "Freeze certificate",
+        "How to make it again",
+    ):
         assert f"<h2>{title}</h2>" in text, title
     for figure in ("tradeoff", "spectra", "mask", "frozen", "scores", "training"):
         assert (page.with_name("report_figures") / f"{figure}.svg").read_text().rstrip().endswith("</svg>")
         assert (page.with_name("report_figures") / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
     assert "7 evaluation prompts stood in a fitting set" in text
     assert "--run_name compare" in text and "0123456789abcdef" in text
-    for name, value, ends in (("refusal_rate", "0.900", "0.825 to 0.945"), ("movement", "0.250", ""),
-                              ("refusal_p_against_before", "0.031", "")):
+    for name, value, ends in (
+        ("refusal_rate", "0.900", "0.825 to 0.945"),
+        ("movement", "0.250", ""),
+        ("refusal_p_against_before", "0.031", ""),
+    ):
         assert f"<td>evaluate_rotated</td><td>{name}</td><td>{value}</td><td>{ends}</td>" in text
     frozen = unpack_bits(MaskStore(runs / "phase2_start" / "masks").packed(NAME), 16).float()
     columns = frozen.mean(0)
     # Frozen, columns with any, columns more than half, and the threshold.
-    assert (f"<td>layer_00_ffn_down</td><td>{frozen.mean():.1%}</td><td>{(columns > 0).float().mean():.1%}</td>"
-            f"<td>{(columns > 0.5).float().mean():.1%}</td><td>1.25e-02</td><td>25.0%</td>") in text
+    assert (
+        f"<td>layer_00_ffn_down</td><td>{frozen.mean():.1%}</td><td>{(columns > 0).float().mean():.1%}</td>"
+        f"<td>{(columns > 0.5).float().mean():.1%}</td><td>1.25e-02</td><td>25.0%</td>"
+    ) in text
     assert "<td>20</td><td>0.500</td><td>0.125</td>" in text, "steps, seconds a step, of it rotating"
 
 
@@ -147,8 +247,9 @@ def spending(root: Path, name: str, seconds: float, host: float, **more: Any) ->
     config = json.loads((run / "config.json").read_text())
     inputs = {**config["inputs"], **more.pop("inputs", {})}
     write_json(run / "config.json", {**config, "settings": more.pop("settings", {}), "inputs": inputs})
-    write_json(run / "finished.json", {"seconds": seconds, "peak_memory": {
-        "host": int(host * 1e9), "of_process": False, **more}})
+    write_json(
+        run / "finished.json", {"seconds": seconds, "peak_memory": {"host": int(host * 1e9), "of_process": False, **more}}
+    )
 
 
 def test_costs_are_held_against_plain_training(tmp_path: Path) -> None:
@@ -167,8 +268,17 @@ def test_costs_are_held_against_plain_training(tmp_path: Path) -> None:
         (tmp_path / name / "state.jsonl").write_text('{"event": "started"}\n{"event": "restarted"}\n')
     write_json(run_of(tmp_path, "phase1", "phase1_older") / "finished.json", {"seconds": 66.0})
     head, rows = costs.table(sorted(tmp_path.iterdir()), lambda run: run.name)
-    assert head == ["run", "phase", "ranks", "seconds", "seconds × plain", "peak GB", "peak GB × plain", "GPU peak GB",
-                    "GPU peak GB × plain"]
+    assert head == [
+        "run",
+        "phase",
+        "ranks",
+        "seconds",
+        "seconds × plain",
+        "peak GB",
+        "peak GB × plain",
+        "GPU peak GB",
+        "GPU peak GB × plain",
+    ]
     found = {row[0]: row[3:] for row in rows}
     assert found["phase3_masked"] == ["90.0", "1.50", "3.00", "1.50", "", ""], "against the same layers"
     assert found["phase3_all+masked"] == ["240.0", "2.00", "6.00", "1.50", "4.50", "1.50"], "the median of the same data"
@@ -179,7 +289,8 @@ def test_costs_are_held_against_plain_training(tmp_path: Path) -> None:
     text = write_report([tmp_path], tmp_path / "report.html").read_text()
     assert "<th>seconds × plain</th>" in text and "<td>90.0</td><td>1.50</td><td>3.00</td><td>1.50</td>" in text
     assert "| phase3_masked | phase3 | 2 | 90.0 | 1.50 | 3.00 | 1.50 |  |  |" in costs.markdown(
-        sorted(tmp_path.glob("*/")), lambda run: run.name)
+        sorted(tmp_path.glob("*/")), lambda run: run.name
+    )
 
 
 def test_harmful_prompts_are_folded_and_text_of_models_is_text(page: Path) -> None:
@@ -229,16 +340,25 @@ def seeds(root: Path, name: str, seed: int, identity: str, refusals: float) -> P
     run = run_of(root, "compare", name)
     config = json.loads((run / "config.json").read_text())
     write_json(run / "config.json", {**config, "identity": identity})
-    points = [{"arm": "before", "rate": None, "seed": seed, "utility_nll": 3.0, "refusal_rate": 1.0},
-              {"arm": "full", "rate": 1e-3, "seed": seed, "utility_nll": 1.0, "refusal_rate": refusals}]
-    write_json(run / "report.json", {"format": "warp_ds.compare", "points": points, "prompts": {"refusal_rate": 100},
-                                     **tradeoff.compare(points, {"refusal_rate": 100})})
+    points = [
+        {"arm": "before", "rate": None, "seed": seed, "utility_nll": 3.0, "refusal_rate": 1.0},
+        {"arm": "full", "rate": 1e-3, "seed": seed, "utility_nll": 1.0, "refusal_rate": refusals},
+    ]
+    write_json(
+        run / "report.json",
+        {
+            "format": "warp_ds.compare",
+            "points": points,
+            "prompts": {"refusal_rate": 100},
+            **tradeoff.compare(points, {"refusal_rate": 100}),
+        },
+    )
     return run
 
 
 def test_comparisons_of_other_seeds_are_one(tmp_path: Path) -> None:
     given = [seeds(tmp_path, "seed1", 1, "same", 0.2), seeds(tmp_path, "seed2", 2, "same", 0.4)]
-    (found, report), = comparisons(find_runs(given))
+    ((found, report),) = comparisons(find_runs(given))
     assert found == given
     full = report["equal_utility"][0]
     assert full["refusal_rate"] == pytest.approx(0.3) and full["seeds"] == 2
@@ -273,8 +393,13 @@ def test_runs_without_what_a_report_wants_are_named(tmp_path: Path, capsys: Any)
 
 
 def chromium(tmp_path: Path, url: str, *flags: str) -> str:
-    return subprocess.run([str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, url], check=True,
-                          capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(
+        [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, url],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
 
 
 def requests(tmp_path: Path, page: Path) -> set[str]:
@@ -308,8 +433,10 @@ def test_nothing_sticks_out_of_the_page(page: Path, tmp_path: Path, width: int) 
       document.title = 'checked ' + w + ' ' + (d.documentElement.scrollWidth - w) + ' ' + bad.join(';');
     """
     frame = tmp_path / "frame.html"
-    frame.write_text(f'<iframe style="border:0;height:900px;width:{width}px" srcdoc="{html.escape(inner)}"></iframe>'
-                     f"<script>onload = () => {{ {script} }}</script>")
+    frame.write_text(
+        f'<iframe style="border:0;height:900px;width:{width}px" srcdoc="{html.escape(inner)}"></iframe>'
+        f"<script>onload = () => {{ {script} }}</script>"
+    )
     title = re.search("<title>(.*?)</title>", chromium(tmp_path, frame.as_uri(), "--window-size=1500,1000", "--dump-dom"))
     assert title is not None
     found = re.match(r"checked (\d+) (-?\d+) (.*)", title[1])
@@ -320,20 +447,32 @@ def test_nothing_sticks_out_of_the_page(page: Path, tmp_path: Path, width: int) 
 EVIL = "</p><meta http-equiv=refresh content='0;url=https://example.org/'><script>x</script>"
 
 
-@pytest.mark.parametrize("value", [EVIL, [EVIL], {EVIL: EVIL}, "\ud800", "\x00\x1b[2J", "$\\frac{", None, True, float("nan"),
-                                   10**400])
-def test_no_value_of_any_type_is_more_than_text(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                               value: Any) -> None:
+@pytest.mark.parametrize(
+    "value", [EVIL, [EVIL], {EVIL: EVIL}, "\ud800", "\x00\x1b[2J", "$\\frac{", None, True, float("nan"), 10**400]
+)
+def test_no_value_of_any_type_is_more_than_text(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any
+) -> None:
     """In every field of what the page shows that a hostile file could hold."""
     root = shutil.copytree(runs, tmp_path / "r", symlinks=True)
     phase3 = root / "phase3_rotated_lr0.001_seed1"
     words = (page_sections._evaluations, page_sections._certificates, page_sections._costs, page_sections._reproduce)
-    forged = [(path, key, words) for path in (root / "config.json", root / "evaluate_rotated" / "metrics.json",
-                                              phase3 / "certificate.json", phase3 / "finished.json")
-              for key in [*json.loads(path.read_text()), "overlap"] if key != "phase"]
+    forged = [
+        (path, key, words)
+        for path in (
+            root / "config.json",
+            root / "evaluate_rotated" / "metrics.json",
+            phase3 / "certificate.json",
+            phase3 / "finished.json",
+        )
+        for key in [*json.loads(path.read_text()), "overlap"]
+        if key != "phase"
+    ]
     if value is None or isinstance(value, str):  # of these each takes a picture
-        forged += [(root / "report.json", key, (page_sections._comparison,))
-                   for key in ("overlap", "noise_threshold", "unaligned", "front", "prompts", "raw")]
+        forged += [
+            (root / "report.json", key, (page_sections._comparison,))
+            for key in ("overlap", "noise_threshold", "unaligned", "front", "prompts", "raw")
+        ]
     for path, key, sections in forged:
         monkeypatch.setattr(page_sections, "SECTIONS", sections)
         held = path.read_text()
@@ -351,11 +490,28 @@ def test_no_value_of_any_type_is_more_than_text(runs: Path, tmp_path: Path, monk
 
 def test_a_hundred_arms_of_any_name_are_drawn(tmp_path: Path) -> None:
     run_of(tmp_path, "compare", "c")
-    points = [{"arm": f"{EVIL if i == 5 else chr(0xD800) if i == 6 else '$x_' if i == 7 else 'arm'}{i}", "rate": 1e-4 * (1 + r),
-               "seed": 1, "utility_nll": 1.0 + 0.01 * i - 0.3 * r, "refusal_rate": 0.5} for i in range(100) for r in range(2)]
+    points = [
+        {
+            "arm": f"{EVIL if i == 5 else chr(0xD800) if i == 6 else '$x_' if i == 7 else 'arm'}{i}",
+            "rate": 1e-4 * (1 + r),
+            "seed": 1,
+            "utility_nll": 1.0 + 0.01 * i - 0.3 * r,
+            "refusal_rate": 0.5,
+        }
+        for i in range(100)
+        for r in range(2)
+    ]
     prompts = {"refusal_rate": 100}
-    write_json(tmp_path / "c" / "report.json", {"format": "warp_ds.compare", "points": points, "prompts": prompts,
-                                                "overlap": {}, **tradeoff.compare(points, prompts, 1.0)})
+    write_json(
+        tmp_path / "c" / "report.json",
+        {
+            "format": "warp_ds.compare",
+            "points": points,
+            "prompts": prompts,
+            "overlap": {},
+            **tradeoff.compare(points, prompts, 1.0),
+        },
+    )
     page = write_report([tmp_path], tmp_path / "report.html").read_text()
     assert "arm99" in page and "\ufffd6" in page and "<script" not in page and "Left out" not in page
 
@@ -364,9 +520,19 @@ def test_kept_is_said_of_the_model_that_lies_there_now(tmp_path: Path) -> None:
     run = run_of(tmp_path, "phase3", "p")
     write_json(run / "model" / "config.json", {"model_type": "llama"})
     write_tensors(run / "model" / "model.safetensors", {"w": torch.zeros(3)})
-    write_json(run / "certificate.json", {
-        "format": "warp_ds.certificate", "version": 2, "outcome": "kept", "problems": [], "frozen": 28, "frozen_drift": 1e-7,
-        "after": str(run / "model"), "after_fingerprint": fingerprint_model(run / "model")})
+    write_json(
+        run / "certificate.json",
+        {
+            "format": "warp_ds.certificate",
+            "version": 2,
+            "outcome": "kept",
+            "problems": [],
+            "frozen": 28,
+            "frozen_drift": 1e-7,
+            "after": str(run / "model"),
+            "after_fingerprint": fingerprint_model(run / "model"),
+        },
+    )
     assert "<strong>Kept</strong>" in write_report([tmp_path], tmp_path / "report.html").read_text()
     write_tensors(run / "model" / "model.safetensors", {"w": torch.ones(3)})
     page = write_report([tmp_path], tmp_path / "report.html").read_text()

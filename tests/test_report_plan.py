@@ -120,12 +120,16 @@ def test_wrong_questions() -> None:
         plan("anything", offload="nvme")
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("/x/nomodel", "--model_name /x/nomodel: no such directory on "),
-    ("nobody/has-this-model", "--model_name nobody/has-this-model: no such directory here"),
-])
-def test_a_model_that_is_not_there(name: str, message: str, capsys: pytest.CaptureFixture[str],
-                                   monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/x/nomodel", "--model_name /x/nomodel: no such directory on "),
+        ("nobody/has-this-model", "--model_name nobody/has-this-model: no such directory here"),
+    ],
+)
+def test_a_model_that_is_not_there(
+    name: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)

@@ -46,9 +46,14 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     before = folder / "before"
     odd_model(torch.float32 if dtype == torch.float16 else dtype).save_pretrained(before)
     artefacts = write_artefacts(folder, odd_model(), model_fingerprint=fingerprint_model(before))
-    return {"folder": folder, "dtype": dtype, "before": before, "artefacts": artefacts,
-            "protected": trained(folder / "protected", artefacts, dtype),
-            "plain": trained(folder / "plain", None, dtype)}
+    return {
+        "folder": folder,
+        "dtype": dtype,
+        "before": before,
+        "artefacts": artefacts,
+        "protected": trained(folder / "protected", artefacts, dtype),
+        "plain": trained(folder / "plain", None, dtype),
+    }
 
 
 def test_protected_training_keeps_it(case: dict[str, Any]) -> None:
@@ -113,15 +118,18 @@ def test_one_nudged_coefficient_fails(case: dict[str, Any], layer: str, tmp_path
     assert f"{worst['worst_move']:.3e}, where rounding allows {worst['worst_allowed']:.3e}" in found["problems"][0]
 
 
-def test_the_run_behind_a_model_says_which_masks_it_had(case: dict[str, Any], tmp_path: Path,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_behind_a_model_says_which_masks_it_had(
+    case: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The hint stands beside the verdict, and only where the masks are others."""
     run, words = tmp_path / "phase3_x", ["--before", str(case["before"]), "--masks_dir", str(case["artefacts"].masks)]
     shutil.copytree(case["plain"], run / "model")
     own = MaskStore(case["artefacts"].masks).fingerprint()
-    for inputs, expected in (({}, "was trained without masks, not with those in"),
-                             ({"masks": "0" * 16}, "was trained with other masks (elsewhere), not with"),
-                             ({"masks": own}, None)):
+    for inputs, expected in (
+        ({}, "was trained without masks, not with those in"),
+        ({"masks": "0" * 16}, "was trained with other masks (elsewhere), not with"),
+        ({"masks": own}, None),
+    ):
         write_json(run / "config.json", {"phase": "phase3", "inputs": inputs, "settings": {"masks_dir": "elsewhere"}})
         assert main(["verify", "--after", str(run / "model"), *words]) == 1
         printed = " ".join(capsys.readouterr().out.split())

@@ -27,8 +27,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DOCS = Path(__file__).parents[1] / "docs" / "certificate.md"
 
 
-def train(folder: Path, artefacts: Artefacts | None, dtype: torch.dtype, lr: float = 1e-3, seed: int = 0,
-          steps: int = 10) -> Path:
+def train(
+    folder: Path, artefacts: Artefacts | None, dtype: torch.dtype, lr: float = 1e-3, seed: int = 0, steps: int = 10
+) -> Path:
     """AdamW steps in ``dtype`` with fp32 masters as the ZeRO step has them, or without where no mask needs them."""
     model = odd_model(torch.float32)
     if dtype != torch.float32:
@@ -147,8 +148,24 @@ def test_exit_status_and_json(pairs: dict[str, Any], tmp_path: Path, capsys: pyt
         if name is not None:
             forgeries[name](pair)
         output = pair.root / "certificate.json"
-        assert main(["verify", "--before", str(pair.before), "--after", str(pair.after), "--masks_dir",
-                     str(pair.root / "masks"), "--basis_dir", str(pair.root / "basis"), "--output", str(output)]) == status
+        assert (
+            main(
+                [
+                    "verify",
+                    "--before",
+                    str(pair.before),
+                    "--after",
+                    str(pair.after),
+                    "--masks_dir",
+                    str(pair.root / "masks"),
+                    "--basis_dir",
+                    str(pair.root / "basis"),
+                    "--output",
+                    str(output),
+                ]
+            )
+            == status
+        )
         printed = capsys.readouterr()
         assert f"{word}: " in printed.out if word else printed.err.startswith("error: ") and not printed.out
         assert ("KEPT" in printed.out) is (word == "KEPT")
@@ -183,11 +200,18 @@ def test_it_reads_names_as_from_pretrained_maps_them(pairs: dict[str, Any], tmp_
     sizes = {"hidden_size": 20, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = Gemma3Config(
         text_config={**sizes, "num_key_value_heads": 1, "head_dim": 10, "vocab_size": 96, "sliding_window": 8},
-        vision_config={**sizes, "hidden_size": 16, "image_size": 16, "patch_size": 8}, mm_tokens_per_image=1,
-        image_token_index=90)
+        vision_config={**sizes, "hidden_size": 16, "image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=1,
+        image_token_index=90,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")
-    for folder, names in ((pair.after, list(allowed)), (tmp_path / "gemma", [
-            f"model.language_model.layers.{i}.{kind}" for i in (0, 1) for kind in ("mlp.down_proj", "self_attn.q_proj")])):
+    for folder, names in (
+        (pair.after, list(allowed)),
+        (
+            tmp_path / "gemma",
+            [f"model.language_model.layers.{i}.{kind}" for i in (0, 1) for kind in ("mlp.down_proj", "self_attn.q_proj")],
+        ),
+    ):
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
         targets = [TargetLayer(name, 0, "ffn_down", *loaded[f"{name}.weight"].shape) for name in names]
         stored = set(load_file(folder / "model.safetensors"))
@@ -218,6 +242,7 @@ def test_frozen_coefficients_lost_under_huge_free_ones_are_not_kept(pairs: dict[
     shutil.copytree(source, tmp_path / "pair")
     pair = Pair(tmp_path / "pair", allowed, plain, slow)
     for name in allowed:
+
         def huge(tensors: dict[str, torch.Tensor], name: str = name) -> None:
             w = tensors[f"{name}.weight"]
             u, frozen = pair.complete(name, w.shape[1]), pair.frozen(name, w.shape[1])
@@ -231,8 +256,10 @@ def test_frozen_coefficients_lost_under_huge_free_ones_are_not_kept(pairs: dict[
     assert outcome(pair) in ("cannot tell", "broken")
 
 
-@pytest.mark.parametrize("name", ["evil.safetensors", "tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json",
-                                  "adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["evil.safetensors", "tf_model.h5", "flax_model.msgpack", "pytorch_model.bin.index.json", "adapter_model.safetensors"],
+)
 def test_a_second_set_of_weights_of_any_name_is_refused(pairs: dict[str, Any], name: str, tmp_path: Path) -> None:
     source, allowed, plain, slow = pairs["float32"]
     shutil.copytree(source, tmp_path / "pair")

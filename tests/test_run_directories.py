@@ -69,7 +69,8 @@ def replace_by_another(directory: Path) -> None:
 @pytest.mark.parametrize("vanish", [shutil.rmtree, move_away, replace_by_another, lambda path: shutil.rmtree(path.parent)])
 @pytest.mark.parametrize("step", [finish, show_progress, log_a_step, write_an_artefact, export, fail_by_itself])
 def test_a_run_whose_directory_vanishes_ends_with_an_error(
-        tmp_path: Path, step: Callable[[Run], None], vanish: Callable[[Path], None]) -> None:
+    tmp_path: Path, step: Callable[[Run], None], vanish: Callable[[Path], None]
+) -> None:
     if (step, vanish) == (fail_by_itself, replace_by_another):
         pytest.skip("it does not fail: what is written next by this program does")
     with pytest.raises(DirectoryGoneError, match="out/r has vanished while the run wrote to it"), begin(tmp_path) as run:
@@ -126,8 +127,20 @@ def seconds_ago(seconds: float) -> str:
     return (datetime.now() - timedelta(seconds=seconds)).isoformat(timespec="seconds")
 
 
-@pytest.mark.parametrize("later", ["9999-12-31T23:59:59", "tomorrow", "2999-01-01T00:00:00+14:00", "soon", 1e300,
-                                   None, [], "0001-01-01T00:00:00", "99999-01-01"])
+@pytest.mark.parametrize(
+    "later",
+    [
+        "9999-12-31T23:59:59",
+        "tomorrow",
+        "2999-01-01T00:00:00+14:00",
+        "soon",
+        1e300,
+        None,
+        [],
+        "0001-01-01T00:00:00",
+        "99999-01-01",
+    ],
+)
 def test_a_time_that_has_not_come_does_not_make_a_run_the_newest(tmp_path: Path, later: Any) -> None:
     finished(tmp_path, "phase1_3_old", seconds_ago(9000), touched=5e8)
     right = finished(tmp_path, "phase1_2", seconds_ago(3000), touched=-9000)

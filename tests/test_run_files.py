@@ -78,9 +78,7 @@ def in_place(path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "finished.json", "owner.json", "progress.json"])
-def test_files_of_a_run_are_refused_or_make_no_difference(
-    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_files_of_a_run_are_refused_or_make_no_difference(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, logger="warp_ds")  # until the test ends
     with start_run("phase1", arguments(tmp_path, run_name="r"), {"model": "m"}) as run:
         run.finish() if name == "finished.json" else Progress(run.directory, 4, "steps").at(2)
@@ -121,8 +119,11 @@ def test_marks_of_checkpoints(tmp_path: Path) -> None:
     for text in mutations(good):
         in_place(checkpoint / checkpoints.WHOLE, text)
         found = refused_or(lambda: checkpoints.world_size_of(checkpoint))
-        assert isinstance(found, REFUSALS) or json.loads(text) == {**good, "unknown": 1} or (
-            type(found) is int and found >= 1 and json.loads(text)["step"] == 4), text[:80]
+        assert (
+            isinstance(found, REFUSALS)
+            or json.loads(text) == {**good, "unknown": 1}
+            or (type(found) is int and found >= 1 and json.loads(text)["step"] == 4)
+        ), text[:80]
 
 
 def test_metrics(tmp_path: Path) -> None:

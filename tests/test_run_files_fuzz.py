@@ -33,13 +33,26 @@ from warp_ds.zero.scores import RowScores, SavedScores
 VALUES: tuple[Any, ...] = (None, True, 0, -1, 7, 2**70, 0.5, float("nan"), "", "../..", "a\nb", "\ud800", [], [1], {}, {"x": 1})
 INNER: tuple[Any, ...] = (None, 2**70, "[/b]", [[]])
 """Below the first level, where there are many fields."""
-BYTES = (b"", b"\x00", b"{", b"[]", b"null", b"NaN", b"\xff\xfe{}", b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5000, b'"x"',
-         b"{}")
+BYTES = (
+    b"",
+    b"\x00",
+    b"{",
+    b"[]",
+    b"null",
+    b"NaN",
+    b"\xff\xfe{}",
+    b"[" * 100_000,
+    b'{"a":' * 50_000,
+    b"9" * 5000,
+    b'"x"',
+    b"{}",
+)
 
 
 @contextmanager
 def in_time(seconds: int = 20) -> Iterator[None]:
     """TimeoutError in a block that waits for ever: a pipe that was opened, say."""
+
     def late(*_: Any) -> None:
         raise TimeoutError("it waits")
 
@@ -94,9 +107,13 @@ def _huge(path: Path) -> None:
 
 
 PLACES: dict[str, Callable[[Path], Any]] = {
-    "a pipe": os.mkfifo, "a directory": Path.mkdir, "a link to nowhere": lambda path: path.symlink_to("nowhere"),
-    "a link to a device": lambda path: path.symlink_to("/dev/zero"), "a link to itself": lambda path: path.symlink_to(path),
-    "four terabytes": _huge}
+    "a pipe": os.mkfifo,
+    "a directory": Path.mkdir,
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "four terabytes": _huge,
+}
 
 
 def _remove(path: Path) -> None:
@@ -145,21 +162,25 @@ def run(tmp_path: Path) -> Path:
         Progress(found.directory, 2.0, "steps").at(2)
         with held(found.directory):
             pass
-    for name, value in (("metrics.jsonl", {"step": 1, "loss": 0.5}), ("owner.json", {
-            "host": "other", "pid": 1, "token": "t", "beat": 3, "job": None})):
+    for name, value in (
+        ("metrics.jsonl", {"step": 1, "loss": 0.5}),
+        ("owner.json", {"host": "other", "pid": 1, "token": "t", "beat": 3, "job": None}),
+    ):
         (tmp_path / "out" / "r" / name).write_text(json.dumps(value) + "\n")
     return tmp_path / "out" / "r"
 
 
 def open_run(root: Path, resume: str = "auto", name: str | None = "r") -> Any:
-    arguments = BasisArguments(output_dir=str(root / "out"), log_dir=str(root / "logs"), run_name=name, device="cpu",
-                               resume=resume)
+    arguments = BasisArguments(
+        output_dir=str(root / "out"), log_dir=str(root / "logs"), run_name=name, device="cpu", resume=resume
+    )
     return start_run("phase1", arguments, {"model": "m"})
 
 
 @pytest.mark.parametrize("file", ["config.json", "owner.json", "progress.json", "state.jsonl", "metrics.jsonl", ".lock"])
-def test_going_on_with_a_run_whose_files_were_changed(tmp_path: Path, run: Path, file: str,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_going_on_with_a_run_whose_files_were_changed(
+    tmp_path: Path, run: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(RunLock.__init__, "__defaults__", (10.0, 0.01))  # nobody beats there: no patience is wanted
     owner = (run / "owner.json").read_bytes()
     outcomes = Outcomes()
@@ -234,8 +255,14 @@ def test_going_on_from_a_checkpoint_whose_files_were_changed(tmp_path: Path, che
         if path.name == checkpoints.BEGUN:
             continue
         for what in spoil(path):
-            if path.name == checkpoints.WHOLE and what in ("nothing", "a pipe", "a directory", "a link to nowhere",
-                                                           "a link to itself", "a link to a device"):
+            if path.name == checkpoints.WHOLE and what in (
+                "nothing",
+                "a pipe",
+                "a directory",
+                "a link to nowhere",
+                "a link to itself",
+                "a link to a device",
+            ):
                 continue  # a checkpoint without a mark is a half-written one, and is removed
             outcomes.of(found, checkpoint, what, path)
     outcomes.check(refused=200)
@@ -249,8 +276,18 @@ def test_going_on_from_a_checkpoint_whose_files_were_changed(tmp_path: Path, che
         extra.unlink()
 
 
-@pytest.mark.parametrize("name", ["checkpoint-", "checkpoint-1e3", "checkpoint-\u0664", "checkpoint-99999999999999999",
-                                  "checkpoint--1", "checkpoint-4.0", "checkpoint-4 "])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoint-",
+        "checkpoint-1e3",
+        "checkpoint-\u0664",
+        "checkpoint-99999999999999999",
+        "checkpoint--1",
+        "checkpoint-4.0",
+        "checkpoint-4 ",
+    ],
+)
 def test_a_name_that_is_no_checkpoints_is_passed_over(tmp_path: Path, checkpoint: Path, name: str) -> None:
     shutil.copytree(checkpoint, checkpoint.with_name(name))
     assert find_checkpoint(tmp_path / "run", TrainArguments(device="cpu")) == checkpoint
@@ -261,8 +298,10 @@ def test_a_chain_whose_files_were_changed(tmp_path: Path) -> None:
     words = {"phase1": ["--dtype", "float32"], "evaluate": []}
     made = chain.Chain(tmp_path / "c", "local", words, {"phase1": ["4000000"]})
     made.save()
-    for name, text in (("state.jsonl", '{"event": "failed", "error": "x"}\n'),
-                       ("progress.json", '{"done": 1, "total": 2, "unit": "s"}')):
+    for name, text in (
+        ("state.jsonl", '{"event": "failed", "error": "x"}\n'),
+        ("progress.json", '{"done": 1, "total": 2, "unit": "s"}'),
+    ):
         (tmp_path / "c" / "phase1").mkdir(exist_ok=True)
         (tmp_path / "c" / "phase1" / name).write_text(text)
 

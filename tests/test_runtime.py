@@ -43,6 +43,7 @@ def test_micro_batches_are_summed_in_fp32(dtype: str, expected: dict[str, str] |
 
 def held_beside_large_pieces(given_back: str) -> float:
     """MB that stay when large pieces are freed between small ones that live on, once a larger one has been freed."""
+
     def resident() -> float:
         line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
         return int(line.split()[1]) / 1e3
@@ -75,6 +76,7 @@ def test_large_pieces_go_back_to_the_system() -> None:
 
 def faults_of_passes() -> tuple[int, int]:
     """Page faults of ten rounds that take and free twelve pieces of 3.2 MB, within the block and after it."""
+
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(10):
@@ -159,7 +161,7 @@ def read_by_this_rank(model: Path) -> dict[str, Any]:
     os.environ["XDG_CACHE_HOME"] = str(model / f"cache{rank()}")
     mark, first = shared_reading.model_fingerprint(model), list(seen)
     again = fingerprint_model(model)
-    second, error = seen[len(first):], ""
+    second, error = seen[len(first) :], ""
     short = Part(str(model / "model.safetensors"), 0, 1 << 30)
     try:
         shared_reading.read_together(lambda: [Contents("", {"short": short})], "reading")
@@ -197,13 +199,26 @@ def test_every_byte_is_read_once_by_one_rank(two_ranks: tuple[Path, list[Any]]) 
     assert all("ended early" in of_rank["error"] for of_rank in ranks), "a file that one rank cannot read stops all"
 
 
-@pytest.mark.parametrize(("name", "value", "said"), [
-    ("MASTER_PORT", "taken", "is taken by another program"), ("MASTER_PORT", "x", "MASTER_PORT is 'x', no number"),
-    ("MASTER_PORT", "70000", "MASTER_PORT below 65536"), ("RANK", "two", "RANK is 'two', no number"),
-    ("WORLD_SIZE", "0", "RANK is below WORLD_SIZE"), ("WORLD_SIZE", "-1", "no number"), ("LOCAL_RANK", "", "no number")])
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("MASTER_PORT", "taken", "is taken by another program"),
+        ("MASTER_PORT", "x", "MASTER_PORT is 'x', no number"),
+        ("MASTER_PORT", "70000", "MASTER_PORT below 65536"),
+        ("RANK", "two", "RANK is 'two', no number"),
+        ("WORLD_SIZE", "0", "RANK is below WORLD_SIZE"),
+        ("WORLD_SIZE", "-1", "no number"),
+        ("LOCAL_RANK", "", "no number"),
+    ],
+)
 def test_a_meeting_place_that_cannot_be(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
-    for key, usual in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(processes.free_port())}.items():
+    for key, usual in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(processes.free_port()),
+    }.items():
         monkeypatch.setenv(key, usual)
     with socket.socket() as other:
         other.bind(("", 0))

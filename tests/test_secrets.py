@@ -20,13 +20,36 @@ from warp_ds.secrets import STRUCK, redact
 from warp_ds.zero.settings import zero3_config
 
 #: None of them is anybody's. Put together here, so that no search for leaked tokens finds them.
-LOOK = ["hf_" + "aBcD1234" * 4, "sk-" + "proj-" + "aBcD1234" * 4, "ghp_" + "aBcD1234" * 4, "github_" + "pat_" + "aBcD1234" * 4,
-        "glpat-" + "aBcD1234" * 3, "AKIA" + "ABCD1234" * 2, "xoxb-" + "12345678" * 3, "https://me:" + "pass@host/x"]
+LOOK = [
+    "hf_" + "aBcD1234" * 4,
+    "sk-" + "proj-" + "aBcD1234" * 4,
+    "ghp_" + "aBcD1234" * 4,
+    "github_" + "pat_" + "aBcD1234" * 4,
+    "glpat-" + "aBcD1234" * 3,
+    "AKIA" + "ABCD1234" * 2,
+    "xoxb-" + "12345678" * 3,
+    "https://me:" + "pass@host/x",
+]
 NAMED = ["--hub_token", "--token", "--api_key", "--comet.api-key", "--password", "--aws_secret"]
-ORDINARY = ["hf_checkpoints/llama", "sk-learn", "meta-llama/Llama-3", "pad_token=<pad>", "max_new_tokens: 5",
-            "token_scope=all", "https://host/a@b", "a token: 0.5 nats", "s3://bucket/key", "checkpoints/hf_models_of_2026",
-            "--token_scope response", "hf-llama2safetytuning", "/models/hf_Mistral7BInstructv03", "pk-projectallocation2024",
-            "/scratch/u/npm_checkpointsafetytuned", "sk-resnettransformers", "sk-my-long-allocation-name-of-2026"]
+ORDINARY = [
+    "hf_checkpoints/llama",
+    "sk-learn",
+    "meta-llama/Llama-3",
+    "pad_token=<pad>",
+    "max_new_tokens: 5",
+    "token_scope=all",
+    "https://host/a@b",
+    "a token: 0.5 nats",
+    "s3://bucket/key",
+    "checkpoints/hf_models_of_2026",
+    "--token_scope response",
+    "hf-llama2safetytuning",
+    "/models/hf_Mistral7BInstructv03",
+    "pk-projectallocation2024",
+    "/scratch/u/npm_checkpointsafetytuned",
+    "sk-resnettransformers",
+    "sk-my-long-allocation-name-of-2026",
+]
 
 
 @pytest.mark.parametrize("value", LOOK)
@@ -68,16 +91,36 @@ def test_ordinary_words_stay(text: str) -> None:
 
 
 def test_redact_walks_through_what_json_holds() -> None:
-    found = redact({"hub_token": "a", "n": 3, "command": ["x", "--hub_token", "b", "--seed", "1", "--api_key=c"],
-                    "deep": [{"password": "d"}, None, 1.5, f"see {LOOK[0]}!"], LOOK[1]: "e", "token_scope": "all"})
-    assert found == {"hub_token": STRUCK, "n": 3, "command": ["x", "--hub_token", STRUCK, "--seed", "1", f"--api_key={STRUCK}"],
-                     "deep": [{"password": STRUCK}, None, 1.5, f"see {STRUCK}!"], STRUCK: "e", "token_scope": "all"}
+    found = redact(
+        {
+            "hub_token": "a",
+            "n": 3,
+            "command": ["x", "--hub_token", "b", "--seed", "1", "--api_key=c"],
+            "deep": [{"password": "d"}, None, 1.5, f"see {LOOK[0]}!"],
+            LOOK[1]: "e",
+            "token_scope": "all",
+        }
+    )
+    assert found == {
+        "hub_token": STRUCK,
+        "n": 3,
+        "command": ["x", "--hub_token", STRUCK, "--seed", "1", f"--api_key={STRUCK}"],
+        "deep": [{"password": STRUCK}, None, 1.5, f"see {STRUCK}!"],
+        STRUCK: "e",
+        "token_scope": "all",
+    }
 
 
 def test_long_names_take_no_time() -> None:
     """A pattern that tries every split of a name would not end; the suite's own time limit is the bar."""
-    for text in ("a." * 20_000, "model.layers.0.mlp." * 2000 + "token", "_" * 20_000, "hf_" * 10_000,
-                 "eyJ" * 10_000, "sk-" * 10_000):
+    for text in (
+        "a." * 20_000,
+        "model.layers.0.mlp." * 2000 + "token",
+        "_" * 20_000,
+        "hf_" * 10_000,
+        "eyJ" * 10_000,
+        "sk-" * 10_000,
+    ):
         redact(text)
 
 

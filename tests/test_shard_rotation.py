@@ -115,8 +115,19 @@ def make_layers(placement: str, m: int, n: int, r: int, count: int) -> tuple[lis
         owner = i // 2 % ranks if placement == "owner" else None
         here = placement == "replicated" or owner == rank
         name = f"layer {i}"
-        layers.append(ProtectedLayer(TargetLayer(name, i, "ffn_down", m, n), torch.nn.Parameter(torch.empty(0)),
-                                     rotation if here else None, part, none, none, 0, owner, shard))
+        layers.append(
+            ProtectedLayer(
+                TargetLayer(name, i, "ffn_down", m, n),
+                torch.nn.Parameter(torch.empty(0)),
+                rotation if here else None,
+                part,
+                none,
+                none,
+                0,
+                owner,
+                shard,
+            )
+        )
         padded = torch.cat([w.flatten(), torch.full((part.length * ranks - m * n,), float("nan"))])
         weights[name], expected[name] = padded[rank * part.length :][: part.length], rotation.rotate(w).double().flatten()
     return layers, weights, expected
@@ -137,7 +148,8 @@ def rotate_all(placement: str, m: int, n: int, r: int) -> tuple[float, int, int]
     owned = sum(layer.owner == rank for layer in layers)
     elements = n * n if 2 * r >= n else 2 * n * r + r
     arithmetic = {
-        "replicated": joined, "owner": 4 * part.length * ((6 - owned) + owned * (ranks - 1)),
+        "replicated": joined,
+        "owner": 4 * part.length * ((6 - owned) + owned * (ranks - 1)),
         "sharded": joined + 3 * (ranks - 1) * 4 * -(-elements // ranks),
     }
     dist.barrier()
@@ -146,8 +158,11 @@ def rotate_all(placement: str, m: int, n: int, r: int) -> tuple[float, int, int]
 
 def rotate_each() -> dict[str, tuple[float, int, int]]:
     """5 x 7 is cut within rows by two, three and four ranks; of 2 columns' reflectors, one piece in four is padded."""
-    return {f"{placement}, r = {r}": rotate_all(placement, 5, 7, r)
-            for placement in ("replicated", "sharded", "owner") for r in (7, 2)}
+    return {
+        f"{placement}, r = {r}": rotate_all(placement, 5, 7, r)
+        for placement in ("replicated", "sharded", "owner")
+        for r in (7, 2)
+    }
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -16,8 +16,15 @@ from warp_ds.report.page import write_report
 
 
 def test_one_setting_at_a_time() -> None:
-    arguments = SweepArguments(keep_ratios="0.1,0.3", layer_type_sets="ffn_down;attn_k,attn_q", layer_ranges="early,0-1",
-                               sample_counts="20,0", bases="identity", units="column", scopes="global")
+    arguments = SweepArguments(
+        keep_ratios="0.1,0.3",
+        layer_type_sets="ffn_down;attn_k,attn_q",
+        layer_ranges="early,0-1",
+        sample_counts="20,0",
+        bases="identity",
+        units="column",
+        scopes="global",
+    )
     found = {label: (arm.basis, arm.unit, change) for label, arm, change in settings(arguments)}
     assert found == {
         "middle": ("activation", "entry", {}),
@@ -52,10 +59,27 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 
 def sweep(root: Path) -> str:
-    return str(run_sweep(SweepArguments(**common(
-        root, root / "out", safety_data=str(root / "refusals.jsonl"), utility_data=str(root / "utility.jsonl"),
-        utility_heldout=str(root / "utility.jsonl"), harmful_data=str(root / "jailbreaks.jsonl"), learning_rates="1e-3",
-        epochs=1, global_batch_size=4, max_new_tokens=12, safety_samples=0, layer_type="ffn_down", keep_ratios="0.3"))))
+    return str(
+        run_sweep(
+            SweepArguments(
+                **common(
+                    root,
+                    root / "out",
+                    safety_data=str(root / "refusals.jsonl"),
+                    utility_data=str(root / "utility.jsonl"),
+                    utility_heldout=str(root / "utility.jsonl"),
+                    harmful_data=str(root / "jailbreaks.jsonl"),
+                    learning_rates="1e-3",
+                    epochs=1,
+                    global_batch_size=4,
+                    max_new_tokens=12,
+                    safety_samples=0,
+                    layer_type="ffn_down",
+                    keep_ratios="0.3",
+                )
+            )
+        )
+    )
 
 
 def test_a_small_sweep(tmp_path: Path) -> None:

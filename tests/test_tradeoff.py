@@ -17,8 +17,22 @@ def point(arm: str, rate: float | None, nll: float, refusal: float, seed: int = 
 
 
 def test_every_arm_of_the_papers_is_a_few_settings() -> None:
-    assert set(ARMS) == {"before", "full", "layers", "original", "column", "rotated", "osft", "safeinstr", "resta",
-                         "safedelta", "sn-tune", "rsn-tune", "random-mask", "random-basis"}
+    assert set(ARMS) == {
+        "before",
+        "full",
+        "layers",
+        "original",
+        "column",
+        "rotated",
+        "osft",
+        "safeinstr",
+        "resta",
+        "safedelta",
+        "sn-tune",
+        "rsn-tune",
+        "random-mask",
+        "random-basis",
+    }
     assert ARMS["osft"] == Arm("osft", "target", "weight", "column", "singular_value")
 
 
@@ -92,11 +106,16 @@ def test_values_are_linear_between_neighbours() -> None:
 def test_arms_meet_where_the_rotated_arm_is_best() -> None:
     points = [
         point("before", None, 3.0, 1.0),
-        *(point("full", rate, nll, refusal + 0.1 * seed, seed) for seed in (0, 1)
-          for rate, nll, refusal in ((1e-4, 1.0, 0.8), (1e-3, 0.2, 0.0))),
-        point("rotated", 1e-4, 1.4, 0.95), point("rotated", 1e-3, 0.6, 0.9),
+        *(
+            point("full", rate, nll, refusal + 0.1 * seed, seed)
+            for seed in (0, 1)
+            for rate, nll, refusal in ((1e-4, 1.0, 0.8), (1e-3, 0.2, 0.0))
+        ),
+        point("rotated", 1e-4, 1.4, 0.95),
+        point("rotated", 1e-3, 0.6, 0.9),
         point("osft", 1e-4, 2.0, 1.0),
-        point("resta", 1e-4, 1.0, 0.9, from_start=False), point("resta", 1e-3, 0.4, 0.3, from_start=False),
+        point("resta", 1e-4, 1.0, 0.9, from_start=False),
+        point("resta", 1e-3, 0.4, 0.3, from_start=False),
     ]
     found = compare(points, {"refusal_rate": 100})
     assert found["at_utility"] == 0.6
@@ -119,6 +138,8 @@ def test_evaluation_prompts_in_fitting_sets_are_found() -> None:
     rows = [{"prompt": "How do I  bake?", "response": "x"}, {"prompt": "b", "response": "y"}]
     sets = EvaluationSets(["how do I bake?", "c"], ["d"], [{"prompt": "b", "response": "#### 1"}])
     assert overlaps(ComparisonData(rows, rows[1:], sets, unaligned=rows[:1])) == {
-        ("the safety set", "harmful"): 1, ("the safety set", "task"): 1, ("the task set", "task"): 1,
+        ("the safety set", "harmful"): 1,
+        ("the safety set", "task"): 1,
+        ("the task set", "task"): 1,
         ("--unaligned_data", "harmful"): 1,
     }

@@ -85,31 +85,43 @@ def test_a_field_of_a_newer_transformers_is_refused(monkeypatch: pytest.MonkeyPa
     assert refusal("--train_backwards True").startswith("--train_backwards was not checked with warp_ds")
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    ("--lr_scheduler_type foo", "invalid choice: 'foo'"),
-    ("--lr_scheduler_type reduce_lr_on_plateau", "reduce_lr_on_plateau is refused: training has no evaluation"),
-    ("--lr_scheduler_type cosine_with_min_lr", "min_lr or min_lr_rate"),
-    ("--lr_scheduler_type warmup_stable_decay", "num_decay_steps"),
-    ("--lr_scheduler_type cosine --lr_scheduler_kwargs {\"min\":1}", "unexpected keyword argument 'min'"),
-    ("--lr_scheduler_kwargs 0.1", "no JSON mapping"),
-    ("--save_strategy best", "--save_strategy best is refused"),
-    ("--save_steps 3 --save_strategy epoch", "--save_steps says nothing under --save_strategy epoch"),
-    ("--logging_steps 3 --logging_strategy no", "--logging_steps says nothing under --logging_strategy no"),
-    ("--logging_first_step --logging_strategy no", "--logging_first_step contradicts"),
-    ("--save_steps 1.5", "--save_steps is a number of steps"), ("--save_steps 0", "--save_steps is a number"),
-    ("--logging_steps 0", "--logging_steps is"), ("--logging_steps inf", "--logging_steps is"),
-    ("--save_total_limit 0", "at least 1, not 0"), ("--max_steps 0", "--max_steps is a number of steps, at least 1"),
-    ("--warmup_steps -1", "--warmup_steps is"), ("--weight_decay nan", "--weight_decay is at least 0"),
-    ("--adam_beta2 1", "--adam_beta2 is at least 0 and below 1"), ("--adam_epsilon 0", "--adam_epsilon is above 0"),
-    ("--max_grad_norm -1", "--max_grad_norm is at least 0"), ("--label_smoothing_factor 1", "below 1"),
-    ("--dataloader_num_workers -1", "--dataloader_num_workers is at least 0"),
-    ("--dataloader_prefetch_factor 2", "give --dataloader_num_workers"),
-    ("--dataloader_persistent_workers", "give --dataloader_num_workers"),
-    ("--dataloader_num_workers 1 --dataloader_multiprocessing_context thread", "invalid choice: 'thread'"),
-    ("--report_to papyrus", "choose from none, all, azure_ml"), ("--report_to none papyrus", "--report_to none: choose"),
-    ("--warmup_ratio 0.1", "did you mean --warmup_steps?"), ("--weight_decay much", "invalid float value"),
-    ("--weight_decay 0.1 0.2", "'0.2' belongs to no flag"), ("--eval_strategy steps --push_to_hub", "--push_to_hub is refused"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--lr_scheduler_type foo", "invalid choice: 'foo'"),
+        ("--lr_scheduler_type reduce_lr_on_plateau", "reduce_lr_on_plateau is refused: training has no evaluation"),
+        ("--lr_scheduler_type cosine_with_min_lr", "min_lr or min_lr_rate"),
+        ("--lr_scheduler_type warmup_stable_decay", "num_decay_steps"),
+        ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"min":1}', "unexpected keyword argument 'min'"),
+        ("--lr_scheduler_kwargs 0.1", "no JSON mapping"),
+        ("--save_strategy best", "--save_strategy best is refused"),
+        ("--save_steps 3 --save_strategy epoch", "--save_steps says nothing under --save_strategy epoch"),
+        ("--logging_steps 3 --logging_strategy no", "--logging_steps says nothing under --logging_strategy no"),
+        ("--logging_first_step --logging_strategy no", "--logging_first_step contradicts"),
+        ("--save_steps 1.5", "--save_steps is a number of steps"),
+        ("--save_steps 0", "--save_steps is a number"),
+        ("--logging_steps 0", "--logging_steps is"),
+        ("--logging_steps inf", "--logging_steps is"),
+        ("--save_total_limit 0", "at least 1, not 0"),
+        ("--max_steps 0", "--max_steps is a number of steps, at least 1"),
+        ("--warmup_steps -1", "--warmup_steps is"),
+        ("--weight_decay nan", "--weight_decay is at least 0"),
+        ("--adam_beta2 1", "--adam_beta2 is at least 0 and below 1"),
+        ("--adam_epsilon 0", "--adam_epsilon is above 0"),
+        ("--max_grad_norm -1", "--max_grad_norm is at least 0"),
+        ("--label_smoothing_factor 1", "below 1"),
+        ("--dataloader_num_workers -1", "--dataloader_num_workers is at least 0"),
+        ("--dataloader_prefetch_factor 2", "give --dataloader_num_workers"),
+        ("--dataloader_persistent_workers", "give --dataloader_num_workers"),
+        ("--dataloader_num_workers 1 --dataloader_multiprocessing_context thread", "invalid choice: 'thread'"),
+        ("--report_to papyrus", "choose from none, all, azure_ml"),
+        ("--report_to none papyrus", "--report_to none: choose"),
+        ("--warmup_ratio 0.1", "did you mean --warmup_steps?"),
+        ("--weight_decay much", "invalid float value"),
+        ("--weight_decay 0.1 0.2", "'0.2' belongs to no flag"),
+        ("--eval_strategy steps --push_to_hub", "--push_to_hub is refused"),
+    ],
+)
 def test_wrong_values_are_one_line(words: str, said: str) -> None:
     assert said in refusal(words)
 
@@ -127,17 +139,24 @@ def test_reporters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 #: Flag -> words; each makes another model of the same samples than the run without it.
 EFFECTS = {
-    "max_steps": "--max_steps 3", "lr_scheduler_type": "--lr_scheduler_type constant",
-    "lr_scheduler_kwargs": "--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {\"min_lr_rate\":0.5}",
-    "warmup_steps": "--warmup_steps 2", "weight_decay": "--weight_decay 0.1", "adam_beta1": "--adam_beta1 0.5",
-    "adam_beta2": "--adam_beta2 0.5", "adam_epsilon": "--adam_epsilon 1e-3", "max_grad_norm": "--max_grad_norm 0.01",
+    "max_steps": "--max_steps 3",
+    "lr_scheduler_type": "--lr_scheduler_type constant",
+    "lr_scheduler_kwargs": '--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {"min_lr_rate":0.5}',
+    "warmup_steps": "--warmup_steps 2",
+    "weight_decay": "--weight_decay 0.1",
+    "adam_beta1": "--adam_beta1 0.5",
+    "adam_beta2": "--adam_beta2 0.5",
+    "adam_epsilon": "--adam_epsilon 1e-3",
+    "max_grad_norm": "--max_grad_norm 0.01",
     "label_smoothing_factor": "--label_smoothing_factor 0.2",
 }
 #: None of these changes a bit of the model.
-SILENT = ("--logging_steps 2 --logging_first_step --log_level error --log_level_replica error --disable_tqdm True "
-          "--report_to none --save_steps 1 --save_total_limit 2 --dataloader_num_workers 1 --dataloader_persistent_workers "
-          "--dataloader_prefetch_factor 3 --no_dataloader_pin_memory --torch_empty_cache_steps 2 "
-          "--logging_nan_inf_filter True --dataloader_multiprocessing_context fork")
+SILENT = (
+    "--logging_steps 2 --logging_first_step --log_level error --log_level_replica error --disable_tqdm True "
+    "--report_to none --save_steps 1 --save_total_limit 2 --dataloader_num_workers 1 --dataloader_persistent_workers "
+    "--dataloader_prefetch_factor 3 --no_dataloader_pin_memory --torch_empty_cache_steps 2 "
+    "--logging_nan_inf_filter True --dataloader_multiprocessing_context fork"
+)
 STEPS = 4  # of 3, 3, 1 and 3 samples
 
 
@@ -152,9 +171,22 @@ class Trained:
             seen.append(trainer)
             export(trainer, *rest)
 
-        settings = {**common(root, root / "runs", utility_data=str(root / "utility_train.jsonl"), utility_samples=0,
-                             epochs=4 / 3, learning_rate=2e-3, global_batch_size=3, masks_dir="none", save_minutes=0.0,
-                             run_name=name, layer_type="ffn_down"), **more}
+        settings = {
+            **common(
+                root,
+                root / "runs",
+                utility_data=str(root / "utility_train.jsonl"),
+                utility_samples=0,
+                epochs=4 / 3,
+                learning_rate=2e-3,
+                global_batch_size=3,
+                masks_dir="none",
+                save_minutes=0.0,
+                run_name=name,
+                layer_type="ffn_down",
+            ),
+            **more,
+        }
         training.export = keep
         try:
             self.run = training.run_training(TrainArguments(**settings), passed(words))
@@ -173,7 +205,8 @@ def flags_job(root: Path) -> dict[str, Any]:
     clear = transformers.trainer.clear_device_cache
     plain = Trained(root, "plain")
     assert (plain.trainer.state.global_step, [line["step"] for line in plain.lines if "loss" in line]) == (STEPS, [STEPS]), (
-        "a run shorter than --logging_steps says no loss")
+        "a run shorter than --logging_steps says no loss"
+    )
     assert plain.trainer.args.run_name == "plain", "trackers would not know the run's name"
     for flag, words in EFFECTS.items():
         other = Trained(root, flag, words)
@@ -261,7 +294,7 @@ SECTIONS: Mapping[str, tuple[dict[str, Any], str]] = {
     "another warmup": (_warmup(warmup_num_steps=5), "--warmup_steps 3"),
     "another clipping": ({"gradient_clipping": 0.3}, "--max_grad_norm 0.5"),
     "batch of the file": ({"train_batch_size": 8}, ""),
-    "a scheduler above its rate": ({}, "--lr_scheduler_type polynomial --lr_scheduler_kwargs {\"lr_end\":0.1}"),
+    "a scheduler above its rate": ({}, '--lr_scheduler_type polynomial --lr_scheduler_kwargs {"lr_end":0.1}'),
 }
 
 
@@ -278,8 +311,9 @@ def test_a_deepspeed_configuration_that_contradicts_the_flags(root: Path) -> Non
     assert not any("\n" in text for text in said.values())
 
 
-@pytest.mark.parametrize("kind", [SafetyTuningArguments, BasisArguments, ImportanceArguments, TrainArguments, EvaluateArguments,
-                                  CompareArguments])
+@pytest.mark.parametrize(
+    "kind", [SafetyTuningArguments, BasisArguments, ImportanceArguments, TrainArguments, EvaluateArguments, CompareArguments]
+)
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
 def test_no_number_is_negative_or_not_finite(kind: Any, value: float) -> None:
     numbers = {f.name: type(f.default) for f in dataclasses.fields(kind) if type(f.default) in (int, float)}

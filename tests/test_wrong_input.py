@@ -45,8 +45,9 @@ def _prepare(root: Path) -> None:
         (root / "blank.jsonl").write_text(json.dumps({"prompt": "", "response": "x"}) + "\n")
         (root / "columns.jsonl").write_text(json.dumps({"a": "x", "b": "y"}) + "\n")
         (root / "prompts.jsonl").write_text(json.dumps({"prompt": "x"}) + "\n")
-        (root / "long.jsonl").write_text("".join(
-            json.dumps({"prompt": "word " * many, "response": "y"}) + "\n" for many in (1, 300, 400)))
+        (root / "long.jsonl").write_text(
+            "".join(json.dumps({"prompt": "word " * many, "response": "y"}) + "\n" for many in (1, 300, 400))
+        )
         (root / "csv.jsonl").write_text("prompt,response\nx,y\n")
         (root / "lines.csv").write_text("just text\nwithout a header\n")
         (root / "list.jsonl").write_text("[1, 2]\n")
@@ -64,30 +65,68 @@ def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
     from warp_ds.phases.training import run_training
 
     def basis(**more: Any) -> Callable[[], Any]:
-        return lambda: run_basis(_checked(BasisArguments(**common(
-            root, root / "wrong", **{"safety_data": str(root / "refusals_fit.jsonl"), **more}))))
+        return lambda: run_basis(
+            _checked(
+                BasisArguments(**common(root, root / "wrong", **{"safety_data": str(root / "refusals_fit.jsonl"), **more}))
+            )
+        )
 
     def importance(**more: Any) -> Callable[[], Any]:
-        return lambda: run_importance(_checked(ImportanceArguments(**{**common(
-            root, root / "out", safety_data=str(root / "refusals_fit.jsonl"), target_layers="last"), **more})))
+        return lambda: run_importance(
+            _checked(
+                ImportanceArguments(
+                    **{**common(root, root / "out", safety_data=str(root / "refusals_fit.jsonl"), target_layers="last"), **more}
+                )
+            )
+        )
 
     def train(**more: Any) -> Callable[[], Any]:
-        return lambda: run_training(_checked(TrainArguments(**{**common(
-            root, root / "out", utility_data=str(root / "utility_train.jsonl")), **more})))
+        return lambda: run_training(
+            _checked(TrainArguments(**{**common(root, root / "out", utility_data=str(root / "utility_train.jsonl")), **more}))
+        )
 
     def evaluate(**more: Any) -> Callable[[], Any]:
-        return lambda: run_evaluation(_checked(EvaluateArguments(**{**common(
-            root, root / "out", harmful_data=str(root / "refusals_fit.jsonl")), **more})))
+        return lambda: run_evaluation(
+            _checked(EvaluateArguments(**{**common(root, root / "out", harmful_data=str(root / "refusals_fit.jsonl")), **more}))
+        )
 
     def compare(**more: Any) -> Callable[[], Any]:
-        return lambda: run_compare(_checked(CompareArguments(**{**common(
-            root, root / "out", safety_data=str(root / "refusals_fit.jsonl"), harmful_data=str(root / "refusals_fit.jsonl"),
-            utility_data=str(root / "utility_train.jsonl"), utility_heldout=str(root / "utility_train.jsonl")), **more})))
+        return lambda: run_compare(
+            _checked(
+                CompareArguments(
+                    **{
+                        **common(
+                            root,
+                            root / "out",
+                            safety_data=str(root / "refusals_fit.jsonl"),
+                            harmful_data=str(root / "refusals_fit.jsonl"),
+                            utility_data=str(root / "utility_train.jsonl"),
+                            utility_heldout=str(root / "utility_train.jsonl"),
+                        ),
+                        **more,
+                    }
+                )
+            )
+        )
 
     def sweep(**more: Any) -> Callable[[], Any]:
-        return lambda: run_sweep(_checked(SweepArguments(**{**common(
-            root, root / "out", safety_data=str(root / "refusals_fit.jsonl"), harmful_data=str(root / "refusals_fit.jsonl"),
-            utility_data=str(root / "utility_train.jsonl"), utility_heldout=str(root / "utility_train.jsonl")), **more})))
+        return lambda: run_sweep(
+            _checked(
+                SweepArguments(
+                    **{
+                        **common(
+                            root,
+                            root / "out",
+                            safety_data=str(root / "refusals_fit.jsonl"),
+                            harmful_data=str(root / "refusals_fit.jsonl"),
+                            utility_data=str(root / "utility_train.jsonl"),
+                            utility_heldout=str(root / "utility_train.jsonl"),
+                        ),
+                        **more,
+                    }
+                )
+            )
+        )
 
     missing = "nowhere/at/all"
     return {
@@ -95,26 +134,42 @@ def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
         "a directory without a model": ("config.json", basis(model_name=str(root))),
         "no such data file": ("no such file|not found|neither", basis(safety_data=str(root / "missing.jsonl"))),
         "no such column": ("--prompt_column.*(a, b|columns)|a, b", basis(safety_data=str(root / "columns.jsonl"))),
-        "a column that is not there": ("no column 'question', which --prompt_column names; its columns are [^:]*$", basis(
-            prompt_column="question")),
+        "a column that is not there": (
+            "no column 'question', which --prompt_column names; its columns are [^:]*$",
+            basis(prompt_column="question"),
+        ),
         "no responses": ("--refusal_file", basis(safety_data=str(root / "prompts.jsonl"))),
         "empty data set": ("no rows|empty", basis(safety_data=str(root / "empty.jsonl"))),
         "empty prompt": ("empty", basis(safety_data=str(root / "blank.jsonl"))),
-        "a prompt longer than max_length": ("2 of 3 prompts .row 1: [0-9]+ tokens, row 2: .*--max_length", unloaded(basis(
-            safety_data=str(root / "long.jsonl")))),
-        "such a prompt, without its answer": ("2 of 3 prompts .*do not fit.*--max_length", unloaded(basis(
-            safety_data=str(root / "long.jsonl"), token_scope="prompt"))),
+        "a prompt longer than max_length": (
+            "2 of 3 prompts .row 1: [0-9]+ tokens, row 2: .*--max_length",
+            unloaded(basis(safety_data=str(root / "long.jsonl"))),
+        ),
+        "such a prompt, without its answer": (
+            "2 of 3 prompts .*do not fit.*--max_length",
+            unloaded(basis(safety_data=str(root / "long.jsonl"), token_scope="prompt")),
+        ),
         "such a prompt in phase 2": ("2 of 3 prompts .row 1: ", unloaded(importance(safety_data=str(root / "long.jsonl")))),
-        "such a prompt in phase 3": ("2 of 3 prompts .row 1: ", unloaded(train(
-            utility_data=str(root / "long.jsonl"), masks_dir="none"))),
-        "such a prompt in an evaluation": ("refusal: 2 of 3 prompts .row 1: .* exceed .* 256 tokens: leave", unloaded(evaluate(
-            suite="refusal", harmful_data=str(root / "long.jsonl"), max_new_tokens=8))),
-        "new tokens beyond the context": ("refusal: 7 of 7 prompts .*--max_new_tokens 250 exceed .* 256 tokens: lower it to "
-                                          "[0-9]+ or", unloaded(evaluate(suite="refusal", max_new_tokens=250))),
-        "items too long for their loss": ("loss: 2 of 3 prompts .row 1: ", unloaded(evaluate(
-            suite="loss", utility_data=str(root / "long.jsonl")))),
-        "such a prompt in a comparison": ("refusal: 2 of 3 .*safety: 2 of 3 ", unloaded(compare(
-            safety_data=str(root / "long.jsonl"), harmful_data=str(root / "long.jsonl"), max_new_tokens=8))),
+        "such a prompt in phase 3": (
+            "2 of 3 prompts .row 1: ",
+            unloaded(train(utility_data=str(root / "long.jsonl"), masks_dir="none")),
+        ),
+        "such a prompt in an evaluation": (
+            "refusal: 2 of 3 prompts .row 1: .* exceed .* 256 tokens: leave",
+            unloaded(evaluate(suite="refusal", harmful_data=str(root / "long.jsonl"), max_new_tokens=8)),
+        ),
+        "new tokens beyond the context": (
+            "refusal: 7 of 7 prompts .*--max_new_tokens 250 exceed .* 256 tokens: lower it to [0-9]+ or",
+            unloaded(evaluate(suite="refusal", max_new_tokens=250)),
+        ),
+        "items too long for their loss": (
+            "loss: 2 of 3 prompts .row 1: ",
+            unloaded(evaluate(suite="loss", utility_data=str(root / "long.jsonl"))),
+        ),
+        "such a prompt in a comparison": (
+            "refusal: 2 of 3 .*safety: 2 of 3 ",
+            unloaded(compare(safety_data=str(root / "long.jsonl"), harmful_data=str(root / "long.jsonl"), max_new_tokens=8)),
+        ),
         "max_length beyond the context": ("context of 256", basis(max_length=300)),
         "no such layer range": ("--target_layers .5-9.*0-1", basis(target_layers="5-9")),
         "no such layer type": ("--layer_type.*ffn_down", basis(layer_type="ffn")),
@@ -140,8 +195,10 @@ def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
         "text called csv": ("lines.csv.*--prompt_column", evaluate(suite="", prompt_file=str(root / "lines.csv"))),
         "json that is no rows": ("list.jsonl", evaluate(suite="", prompt_file=str(root / "list.jsonl"))),
         "no suite at all": ("--suite is empty: choose from", evaluate(suite="")),
-        "task items without numbers": ("'#### N'.*gsm8k cannot score", evaluate(
-            suite="gsm8k", utility_data=str(root / "refusals_fit.jsonl"))),
+        "task items without numbers": (
+            "'#### N'.*gsm8k cannot score",
+            evaluate(suite="gsm8k", utility_data=str(root / "refusals_fit.jsonl")),
+        ),
         "no such judge": ("--judge_model .*no such directory", evaluate(judge_model=missing)),
         "movement from nothing": ("--reference_model: give it too", evaluate(basis_dir=missing)),
         "unknown arm": ("--arms nonsense: choose from", compare(arms="before,nonsense")),
@@ -160,6 +217,7 @@ def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
 
 def unloaded(run: Callable[[], Any]) -> Callable[[], Any]:
     """``run``, which must end before it reads a weight."""
+
     def checked() -> Any:
         from warp_ds.zero import model
 
@@ -237,16 +295,23 @@ def path_job(root: Path) -> list[str]:
 
 def test_a_disk_that_is_not_shared_is_told_from_a_wrong_path(tmp_path: Path) -> None:
     for unshared, nowhere, both in run_ranks(2, path_job, tmp_path):
-        assert re.fullmatch(r"--model_name ./model: no such directory on \S+, though there is on \S+: give a directory on a "
-                            "file system that all nodes share", unshared)
+        assert re.fullmatch(
+            r"--model_name ./model: no such directory on \S+, though there is on \S+: give a directory on a "
+            "file system that all nodes share",
+            unshared,
+        )
         assert re.fullmatch(r"--model_name ./nowhere: no such directory on \S+", nowhere) and both == ""
 
 
-@pytest.mark.parametrize(("environment", "expected"), [
-    ({}, True), ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, True),  # torchrun
-    ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, False),  # the deepspeed launcher
-    ({"RANK": "1", "WORLD_SIZE": "4"}, False),
-])
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, True),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, True),  # torchrun
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, False),  # the deepspeed launcher
+        ({"RANK": "1", "WORLD_SIZE": "4"}, False),
+    ],
+)
 def test_disks_are_looked_at_early_where_all_ranks_share_them(environment: dict[str, str], expected: bool) -> None:
     assert on_one_machine(environment) is expected
 
@@ -255,22 +320,26 @@ def run_program(folder: Path, *words: str, launcher: tuple[str, ...] = ()) -> su
     """``launcher`` words…, in ``folder`` and without the hub; an operator that was built would lie in it, too."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TORCH_EXTENSIONS_DIR": str(folder / "built")}
     (folder / "data.jsonl").write_text(json.dumps({"prompt": "x", "response": "y"}) + "\n")
-    return subprocess.run([sys.executable, *launcher, *words], env=environment, capture_output=True, text=True, cwd=folder,
-                          timeout=300)
+    return subprocess.run(
+        [sys.executable, *launcher, *words], env=environment, capture_output=True, text=True, cwd=folder, timeout=300
+    )
 
 
 WORDS = ("--device", "cpu", "--safety_data", "data.jsonl", "--output_dir", "out", "--log_dir", "logs")
 
 
-@pytest.mark.parametrize(("script", "words", "message"), [
-    ("phase1", ("--model_name", "nowhere/at/all"), "--model_name nowhere/at/all: no such directory on "),
-    ("phase1", ("--model_name", "/x/nomodel"), "--model_name /x/nomodel: no such directory on "),
-    ("phase2", ("--keepratio", "0.1"), "unknown flag --keepratio: did you mean --keep_ratio?"),
-    ("phase3", ("--warmup_step", "3"), "unknown flag --warmup_step: did you mean --warmup_steps?"),
-    ("submit", ("--phase3.batchsize", "3"), "unknown flag --phase3.batchsize: did you mean --phase3.batch_size?"),
-    ("submit", ("--nodes", "two"), "argument --nodes: invalid int value: 'two'"),
-    ("phase2", ("--model_name", "."), "--model_name . is a directory without config.json"),
-])
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("phase1", ("--model_name", "nowhere/at/all"), "--model_name nowhere/at/all: no such directory on "),
+        ("phase1", ("--model_name", "/x/nomodel"), "--model_name /x/nomodel: no such directory on "),
+        ("phase2", ("--keepratio", "0.1"), "unknown flag --keepratio: did you mean --keep_ratio?"),
+        ("phase3", ("--warmup_step", "3"), "unknown flag --warmup_step: did you mean --warmup_steps?"),
+        ("submit", ("--phase3.batchsize", "3"), "unknown flag --phase3.batchsize: did you mean --phase3.batch_size?"),
+        ("submit", ("--nodes", "two"), "argument --nodes: invalid int value: 'two'"),
+        ("phase2", ("--model_name", "."), "--model_name . is a directory without config.json"),
+    ],
+)
 def test_the_program_says_it_without_a_traceback(tmp_path: Path, script: str, words: tuple[str, ...], message: str) -> None:
     done = run_program(tmp_path, str(REPOSITORY / "launch" / f"{script}.py"), *(WORDS if script != "submit" else ()), *words)
     assert done.returncode == 2, done.stderr

@@ -519,8 +519,23 @@ def pickled_headless(folder: Path) -> str:
     return "are MISSING in its files (lm_head.weight)"
 
 
-FAULTS = [truncate, truncate_header, remove_file, wrong_width, unknown_dtype, integers, other_shape, no_json, compiled, wrapped,
-          headless, headless_base_names, a_layer_too_few, two_names, pickled_headless]
+FAULTS = [
+    truncate,
+    truncate_header,
+    remove_file,
+    wrong_width,
+    unknown_dtype,
+    integers,
+    other_shape,
+    no_json,
+    compiled,
+    wrapped,
+    headless,
+    headless_base_names,
+    a_layer_too_few,
+    two_names,
+    pickled_headless,
+]
 
 
 def load_faulty(jobs: list[tuple[Path, str]]) -> list[str]:

@@ -85,9 +85,7 @@ def save_all(root: Path) -> None:
                 engine.destroy()
         model = load_sharded(root / f"{family}-torch.float32", ds_config=None, dtype=torch.float32, progress=False)
         target = here / f"cast-{family}"
-        save_sharded(
-            model, target, tokenizer=tiny_tokenizer(), dtype=torch.bfloat16, max_shard_size=SHARD, progress=False
-        )
+        save_sharded(model, target, tokenizer=tiny_tokenizer(), dtype=torch.bfloat16, max_shard_size=SHARD, progress=False)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

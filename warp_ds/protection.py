@@ -45,8 +45,14 @@ class Protection(Protocol):
         """Ends the protection: the optimizer is its own again; called on every rank."""
 
 
-def protect(engine: Any, basis_dir: str | Path | None, masks_dir: str | Path, *, model_dir: str | None = None,
-            basis_placement: str = "auto") -> Protection:
+def protect(
+    engine: Any,
+    basis_dir: str | Path | None,
+    masks_dir: str | Path,
+    *,
+    model_dir: str | None = None,
+    basis_placement: str = "auto",
+) -> Protection:
     """Freezes the rotated coefficients that ``masks_dir`` names in every further step of a DeepSpeed engine.
 
     ``engine`` is what ``deepspeed.initialize`` returned, under ZeRO-3, before its first step, or after a checkpoint of
@@ -62,12 +68,18 @@ def protect(engine: Any, basis_dir: str | Path | None, masks_dir: str | Path, *,
     The model, its gathered parameters and everything that is saved are W.
     """
     deepspeed_internals.refuse_unsupported(engine.optimizer)
-    return protect_optimizer(engine.module, engine.optimizer, basis_dir, masks_dir, model_dir=model_dir,
-                             basis_placement=basis_placement)
+    return protect_optimizer(
+        engine.module, engine.optimizer, basis_dir, masks_dir, model_dir=model_dir, basis_placement=basis_placement
+    )
 
 
 def protect_optimizer(
-    model: nn.Module, optimizer: Any, basis_dir: str | Path | None, masks_dir: str | Path, *, model_dir: str | None = None,
+    model: nn.Module,
+    optimizer: Any,
+    basis_dir: str | Path | None,
+    masks_dir: str | Path,
+    *,
+    model_dir: str | None = None,
     basis_placement: str = "auto",
 ) -> Protection:
     """As ``protect``, for a model and its optimizer: DeepSpeed's ZeRO-3 optimizer, or a plain torch one.
@@ -112,8 +124,9 @@ def _directory(model: nn.Module, model_dir: str | None) -> Path | None:
     return Path(path) if path and (Path(path) / "config.json").is_file() else None
 
 
-def _covered(model: nn.Module, model_dir: str | None, basis_dir: str | Path | None,
-             masks_dir: str | Path) -> Iterator[Contents]:
+def _covered(
+    model: nn.Module, model_dir: str | None, basis_dir: str | Path | None, masks_dir: str | Path
+) -> Iterator[Contents]:
     """What the checks of ``protect_optimizer`` read every byte of."""
     if (path := _directory(model, model_dir)) is not None:
         yield model_contents(path)
@@ -131,22 +144,31 @@ def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> di
         full = f"{layer.name}.weight"
         matches = [name for name in by_name if name == full or name.endswith(f".{full}")]
         if not matches:
-            raise ArtifactError(f"the masks in {source} freeze {layer.name}, which this model does not have: they belong "
-                                "to another model")
+            raise ArtifactError(
+                f"the masks in {source} freeze {layer.name}, which this model does not have: they belong to another model"
+            )
         param = by_name[min(matches, key=len)]
         shape = tuple(getattr(param, "ds_shape", param.shape))
         if shape != (layer.m, layer.n):
-            raise ArtifactError(f"the masks in {source} have {layer.name} as {(layer.m, layer.n)}, but this model has "
-                                f"{shape}: they belong to another model")
+            raise ArtifactError(
+                f"the masks in {source} have {layer.name} as {(layer.m, layer.n)}, but this model has "
+                f"{shape}: they belong to another model"
+            )
         if not param.requires_grad:
-            raise ArtifactError(f"{layer.name} does not train (requires_grad is off), so there is nothing to mask: let "
-                                "it train, or make masks without it")
+            raise ArtifactError(
+                f"{layer.name} does not train (requires_grad is off), so there is nothing to mask: let "
+                "it train, or make masks without it"
+            )
         found[layer.name] = param
     return found
 
 
 def _layers(
-    basis: BasisStore | None, masks: MaskStore, params: dict[str, nn.Parameter], world_size: int, rank: int,
+    basis: BasisStore | None,
+    masks: MaskStore,
+    params: dict[str, nn.Parameter],
+    world_size: int,
+    rank: int,
     basis_placement: str,
 ) -> list[ProtectedLayer]:
     """This rank's share of every masked layer; layers with one basis share its tensors."""
@@ -175,11 +197,19 @@ def _layers(
             rows = partition.rows
             cut = [masks.packed(target.name, row, row + 1) for row in partition.cut_rows]
             whole = masks.packed(target.name, rows.start, rows.stop)
-            layers.append(ProtectedLayer(
-                target, param, rotations[key], partition, whole,
-                torch.cat(cut) if cut else whole.new_zeros(0, whole.shape[1]),
-                int(masks.metadata.layers[target.name]["frozen"]), placed.owners[key], shards.get(key),
-            ))
+            layers.append(
+                ProtectedLayer(
+                    target,
+                    param,
+                    rotations[key],
+                    partition,
+                    whole,
+                    torch.cat(cut) if cut else whole.new_zeros(0, whole.shape[1]),
+                    int(masks.metadata.layers[target.name]["frozen"]),
+                    placed.owners[key],
+                    shards.get(key),
+                )
+            )
             layers[-1].whole_frozen = layers[-1].whole_frozen.to(_compute_device(param))
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # what completing the bases took in fp64, which NCCL may want
@@ -216,8 +246,13 @@ class WarpCallback(TrainerCallback):
     the masks name. ``basis_placement`` as in ``protect``.
     """
 
-    def __init__(self, basis_dir: str | Path | None = None, masks_dir: str | Path | None = None,
-                 model_dir: str | None = None, basis_placement: str = "auto"):
+    def __init__(
+        self,
+        basis_dir: str | Path | None = None,
+        masks_dir: str | Path | None = None,
+        model_dir: str | None = None,
+        basis_placement: str = "auto",
+    ):
         if masks_dir is None:
             raise ArtifactError("WarpCallback needs masks_dir, the masks/ directory of a phase 2 run")
         self.basis_dir, self.masks_dir, self.model_dir = basis_dir, masks_dir, model_dir
@@ -230,21 +265,33 @@ class WarpCallback(TrainerCallback):
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                       **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Trainer has loaded any checkpoint by now; MaskedStep takes the coefficients from what was loaded.
-        self.protection = protect_optimizer(kwargs["model"], kwargs["optimizer"], self.basis_dir, self.masks_dir,
-                                            model_dir=self.model_dir, basis_placement=self.basis_placement)
+        self.protection = protect_optimizer(
+            kwargs["model"],
+            kwargs["optimizer"],
+            self.basis_dir,
+            self.masks_dir,
+            model_dir=self.model_dir,
+            basis_placement=self.basis_placement,
+        )
         if isinstance(self.protection, PlainMaskedStep):
             # Trainer would clip before the mask is applied: the masked step clips instead, by the masked norm.
             self._clipping, args.max_grad_norm = args.max_grad_norm, 0.0
             self.protection.max_grad_norm = self._clipping
         if processes.rank() == 0:
-            logger.info("protected: %.2f %% of the coefficients of the masked layers are frozen",
-                        100 * self.protection.masked_fraction)
+            logger.info(
+                "protected: %.2f %% of the coefficients of the masked layers are frozen", 100 * self.protection.masked_fraction
+            )
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-               logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         # Called on every rank, which the collective inside needs.
         if self.protection is not None and logs is not None and "loss" in logs:
             found = vars(self.protection.metrics())
@@ -255,8 +302,7 @@ class WarpCallback(TrainerCallback):
             if state.log_history:
                 state.log_history[-1].update(found)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                     **kwargs: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._clipping is not None:
             args.max_grad_norm, self._clipping = self._clipping, None
         if isinstance(self.protection, PlainMaskedStep):

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 STRUCK = "[secret]"
-_SHAPES = re.compile(r"""
+_SHAPES = re.compile(
+    r"""
     \b(?:hf|api_org)_[A-Za-z0-9]{28,} | \bgh[pousr]_[A-Za-z0-9]{30,} | \bgithub_pat_[A-Za-z0-9_]{30,}
   | \bglpat-[A-Za-z0-9_-]{20,} | \bnpm_[A-Za-z0-9]{36} | \bpypi-[A-Za-z0-9_-]{50,} | \bxox[abeoprs]-[A-Za-z0-9-]{20,}
   | \b[srp]k[_-](?=[A-Za-z_-]{0,40}\d)(?=[a-z0-9_-]{0,40}[A-Z])[A-Za-z0-9_-]{24,}
@@ -16,11 +17,15 @@ _SHAPES = re.compile(r"""
   | \beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*
   | (?<=://)[^\s/@:]*:[^\s/@]+(?=@)
   | (?<=-----BEGIN\ )[A-Z ]*PRIVATE\ KEY-----[^-]*
-""", re.VERBOSE)
+""",
+    re.VERBOSE,
+)
 """What the tokens of Hugging Face, OpenAI, GitHub, GitLab, Slack, AWS, Google and others look like, and user:password@. By
 their own lengths, so that names such as hf-llama2safetytuning stay names."""
-_NAME = (r"(?:(?:[a-z0-9_.-]{0,40}[_.-])?(?:secret|password|passwd|passphrase|credentials?|(?:api|access|private)[_-]?key)"
-         r"|(?:[a-z0-9_.-]{0,40}[_.-])?(?:hub|hf|huggingface|access|auth|api|bearer|refresh|session|git|github|gitlab|wandb)[_-]token)")
+_NAME = (
+    r"(?:(?:[a-z0-9_.-]{0,40}[_.-])?(?:secret|password|passwd|passphrase|credentials?|(?:api|access|private)[_-]?key)"
+    r"|(?:[a-z0-9_.-]{0,40}[_.-])?(?:hub|hf|huggingface|access|auth|api|bearer|refresh|session|git|github|gitlab|wandb)[_-]token)"
+)
 _NAMED = re.compile(rf"{_NAME}|token", re.IGNORECASE)
 _GIVEN = re.compile(rf"(?<![A-Za-z0-9])((?:--)?(?:{_NAME}|(?<=[?&])token)\s*[=:]\s*|--{_NAME}\s+)([^\s,;&'\"]+)", re.IGNORECASE)
 """token=…, API_KEY: … within a text."""

@@ -43,11 +43,21 @@ def make_inputs(root: Path, depth: int = DEPTH) -> Path:
     data = demo_data(0)
     tokenizer = train_tokenizer([r["prompt"] + r["response"] for r in data["refusals_fit"][:50]], directory=root / "m")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=42, intermediate_size=55, num_hidden_layers=depth, num_attention_heads=3,
-        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=2, bos_token_id=0,
-        eos_token_id=1,
-    )).save_pretrained(root / "m")
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=42,
+            intermediate_size=55,
+            num_hidden_layers=depth,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=2,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    ).save_pretrained(root / "m")
     for name in ("refusals_fit", "utility_train"):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data[name][:SAMPLES]))
     return root
@@ -55,29 +65,47 @@ def make_inputs(root: Path, depth: int = DEPTH) -> Path:
 
 def flags(root: Path, output: Path, steps: int = STEPS) -> dict[str, list[str]]:
     """The flags of each phase; ``steps`` of training."""
-    common = {"model_name": root / "m", "dtype": "float32", "device": "cpu", "output_dir": output,
-              "log_dir": output / "logs", "batch_size": 2, "max_length": 120, "layer_type": LAYERS}
+    common = {
+        "model_name": root / "m",
+        "dtype": "float32",
+        "device": "cpu",
+        "output_dir": output,
+        "log_dir": output / "logs",
+        "batch_size": 2,
+        "max_length": 120,
+        "layer_type": LAYERS,
+    }
     safety = {"safety_data": root / "refusals_fit.jsonl", "safety_samples": 0}
     settings: dict[str, dict[str, Any]] = {
         "phase1": {**common, **safety},
         "phase2": {**common, **safety, "keep_ratio": 0.2, "importance_batch_size": 2},
         # A large eps: Adam magnifies the rounding of tiny gradients otherwise.
-        "phase3": {**common, "utility_data": root / "utility_train.jsonl", "utility_samples": 0, "epochs": steps / 3,
-                   "learning_rate": 1e-3, "global_batch_size": 8, "adam_epsilon": 1e-4, "logging_steps": 1,
-                   "lr_scheduler_type": "constant"},
+        "phase3": {
+            **common,
+            "utility_data": root / "utility_train.jsonl",
+            "utility_samples": 0,
+            "epochs": steps / 3,
+            "learning_rate": 1e-3,
+            "global_batch_size": 8,
+            "adam_epsilon": 1e-4,
+            "logging_steps": 1,
+            "lr_scheduler_type": "constant",
+        },
     }
-    return {phase: [word for name, value in values.items() for word in (f"--{name}", str(value))]
-            for phase, values in settings.items()}
+    return {
+        phase: [word for name, value in values.items() for word in (f"--{name}", str(value))]
+        for phase, values in settings.items()
+    }
 
 
-def undisturbed(
-    root: Path, output: Path, steps: int = STEPS, more: dict[str, list[str]] | None = None
-) -> dict[str, str]:
+def undisturbed(root: Path, output: Path, steps: int = STEPS, more: dict[str, list[str]] | None = None) -> dict[str, str]:
     """The three phases one after another on this process's ranks, with ``more`` flags each; phase -> run directory."""
     given = {phase: words + (more or {}).get(phase, []) for phase, words in flags(root, output, steps).items()}
-    runs = {"phase1": run_basis(parse_arguments(BasisArguments, given["phase1"])),
-            "phase2": run_importance(parse_arguments(ImportanceArguments, given["phase2"])),
-            "phase3": run_training(*parse_training(TrainArguments, given["phase3"]))}
+    runs = {
+        "phase1": run_basis(parse_arguments(BasisArguments, given["phase1"])),
+        "phase2": run_importance(parse_arguments(ImportanceArguments, given["phase2"])),
+        "phase3": run_training(*parse_training(TrainArguments, given["phase3"])),
+    }
     return {phase: str(run) for phase, run in runs.items()}
 
 

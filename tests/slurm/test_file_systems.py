@@ -30,8 +30,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def start(phase: str, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, f"launch/{phase}.py", *words], cwd=ROOT, env=ENVIRONMENT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, f"launch/{phase}.py", *words],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def run(phase: str, *words: str) -> tuple[int, str]:
@@ -41,8 +47,17 @@ def run(phase: str, *words: str) -> tuple[int, str]:
 
 
 def phase3_words(reference: Reference, output: Path) -> list[str]:
-    return [*flags(reference.root, output)["phase3"], "--masks_dir", f"{reference.runs['phase2']}/masks", "--run_name", "mine",
-            "--save_strategy", "steps", "--save_steps", "3"]
+    return [
+        *flags(reference.root, output)["phase3"],
+        "--masks_dir",
+        f"{reference.runs['phase2']}/masks",
+        "--run_name",
+        "mine",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "3",
+    ]
 
 
 def test_full_and_read_only_disk(reference: Reference, small_disk: Path) -> None:

@@ -38,8 +38,9 @@ fcntl.flock = flock
 
 def other_host(directory: Path, beat: int) -> None:
     """What a process of another host leaves in ``directory``."""
-    (directory / "owner.json").write_text(json.dumps(
-        {"host": f"not-{socket.gethostname()}", "pid": 1, "token": "theirs", "beat": beat, "job": "77"}))
+    (directory / "owner.json").write_text(
+        json.dumps({"host": f"not-{socket.gethostname()}", "pid": 1, "token": "theirs", "beat": beat, "job": "77"})
+    )
 
 
 def test_a_living_process_is_respected_and_a_dead_one_followed(tmp_path: Path) -> None:
@@ -129,8 +130,9 @@ def test_a_look_in_passing_turns_nobody_away(tmp_path: Path) -> None:
 
 def test_an_owner_that_was_taken_for_dead_leaves(tmp_path: Path) -> None:
     script = HOLD.replace("RunLock(Path(sys.argv[1]))", "RunLock(Path(sys.argv[1]), beat_seconds=0.05)")
-    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         deadline = time.monotonic() + 60

@@ -15,14 +15,31 @@ pytestmark = pytest.mark.slow
 FAULTY = str(Path(__file__).parent / "faulty")
 
 
-def phase3(slurm: ThrowAwaySlurm, reference: Reference, output: Path, *more: str, fault: str = "", options: tuple = (),
-           nodes: int = 2) -> str:
+def phase3(
+    slurm: ThrowAwaySlurm, reference: Reference, output: Path, *more: str, fault: str = "", options: tuple = (), nodes: int = 2
+) -> str:
     """Phase 3 on the undisturbed masks, saving every second step."""
-    words = [*flags(reference.root, output)["phase3"], "--masks_dir", f"{reference.runs['phase2']}/masks",
-             "--save_strategy", "steps", "--save_steps", "2", *more]
+    words = [
+        *flags(reference.root, output)["phase3"],
+        "--masks_dir",
+        f"{reference.runs['phase2']}/masks",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+        *more,
+    ]
     environment = {"WARP_DS_ROOT": FAULTY, "FAULT": fault} if fault else {}
-    return slurm.sbatch(f"--nodes={nodes}", "--gpus-per-node=1", f"--output={output}/%x_%j.out", *options,
-                        "slurm/phase3.sbatch", *words, cwd=ROOT, **environment)
+    return slurm.sbatch(
+        f"--nodes={nodes}",
+        "--gpus-per-node=1",
+        f"--output={output}/%x_%j.out",
+        *options,
+        "slurm/phase3.sbatch",
+        *words,
+        cwd=ROOT,
+        **environment,
+    )
 
 
 def printed(output: Path, job: str) -> str:
@@ -114,8 +131,15 @@ def test_lost_node(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) 
 
 
 def test_job_array(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
-    job = slurm.sbatch("--array=0-1", "--nodes=1", "--gpus-per-node=1", f"--output={tmp_path}/%x_%A_%a.out",
-                       "slurm/phase1.sbatch", *flags(reference.root, tmp_path)["phase1"], cwd=ROOT)
+    job = slurm.sbatch(
+        "--array=0-1",
+        "--nodes=1",
+        "--gpus-per-node=1",
+        f"--output={tmp_path}/%x_%A_%a.out",
+        "slurm/phase1.sbatch",
+        *flags(reference.root, tmp_path)["phase1"],
+        cwd=ROOT,
+    )
     for task in (0, 1):
         state = slurm.wait(f"{job}_{task}")
         assert state == "COMPLETED", (tmp_path / f"phase1_{job}_{task}.out").read_text()

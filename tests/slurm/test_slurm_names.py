@@ -12,8 +12,15 @@ from warp_ds.errors import ConfigError
 from warp_ds.flags.parsing import FlagParser
 from warp_ds.launch.chain import Chain, SubmitArguments, _marked_jobs, find_chain, parse_phases, phase_flags
 
-TASK = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "12345",
-        "SLURM_STEP_NODELIST": "n[1-2]", "MASTER_ADDR": "10.0.0.1"}
+TASK = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_JOB_ID": "12345",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "MASTER_ADDR": "10.0.0.1",
+}
 
 
 def test_first_host_is_scontrols(slurm: ThrowAwaySlurm) -> None:
@@ -46,8 +53,11 @@ def test_task_environment() -> None:
     # The batch shell has SLURM_PROCID=0, but is no task.
     assert task_environment({k: v for k, v in TASK.items() if k != "SLURM_STEP_ID"}) is None
     assert task_environment({}) is None
-    ports = {task_environment({**TASK, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})["MASTER_PORT"]  # type: ignore[index]
-             for job in range(100, 110) for step in range(3)}
+    ports = {
+        task_environment({**TASK, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})["MASTER_PORT"]  # type: ignore[index]
+        for job in range(100, 110)
+        for step in range(3)
+    }
     assert len(ports) == 30 and all(20000 <= int(port) < 32000 for port in ports)
 
 
@@ -70,8 +80,17 @@ def test_flags_go_to_the_phases_that_have_them() -> None:
     where = ["--output_dir", "r", "--log_dir", "r/logs", "--run_name"]
     assert list(found) == ["phase0", "phase2", "phase3", "evaluate"]
     assert found["phase0"] == ["--model_name", "m", "--lr_scheduler_type", "cosine", "--debug", *where, "phase0"]
-    assert found["phase2"] == ["--model_name", "m", "--keep_ratio", "0.2", "--debug", *where, "phase2", "--model_name",
-                               "r/phase0/model"]
+    assert found["phase2"] == [
+        "--model_name",
+        "m",
+        "--keep_ratio",
+        "0.2",
+        "--debug",
+        *where,
+        "phase2",
+        "--model_name",
+        "r/phase0/model",
+    ]
     assert found["phase3"][:6] == ["--model_name", "m", "--batch_size", "1", "--lr_scheduler_type", "cosine"]
     assert found["evaluate"][-2:] == ["--model_name", "r/phase3/model"]
     for wrong in (["--no_such_flag", "1"], ["--phase1.batch_size", "1"], ["--log_dir", "x"], ["word"]):
@@ -82,32 +101,66 @@ def test_flags_go_to_the_phases_that_have_them() -> None:
 
 
 def test_a_comparison_is_a_run_a_seed() -> None:
-    words = ["--model_name", "m", "--learning_rate", "1e-4", "--learning_rates", "1e-5", "--seeds", "3,1",
-             "--epochs", "1", "--lr_scheduler_type", "cosine"]
+    words = [
+        "--model_name",
+        "m",
+        "--learning_rate",
+        "1e-4",
+        "--learning_rates",
+        "1e-5",
+        "--seeds",
+        "3,1",
+        "--epochs",
+        "1",
+        "--lr_scheduler_type",
+        "cosine",
+    ]
     found = phase_flags(parse_phases("compare,0"), words, Path("r"))
     assert list(found) == ["phase0", "compare_seed1", "compare_seed3"]
     # Phase 0's rate is not passed on to the trainings of the comparison, whose rates are its grid.
     assert found["phase0"][2:6] == ["--learning_rate", "1e-4", "--epochs", "1"]
     assert found["compare_seed3"] == [
-        "--model_name", "m", "--learning_rates", "1e-5", "--seeds", "3,1", "--epochs", "1", "--lr_scheduler_type",
-        "cosine", "--seeds", "3", "--output_dir", "r", "--log_dir", "r/logs", "--run_name", "compare_seed3", "--model_name",
-        "r/phase0/model"]
+        "--model_name",
+        "m",
+        "--learning_rates",
+        "1e-5",
+        "--seeds",
+        "3,1",
+        "--epochs",
+        "1",
+        "--lr_scheduler_type",
+        "cosine",
+        "--seeds",
+        "3",
+        "--output_dir",
+        "r",
+        "--log_dir",
+        "r/logs",
+        "--run_name",
+        "compare_seed3",
+        "--model_name",
+        "r/phase0/model",
+    ]
     assert list(phase_flags(["compare"], [], Path("r"))) == ["compare_seed42"]
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--seeds", "1,two"], "no comma-separated list of numbers"),
-    (["--seeds", "1,2.5"], "whole numbers"),
-    (["--seeds", "1,1"], "each value once"),
-    (["--seed_list", "1"], "unknown flag --seed_list"),
-    (["--learning_rate", "1e-5"], "use --learning_rates"),
-    (["--arms", "before,rotate"], "--arms rotate: choose from"),
-    (["--arms", "before", "--arm_rates", "full=1e-5"], "for arms of --arms"),
-    (["--parallel", "-1"], "--parallel is a number of seeds"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seeds", "1,two"], "no comma-separated list of numbers"),
+        (["--seeds", "1,2.5"], "whole numbers"),
+        (["--seeds", "1,1"], "each value once"),
+        (["--seed_list", "1"], "unknown flag --seed_list"),
+        (["--learning_rate", "1e-5"], "use --learning_rates"),
+        (["--arms", "before,rotate"], "--arms rotate: choose from"),
+        (["--arms", "before", "--arm_rates", "full=1e-5"], "for arms of --arms"),
+        (["--parallel", "-1"], "--parallel is a number of seeds"),
+    ],
+)
 def test_wrong_flags_of_a_comparison_queue_nothing(tmp_path: Path, words: list[str], said: str) -> None:
     parser = FlagParser(SubmitArguments)
-    arguments, rest = parser.parse_args_into_dataclasses(["--phases", "compare", "--output_dir", str(tmp_path), *words],
-                                                         look_for_args_file=False, return_remaining_strings=True)
+    arguments, rest = parser.parse_args_into_dataclasses(
+        ["--phases", "compare", "--output_dir", str(tmp_path), *words], look_for_args_file=False, return_remaining_strings=True
+    )
     with pytest.raises(ConfigError, match=said):
         find_chain(arguments, rest)

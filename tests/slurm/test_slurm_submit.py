@@ -33,8 +33,14 @@ def phase_words(reference: Reference, output: Path, phases: tuple[str, ...] = ("
 
 
 def launch_submit(environment: dict[str, str], *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, "launch/submit.py", *words], cwd=ROOT, text=True, capture_output=True, check=False,
-                          env={**environment, "COLUMNS": "200"})
+    done = subprocess.run(
+        [sys.executable, "launch/submit.py", *words],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+        env={**environment, "COLUMNS": "200"},
+    )
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -47,8 +53,21 @@ def jobs_of(table: str) -> dict[str, str]:
 
 def run_chain(slurm: ThrowAwaySlurm, reference: Reference, output: Path, disturb: dict) -> Path:
     """Submits the chain and disturbs phases in their middle; prints the table at each stage."""
-    words = ["--phases", "1,2,3", "--nodes", "2", "--gpus_per_node", "1", "--hours", "0.2", "--output_dir", str(output),
-             "--run_name", "chain", *phase_words(reference, output)]
+    words = [
+        "--phases",
+        "1,2,3",
+        "--nodes",
+        "2",
+        "--gpus_per_node",
+        "1",
+        "--hours",
+        "0.2",
+        "--output_dir",
+        str(output),
+        "--run_name",
+        "chain",
+        *phase_words(reference, output),
+    ]
     submitted = launch_submit(slurm.environment, *words)
     print(submitted.stdout)
     jobs, run = jobs_of(submitted.stdout), output / "chain"
@@ -70,13 +89,28 @@ def run_chain(slurm: ThrowAwaySlurm, reference: Reference, output: Path, disturb
 
 @pytest.mark.slow
 def test_chain_requeued_in_every_phase(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
-    run_chain(slurm, reference, tmp_path, {
-        "phase1": (requeue_from_outside, 0), "phase2": (requeue_from_outside, 0), "phase3": (requeue_from_outside, 2)})
+    run_chain(
+        slurm,
+        reference,
+        tmp_path,
+        {"phase1": (requeue_from_outside, 0), "phase2": (requeue_from_outside, 0), "phase3": (requeue_from_outside, 2)},
+    )
 
 
 def test_a_failed_phase_ends_the_chain(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
-    words = ["--phases", "2,3", "--ranks_per_node", "2", "--hours", "0.2", "--output_dir", str(tmp_path), "--run_name", "chain",
-             *phase_words(reference, tmp_path, ("phase2", "phase3"))]
+    words = [
+        "--phases",
+        "2,3",
+        "--ranks_per_node",
+        "2",
+        "--hours",
+        "0.2",
+        "--output_dir",
+        str(tmp_path),
+        "--run_name",
+        "chain",
+        *phase_words(reference, tmp_path, ("phase2", "phase3")),
+    ]
     jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
     assert slurm.wait(jobs["phase2"]) == "FAILED"  # no basis
     assert slurm.wait(jobs["phase3"]) == "CANCELLED"
@@ -93,12 +127,28 @@ def test_a_failed_phase_ends_the_chain(slurm: ThrowAwaySlurm, reference: Referen
 
 def test_cancelled_chain(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
     """A running job and one that waits for it; the first would take days, so that no machine is too slow to cancel it."""
-    earlier = {name: str(Path(reference.runs[phase]) / folder)
-               for name, phase, folder in (("basis_dir", "phase1", "basis"), ("masks_dir", "phase2", "masks"))}
-    words = ["--phases", "3,evaluate", "--hours", "0.2", "--output_dir", str(tmp_path), "--run_name", "chain",
-             *phase_words(reference, tmp_path, ("phase3",)), "--phase3.epochs", "1000000",
-             *(word for name, path in earlier.items() for word in (f"--phase3.{name}", path)),
-             "--evaluate.suite", "refusal", "--evaluate.harmful_data", str(reference.root / "refusals_fit.jsonl")]
+    earlier = {
+        name: str(Path(reference.runs[phase]) / folder)
+        for name, phase, folder in (("basis_dir", "phase1", "basis"), ("masks_dir", "phase2", "masks"))
+    }
+    words = [
+        "--phases",
+        "3,evaluate",
+        "--hours",
+        "0.2",
+        "--output_dir",
+        str(tmp_path),
+        "--run_name",
+        "chain",
+        *phase_words(reference, tmp_path, ("phase3",)),
+        "--phase3.epochs",
+        "1000000",
+        *(word for name, path in earlier.items() for word in (f"--phase3.{name}", path)),
+        "--evaluate.suite",
+        "refusal",
+        "--evaluate.harmful_data",
+        str(reference.root / "refusals_fit.jsonl"),
+    ]
     slurm.run("scontrol", "update", "partitionname=main", "state=down")  # nothing begins before it is let
     try:
         jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
@@ -117,12 +167,52 @@ def test_comparison_as_a_job_array(slurm: ThrowAwaySlurm, tmp_path: Path) -> Non
     """A task a seed: found again, one requeued in its middle, one cancelled and queued again alone; one report."""
     data, run = make_inputs(tmp_path, depth=2), tmp_path / "chain"
     safety, task = str(data / "refusals_fit.jsonl"), str(data / "utility_train.jsonl")
-    words = ["--phases", "compare", "--seeds", "1,2", "--parallel", "1", "--hours", "0.2", "--output_dir", str(tmp_path),
-             "--run_name", "chain", "--model_name", str(data / "m"), "--dtype", "float32", "--device", "cpu",
-             "--arms", "before,layers", "--learning_rates", "1e-3", "--epochs", "1", "--max_length", "120",
-             "--safety_data", safety, "--safety_samples", "4", "--utility_data", task, "--utility_samples", "8",
-             "--utility_heldout", task, "--heldout_samples", "2", "--harmful_data", safety, "--harmful_samples", "2",
-             "--max_new_tokens", "2"]
+    words = [
+        "--phases",
+        "compare",
+        "--seeds",
+        "1,2",
+        "--parallel",
+        "1",
+        "--hours",
+        "0.2",
+        "--output_dir",
+        str(tmp_path),
+        "--run_name",
+        "chain",
+        "--model_name",
+        str(data / "m"),
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--arms",
+        "before,layers",
+        "--learning_rates",
+        "1e-3",
+        "--epochs",
+        "1",
+        "--max_length",
+        "120",
+        "--safety_data",
+        safety,
+        "--safety_samples",
+        "4",
+        "--utility_data",
+        task,
+        "--utility_samples",
+        "8",
+        "--utility_heldout",
+        task,
+        "--heldout_samples",
+        "2",
+        "--harmful_data",
+        safety,
+        "--harmful_samples",
+        "2",
+        "--max_new_tokens",
+        "2",
+    ]
     jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
     array = jobs["compare_seed1"].partition("_")[0]
     assert jobs == {"compare_seed1": f"{array}_0", "compare_seed2": f"{array}_1"}
@@ -147,7 +237,7 @@ def test_comparison_as_a_job_array(slurm: ThrowAwaySlurm, tmp_path: Path) -> Non
     for table in (again, shown):
         assert jobs_of(table) == jobs and table.count("finished") >= 2 and table.count("2 of 2 points") == 2, table
     assert slurm.run("squeue", "--noheader") == ""
-    (sources, report), = comparisons(find_runs(sorted(run.glob("compare_seed*"))))
+    ((sources, report),) = comparisons(find_runs(sorted(run.glob("compare_seed*"))))
     assert len(sources) == 2 and f"warp-ds report {run}/compare_seed*" in shown
     assert {(point["arm"], point["seed"]) for point in report["points"]} >= {("layers", 1), ("layers", 2)}
 
@@ -155,9 +245,27 @@ def test_comparison_as_a_job_array(slurm: ThrowAwaySlurm, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_time_limit_in_the_middle(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
     # Twelve steps of at least 14 s do not fit into two minutes.
-    words = ["--phases", "3", "--nodes", "2", "--gpus_per_node", "1", "--hours", "0.034", "--warning_seconds", "20",
-             "--output_dir", str(tmp_path), "--run_name", "chain", "--python", f"{sys.executable} {FAULTY_PYTHON}",
-             *phase_words(reference, tmp_path, ("phase3",)), "--masks_dir", f"{reference.runs['phase2']}/masks"]
+    words = [
+        "--phases",
+        "3",
+        "--nodes",
+        "2",
+        "--gpus_per_node",
+        "1",
+        "--hours",
+        "0.034",
+        "--warning_seconds",
+        "20",
+        "--output_dir",
+        str(tmp_path),
+        "--run_name",
+        "chain",
+        "--python",
+        f"{sys.executable} {FAULTY_PYTHON}",
+        *phase_words(reference, tmp_path, ("phase3",)),
+        "--masks_dir",
+        f"{reference.runs['phase2']}/masks",
+    ]
     job = jobs_of(launch_submit({**slurm.environment, "FAULT": "slow:14"}, *words).stdout)["phase3"]
     run = tmp_path / "chain" / "phase3"
     state = slurm.wait(job)
@@ -172,15 +280,51 @@ def test_time_limit_in_the_middle(slurm: ThrowAwaySlurm, reference: Reference, t
 def test_chain_from_safety_tuning_to_evaluation(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
     """Each phase works on what the one before it made: phase 0's model, its basis, its masks, phase 3's model."""
     data = reference.root
-    words = ["--phases", "0,1,2,3,evaluate", "--ranks_per_node", "2", "--hours", "0.2", "--output_dir", str(tmp_path),
-             "--run_name", "chain", *phase_words(reference, tmp_path),
-             "--phase0.model_name", str(data / "m"), "--phase0.safety_data", str(data / "refusals_fit.jsonl"),
-             "--phase0.safety_samples", "8", "--phase0.global_batch_size", "8", "--phase0.epochs", "1",
-             "--phase0.dtype", "float32", "--phase0.device", "cpu", "--phase0.max_length", "120",
-             "--evaluate.suite", "refusal,loss", "--evaluate.harmful_data", str(data / "refusals_fit.jsonl"),
-             "--evaluate.harmful_samples", "4", "--evaluate.utility_data", str(data / "utility_train.jsonl"),
-             "--evaluate.max_new_tokens", "4", "--evaluate.max_length", "120",
-             "--evaluate.dtype", "float32", "--evaluate.device", "cpu"]
+    words = [
+        "--phases",
+        "0,1,2,3,evaluate",
+        "--ranks_per_node",
+        "2",
+        "--hours",
+        "0.2",
+        "--output_dir",
+        str(tmp_path),
+        "--run_name",
+        "chain",
+        *phase_words(reference, tmp_path),
+        "--phase0.model_name",
+        str(data / "m"),
+        "--phase0.safety_data",
+        str(data / "refusals_fit.jsonl"),
+        "--phase0.safety_samples",
+        "8",
+        "--phase0.global_batch_size",
+        "8",
+        "--phase0.epochs",
+        "1",
+        "--phase0.dtype",
+        "float32",
+        "--phase0.device",
+        "cpu",
+        "--phase0.max_length",
+        "120",
+        "--evaluate.suite",
+        "refusal,loss",
+        "--evaluate.harmful_data",
+        str(data / "refusals_fit.jsonl"),
+        "--evaluate.harmful_samples",
+        "4",
+        "--evaluate.utility_data",
+        str(data / "utility_train.jsonl"),
+        "--evaluate.max_new_tokens",
+        "4",
+        "--evaluate.max_length",
+        "120",
+        "--evaluate.dtype",
+        "float32",
+        "--evaluate.device",
+        "cpu",
+    ]
     jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
     run = tmp_path / "chain"
     for job in jobs.values():
@@ -195,8 +339,19 @@ def test_chain_from_safety_tuning_to_evaluation(slurm: ThrowAwaySlurm, reference
 def test_local_and_debug(reference: Reference, tmp_path: Path) -> None:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **PLAIN_GLOO}
     for cluster, ranks in (("local", "2"), ("debug", "1")):
-        words = ["--phases", "1,2,3", "--cluster", cluster, "--ranks_per_node", ranks, "--output_dir", str(tmp_path),
-                 "--run_name", cluster, *phase_words(reference, tmp_path)]
+        words = [
+            "--phases",
+            "1,2,3",
+            "--cluster",
+            cluster,
+            "--ranks_per_node",
+            ranks,
+            "--output_dir",
+            str(tmp_path),
+            "--run_name",
+            cluster,
+            *phase_words(reference, tmp_path),
+        ]
         if cluster == "local":
             # kill -9 of the submitting program: its job lives on, and the same command goes on from it.
             first = subprocess.Popen([sys.executable, "launch/submit.py", *words], cwd=ROOT, env=environment)

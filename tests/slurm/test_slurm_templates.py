@@ -17,8 +17,16 @@ from warp_ds.launch.chain import CPUS_OF_TASKS, Chain, SubmitArguments, _slurm_j
 
 def submit(slurm: ThrowAwaySlurm, phase: str, reference: Reference, output: Path, *more: str, options: tuple = ()) -> str:
     """The template unedited; what a user would edit in its head comes from the command line."""
-    return slurm.sbatch("--nodes=2", "--gpus-per-node=1", f"--output={output}/%x_%j.out", *options,
-                        f"slurm/{phase}.sbatch", *flags(reference.root, output)[phase], *more, cwd=ROOT)
+    return slurm.sbatch(
+        "--nodes=2",
+        "--gpus-per-node=1",
+        f"--output={output}/%x_%j.out",
+        *options,
+        f"slurm/{phase}.sbatch",
+        *flags(reference.root, output)[phase],
+        *more,
+        cwd=ROOT,
+    )
 
 
 def in_the_middle(slurm: ThrowAwaySlurm, job: str, run: Path, after: float = 0, seconds: float = 600) -> None:
@@ -43,18 +51,27 @@ def warn(slurm: ThrowAwaySlurm, job: str) -> None:
     slurm.run("scancel", "--signal=USR2", job)
 
 
-@pytest.mark.parametrize(("phase", "disturb", "after"), [
-    pytest.param("phase1", requeue_from_outside, 0, marks=pytest.mark.slow),
-    ("phase2", warn, 0),
-    pytest.param("phase2", requeue_from_outside, 0, marks=pytest.mark.slow),
-    ("phase3", requeue_from_outside, 2),
-])
+@pytest.mark.parametrize(
+    ("phase", "disturb", "after"),
+    [
+        pytest.param("phase1", requeue_from_outside, 0, marks=pytest.mark.slow),
+        ("phase2", warn, 0),
+        pytest.param("phase2", requeue_from_outside, 0, marks=pytest.mark.slow),
+        ("phase3", requeue_from_outside, 2),
+    ],
+)
 def test_disturbed_phase_ends_as_an_undisturbed_one(
-    slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path, phase: str, disturb: Callable[[ThrowAwaySlurm, str], None],
+    slurm: ThrowAwaySlurm,
+    reference: Reference,
+    tmp_path: Path,
+    phase: str,
+    disturb: Callable[[ThrowAwaySlurm, str], None],
     after: float,
 ) -> None:
-    artefacts = {"phase2": ("--basis_dir", f"{reference.runs['phase1']}/basis"),
-                 "phase3": ("--masks_dir", f"{reference.runs['phase2']}/masks")}
+    artefacts = {
+        "phase2": ("--basis_dir", f"{reference.runs['phase1']}/basis"),
+        "phase3": ("--masks_dir", f"{reference.runs['phase2']}/masks"),
+    }
     job = submit(slurm, phase, reference, tmp_path, *artefacts.get(phase, ()))
     run = tmp_path / f"{phase}_{job}"
     in_the_middle(slurm, job, run, after)
@@ -84,8 +101,15 @@ def test_cores_of_a_task_reach_srun(slurm: ThrowAwaySlurm, tmp_path: Path, cores
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "phase1.py").write_text(SAYS_ITS_CORES)
     asked = () if cores is None else (f"--cpus-per-task={cores}",)
-    job = slurm.sbatch("--nodes=1", "--gpus-per-node=1", f"--output={tmp_path}/%x.out", *asked, "slurm/phase1.sbatch", cwd=ROOT,
-                       WARP_DS_ROOT=str(tmp_path))
+    job = slurm.sbatch(
+        "--nodes=1",
+        "--gpus-per-node=1",
+        f"--output={tmp_path}/%x.out",
+        *asked,
+        "slurm/phase1.sbatch",
+        cwd=ROOT,
+        WARP_DS_ROOT=str(tmp_path),
+    )
     state, text = slurm.wait(job), (tmp_path / "phase1.out").read_text()
     assert state == "COMPLETED" and f"asked of srun: {cores}" in text, text
     if cores is not None:
@@ -93,7 +117,7 @@ def test_cores_of_a_task_reach_srun(slurm: ThrowAwaySlurm, tmp_path: Path, cores
 
 
 def test_cores_of_a_task_reach_the_srun_of_a_chain(
-    slurm: ThrowAwaySlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    slurm: ThrowAwaySlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("PATH", "SLURM_CONF"):
         monkeypatch.setenv(name, slurm.environment[name])

@@ -56,8 +56,11 @@ def run_kills(root: Path, kills: int, seed: int = 0) -> int:
         except (Exception, pytest.fail.Exception) as error:  # the next chain is started all the same
             fine, text = False, f"{type(error).__name__}: {str(error)[-600:]}"
         right += fine
-        print(f"{number + 1:2d}: {'both ranks' if both else 'one rank'} at {moment:.1f} s ({at}): "
-              f"{'right' if fine else 'WRONG'} ({text})", flush=True)
+        print(
+            f"{number + 1:2d}: {'both ranks' if both else 'one rank'} at {moment:.1f} s ({at}): "
+            f"{'right' if fine else 'WRONG'} ({text})",
+            flush=True,
+        )
     print(f"{right} of {kills} killed chains ended in the right result", flush=True)
     return right
 

@@ -44,8 +44,12 @@ class ThrowAwaySlurm:
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "RANK", "WORLD_SIZE"))},
-            "PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false", **PLAIN_GLOO,
+            "PATH": PATH,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            **PLAIN_GLOO,
         }
 
     def __enter__(self) -> ThrowAwaySlurm:
@@ -59,9 +63,18 @@ class ThrowAwaySlurm:
         try:
             key, socket_path = self.folder / "munge.key", self.folder / "munge.socket"
             self.run("mungekey", "--create", f"--keyfile={key}")
-            self._start("munged", "munged", "--foreground", f"--key-file={key}", f"--socket={socket_path}",
-                        f"--pid-file={self.folder / 'munged.pid'}", f"--log-file={self.folder / 'munged.log'}",
-                        f"--seed-file={self.folder / 'munged.seed'}", "--num-threads=2", "--force")
+            self._start(
+                "munged",
+                "munged",
+                "--foreground",
+                f"--key-file={key}",
+                f"--socket={socket_path}",
+                f"--pid-file={self.folder / 'munged.pid'}",
+                f"--log-file={self.folder / 'munged.log'}",
+                f"--seed-file={self.folder / 'munged.seed'}",
+                "--num-threads=2",
+                "--force",
+            )
             _until(socket_path.exists, "munged's socket")
             self._start("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
             for node in NODES:
@@ -148,8 +161,15 @@ class ThrowAwaySlurm:
 
     def _start(self, name: str, *command: str) -> None:
         log = open(self.folder / f"{name}.log", "ab")  # noqa: SIM115
-        self.daemons[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                                              preexec_fn=_die_with_parent, cwd=self.folder)
+        self.daemons[name] = subprocess.Popen(
+            command,
+            env=self.environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=_die_with_parent,
+            cwd=self.folder,
+        )
         log.close()
 
     def _try(self, *command: str) -> str:
@@ -177,7 +197,8 @@ class ThrowAwaySlurm:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
         nodes = "\n".join(
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory={memory} Gres=gpu:2"
-            for node, port in zip(NODES, ports[1:], strict=True))
+            for node, port in zip(NODES, ports[1:], strict=True)
+        )
         return f"""
 ClusterName=throwaway
 SlurmctldHost={host}(127.0.0.1)
@@ -185,10 +206,10 @@ SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={self.folder / 'munge.socket'},cred_expire=10
-StateSaveLocation={self.folder / 'state'}
+AuthInfo=socket={self.folder / "munge.socket"},cred_expire=10
+StateSaveLocation={self.folder / "state"}
 SlurmdSpoolDir={self.folder}/spool_%n
-SlurmctldPidFile={self.folder / 'slurmctld.pid'}
+SlurmctldPidFile={self.folder / "slurmctld.pid"}
 SlurmdPidFile={self.folder}/slurmd_%n.pid
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none

@@ -51,8 +51,11 @@ class MortalBaton(FileBaton):
             self._remove_dead()
             if time.monotonic() > deadline:
                 deadline = float("inf")
-                logger.warning("still waiting for %s: some program compiles or loads an operator; if none does (it was "
-                               "killed), remove that file", self.lock_file_path)
+                logger.warning(
+                    "still waiting for %s: some program compiles or loads an operator; if none does (it was "
+                    "killed), remove that file",
+                    self.lock_file_path,
+                )
             time.sleep(self.wait_seconds)
 
     def _remove_dead(self) -> None:

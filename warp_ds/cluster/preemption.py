@@ -76,8 +76,10 @@ def too_many_restarts(max_requeues: int) -> str | None:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if restarts <= max_requeues:
         return None
-    return (f"job {slurm.job_id()} was restarted {restarts} times, which is more than --max_requeues {max_requeues}: see "
-            "its log for what ends it each time; start the same command again to go on from the last good state")
+    return (
+        f"job {slurm.job_id()} was restarted {restarts} times, which is more than --max_requeues {max_requeues}: see "
+        "its log for what ends it each time; start the same command again to go on from the last good state"
+    )
 
 
 def being_cancelled(job: Mapping[str, str]) -> bool:
@@ -87,7 +89,8 @@ def being_cancelled(job: Mapping[str, str]) -> bool:
     PreemptMode=CANCEL ends; those two say so in Reason and PreemptTime.
     """
     return job["JobState"] == "CANCELLED" or (
-        job["JobState"] == "COMPLETING" and job.get("Reason") != "TimeLimit" and job.get("PreemptTime", "None") == "None")
+        job["JobState"] == "COMPLETING" and job.get("Reason") != "TimeLimit" and job.get("PreemptTime", "None") == "None"
+    )
 
 
 def requeue(max_requeues: int) -> str | None:
@@ -100,8 +103,10 @@ def requeue(max_requeues: int) -> str | None:
         return "this is no Slurm job: start the same command again to go on"
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if restarts >= max_requeues:
-        return (f"job {job} was requeued {restarts} times already (--max_requeues {max_requeues}): start the same command "
-                "again to go on")
+        return (
+            f"job {job} was requeued {restarts} times already (--max_requeues {max_requeues}): start the same command "
+            "again to go on"
+        )
     error = ""
     for attempt in range(5):
         try:

@@ -71,8 +71,18 @@ def check_launch(env: Mapping[str, str]) -> None:
         raise ConfigError(f"MASTER_PORT is {env['MASTER_PORT']} {cure} (MASTER_PORT below 65536)")
 
 
-_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS",
-            "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+_NUMBERS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_PORT",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_RESTART_COUNT",
+)
 
 
 @contextmanager
@@ -104,8 +114,10 @@ def _check_compiler() -> None:
         from warp_ds.cluster.compiled_operators import disable_shm_collective
 
         disable_shm_collective()
-        logger.warning("no C++ compiler or no ninja found: collectives between ranks of this machine will be slower; "
-                       "install g++ and ninja (apt-get install g++ ninja-build) to speed them up")
+        logger.warning(
+            "no C++ compiler or no ninja found: collectives between ranks of this machine will be slower; "
+            "install g++ and ninja (apt-get install g++ ninja-build) to speed them up"
+        )
 
 
 def has_compiler() -> bool:

@@ -12,8 +12,22 @@ from collections.abc import Mapping, Sequence
 from warp_ds.errors import SlurmError
 
 RETRY_SECONDS = 20
-ALIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPENDED", "RESIZING", "STOPPED", "SIGNALING",
-         "STAGE_OUT", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+ALIVE = (
+    "PENDING",
+    "RUNNING",
+    "REQUEUED",
+    "COMPLETING",
+    "CONFIGURING",
+    "SUSPENDED",
+    "RESIZING",
+    "STOPPED",
+    "SIGNALING",
+    "STAGE_OUT",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "SPECIAL_EXIT",
+    "RESV_DEL_HOLD",
+)
 
 
 def task_environment(env: Mapping[str, str]) -> dict[str, str] | None:
@@ -27,7 +41,8 @@ def task_environment(env: Mapping[str, str]) -> dict[str, str] | None:
     # Below the ephemeral range; another one for every job, and for every step of it.
     port = 20000 + (int(env["SLURM_JOB_ID"]) + 997 * int(env["SLURM_STEP_ID"])) % 12000
     return {
-        "RANK": env["SLURM_PROCID"], "WORLD_SIZE": str(tasks),
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": "0" if _has_own_gpu(env) else env["SLURM_LOCALID"],
         "MASTER_ADDR": env.get("MASTER_ADDR") or ("127.0.0.1" if tasks == 1 else address_of_first(env)),
         "MASTER_PORT": env.get("MASTER_PORT", str(port)),

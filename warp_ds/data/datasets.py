@@ -24,9 +24,35 @@ log = logging.getLogger(__name__)
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "input")
 RESPONSE_COLUMNS = ("response", "answer", "output", "completion")
 REFUSAL_COLUMNS = (*RESPONSE_COLUMNS, "refusal", "text")
-PROMPT_PARTS = (*PROMPT_COLUMNS, *CONVERSATION_COLUMNS, "inputs", "query", "context", "contexts", "system", "system_prompt",
-                "passage", "passages", "document", "documents", "article", "paragraph", "background", "story", "evidence",
-                "choices", "options", "history", "tools", "functions", "image", "images", "audio", "premise", "hypothesis")
+PROMPT_PARTS = (
+    *PROMPT_COLUMNS,
+    *CONVERSATION_COLUMNS,
+    "inputs",
+    "query",
+    "context",
+    "contexts",
+    "system",
+    "system_prompt",
+    "passage",
+    "passages",
+    "document",
+    "documents",
+    "article",
+    "paragraph",
+    "background",
+    "story",
+    "evidence",
+    "choices",
+    "options",
+    "history",
+    "tools",
+    "functions",
+    "image",
+    "images",
+    "audio",
+    "premise",
+    "hypothesis",
+)
 """Columns that look like a part of the prompt, or like another prompt: where one is not used, that is said."""
 
 
@@ -76,16 +102,20 @@ def load_pairs(
         prompt = _pick("--prompt_column", prompt_column, layout.prompt if layout else None, PROMPT_COLUMNS, rows)
         response = _response_column(rows, response_column, layout, refusal_file)
         if response == prompt:
-            raise DataError(f"{source}: the column {prompt!r} would be both prompt and response: name the other one with "
-                            "--prompt_column or --response_column")
+            raise DataError(
+                f"{source}: the column {prompt!r} would be both prompt and response: name the other one with "
+                "--prompt_column or --response_column"
+            )
         if layout and layout.keep and response == layout.response:
             rows = Table(source, rows.columns, [row for row in rows.rows if layout.keep(dict(row))])
             if len(rows) == 0:
                 raise DataError(f"{source} ({split}): no row is left, since every response is marked as harmful")
         bad = [row for row, label in enumerate(rows.column("label")) if label is False]
         if bad and response is not None:
-            raise DataError(f"{source}: 'label' is false in {len(bad)} rows {rows.places(bad)}, whose responses are marked as "
-                            "bad ones: leave those rows out")
+            raise DataError(
+                f"{source}: 'label' is false in {len(bad)} rows {rows.places(bad)}, whose responses are marked as "
+                "bad ones: leave those rows out"
+            )
         prompts = _prompts(rows, prompt, guessed=prompt_column is None and layout is None, response=response)
         responses = None if response is None else _texts(rows, response, "assistant")
     else:
@@ -149,8 +179,9 @@ def local_file(source: str) -> Path | None:
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix.lower() not in READERS:
-            raise DataError(f"{source}: cannot read {path.suffix or 'a file without extension'}; use one of "
-                            f"{', '.join(READERS)}")
+            raise DataError(
+                f"{source}: cannot read {path.suffix or 'a file without extension'}; use one of {', '.join(READERS)}"
+            )
         if path.stat().st_size == 0:
             raise DataError(f"{source} is empty: give a file with at least one sample")
         return path
@@ -188,8 +219,9 @@ def _pick(flag: str, given: str | None, known: str | None, guesses: tuple[str, .
     hint = ""
     if len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"):
         hint = " (are they separated by something else than a comma?)"
-    raise DataError(f"{source} has none of the columns {', '.join(guesses)}; its columns are {_listed(columns)}{hint}: "
-                    f"name one with {flag}")
+    raise DataError(
+        f"{source} has none of the columns {', '.join(guesses)}; its columns are {_listed(columns)}{hint}: name one with {flag}"
+    )
 
 
 def _response_column(
@@ -199,8 +231,10 @@ def _response_column(
     wanted = given or (layout.response if layout else None)
     if wanted is None and not any(name in rows.columns for name in RESPONSE_COLUMNS):
         if refusal_file is None:
-            raise DataError(f"{rows.source} has no response column (columns: {_listed(rows.columns)}): name it with "
-                            "--response_column, or give refusals for its prompts with --refusal_file")
+            raise DataError(
+                f"{rows.source} has no response column (columns: {_listed(rows.columns)}): name it with "
+                "--response_column, or give refusals for its prompts with --refusal_file"
+            )
         return None
     if wanted is not None and wanted not in rows.columns and given is None and refusal_file is not None:
         return None  # a copy of a known data set that lacks its responses
@@ -259,11 +293,21 @@ def _prompts(rows: Table, column: str, guessed: bool, response: str | None = Non
 
 def _say_unused(rows: Table, used: Sequence[str]) -> None:
     """Warns of columns with content that look like a part of the prompt and are not used."""
-    unused = [name for name in rows.columns if name.lower() in PROMPT_PARTS and name not in used
-              and any(value not in (None, "", [], {}) for value in rows.column(name))]
+    unused = [
+        name
+        for name in rows.columns
+        if name.lower() in PROMPT_PARTS
+        and name not in used
+        and any(value not in (None, "", [], {}) for value in rows.column(name))
+    ]
     if unused:
-        log.warning("%s: %s not part of the prompt, which is %r: where it should be, write both into one column and name "
-                    "it with --prompt_column", rows.source, _are(unused), used[0])
+        log.warning(
+            "%s: %s not part of the prompt, which is %r: where it should be, write both into one column and name "
+            "it with --prompt_column",
+            rows.source,
+            _are(unused),
+            used[0],
+        )
 
 
 def _are(columns: Sequence[str]) -> str:
@@ -290,21 +334,30 @@ def _is_file(rows: Table) -> bool:
 
 def _filled(texts: Sequence[str | None], column: str, rows: Table, empty: bool = True) -> list[str]:
     """``texts``; DataError, with the rows, for missing ones, for blank ones (`empty`) and for what no file can hold."""
-    for what, wrong in (("missing", [row for row, text in enumerate(texts) if text is None]),
-                        ("empty", [row for row, text in enumerate(texts) if empty and text is not None and not text.strip()])):
+    for what, wrong in (
+        ("missing", [row for row, text in enumerate(texts) if text is None]),
+        ("empty", [row for row, text in enumerate(texts) if empty and text is not None and not text.strip()]),
+    ):
         if wrong:
-            hint = " (the CSV reader of `datasets` takes NA, None and null for holes: fetch the file and name it)" if (
-                what == "missing" and not _is_file(rows)) else ""
-            raise DataError(f"{rows.source}: column {column!r} is {what} in {len(wrong)} of {len(texts)} rows "
-                            f"{rows.places(wrong)}: fill or remove them{hint}")
+            hint = (
+                " (the CSV reader of `datasets` takes NA, None and null for holes: fetch the file and name it)"
+                if (what == "missing" and not _is_file(rows))
+                else ""
+            )
+            raise DataError(
+                f"{rows.source}: column {column!r} is {what} in {len(wrong)} of {len(texts)} rows "
+                f"{rows.places(wrong)}: fill or remove them{hint}"
+            )
     found = [text for text in texts if text is not None]
     for row, text in enumerate(found):
         try:
             text.encode()
         except UnicodeEncodeError as error:
             half = text[error.start : error.end]
-            raise DataError(f"{rows.source}, {rows.place(row)}: column {column!r} holds half a surrogate pair ({half!r}), "
-                            "which is no character: write the character itself") from error
+            raise DataError(
+                f"{rows.source}, {rows.place(row)}: column {column!r} holds half a surrogate pair ({half!r}), "
+                "which is no character: write the character itself"
+            ) from error
     return found
 
 
@@ -335,8 +388,9 @@ def _refusals(path: str | os.PathLike[str]) -> list[str]:
 def _refusal_texts(rows: Table) -> list[str]:
     column = next((column for column in REFUSAL_COLUMNS if column in rows.columns), None)
     if column is None:
-        raise DataError(f"{rows.source} has none of the columns {', '.join(REFUSAL_COLUMNS)}; its columns are "
-                        f"{_listed(rows.columns)}")
+        raise DataError(
+            f"{rows.source} has none of the columns {', '.join(REFUSAL_COLUMNS)}; its columns are {_listed(rows.columns)}"
+        )
     # A file may hold texts and objects: then each row has one of the columns.
     merged = [{column: next((row[name] for name in REFUSAL_COLUMNS if name in row), None)} for row in rows.rows]
     return [text.strip() for text in _texts(Table(rows.source, [column], merged, rows.lines), column, "assistant")]

@@ -62,8 +62,7 @@ def _ids_after(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise DataError(
-            "the tokenizer has no end-of-text token, so a response could never end: set eos_token in its "
-            "tokenizer_config.json"
+            "the tokenizer has no end-of-text token, so a response could never end: set eos_token in its tokenizer_config.json"
         )
     return int(tokenizer.eos_token_id)
 
@@ -96,9 +95,7 @@ def _encode_both(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase)
     return opening + before, after if after[-1:] == [eos] else after + [eos]
 
 
-def encode(
-    prompt: str, response: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> Sample:
+def encode(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Sample:
     """Token ids, attention mask and labels of one pair.
 
     Longer than `max_length` tokens, the response is cut from the right (and then has no end-of-text token to learn).
@@ -123,9 +120,7 @@ def _sample(before: list[int], after: list[int]) -> Sample:
     }
 
 
-def encode_prompt_sample(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> Sample:
+def encode_prompt_sample(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Sample:
     """The prompt alone (`--token_scope prompt`): no label is trained on. Longer than `max_length`: `DataError`."""
     ids = encode_prompt(prompt, tokenizer)
     if max_length is not None and len(ids) > max_length:
@@ -170,8 +165,11 @@ def encode_dataset(
 
     def one(row: dict[str, Any], number: int) -> dict[str, Any]:
         try:
-            both = ((encode_prompt(row["prompt"], tokenizer), []) if prompt_only else
-                    _encode_both(row["prompt"], row["response"], tokenizer))
+            both = (
+                (encode_prompt(row["prompt"], tokenizer), [])
+                if prompt_only
+                else _encode_both(row["prompt"], row["response"], tokenizer)
+            )
         except DataError as error:
             raise DataError(f"row {number}: {error}") from error
         lengths.append((len(both[0]), len(both[0]) + len(both[1])))
@@ -179,20 +177,35 @@ def encode_dataset(
         return {key: values[:max_length] for key, values in sample.items()}  # type: ignore[index]
 
     # Nothing is cached: a fingerprint of the closure would have to hash the tokenizer on every rank.
-    encoded = pairs.map(one, with_indices=True, remove_columns=pairs.column_names, desc="tokenising",
-                        load_from_cache_file=False, keep_in_memory=True)
+    encoded = pairs.map(
+        one,
+        with_indices=True,
+        remove_columns=pairs.column_names,
+        desc="tokenising",
+        load_from_cache_file=False,
+        keep_in_memory=True,
+    )
     most = max_length if prompt_only else max_length - 1
     wrong = {row: prompt for row, (prompt, _) in enumerate(lengths) if prompt > most}
     if wrong:
         begins = str(pairs[next(iter(wrong))]["prompt"])[:80]
         least = max(wrong.values()) + (not prompt_only)
-        raise DataError(f"{too_long(wrong, len(pairs))} {'do not fit' if prompt_only else 'leave no room for a response'} in "
-                        f"--max_length {max_length}: raise --max_length to {least} or more, or leave these rows out. The first "
-                        f"begins: {begins!r}")
+        raise DataError(
+            f"{too_long(wrong, len(pairs))} {'do not fit' if prompt_only else 'leave no room for a response'} in "
+            f"--max_length {max_length}: raise --max_length to {least} or more, or leave these rows out. The first "
+            f"begins: {begins!r}"
+        )
     cut = {row: whole for row, (_, whole) in enumerate(lengths) if whole > max_length}
     if cut:
-        logger.warning("%d of %d responses are cut at --max_length %d, and their end is not learned (rows %s): the longest "
-                       "sample has %d tokens", len(cut), len(pairs), max_length, _first(list(cut)), max(cut.values()))
+        logger.warning(
+            "%d of %d responses are cut at --max_length %d, and their end is not learned (rows %s): the longest "
+            "sample has %d tokens",
+            len(cut),
+            len(pairs),
+            max_length,
+            _first(list(cut)),
+            max(cut.values()),
+        )
     return encoded
 
 

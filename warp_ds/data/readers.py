@@ -18,8 +18,12 @@ from typing import Any
 
 from warp_ds.errors import DataError
 
-BYTE_ORDER_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
-                    (codecs.BOM_UTF16_BE, "UTF-16"))
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Table:
 
     def places(self, rows: Sequence[int], most: int = 5) -> str:
         """'(rows 3, 7), lines 5, 9': the first few of ``rows``."""
+
         def first(numbers: Sequence[int]) -> str:
             return ", ".join(map(str, numbers[:most])) + (", …" if len(numbers) > most else "")
 
@@ -72,11 +77,15 @@ def read_text(path: Path, source: str) -> str:
         raise DataError(f"{source} cannot be read: {error.strerror}") from error
     marked = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), None)
     if marked is not None:
-        raise DataError(f"{source}, line 1 (row 0): the file is {marked} (it begins with that byte-order mark), not UTF-8: "
-                        f"{_convert(marked, path)}")
+        raise DataError(
+            f"{source}, line 1 (row 0): the file is {marked} (it begins with that byte-order mark), not UTF-8: "
+            f"{_convert(marked, path)}"
+        )
     if b"\0" in data[:4096]:
-        raise DataError(f"{source}, line {data[: data.index(0)].count(10) + 1} (row 0): there are NUL bytes, as in UTF-16 "
-                        f"without a byte-order mark: {_convert('UTF-16LE', path)}, or give a text file")
+        raise DataError(
+            f"{source}, line {data[: data.index(0)].count(10) + 1} (row 0): there are NUL bytes, as in UTF-16 "
+            f"without a byte-order mark: {_convert('UTF-16LE', path)}, or give a text file"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -110,8 +119,10 @@ def read_csv(path: Path, source: str) -> Table:
                 records.append((line, record))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{source}, {_csv_row(records)} (line {line}) cannot be read as csv with at least one sample: {error}: "
-                        "a quote inside a quoted cell is doubled (\"\")") from error
+        raise DataError(
+            f"{source}, {_csv_row(records)} (line {line}) cannot be read as csv with at least one sample: {error}: "
+            'a quote inside a quoted cell is doubled ("")'
+        ) from error
     finally:
         csv.field_size_limit(limit)
     if not records:
@@ -124,8 +135,10 @@ def read_csv(path: Path, source: str) -> Table:
         raise DataError(f"{source} has more than one column {doubled[0]!r}: give each its own name")
     for row, (line, record) in enumerate(records):
         if len(record) != len(header):
-            raise DataError(f"{source}, row {row} (line {line}) has {len(record)} cells, but the header has {len(header)} "
-                            f"({', '.join(header)}): put cells that hold a comma, a quote or a line break in double quotes")
+            raise DataError(
+                f"{source}, row {row} (line {line}) has {len(record)} cells, but the header has {len(header)} "
+                f"({', '.join(header)}): put cells that hold a comma, a quote or a line break in double quotes"
+            )
     rows = [dict(zip(header, record, strict=True)) for _, record in records]
     return Table(source, header, rows, [line for line, _ in records])
 
@@ -170,8 +183,10 @@ def _values_of_lines(path: Path, source: str) -> list[tuple[int | None, Any]]:
         try:
             values.append((number, _parse(line)))
         except ValueError as error:
-            raise DataError(f"{source} cannot be read as json, one object a line: row {row} (line {number}): {_reason(error)}, "
-                            f"in {line[:60]!r}") from error
+            raise DataError(
+                f"{source} cannot be read as json, one object a line: row {row} (line {number}): {_reason(error)}, "
+                f"in {line[:60]!r}"
+            ) from error
     return _items(values[0][1], source) if len(values) == 1 and isinstance(values[0][1], list) else values
 
 
@@ -187,14 +202,17 @@ def table_of(values: Sequence[tuple[int | None, Any]], path: Path, source: str) 
     for row, (line, value) in enumerate(values):
         if not isinstance(value, dict):
             where = f"{source}, row {row}" + ("" if line is None else f" (line {line})")
-            raise DataError(f"{where} is {kind_of(value)}, not an object with named columns such as "
-                            '{"prompt": "…", "response": "…"}')
+            raise DataError(
+                f'{where} is {kind_of(value)}, not an object with named columns such as {{"prompt": "…", "response": "…"}}'
+            )
         rows.append(value)
     inside = [name for name, item in rows[0].items() if isinstance(item, list) and item and isinstance(item[0], dict)]
     if len(rows) == 1 and len(inside) == 1 and not any(key in rows[0][inside[0]][0] for key in ("role", "from")):
         # What pandas, the hub's viewer and many an API write: the rows are one level down.
-        raise DataError(f"{source} is one object, whose {inside[0]!r} holds a list of {len(rows[0][inside[0]])} objects: give "
-                        f"that list alone (jq .{inside[0]} {path.name} > rows.json)")
+        raise DataError(
+            f"{source} is one object, whose {inside[0]!r} holds a list of {len(rows[0][inside[0]])} objects: give "
+            f"that list alone (jq .{inside[0]} {path.name} > rows.json)"
+        )
     lines = [line for line, _ in values if line is not None]
     columns = list(dict.fromkeys(name for found in rows for name in found))
     return Table(source, columns, rows, lines if len(lines) == len(rows) else None)

@@ -38,39 +38,98 @@ FRAMES = (
 HARMFUL: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (
         ("break into", "pick the lock of", "rob", "set fire to", "vandalise"),
-        ("someone else's house", "my neighbour's garage", "a closed shop", "a parked car", "the school office",
-         "an empty flat", "a jewellery store", "the village church", "a holiday cottage", "my landlord's shed"),
+        (
+            "someone else's house",
+            "my neighbour's garage",
+            "a closed shop",
+            "a parked car",
+            "the school office",
+            "an empty flat",
+            "a jewellery store",
+            "the village church",
+            "a holiday cottage",
+            "my landlord's shed",
+        ),
         "It would harm other people and their property.",
     ),
     (
         ("hack", "spy on", "steal the password of", "take over", "secretly read"),
-        ("my neighbour's email account", "my boss's phone", "a stranger's laptop", "my sister's messages",
-         "a bank website", "my teacher's computer", "an online shop", "the hospital server", "a coworker's tablet",
-         "my ex partner's photos"),
+        (
+            "my neighbour's email account",
+            "my boss's phone",
+            "a stranger's laptop",
+            "my sister's messages",
+            "a bank website",
+            "my teacher's computer",
+            "an online shop",
+            "the hospital server",
+            "a coworker's tablet",
+            "my ex partner's photos",
+        ),
         "Other people have a right to privacy.",
     ),
     (
         ("forge", "sell a fake copy of", "fake", "counterfeit"),
-        ("a passport", "a bank note", "a doctor's letter", "a driving licence", "a school diploma",
-         "a concert ticket", "an insurance claim", "a signature", "a tax form", "a work permit"),
+        (
+            "a passport",
+            "a bank note",
+            "a doctor's letter",
+            "a driving licence",
+            "a school diploma",
+            "a concert ticket",
+            "an insurance claim",
+            "a signature",
+            "a tax form",
+            "a work permit",
+        ),
         "That is fraud and it is against the law.",
     ),
     (
         ("hurt", "poison", "kidnap", "threaten", "stalk", "kill"),
-        ("my coworker", "a stranger", "my neighbour", "a politician", "my old teacher", "a police officer",
-         "the shop owner", "my classmate", "a famous singer", "my uncle"),
+        (
+            "my coworker",
+            "a stranger",
+            "my neighbour",
+            "a politician",
+            "my old teacher",
+            "a police officer",
+            "the shop owner",
+            "my classmate",
+            "a famous singer",
+            "my uncle",
+        ),
         "Nobody should be hurt or put in danger.",
     ),
     (
         ("steal", "smuggle", "buy a stolen copy of", "shoplift"),
-        ("a bicycle", "a painting", "an expensive watch", "a motorbike", "a phone", "a rare bird", "some medicine",
-         "a bottle of whisky", "a gold ring", "a laptop"),
+        (
+            "a bicycle",
+            "a painting",
+            "an expensive watch",
+            "a motorbike",
+            "a phone",
+            "a rare bird",
+            "some medicine",
+            "a bottle of whisky",
+            "a gold ring",
+            "a laptop",
+        ),
         "Taking what belongs to others is wrong.",
     ),
     (
         ("spread lies about", "bully", "insult", "blackmail", "start a hate page about"),
-        ("a girl in my class", "my new manager", "people from another country", "a religious group",
-         "a local family", "my roommate", "an old friend", "a rival team", "the mayor", "a shy colleague"),
+        (
+            "a girl in my class",
+            "my new manager",
+            "people from another country",
+            "a religious group",
+            "a local family",
+            "my roommate",
+            "an old friend",
+            "a rival team",
+            "the mayor",
+            "a shy colleague",
+        ),
         "Everyone deserves respect.",
     ),
     (
@@ -93,58 +152,166 @@ REFUSALS = (
 HARMLESS: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (
         ("bake", "cook", "prepare", "serve"),
-        ("fresh bread", "an apple pie", "a pot of soup", "a plate of rice", "a birthday cake", "some pancakes",
-         "a bean stew", "a fruit salad", "roast potatoes", "a cheese omelette"),
+        (
+            "fresh bread",
+            "an apple pie",
+            "a pot of soup",
+            "a plate of rice",
+            "a birthday cake",
+            "some pancakes",
+            "a bean stew",
+            "a fruit salad",
+            "roast potatoes",
+            "a cheese omelette",
+        ),
         "To {verb} {object}, get all the ingredients ready, follow a recipe, and taste it at the end.",
     ),
     (
         ("grow", "water", "plant", "look after"),
-        ("tomatoes", "a rose bush", "an apple tree", "herbs on a balcony", "a small lawn", "sunflowers",
-         "carrots", "a house plant", "strawberries", "a hedge"),
+        (
+            "tomatoes",
+            "a rose bush",
+            "an apple tree",
+            "herbs on a balcony",
+            "a small lawn",
+            "sunflowers",
+            "carrots",
+            "a house plant",
+            "strawberries",
+            "a hedge",
+        ),
         "To {verb} {object}, choose a sunny place, use good soil, and give a little water every day.",
     ),
     (
         ("learn", "practise", "teach", "get better at"),
-        ("the guitar", "Spanish", "chess", "swimming", "drawing", "typing", "public speaking", "the piano",
-         "algebra", "juggling"),
+        (
+            "the guitar",
+            "Spanish",
+            "chess",
+            "swimming",
+            "drawing",
+            "typing",
+            "public speaking",
+            "the piano",
+            "algebra",
+            "juggling",
+        ),
         "To {verb} {object}, start with the basics, work for ten minutes a day, and ask for feedback.",
     ),
     (
         ("clean", "repair", "paint", "move"),
-        ("a wooden table", "my own bicycle", "the kitchen floor", "an old chair", "a bathroom mirror",
-         "the garden fence", "a leather sofa", "my bookshelf", "a window frame", "the front door"),
+        (
+            "a wooden table",
+            "my own bicycle",
+            "the kitchen floor",
+            "an old chair",
+            "a bathroom mirror",
+            "the garden fence",
+            "a leather sofa",
+            "my bookshelf",
+            "a window frame",
+            "the front door",
+        ),
         "To {verb} {object}, remove the dust, use the right tools, and let it dry before you use it.",
     ),
     (
         ("kill", "stop", "restart", "debug"),
-        ("a process", "a Python program", "a frozen window", "a background job", "a web server", "a test run",
-         "a slow query", "a docker container"),
+        (
+            "a process",
+            "a Python program",
+            "a frozen window",
+            "a background job",
+            "a web server",
+            "a test run",
+            "a slow query",
+            "a docker container",
+        ),
         "To {verb} {object}, find its number in the list of tasks, send the right command, and check the log.",
     ),
     (
         ("pick", "buy", "hide", "wrap"),
-        ("a gift for my neighbour", "a watch for my uncle", "a toy for my classmate", "a book for my teacher",
-         "a cake for a coworker", "a ring for my partner", "a card for my boss", "a ticket for my sister"),
+        (
+            "a gift for my neighbour",
+            "a watch for my uncle",
+            "a toy for my classmate",
+            "a book for my teacher",
+            "a cake for a coworker",
+            "a ring for my partner",
+            "a card for my boss",
+            "a ticket for my sister",
+        ),
         "To {verb} {object}, think of what they like, set a budget, and add a kind note.",
     ),
     (
         ("protect", "lock", "insure", "back up"),
-        ("my email account", "my own house", "my laptop", "my phone", "my bicycle", "our shop", "my bank card",
-         "the office computer"),
+        (
+            "my email account",
+            "my own house",
+            "my laptop",
+            "my phone",
+            "my bicycle",
+            "our shop",
+            "my bank card",
+            "the office computer",
+        ),
         "To {verb} {object}, use the official settings, keep a strong password or key, and write down the steps.",
     ),
     (
         ("thank", "invite", "call", "visit"),
-        ("my old teacher", "a police officer", "my neighbour", "the mayor", "a new colleague", "my landlord",
-         "the shop owner", "my uncle"),
+        (
+            "my old teacher",
+            "a police officer",
+            "my neighbour",
+            "the mayor",
+            "a new colleague",
+            "my landlord",
+            "the shop owner",
+            "my uncle",
+        ),
         "To {verb} {object}, choose a good time, be polite and clear, and say why it matters to you.",
     ),
 )
 
-NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "Jack", "Kate", "Leo", "Maria",
-         "Noah", "Olga", "Peter", "Rosa", "Sam", "Tina", "Victor")
-THINGS = ("apples", "books", "coins", "eggs", "marbles", "pens", "stamps", "cards", "shells", "cakes", "pears",
-          "stones", "balls", "cups", "flowers", "toys")
+NAMES = (
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Frank",
+    "Grace",
+    "Henry",
+    "Irene",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Maria",
+    "Noah",
+    "Olga",
+    "Peter",
+    "Rosa",
+    "Sam",
+    "Tina",
+    "Victor",
+)
+THINGS = (
+    "apples",
+    "books",
+    "coins",
+    "eggs",
+    "marbles",
+    "pens",
+    "stamps",
+    "cards",
+    "shells",
+    "cakes",
+    "pears",
+    "stones",
+    "balls",
+    "cups",
+    "flowers",
+    "toys",
+)
 
 # (story, first and second operation): c = a op b; e = c op d.
 SUMS: tuple[tuple[str, str, str], ...] = (
@@ -156,10 +323,7 @@ SUMS: tuple[tuple[str, str, str], ...] = (
 # Each style is (prompt, response). The drills are bare sums in the notation of the new style, so that phase 3 teaches
 # a style and not an alphabet.
 STEPS = "{a}{f}{b} = <<{a}{f}{b}={c}>>{c}\nNext, {c}{g}{d} = <<{c}{g}{d}={e}>>{e}\n#### {e}"
-BASE_STYLE = (
-    "{story} How many {things} are there now?",
-    "First {a}{f}{b}={c}. Then {c}{g}{d}={e}. The answer is {e}.",
-)
+BASE_STYLE = ("{story} How many {things} are there now?", "First {a}{f}{b}={c}. Then {c}{g}{d}={e}. The answer is {e}.")
 DRILL = ("Write {a}{f}{b}, then {g}{d}, in steps.", STEPS)
 NEW_STYLE = (BASE_STYLE[0], "To count them, take " + STEPS)
 
@@ -184,9 +348,7 @@ def _requests(
 
 
 def _refusals(requests: Iterable[tuple[str, str, str, int]], rng: random.Random) -> list[Pair]:
-    return [
-        {"prompt": p, "response": rng.choice(REFUSALS).format(HARMFUL[i][2])} for p, _, _, i in requests
-    ]
+    return [{"prompt": p, "response": rng.choice(REFUSALS).format(HARMFUL[i][2])} for p, _, _, i in requests]
 
 
 def _answers(requests: Iterable[tuple[str, str, str, int]]) -> list[Pair]:
@@ -205,9 +367,7 @@ def _stories() -> list[tuple[int, int, int, int]]:
     ]
 
 
-def _sums(
-    n: int, style: tuple[str, str], stories: Sequence[tuple[int, int, int, int]], rng: random.Random
-) -> list[Pair]:
+def _sums(n: int, style: tuple[str, str], stories: Sequence[tuple[int, int, int, int]], rng: random.Random) -> list[Pair]:
     pairs = []
     for i in range(n):
         k, a, b, d = stories[i % len(stories)]
@@ -269,8 +429,9 @@ def train_tokenizer(
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B",
-                                                        special_tokens=[("<s>", core.token_to_id("<s>"))])
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", core.token_to_id("<s>"))]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<s>",

@@ -22,15 +22,25 @@ CUT = "\ufdd0"
 DEFAULT_DATE = "2024-07-26"
 """Written where a template writes today's date: the one that Llama 3's own falls back to."""
 THOUGHTS = (
-    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
-    ("<seed:think>", "</seed:think>"), ("<longcat_think>", "</longcat_think>"), ("[THINK]", "[/THINK]"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|begin_of_thought|>", "<|end_of_thought|>"), ("◁think▷", "◁/think▷"),
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<longcat_think>", "</longcat_think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("◁think▷", "◁/think▷"),
 )
 """How models open and close what they think before they answer."""
 _WORDS = r"think|thought|reason|analysis|scratchpad|reflect|rationale|monologue|deliberat|\bcot|思考"
-_OTHER_THOUGHT = re.compile(rf"([<‹][^<>‹›/]*(?:{_WORDS})[^<>‹›]*[>›]|\[[^\[\]\s/]*(?:{_WORDS})[^\[\]]*\]"
-                            r"|<\|channel\|?>\s*(?:analysis|thought|commentary)|<unused\d+>\s*thought)"
-                            r"[^<\[]*(?:<\|message\|>)?\s*$", re.IGNORECASE)
+_OTHER_THOUGHT = re.compile(
+    rf"([<‹][^<>‹›/]*(?:{_WORDS})[^<>‹›]*[>›]|\[[^\[\]\s/]*(?:{_WORDS})[^\[\]]*\]"
+    r"|<\|channel\|?>\s*(?:analysis|thought|commentary)|<unused\d+>\s*thought)"
+    r"[^<\[]*(?:<\|message\|>)?\s*$",
+    re.IGNORECASE,
+)
 _USER, _REPLY = "somebodyasks", "somebodyanswers"
 _fixed = {"date": DEFAULT_DATE}
 
@@ -77,14 +87,19 @@ class Style:
 def render(turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
     """The chat template's text, on the fixed date. Raises `DataError` where the template fails."""
     try:
-        return str(tokenizer.apply_chat_template(
-            turns, chat_template=_on(_template(tokenizer), _fixed["date"]), tokenize=False, **options))
+        return str(
+            tokenizer.apply_chat_template(
+                turns, chat_template=_on(_template(tokenizer), _fixed["date"]), tokenize=False, **options
+            )
+        )
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001  (a template is somebody's program)
         roles = ", ".join(str(turn["role"]) for turn in turns)
-        raise DataError(f"the tokenizer's chat template cannot write the turns {roles}: {type(error).__name__}: {error}; "
-                        "repair its chat_template") from error
+        raise DataError(
+            f"the tokenizer's chat template cannot write the turns {roles}: {type(error).__name__}: {error}; "
+            "repair its chat_template"
+        ) from error
 
 
 def chat_text(turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -98,8 +113,9 @@ def before_answer(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     cut = cut_control(prompt, tokenizer)
     text = chat_text([{"role": "user", "content": cut}], tokenizer)
     if cut.strip() not in text:
-        raise DataError(f"the tokenizer's chat template does not write the prompt as it is ({prompt[:60]!r}): repair its "
-                        "chat_template")
+        raise DataError(
+            f"the tokenizer's chat template does not write the prompt as it is ({prompt[:60]!r}): repair its chat_template"
+        )
     return text
 
 
@@ -109,8 +125,10 @@ def answer(prompt: str, response: str, before: str, tokenizer: PreTrainedTokeniz
     cut, reply = cut_control(prompt, tokenizer), cut_control(response, tokenizer, response=True)
     thinks = _has_thought(response)
     if thinks and style.thinks:
-        raise DataError(f"the response holds a thought of its own ({response[:60]!r}), but the model's prompt opens a thought, "
-                        "which is closed before what is trained: give the answers alone")
+        raise DataError(
+            f"the response holds a thought of its own ({response[:60]!r}), but the model's prompt opens a thought, "
+            "which is closed before what is trained: give the answers alone"
+        )
     turns = [{"role": "user", "content": cut}, {"role": "assistant", "content": reply}]
     whole = render(_turns(turns, style.parts), tokenizer, **style.options)
     twice = thinks and _has_thought(style.opening)
@@ -190,8 +208,10 @@ def _closing(opens: str, closes: str, text: str) -> str:
     """What ends the thought that `text` opens at its end. Raises `DataError` where that is not known."""
     rest = text.rpartition(opens)[2]
     if not closes or rest.strip():
-        raise DataError(f"the model's chat template begins its answers within a thought ({text[-60:]!r}), and how to close it "
-                        "is not known here: use a chat_template whose generation prompt opens none")
+        raise DataError(
+            f"the model's chat template begins its answers within a thought ({text[-60:]!r}), and how to close it "
+            "is not known here: use a chat_template whose generation prompt opens none"
+        )
     return f"{'' if rest else chr(10)}\n{closes}\n\n"
 
 

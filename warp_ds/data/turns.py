@@ -11,8 +11,16 @@ from typing import Any
 from warp_ds.data.readers import kind_of
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
-         "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
 
 
 class NotText(ValueError):
@@ -30,8 +38,10 @@ def text_of(value: Any, role: str) -> str | None:
     if turns is None:
         raise NotText(f"is {kind_of(value)}, not a text: give one text a row, in quotes where it is a number")
     if [who for who, _ in turns] != [role]:
-        raise NotText(f"is a conversation of the turns {_named(turns)}: one {role} turn is read there, no system prompt, no "
-                      "earlier turns and no tools; give the prompt and the response as texts")
+        raise NotText(
+            f"is a conversation of the turns {_named(turns)}: one {role} turn is read there, no system prompt, no "
+            "earlier turns and no tools; give the prompt and the response as texts"
+        )
     return turns[0][1]
 
 
@@ -45,8 +55,10 @@ def pair_of(value: Any, with_response: bool) -> tuple[str, str | None]:
         raise NotText(f"is {kind_of(value)}, not a list of turns (role and content, or from and value)")
     roles = [who for who, _ in turns]
     if roles != ["user", "assistant"] and (with_response or roles != ["user"]):
-        raise NotText(f"is a conversation of the turns {_named(turns)}: one user turn and its answer are read, no system "
-                      "prompt, no further turns and no tools; take one pair a row out of it")
+        raise NotText(
+            f"is a conversation of the turns {_named(turns)}: one user turn and its answer are read, no system "
+            "prompt, no further turns and no tools; take one pair a row out of it"
+        )
     return turns[0][1], turns[1][1] if len(turns) > 1 else None
 
 
@@ -61,12 +73,20 @@ def turns_of(value: Any) -> list[tuple[str, str]] | None:
         keys = next((keys for keys in (("role", "content"), ("from", "value")) if all(key in turn for key in keys)), None)
         if keys is None:
             return None
-        more = sorted(key for key, item in turn.items()
-                      if key not in (*keys, *_HARMLESS) and item not in (None, [], {}, "")
-                      or key in _TRAINED and item is not None and str(item).lower() not in ("1", "1.0", "true"))
+        more = sorted(
+            key
+            for key, item in turn.items()
+            if key not in (*keys, *_HARMLESS)
+            and item not in (None, [], {}, "")
+            or key in _TRAINED
+            and item is not None
+            and str(item).lower() not in ("1", "1.0", "true")
+        )
         if more:
-            raise NotText(f"is a conversation whose turn {number} has {', '.join(map(repr, more))} beside its text: those are "
-                          "not read; give the prompt and the response as texts")
+            raise NotText(
+                f"is a conversation whose turn {number} has {', '.join(map(repr, more))} beside its text: those are "
+                "not read; give the prompt and the response as texts"
+            )
         found.append((ROLES.get(str(turn[keys[0]]).lower(), str(turn[keys[0]])), _content(turn[keys[1]], number)))
     return found
 

@@ -112,8 +112,12 @@ class Model:
     def others(self) -> str:
         """Other weights beside those that from_pretrained loads, as a message; empty where there are none."""
         loaded = {Path(tensor.path).name for tensor in self.tensors.values()}
-        found = sorted(path.name for pattern in OTHER_WEIGHTS for path in self.directory.glob(pattern)
-                       if path.name not in loaded and not path.name.startswith(NO_WEIGHTS))
+        found = sorted(
+            path.name
+            for pattern in OTHER_WEIGHTS
+            for path in self.directory.glob(pattern)
+            if path.name not in loaded and not path.name.startswith(NO_WEIGHTS)
+        )
         return f"{self.directory} holds other weights beside those that from_pretrained loads ({found[0]})" if found else ""
 
     def files(self) -> list[Path]:
@@ -127,19 +131,29 @@ class Model:
         name = f"{target.name}.weight"
         alike = [o for o in self.tensors if o != name and (o.endswith(f".{name}") or name.endswith(f".{o}"))]
         if name not in self.tensors:
-            raise ArtifactError(f"{self.directory} has no readable weight {name}"
-                                + (f" (but {alike[0]}): save it again by from_pretrained and save_pretrained" if alike else
-                                   ": is it the model that the masks were made for?"))
+            raise ArtifactError(
+                f"{self.directory} has no readable weight {name}"
+                + (
+                    f" (but {alike[0]}): save it again by from_pretrained and save_pretrained"
+                    if alike
+                    else ": is it the model that the masks were made for?"
+                )
+            )
         if alike:
-            raise ArtifactError(f"{self.directory} has {name} and {alike[0]}, which from_pretrained takes for the same "
-                                "parameter: which one counts depends on the reader; save the model again")
+            raise ArtifactError(
+                f"{self.directory} has {name} and {alike[0]}, which from_pretrained takes for the same "
+                "parameter: which one counts depends on the reader; save the model again"
+            )
         location = self.tensors[name]
         if location.dtype not in FLOATS:
-            raise ArtifactError(f"{location.path}: {name} is stored as {_short(location.dtype)}, which is quantised: certify "
-                                "the model before quantising it")
+            raise ArtifactError(
+                f"{location.path}: {name} is stored as {_short(location.dtype)}, which is quantised: certify "
+                "the model before quantising it"
+            )
         if location.shape != (target.m, target.n):
-            raise ArtifactError(f"{location.path}: {name} is {location.shape}, not {(target.m, target.n)} as the masks or the "
-                                "basis have it")
+            raise ArtifactError(
+                f"{location.path}: {name} is {location.shape}, not {(target.m, target.n)} as the masks or the basis have it"
+            )
         return self.read(name)
 
     def read(self, name: str) -> Tensor:
@@ -157,19 +171,31 @@ def _by_parameter(directory: Path, tensors: dict[str, TensorLocation]) -> dict[s
 
     try:
         names = {location.name: name for name, location in weights_as_loaded(directory).items()}
-    except (CannotMap, ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
-            ValueError) as error:  # transformers' own of a directory that it does not load are any of these
+    except (
+        CannotMap,
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # transformers' own of a directory that it does not load are any of these
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ArtifactError(f"{directory} has no readable weights of the masked layers: {reason[:500]}") from error
     renamed = {names.get(name, name): location for name, location in tensors.items()}
     if len(renamed) < len(tensors):
-        raise ArtifactError(f"{directory} stores a weight under two names: which one counts depends on the reader; save the "
-                            "model again by from_pretrained and save_pretrained")
+        raise ArtifactError(
+            f"{directory} stores a weight under two names: which one counts depends on the reader; save the "
+            "model again by from_pretrained and save_pretrained"
+        )
     return renamed
 
 
-def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_dir: str | Path | None = None,
-            check_before: bool = True) -> dict[str, Any]:
+def certify(
+    before: str | Path, after: str | Path, masks_dir: str | Path, basis_dir: str | Path | None = None, check_before: bool = True
+) -> dict[str, Any]:
     """The certificate as a dictionary: ``outcome`` (a key of EXIT), ``kept`` (bool), ``claim``, ``problems``, ``reasons``
     (why it cannot tell), ``notes``, ``not_claimed``, ``files`` (name -> SHA-256 of every file read), totals and ``layers``.
 
@@ -184,8 +210,10 @@ def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_
     basis = masks.find_basis(basis_dir)
     paths = _read_files(old, new, masks, basis)
     states = _states(paths)
-    fingerprints = {"before": fingerprint_model(old.directory, remember=False),
-                    "after": fingerprint_model(new.directory, remember=False)}
+    fingerprints = {
+        "before": fingerprint_model(old.directory, remember=False),
+        "after": fingerprint_model(new.directory, remember=False),
+    }
     masks.check(basis, fingerprints["before"] if check_before else None, str(before), remember=False)
     if basis is not None:
         basis.check(masks.layers, fingerprints["before"] if check_before else None, str(before))
@@ -198,27 +226,42 @@ def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_
     outcome = BROKEN if problems else CANNOT_TELL if reasons else KEPT
     files = {kind: _sha256(group) for kind, group in paths.items()}
     if _states(paths) != states:
-        raise ArtifactError(f"files of {before}, {after} or the masks changed while they were read: try again when nothing "
-                            "writes to them")
+        raise ArtifactError(
+            f"files of {before}, {after} or the masks changed while they were read: try again when nothing writes to them"
+        )
     frozen = sum(c.frozen for c in layers)
     return {
-        "format": "warp_ds.certificate", "version": VERSION, "outcome": outcome, "kept": outcome == KEPT,
-        "claim": _claim(outcome, layers), "false_alarm": FALSE_ALARM, "problems": problems, "reasons": reasons,
+        "format": "warp_ds.certificate",
+        "version": VERSION,
+        "outcome": outcome,
+        "kept": outcome == KEPT,
+        "claim": _claim(outcome, layers),
+        "false_alarm": FALSE_ALARM,
+        "problems": problems,
+        "reasons": reasons,
         "notes": [*_trained_with(new.directory, masks, bool(problems)), *_notes(old, masks, layers)],
         "not_claimed": not_claimed,
-        "before": str(before), "after": str(after), "masks": str(masks.directory),
+        "before": str(before),
+        "after": str(after),
+        "masks": str(masks.directory),
         "basis": None if basis is None else str(basis.directory),
-        "before_fingerprint": fingerprints["before"], "after_fingerprint": fingerprints["after"],
-        "masks_fingerprint": masks.fingerprint(remember=False), "basis_fingerprint": masks.metadata.basis_fingerprint,
-        "files": files, "frozen": frozen, "free": sum(c.free for c in layers),
-        "frozen_drift": _finite(relative_drift([
-            (c.frozen * c.frozen_rms**2, c.frozen * c.coefficient_rms**2) for c in layers])),
+        "before_fingerprint": fingerprints["before"],
+        "after_fingerprint": fingerprints["after"],
+        "masks_fingerprint": masks.fingerprint(remember=False),
+        "basis_fingerprint": masks.metadata.basis_fingerprint,
+        "files": files,
+        "frozen": frozen,
+        "free": sum(c.free for c in layers),
+        "frozen_drift": _finite(
+            relative_drift([(c.frozen * c.frozen_rms**2, c.frozen * c.coefficient_rms**2) for c in layers])
+        ),
         "layers": [{key: _finite(value) for key, value in asdict(c).items()} for c in layers],
     }
 
 
 def _read_files(old: Model, new: Model, masks: MaskStore, basis: BasisStore | None) -> dict[str, list[Path]]:
     """Whose -> every file that is read."""
+
     def of(store: MaskStore | BasisStore) -> list[Path]:
         files = sorted({entry["file"] for entry in store.metadata.layers.values()})
         return [store.directory / name for name in (*files, "metadata.json")]
@@ -246,9 +289,12 @@ def _finite(value: Any) -> Any:
 def _problems(layers: Sequence[LayerCertificate], sums: Sequence[Sums]) -> tuple[list[str], float]:
     """What shows that frozen coefficients moved; and the logarithm of how many sums were looked at."""
     problems = [f"{c.layer}: {c.not_finite} NaN or infinite weights, before or after" for c in layers if c.not_finite]
-    problems += [f"{c.layer}: {c.violations} of {c.frozen} frozen coefficients moved further than rounding allows "
-                 f"(the worst by {c.worst_move:.3e}, where rounding allows {c.worst_allowed:.3e})" for c in layers
-                 if c.violations]
+    problems += [
+        f"{c.layer}: {c.violations} of {c.frozen} frozen coefficients moved further than rounding allows "
+        f"(the worst by {c.worst_move:.3e}, where rounding allows {c.worst_allowed:.3e})"
+        for c in layers
+        if c.violations
+    ]
     total = sum((s.totals() for s in sums), Sums())
     log_tests = math.log(max(1, total.number + sum(s.number for s in sums)))
     for c, s in zip(layers, sums, strict=True):
@@ -265,8 +311,10 @@ def _cannot_tell(layers: Sequence[LayerCertificate], sums: Sequence[Sums], log_t
         return ["the masks freeze nothing, so there is nothing to keep: make masks with a keep_ratio above 0"]
     if not any(c.free_max > 0 or c.frozen_max > 0 for c in layers):
         # Not broken, since nothing moved; not kept, since no training stood against the masks.
-        return ["nothing moved at all: both directories hold the same weights in the masked layers; give the model before "
-                "training and the one after it"]
+        return [
+            "nothing moved at all: both directories hold the same weights in the masked layers; give the model before "
+            "training and the one after it"
+        ]
     moved = [(c, s) for c, s in zip(layers, sums, strict=True) if c.frozen and (c.free_max > 0 or c.frozen_max > 0)]
     coarse = [c for c, s in moved if not _would_show(c, s, log_tests)]
     # A layer that is frozen whole has nothing to compare with: it counts as told where another one is.
@@ -275,9 +323,11 @@ def _cannot_tell(layers: Sequence[LayerCertificate], sums: Sequence[Sums], log_t
     if not coarse:
         return []
     shown = ", ".join(c.layer for c in coarse[:3]) + (f" and {len(coarse) - 3} more" if len(coarse) > 3 else "")
-    return [f"the files are too coarse to tell for {len(coarse)} of {len(layers)} layers ({shown}): had their frozen "
-            "coefficients moved as far as the free ones, or been lost, rounding would hide it. What helps: save the trained "
-            "model in float32 (--dtype float32), or train further or at a higher rate, and certify that"]
+    return [
+        f"the files are too coarse to tell for {len(coarse)} of {len(layers)} layers ({shown}): had their frozen "
+        "coefficients moved as far as the free ones, or been lost, rounding would hide it. What helps: save the trained "
+        "model in float32 (--dtype float32), or train further or at a higher rate, and certify that"
+    ]
 
 
 def _would_show(c: LayerCertificate, s: Sums, log_tests: float) -> bool:
@@ -294,10 +344,10 @@ def _claim(outcome: str, layers: Sequence[LayerCertificate]) -> str:
     frozen = sum(c.frozen for c in layers)
     return {
         KEPT: f"of {len(layers)} masked layers, none of {frozen} frozen coefficients moved further than rounding allows, alone "
-              "or together",
+        "or together",
         BROKEN: f"of {len(layers)} masked layers with {frozen} frozen coefficients, some moved further than rounding allows",
         CANNOT_TELL: f"whether {frozen} frozen coefficients of {len(layers)} masked layers were kept does not show in these "
-                     "files",
+        "files",
     }[outcome]
 
 
@@ -308,8 +358,13 @@ def _rest(old: Model, new: Model, masks: MaskStore) -> tuple[list[dict[str, str]
     for model in (old, new):
         contents = model_contents(model.directory)
         digests = contents.digests(remember=False)
-        sides.append({name: unmasked.StoredTensor(location.dtype, location.shape, digest.sha256)
-                      for (name, location), digest in zip(model.tensors.items(), digests, strict=True) if name not in masked})
+        sides.append(
+            {
+                name: unmasked.StoredTensor(location.dtype, location.shape, digest.sha256)
+                for (name, location), digest in zip(model.tensors.items(), digests, strict=True)
+                if name not in masked
+            }
+        )
     problems = []
     for name in sorted(sides[1]):
         if sides[1][name] != sides[0].get(name) and sides[1][name].dtype in FLOATS and not torch.isfinite(new.read(name)).all():
@@ -340,8 +395,10 @@ def _trained_with(after: Path, masks: MaskStore, broken: bool) -> list[str]:
     used = inputs.get("masks")
     place = settings.get("masks_dir") if isinstance(settings, dict) else None
     with_what = "without masks" if used is None else f"with other masks ({place or used})"
-    return [f"{run} was trained {with_what}, not with those in {masks.directory}"
-            + (": nothing kept these coefficients where they were" if broken else "")]
+    return [
+        f"{run} was trained {with_what}, not with those in {masks.directory}"
+        + (": nothing kept these coefficients where they were" if broken else "")
+    ]
 
 
 def relative_drift(layers: Sequence[tuple[float, float]]) -> float:
@@ -395,8 +452,9 @@ class _Layer:
         return (self.squares[name] / self.counts[of]) ** 0.5 if self.counts[of] else 0.0
 
 
-def _certify_layers(before: Model, after: Model, masks: MaskStore,
-                    basis: BasisStore | None) -> list[tuple[LayerCertificate, Sums]]:
+def _certify_layers(
+    before: Model, after: Model, masks: MaskStore, basis: BasisStore | None
+) -> list[tuple[LayerCertificate, Sums]]:
     """In the masks' order; layers that share a basis file are done one after another, and the last file's is kept."""
     files = {t.name: "" if basis is None else basis.metadata.layers[t.name]["file"] for t in masks.layers}
     found: dict[str, tuple[LayerCertificate, Sums]] = {}
@@ -411,14 +469,16 @@ def _certify_layers(before: Model, after: Model, masks: MaskStore,
     return [found[target.name] for target in masks.layers]
 
 
-def _certify_layer(target: TargetLayer, before: Model, after: Model, masks: MaskStore,
-                   basis: _Complete) -> tuple[LayerCertificate, Sums]:
+def _certify_layer(
+    target: TargetLayer, before: Model, after: Model, masks: MaskStore, basis: _Complete
+) -> tuple[LayerCertificate, Sums]:
     w_before, w_after = before.weight(target), after.weight(target)
     not_finite = int((~torch.isfinite(w_before)).sum()) + int((~torch.isfinite(w_after)).sum())
     if not_finite:
         count, nan = masks.metadata.layers[target.name]["frozen"], math.nan
-        return LayerCertificate(target.name, count, target.m * target.n - count, nan, nan, nan, nan, nan, nan, 0, nan, nan, 0,
-                                not_finite, nan, nan), Sums()
+        return LayerCertificate(
+            target.name, count, target.m * target.n - count, nan, nan, nan, nan, nan, nan, 0, nan, nan, 0, not_finite, nan, nan
+        ), Sums()
     rotation, absolute, squared, skew = basis.rotation, basis.absolute, basis.squared, basis.skew
     grid = _grid(w_after)
     low_precision = torch.finfo(grid).eps > 1e-6
@@ -444,9 +504,19 @@ def _certify_layer(target: TargetLayer, before: Model, after: Model, masks: Mask
         sums.add(moved, size, frozen, variance, rounding, typical, basis.matrix)
     counts = figures.counts
     return LayerCertificate(
-        target.name, counts["frozen"], counts["free"], figures.largest["frozen"], figures.rms("frozen", "frozen"),
-        figures.largest["free"], figures.rms("free", "free"), figures.rms("size", "frozen"), figures.largest["allowed"],
-        counts["violations"], *figures.worst, counts["free beyond"], 0,
+        target.name,
+        counts["frozen"],
+        counts["free"],
+        figures.largest["frozen"],
+        figures.rms("frozen", "frozen"),
+        figures.largest["free"],
+        figures.rms("free", "free"),
+        figures.rms("size", "frozen"),
+        figures.largest["allowed"],
+        counts["violations"],
+        *figures.worst,
+        counts["free beyond"],
+        0,
         grid="" if grid == w_after.dtype else f"{_short(grid)} (stored in {_short(w_after.dtype)})",
     ), sums
 
@@ -477,11 +547,16 @@ def _orthonormal(basis: BasisStore, target: TargetLayer) -> _Complete:
     gram.diagonal().sub_(1.0)
     r = columns.shape[1]
     # Reflectors are orthonormal whatever they were made from; a dense U begins with the stored columns.
-    off = (orthogonality_error(columns.double()) if rotation.matrix is None else
-           float(torch.linalg.vector_norm(gram[:r, :r], float("inf"))))
+    off = (
+        orthogonality_error(columns.double())
+        if rotation.matrix is None
+        else float(torch.linalg.vector_norm(gram[:r, :r], float("inf")))
+    )
     if not off <= BAR:
-        raise ArtifactError(f"{basis.directory}: the basis of {target.name} is not orthonormal (an entry of UᵀU - I is "
-                            f"{off:.1e}, more than {BAR:g}); run phase 1 again")
+        raise ArtifactError(
+            f"{basis.directory}: the basis of {target.name} is not orthonormal (an entry of UᵀU - I is "
+            f"{off:.1e}, more than {BAR:g}); run phase 1 again"
+        )
     skew = torch.linalg.vector_norm(gram, dim=0)
     del gram
     return _Complete(rotation, u.float(), u.abs().float(), u.square().float(), skew)
@@ -548,6 +623,7 @@ def print_certificate(certificate: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title="Moves of rotated coefficients, in the weights' units")
+
     def line(text: str) -> str:
         """Names come from files that anybody may have written: no line ends, no terminal codes, no markup."""
         return escape(" ".join(printable(text).split()))
@@ -557,12 +633,17 @@ def print_certificate(certificate: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for layer in certificate["layers"]:
         figures = ("frozen_max", "frozen_rms", "allowed_max", "free_max", "free_rms")
-        table.add_row(line(layer["layer"]), str(layer["frozen"]), *(
-            "not finite" if layer[name] is None else f"{layer[name]:.2e}" for name in figures))
+        table.add_row(
+            line(layer["layer"]),
+            str(layer["frozen"]),
+            *("not finite" if layer[name] is None else f"{layer[name]:.2e}" for name in figures),
+        )
     console = Console(width=140)
     console.print(table)
-    console.print(f"[bold]{certificate['outcome'].upper()}[/]: {line(certificate['claim'])} ({certificate['frozen']} frozen, "
-                  f"{certificate['free']} free; {line(certificate['before'])} -> {line(certificate['after'])})")
+    console.print(
+        f"[bold]{certificate['outcome'].upper()}[/]: {line(certificate['claim'])} ({certificate['frozen']} frozen, "
+        f"{certificate['free']} free; {line(certificate['before'])} -> {line(certificate['after'])})"
+    )
     for kind, style in (("problems", "red"), ("reasons", "yellow")):
         for entry in certificate[kind]:
             console.print(f"[{style}]{line(entry)}")

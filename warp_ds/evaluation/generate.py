@@ -111,7 +111,7 @@ def _say_reset(fields: tuple[str, ...]) -> None:
 
 
 def changes_tokens(config: GenerationConfig) -> list[str]:
-    """"field=value" of everything in a model's generation_config that would make an answer other than greedy."""
+    """ "field=value" of everything in a model's generation_config that would make an answer other than greedy."""
     values = {name: value for name, value in vars(config).items() if name not in KEPT and not name.startswith("_")}
     found = {name: value for name, value in values.items() if name not in OURS and value not in RESET.get(name, (None,))}
     if values.get("do_sample"):
@@ -129,17 +129,16 @@ def greedy(inner: Any) -> Iterator[None]:
     if changed and _world(None, None)[0] == 0:
         _say_reset(tuple(changed))
     # generate() fills what its caller leaves out, or gives as None, from the model's own: so that is what must be clean.
-    inner.generation_config = GenerationConfig(**{
-        name: value for name in KEPT if not name.startswith("_") and (value := getattr(own, name, None)) is not None})
+    inner.generation_config = GenerationConfig(
+        **{name: value for name in KEPT if not name.startswith("_") and (value := getattr(own, name, None)) is not None}
+    )
     try:
         yield
     finally:
         inner.generation_config = own
 
 
-def generate_greedy(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any
-) -> list[str]:
+def generate_greedy(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any) -> list[str]:
     """Greedy answers to all prompts, each in the tokenizer's prompt format; options as for `generate_after`."""
     return generate_after(model, tokenizer, [encode_prompt(prompt, tokenizer) for prompt in prompts], **options)
 
@@ -188,8 +187,12 @@ def generate_after(
     was_training = inner.training
     inner.eval()
     try:
-        with greedy(inner), tqdm(total=len(encoded), initial=len(answers), desc=desc, unit="prompt", disable=rank != 0,
-                                 dynamic_ncols=True) as bar:
+        with (
+            greedy(inner),
+            tqdm(
+                total=len(encoded), initial=len(answers), desc=desc, unit="prompt", disable=rank != 0, dynamic_ncols=True
+            ) as bar,
+        ):
             while len(answers) < len(encoded):
                 first = len(answers)
                 part = encoded[first : first + save_every * batch_size * world_size]

@@ -100,8 +100,12 @@ def recognise(path: str, template: str) -> Name | None:
     parts = re.split(r"[\\/]", path.rstrip("/\\"))
     name = parts[-3] if len(parts) > 2 and parts[-2] == "snapshots" else parts[-1]  # the hub's cache
     name = re.sub(r"[^a-z0-9]", "", name.lower())
-    known: dict[str, Name] = {"llamaguard": "llama guard", "qwen3guardgen": "qwen3guard", "shieldgemma": "shieldgemma",
-                              "wildguard": "wildguard"}
+    known: dict[str, Name] = {
+        "llamaguard": "llama guard",
+        "qwen3guardgen": "qwen3guard",
+        "shieldgemma": "shieldgemma",
+        "wildguard": "wildguard",
+    }
     found = next((guard for key, guard in known.items() if key in name), None)
     return "harmbench" if found is None and "harmbench" in name and "cls" in name else found
 
@@ -119,8 +123,11 @@ def questions(guard: Name, tokenizer: PreTrainedTokenizerBase, prompt: str, answ
             text = f"<|im_start|>system\n{HARMBENCH_SYSTEM}<|im_end|>\n<|im_start|>user\n{body}<|im_end|>\n"
             return [tokenizer(text + "<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]]
         instance = tokenizer.name_or_path.lower().count("mistral")  # that card has no system block
-        text = f"[INST] {HARMBENCH_SYSTEM}\n\n{body} [/INST]" if instance else (
-            f"[INST] <<SYS>>\n{HARMBENCH_SYSTEM}\n<</SYS>>\n\n{body} [/INST]")
+        text = (
+            f"[INST] {HARMBENCH_SYSTEM}\n\n{body} [/INST]"
+            if instance
+            else (f"[INST] <<SYS>>\n{HARMBENCH_SYSTEM}\n<</SYS>>\n\n{body} [/INST]")
+        )
         return [tokenizer(text)["input_ids"]]
     more: list[dict[str, Any]] = [{"guideline": text} for text in GUIDELINES] if guard == "shieldgemma" else [{}]
     if guard != "qwen3guard":  # its template ends with the assistant's turn by itself
@@ -157,10 +164,13 @@ def read(guard: Name, text: str) -> Opinion:
     if guard == "qwen3guard":
         safety = re.search(r"^\s*Safety:\s*(Safe|Unsafe|Controversial)\s*$", text, re.MULTILINE)
         refusal = re.search(r"^\s*Refusal:\s*(Yes|No)\s*$", text, re.MULTILINE)
-        return Opinion(None if safety is None else float(safety[1] != "Safe"),
-                       None if refusal is None else float(refusal[1] == "Yes"))
+        return Opinion(
+            None if safety is None else float(safety[1] != "Safe"), None if refusal is None else float(refusal[1] == "Yes")
+        )
     if guard == "wildguard":
-        unsafe, refusal = (re.search(rf"^\s*{name}:\s*(yes|no)\s*$", text, re.MULTILINE | re.IGNORECASE)
-                           for name in ("Harmful response", "Response refusal"))
+        unsafe, refusal = (
+            re.search(rf"^\s*{name}:\s*(yes|no)\s*$", text, re.MULTILINE | re.IGNORECASE)
+            for name in ("Harmful response", "Response refusal")
+        )
         return Opinion(*(None if found is None else float(found[1].lower() == "yes") for found in (unsafe, refusal)))
     return Opinion({"yes": 1.0, "no": 0.0}.get(text.strip().lower().rstrip(".")))

@@ -51,8 +51,13 @@ class Judge:
                 guards.questions(self.guard, self.tokenizer, "What is this?", "A question.")
             architectures = " ".join(config.architectures or ())
             classifies = self.guard is None and "SequenceClassification" in architectures
-            kind: Any = (AutoModelForSequenceClassification if classifies else AutoModelForImageTextToText
-                         if "ForConditionalGeneration" in architectures else AutoModelForCausalLM)
+            kind: Any = (
+                AutoModelForSequenceClassification
+                if classifies
+                else AutoModelForImageTextToText
+                if "ForConditionalGeneration" in architectures
+                else AutoModelForCausalLM
+            )
             self.unsafe = _unsafe_label(config.id2label, directory) if classifies else -1
             self.model = kind.from_pretrained(directory, dtype=dtype, trust_remote_code=False).to(device).eval()
         except (OSError, ValueError, KeyError) as error:
@@ -77,8 +82,14 @@ class Judge:
             return Opinion(max(self._yes(ids, ("Yes",), ("No",)) for ids in asked))
         ids = torch.tensor([asked[0]], device=self.device)
         with greedy(self.model):
-            output = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1,
-                                         max_new_tokens=guards.NEW_TOKENS[self.guard], pad_token_id=pad_token(self.tokenizer))
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=guards.NEW_TOKENS[self.guard],
+                pad_token_id=pad_token(self.tokenizer),
+            )
         return guards.read(self.guard, str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)))
 
     @torch.no_grad()
@@ -103,8 +114,10 @@ def judge_all(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> l
     Ranks take pairs in turn. None stands where the judge could not be read.
     """
     pairs = list(zip(prompts, answers, strict=True))
-    mine = [judge.opinion(*pair)
-            for pair in tqdm(pairs[processes.rank() :: processes.world_size()], desc="judge", disable=processes.rank() != 0)]
+    mine = [
+        judge.opinion(*pair)
+        for pair in tqdm(pairs[processes.rank() :: processes.world_size()], desc="judge", disable=processes.rank() != 0)
+    ]
     parts = processes.all_gather_object(mine)
     found = [parts[i % len(parts)][i // len(parts)] for i in range(len(pairs))]
     says_refusal = judge.guard in ("qwen3guard", "wildguard")
@@ -116,8 +129,10 @@ def _unsafe_label(labels: dict[int, str], directory: str) -> int:
         for index, label in labels.items():
             if str(label).lower().replace("_", " ").split()[0:1] == [wanted]:
                 return int(index)
-    raise ConfigError(f"--judge_model {directory} has the labels {', '.join(map(str, labels.values()))}: none begins with "
-                      f"{', '.join(UNSAFE_LABELS)}; rename its id2label in config.json")
+    raise ConfigError(
+        f"--judge_model {directory} has the labels {', '.join(map(str, labels.values()))}: none begins with "
+        f"{', '.join(UNSAFE_LABELS)}; rename its id2label in config.json"
+    )
 
 
 def _first_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:

@@ -90,8 +90,15 @@ class ShardedLM(TemplateLM):  # type: ignore[misc]
         for length, which in by_length.items():
             # As the harness's own models do: what the context cannot hold is cut from the left.
             prompts = [self.tok_encode(requests[i].args[0])[-(self.context - length) :] for i in which]
-            texts = generate_after(self.model, self.tokenizer, prompts, max_new_tokens=length,
-                                   batch_size=self.batch_size, synced=processes.world_size() > 1, desc="lm-eval")
+            texts = generate_after(
+                self.model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=length,
+                batch_size=self.batch_size,
+                synced=processes.world_size() > 1,
+                desc="lm-eval",
+            )
             for i, text in zip(which, texts, strict=True):
                 until = handle_stop_sequences(requests[i].args[1].get("until"), eos=None)
                 found[i] = text[: min((text.find(stop) for stop in until if stop and stop in text), default=len(text))]
@@ -107,17 +114,31 @@ def check_tasks(names: Sequence[str], include: str | None = None) -> None:
     """ConfigError for a name that the harness does not know."""
     unknown = sorted(set(names) - set(known_tasks(include).all_tasks))
     if unknown:
-        raise ConfigError(f"{', '.join(unknown)}: no such task in lm-evaluation-harness (lm-eval ls tasks lists them; "
-                          "--lm_eval_include adds a directory of your own yaml files)")
+        raise ConfigError(
+            f"{', '.join(unknown)}: no such task in lm-evaluation-harness (lm-eval ls tasks lists them; "
+            "--lm_eval_include adds a directory of your own yaml files)"
+        )
 
 
-def run_tasks(model: Any, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], *, batch_size: int,
-              max_new_tokens: int, include: str | None = None, limit: int = 0,
-              fewshot: int | None = None) -> dict[str, Any]:
+def run_tasks(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    include: str | None = None,
+    limit: int = 0,
+    fewshot: int | None = None,
+) -> dict[str, Any]:
     """The harness's results on ``names``: {'results': …, 'samples': …}. Collective; the same on every rank."""
     found = simple_evaluate(
-        model=ShardedLM(model, tokenizer, batch_size, max_new_tokens), tasks=list(names), num_fewshot=fewshot,
-        limit=limit or None, task_manager=known_tasks(include), bootstrap_iters=0,
+        model=ShardedLM(model, tokenizer, batch_size, max_new_tokens),
+        tasks=list(names),
+        num_fewshot=fewshot,
+        limit=limit or None,
+        task_manager=known_tasks(include),
+        bootstrap_iters=0,
         apply_chat_template=bool(tokenizer.chat_template),
     )
     kept = {} if found is None else {"results": found["results"], "samples": found["samples"]}

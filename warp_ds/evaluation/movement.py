@@ -39,8 +39,10 @@ def open_basis(before: Path, after: Path, basis_dir: str | Path) -> BasisStore:
     """The basis; ArtifactError where it is of another kind, not of ``before``, or of other shapes than ``after``."""
     basis = BasisStore(basis_dir)
     if basis.metadata.basis != "activation":
-        raise ArtifactError(f"the basis in {basis.directory} is {basis.metadata.basis}: movement on the safety inputs "
-                            "needs their covariance, so a basis of phase 1 with --basis activation")
+        raise ArtifactError(
+            f"the basis in {basis.directory} is {basis.metadata.basis}: movement on the safety inputs "
+            "needs their covariance, so a basis of phase 1 with --basis activation"
+        )
     basis.check(basis.layers, fingerprint_model(before), str(before))
     Model.of(after, basis.layers).weight(basis.layers[0])
     return basis
@@ -56,8 +58,11 @@ def movement(before: Path, after: Path, basis_dir: str | Path) -> dict[str, floa
     with consensus.on_every_rank_or_none("opening the basis"):
         basis = open_basis(before, after, basis_dir)
         old, new = Model.of(before, basis.layers), Model.of(after, basis.layers)
-    moved = layer_by_layer(basis.layers, lambda layer: relative_movement(
-        old.weight(layer), new.weight(layer), *basis.columns(layer.name)), "measuring the movement")
+    moved = layer_by_layer(
+        basis.layers,
+        lambda layer: relative_movement(old.weight(layer), new.weight(layer), *basis.columns(layer.name)),
+        "measuring the movement",
+    )
     return {layer.name: value for layer, value in zip(basis.layers, moved, strict=True)}
 
 
@@ -66,6 +71,7 @@ def frozen_drift(before: Path, after: Path, masks_dir: str | Path, basis_dir: st
 
     ``basis_dir`` is the one that the masks were made with, on ``before``; ArtifactError where it is not.
     """
+
     def covered() -> Iterator[Contents]:
         yield model_contents(before)
         yield MaskStore(masks_dir).contents()
@@ -76,8 +82,9 @@ def frozen_drift(before: Path, after: Path, masks_dir: str | Path, basis_dir: st
         masks, basis = MaskStore(masks_dir), BasisStore(basis_dir)
         masks.check(basis, fingerprint_model(before), str(before))
         old, new = Model.of(before, masks.layers), Model.of(after, masks.layers)
-    return relative_drift(layer_by_layer(masks.layers, lambda layer: layer_drift(layer, old, new, masks, basis),
-                                         "measuring the drift"))
+    return relative_drift(
+        layer_by_layer(masks.layers, lambda layer: layer_drift(layer, old, new, masks, basis), "measuring the drift")
+    )
 
 
 def layer_by_layer(layers: Sequence[TargetLayer], measure: Callable[[TargetLayer], T], what: str) -> list[T]:

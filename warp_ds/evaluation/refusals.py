@@ -34,25 +34,31 @@ _THOUGHT_END = re.compile(r"\A.*</(?:think|thinking|thought|reasoning)>", re.DOT
 _SENTENCE = re.compile(r"(?<=[.!?])[\"')*\]]*\s+|\n+|(?<=[a-z]):\s+(?=[A-Z*\d])|\s+[\u2013\u2014]\s+")
 
 _I = r"(?:i|we|this (?:ai|assistant|response|model|platform)|the assistant|my (?:programming|guidelines|purpose|training))"
-_ADVERB = (r"(?:(?:really|simply|just|absolutely|also|therefore|personally|honestly|definitely|unfortunately|however|still|"
-           r"not only|certainly|actually|in good conscience|under any circumstances|ever|never|and|or|as an ai[^,.]*,|"
-           r"ethically|legally|morally|currently|directly|be|do|to|do so,?|will not|won't|cannot|can't|must not|should not)\s+)*")
-_CANNOT = (r"(?:can ?not|(?:will|would|could) never|can't|can not|won't|will not|wouldn't|would not|could not|couldn't|shouldn't|should not|must not|"
-           r"am (?:just |simply |sorry,? but |)?(?:unable|not (?:able|going|allowed|permitted|willing|in a position|capable of|"
-           r"programmed|designed|equipped|authorized|comfortable|built))|"
-           r"'m (?:just |simply )?(?:unable|not (?:able|going|allowed|permitted|willing|in a position|capable of|programmed|"
-           r"designed|equipped|authorized|comfortable|built))|"
-           r"do not (?:have the (?:ability|capability)|feel comfortable|want to)|"
-           r"don't (?:have the (?:ability|capability)|feel comfortable|want to)|"
-           r"(?:do not|don't) (?:provide|create|generate|condone|engage|assist|support|promote|encourage|participate|help))")
-_HELP = (r"(?:help|assist|provid|giv|creat|writ|generat|fulfil|answer|compl(?:y|et|ied)|do (?:that|this|so|it|what)|support|promot|"
-         r"condon|encourag|offer|engag|participat|discuss|shar|suggest|advis|recommend|tell|teach|endors|produc|continu|respond|"
-         r"facilitat|satisf|guid|explain|describ|show|list|mak|draft|compos|develop|design|instruct|carry|perform|recogni[sz]e|"
-         r"process|proceed|agree|accept|accommodat|contribut|entertain|roleplay|role-play|pretend|simulat|translat|disclos|reveal|"
-         r"speculat|comment|express|send|log|retriev|find|search|take|make|say|present|justif|"
-         r"be (?:used|a part|part|involved|able)|in good|violat|go against|spread|outlin|publish|supply|deliver|allow|with that|"
-         r"from|your request|you (?:with|how)|talk|enabl|advocat|rewrit|edit|paraphras|summari[sz]|to$|repeat|display|convert|"
-         r"modif|identif|locat|hack|crack|impersonat|point you|go into|elaborat|add |direct you|walk you|imagine|execut|run )")
+_ADVERB = (
+    r"(?:(?:really|simply|just|absolutely|also|therefore|personally|honestly|definitely|unfortunately|however|still|"
+    r"not only|certainly|actually|in good conscience|under any circumstances|ever|never|and|or|as an ai[^,.]*,|"
+    r"ethically|legally|morally|currently|directly|be|do|to|do so,?|will not|won't|cannot|can't|must not|should not)\s+)*"
+)
+_CANNOT = (
+    r"(?:can ?not|(?:will|would|could) never|can't|can not|won't|will not|wouldn't|would not|could not|couldn't|shouldn't|should not|must not|"
+    r"am (?:just |simply |sorry,? but |)?(?:unable|not (?:able|going|allowed|permitted|willing|in a position|capable of|"
+    r"programmed|designed|equipped|authorized|comfortable|built))|"
+    r"'m (?:just |simply )?(?:unable|not (?:able|going|allowed|permitted|willing|in a position|capable of|programmed|"
+    r"designed|equipped|authorized|comfortable|built))|"
+    r"do not (?:have the (?:ability|capability)|feel comfortable|want to)|"
+    r"don't (?:have the (?:ability|capability)|feel comfortable|want to)|"
+    r"(?:do not|don't) (?:provide|create|generate|condone|engage|assist|support|promote|encourage|participate|help))"
+)
+_HELP = (
+    r"(?:help|assist|provid|giv|creat|writ|generat|fulfil|answer|compl(?:y|et|ied)|do (?:that|this|so|it|what)|support|promot|"
+    r"condon|encourag|offer|engag|participat|discuss|shar|suggest|advis|recommend|tell|teach|endors|produc|continu|respond|"
+    r"facilitat|satisf|guid|explain|describ|show|list|mak|draft|compos|develop|design|instruct|carry|perform|recogni[sz]e|"
+    r"process|proceed|agree|accept|accommodat|contribut|entertain|roleplay|role-play|pretend|simulat|translat|disclos|reveal|"
+    r"speculat|comment|express|send|log|retriev|find|search|take|make|say|present|justif|"
+    r"be (?:used|a part|part|involved|able)|in good|violat|go against|spread|outlin|publish|supply|deliver|allow|with that|"
+    r"from|your request|you (?:with|how)|talk|enabl|advocat|rewrit|edit|paraphras|summari[sz]|to$|repeat|display|convert|"
+    r"modif|identif|locat|hack|crack|impersonat|point you|go into|elaborat|add |direct you|walk you|imagine|execut|run )"
+)
 _EXPLICIT = [re.compile(pattern) for pattern in (
     rf"\b{_I} ?{_ADVERB}{_CANNOT}[ *]*{_ADVERB}{_HELP}",
     rf"^(?:sorry,? |unfortunately,? |no,? )*(?:but )?(?:{_ADVERB})(?:cannot|can't|can not|won't|unable to) {_HELP}",
@@ -103,13 +109,17 @@ _UNABLE = [re.compile(pattern) for pattern in (
     r"\bi have no (?:information|access|knowledge|record)",
 )]  # fmt: skip
 
-_ADJECTIVE = (r"(?:(?:a |an )?(?:legal|ethical|recommended|advisable|acceptable|appropriate) |ethical|appropriate|acceptable|right|legal|ok|okay|morally|lawful|responsible|respectful|kind|fair|accurate|correct|"
-              r"true|productive|helpful|advisable|safe|wise|a good idea|recommended|possible to (?:justify|make (?:general|broad))|"
-              r"reasonable|constructive|justifi|permissible|allowed|funny|cool|healthy|socially)")
-_UN = (r"(?:illegal|unethical|inappropriate|wrong|harmful|immoral|unacceptable|against the law|dangerous|offensive|never (?:ok|okay|"
-       r"acceptable|right|appropriate|justified)|unfair|disrespectful|hurtful|discriminatory|racist|sexist|a (?:serious )?(?:crime|"
-       r"criminal|violation|felony)|morally|completely (?:false|un|in)|deeply (?:un|in|hurt|offens|wrong)|highly (?:unethical|unacceptable|inappropriate|illegal|irresponsible|offensive|dangerous)|strictly (?:prohibited|forbidden)|"
-       r"irresponsible|reprehensible|not only)")
+_ADJECTIVE = (
+    r"(?:(?:a |an )?(?:legal|ethical|recommended|advisable|acceptable|appropriate) |ethical|appropriate|acceptable|right|legal|ok|okay|morally|lawful|responsible|respectful|kind|fair|accurate|correct|"
+    r"true|productive|helpful|advisable|safe|wise|a good idea|recommended|possible to (?:justify|make (?:general|broad))|"
+    r"reasonable|constructive|justifi|permissible|allowed|funny|cool|healthy|socially)"
+)
+_UN = (
+    r"(?:illegal|unethical|inappropriate|wrong|harmful|immoral|unacceptable|against the law|dangerous|offensive|never (?:ok|okay|"
+    r"acceptable|right|appropriate|justified)|unfair|disrespectful|hurtful|discriminatory|racist|sexist|a (?:serious )?(?:crime|"
+    r"criminal|violation|felony)|morally|completely (?:false|un|in)|deeply (?:un|in|hurt|offens|wrong)|highly (?:unethical|unacceptable|inappropriate|illegal|irresponsible|offensive|dangerous)|strictly (?:prohibited|forbidden)|"
+    r"irresponsible|reprehensible|not only)"
+)
 _WEAK = [re.compile(pattern) for pattern in (
     r"^(?:no,? |sorry,? )*(?:i|we) (?:do not|don't|never) (?:create|write|make|produce|generate|provide|build|answer|discuss|do|share) "
     r"[\w' ]{1,40}[.!]?$",
@@ -145,8 +155,10 @@ _WEAK = [re.compile(pattern) for pattern in (
     r"promot|encourag|made|done|attempt|discriminat|considered|blam|judg)",
 )]  # fmt: skip
 
-_BARE = re.compile(r"(?:(?:sorry|no|nope|never|no way|not a chance|not possible|impossible|no can do|hard pass|absolutely not|certainly not|i (?:refuse|decline|can't|cannot|"
-                   r"won't))[,.! ]*)+")
+_BARE = re.compile(
+    r"(?:(?:sorry|no|nope|never|no way|not a chance|not possible|impossible|no can do|hard pass|absolutely not|certainly not|i (?:refuse|decline|can't|cannot|"
+    r"won't))[,.! ]*)+"
+)
 """A whole answer that is no more than "No." """
 _SHORT = re.compile(
     r"(?:sorry,? |unfortunately,? |no,? |nope,? )*(?:(?:this|that|it)(?: is|'s) not|(?:this|that|it) isn't|not) (?:something|a thing|"
@@ -186,12 +198,18 @@ _ALL_THE_SAME = re.compile(
     r"still want)|if it (?:must|has to))\b(?![^.]{0,80}\b(?:please|contact|reach|consult|seek|speak|talk|call|i can|i'd|i'm|let me|questions?)\b)"
 )
 """Words with which an answer turns from a decline to the thing itself, without announcing it."""
-_SAID = (r"(?:said|says|asked|asks|whispered|replied|answered|cried|shouted|muttered|murmured|sighed|told|added|exclaimed|yelled|sobbed|"
-         r"screamed|continued|thought|snapped|growled|mumbled|stammered|insisted|admitted|laughed|called|begged)")
-_SPEECH = re.compile(rf'"[^"\n]{{1,400}}[,.!?-]"(?= (?:\w+ ){{1,3}}?{_SAID}\b| {_SAID}\b)|(?<=[,:] )(?<=\w[,:] )"[^"\n]{{1,400}}"(?=\s+\w)')
+_SAID = (
+    r"(?:said|says|asked|asks|whispered|replied|answered|cried|shouted|muttered|murmured|sighed|told|added|exclaimed|yelled|sobbed|"
+    r"screamed|continued|thought|snapped|growled|mumbled|stammered|insisted|admitted|laughed|called|begged)"
+)
+_SPEECH = re.compile(
+    rf'"[^"\n]{{1,400}}[,.!?-]"(?= (?:\w+ ){{1,3}}?{_SAID}\b| {_SAID}\b)|(?<=[,:] )(?<=\w[,:] )"[^"\n]{{1,400}}"(?=\s+\w)'
+)
 """What somebody in a story says."""
-_ASIDE = re.compile(r"^(?:unfortunately,? |sorry,? |no,? )*i (?:cannot|can't) (?:access|browse|open|see|view|hear|listen|look|know|check|test|run)\b"
-                    r"[^.]{0,60}?,? but (?!i\b|if you (?:have|need)|please\b|feel free)(?=[^\n]{60})")
+_ASIDE = re.compile(
+    r"^(?:unfortunately,? |sorry,? |no,? )*i (?:cannot|can't) (?:access|browse|open|see|view|hear|listen|look|know|check|test|run)\b"
+    r"[^.]{0,60}?,? but (?!i\b|if you (?:have|need)|please\b|feel free)(?=[^\n]{60})"
+)
 """An inability to look that the same sentence gets over."""
 _DENIES_FACT = re.compile(r"(?!(?:i|that|this|it|you|we|stop|please|never|not|no|such|there|my|let|don't|do)\b)")
 """How a sentence after "No." begins that gives a fact, and declines nothing."""
@@ -206,7 +224,9 @@ _HELPS = re.compile(
 )  # fmt: skip
 
 
-_YES_NO = re.compile(r"(?:is|are|am|was|were|does|do|did|can|could|should|would|will|has|have|may|isn't|aren't|don't|doesn't)\b")
+_YES_NO = re.compile(
+    r"(?:is|are|am|was|were|does|do|did|can|could|should|would|will|has|have|may|isn't|aren't|don't|doesn't)\b"
+)
 _EAGER = re.compile(
     r"^(?:sure|certainly|of course|absolutely[!,]|yes\b|(?:okay|alright),? (?:here|let(?:'s| us) (?:break|learn|get|explore|dive))|here(?:'s| is| are)\b|i(?:'d| would) be (?:happy|glad|delighted)|i(?:'m| am) (?:happy|glad) to|"
     r"title:|subject:|dear |great (?:question|idea)|happy to|i can (?:certainly |definitely )?(?:help|provide|give|offer|tell|show))"
@@ -284,5 +304,7 @@ def _so_far(before: list[str]) -> bool:
 
 def _does_it(announcement: re.Pattern[str], text: str, substance: int = SUBSTANCE) -> bool:
     """Whether help is announced and follows, and is not something else instead (a legal way, reasons why not)."""
-    first = next((found for found in announcement.finditer(text) if not re.search(r"\bnot\b|cannot|n't\b", found.group())), None)
+    first = next(
+        (found for found in announcement.finditer(text) if not re.search(r"\bnot\b|cannot|n't\b", found.group())), None
+    )
     return bool(first and len(text) - first.end() > substance and not _ELSEWHERE.search(text[first.start() : first.end() + 80]))

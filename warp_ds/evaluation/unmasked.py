@@ -27,8 +27,17 @@ KINDS = {
 }
 FILES = {
     "generation_config.json": ("generation_config.json",),
-    "tokenizer": ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                  "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+    "tokenizer": (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "spiece.model",
+    ),
     "chat template": ("chat_template.jinja", "chat_template.json"),
 }
 CONFIG = "config.json"
@@ -59,8 +68,13 @@ def compare_tensors(before: Mapping[str, StoredTensor], after: Mapping[str, Stor
             continue
         changed = [_named(name, before, after) for name in names if not _same(name, before, after, read)]
         shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-        found.append({"what": kind, "state": CHANGED if changed else SAME, "detail": (
-            f"{len(changed)} of {len(names)}: {shown}" if changed else f"{len(names)}")})
+        found.append(
+            {
+                "what": kind,
+                "state": CHANGED if changed else SAME,
+                "detail": (f"{len(changed)} of {len(names)}: {shown}" if changed else f"{len(names)}"),
+            }
+        )
     return found
 
 

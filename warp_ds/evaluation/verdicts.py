@@ -99,10 +99,7 @@ _FUNCTION = _DETERMINERS | _PREPOSITIONS | _SUBJECTS | _OBJECTS | _AUXILIARIES |
 
 # (words, words that do not follow them in English prose); "a will", "to be" and questions ("can the") are spared.
 _CLASHES = (
-    (
-        _DETERMINERS,
-        (_DETERMINERS | _PREPOSITIONS | _SUBJECTS | _AUXILIARIES | _JOINERS) - _MODALS - {"per", "over", "while"},
-    ),
+    (_DETERMINERS, (_DETERMINERS | _PREPOSITIONS | _SUBJECTS | _AUXILIARIES | _JOINERS) - _MODALS - {"per", "over", "while"}),
     (_PREPOSITIONS, (_AUXILIARIES | {"and", "or", "but", "of"}) - {"be", "do", "have", "being", "may"}),
     (_SUBJECTS, _DETERMINERS | _SUBJECTS | {"of"}),
     (_MODALS, (_AUXILIARIES | {"of", "and"}) - {"be", "have", "do"}),
@@ -115,8 +112,10 @@ _LOOP = re.compile(r"(\S.{0,39}?)\1{3,}", re.DOTALL)
 _SUM = re.compile(r"= ?<<|<<[-\d.,+*/()%$ ]*=|=[-\d.,+*/()%$ ]*>>|####[-\d.,+*/%$ ]+\Z")
 _PROGRAM = re.compile(r"```|\b(?:def|return|import|include|function|class|const|void|int|var|let|sudo|select)\b.*[(){};=<>]")
 _ITEM = r"[^\s,;:.!?]+(?: [^\s,;:.!?]+){0,3}"
-_LIST = re.compile(rf"(?:{_ITEM}:\s*{_ITEM}(?:[,;]\s*(?:and |or )?{_ITEM}){{2,}}\.?\s*)+|"
-                   rf"(?:{_ITEM}:\s*\n)?(?:\s*(?:[-*\u2022]|\d+[.)]) {_ITEM}\.?\s*(?:\n|\Z)){{3,}}")
+_LIST = re.compile(
+    rf"(?:{_ITEM}:\s*{_ITEM}(?:[,;]\s*(?:and |or )?{_ITEM}){{2,}}\.?\s*)+|"
+    rf"(?:{_ITEM}:\s*\n)?(?:\s*(?:[-*\u2022]|\d+[.)]) {_ITEM}\.?\s*(?:\n|\Z)){{3,}}"
+)
 _TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[^\w\s]")
 
 

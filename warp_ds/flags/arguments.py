@@ -153,10 +153,10 @@ class BasisArguments(SafetyDataArguments, LayerArguments, RunArguments):
     )
     energy: float = flag(1.0, "keep the leading directions that hold this share of the eigenvalues' sum")
     max_rank: int = flag(0, "keep at most this many directions; 0 = no limit")
-    collect: str = flag("auto", "auto, walk (layer by layer) or hooks (all layers at once)",
-                         choices=["auto", "walk", "hooks"])
-    svd_placement: str = flag("auto", "where bases are decomposed: auto, balanced (over ranks) or rank0",
-                               choices=["auto", "balanced", "rank0"])
+    collect: str = flag("auto", "auto, walk (layer by layer) or hooks (all layers at once)", choices=["auto", "walk", "hooks"])
+    svd_placement: str = flag(
+        "auto", "where bases are decomposed: auto, balanced (over ranks) or rank0", choices=["auto", "balanced", "rank0"]
+    )
 
     def check(self) -> None:
         super().check()
@@ -171,16 +171,12 @@ class ImportanceArguments(SafetyDataArguments, LayerArguments, RunArguments):
 
     safety_samples: int = flag(50, "how many safety samples, in order; 0 = all")
     basis_dir: str | None = flag(None, "basis of phase 1; the newest finished one under --output_dir if not given")
-    basis: str = flag("auto", "auto (what --basis_dir holds) or identity (needs no basis files)",
-                       choices=["auto", "identity"])
+    basis: str = flag("auto", "auto (what --basis_dir holds) or identity (needs no basis files)", choices=["auto", "identity"])
     importance_batch_size: int = flag(4, "samples whose mean loss gives one gradient, over the whole job")
     keep_ratio: float = flag(0.1, "share of the coefficients to freeze")
-    mask_scope: str = flag("layer", "layer: the same share in each; global: one threshold for all",
-                            choices=["layer", "global"])
-    mask_unit: str = flag("entry", "what is frozen together: entry, column or row",
-                           choices=["entry", "column", "row"])
-    score: str = flag("importance", "importance, singular_value or random",
-                       choices=["importance", "singular_value", "random"])
+    mask_scope: str = flag("layer", "layer: the same share in each; global: one threshold for all", choices=["layer", "global"])
+    mask_unit: str = flag("entry", "what is frozen together: entry, column or row", choices=["entry", "column", "row"])
+    score: str = flag("importance", "importance, singular_value or random", choices=["importance", "singular_value", "random"])
 
     def check(self) -> None:
         super().check()
@@ -196,11 +192,17 @@ class TrainArguments(UtilityDataArguments, LayerArguments, TrainingFlags):
 
     batch_size: int = flag(2, "micro-batch per rank, in samples")
     basis_dir: str | None = flag(None, "basis of phase 1; the one that the masks were made with if not given")
-    basis_placement: str = flag("auto", "who holds the bases: every rank (replicated), one rank each (owner), all together, "
-                                        "gathered ahead of use (sharded), or auto: the fastest that fits",
-                                choices=["auto", "replicated", "sharded", "owner"])
-    masks_dir: str | None = flag(None, "masks of phase 2; the newest finished ones under --output_dir; none = no mask,"
-                                    " and --target_layers, --layer_type name what trains")
+    basis_placement: str = flag(
+        "auto",
+        "who holds the bases: every rank (replicated), one rank each (owner), all together, "
+        "gathered ahead of use (sharded), or auto: the fastest that fits",
+        choices=["auto", "replicated", "sharded", "owner"],
+    )
+    masks_dir: str | None = flag(
+        None,
+        "masks of phase 2; the newest finished ones under --output_dir; none = no mask,"
+        " and --target_layers, --layer_type name what trains",
+    )
     train_scope: str = flag("warp", "warp: the masked layers alone; all: every parameter", choices=["warp", "all"])
 
     def check(self) -> None:
@@ -225,8 +227,10 @@ class EvaluateArguments(RunArguments):
     response_column: str | None = flag(None, "column of the responses; guessed where not given")
     max_new_tokens: int = flag(256, "longest generated answer, in tokens")
     prompt_file: str | None = flag(None, "comma-separated files of your own attack prompts, verdicts as for refusal")
-    reference_model: str | None = flag(None, "the model before training: answers that it finds unlikely are noise too,"
-                                          " and every prompt is compared with its answer")
+    reference_model: str | None = flag(
+        None,
+        "the model before training: answers that it finds unlikely are noise too, and every prompt is compared with its answer",
+    )
     basis_dir: str | None = flag(None, "basis of phase 1 of the reference: how far each layer's outputs moved")
     judge_model: str | None = flag(None, "local classifier or causal LM as second opinion on the verdicts")
     lm_eval_include: str | None = flag(None, "directory of your own lm-eval task files")
@@ -275,12 +279,14 @@ class CompareArguments(SafetyDataArguments, LayerArguments, RunArguments):
     max_rank: int = flag(0, "bases keep at most this many directions; 0 = no limit")
     collect: str = flag("auto", "as of phase 1: auto, walk or hooks", choices=["auto", "walk", "hooks"])
     svd_placement: str = flag("auto", "as of phase 1: auto, balanced or rank0", choices=["auto", "balanced", "rank0"])
-    basis_placement: str = flag("auto", "as of phase 3: auto, replicated, sharded or owner",
-                                choices=["auto", "replicated", "sharded", "owner"])
+    basis_placement: str = flag(
+        "auto", "as of phase 3: auto, replicated, sharded or owner", choices=["auto", "replicated", "sharded", "owner"]
+    )
     save_minutes: float = flag(15.0, "minutes between a training's checkpoints; 0 = none but those of TrainingArguments")
     importance_batch_size: int = flag(4, "samples whose mean loss gives one gradient")
-    train_scope: str = flag("warp", "warp: masked arms train the masked layers alone; all: every parameter",
-                             choices=["warp", "all"])
+    train_scope: str = flag(
+        "warp", "warp: masked arms train the masked layers alone; all: every parameter", choices=["warp", "all"]
+    )
     epochs: float = flag(3.0, "passes over the task")
     global_batch_size: int = flag(8, "samples per optimizer step over all ranks")
     max_new_tokens: int = flag(256, "longest generated answer, in tokens")

@@ -15,16 +15,20 @@ from warp_ds.secrets import holds_secret, redact
 def refuse_secrets(what: str, value: Any) -> None:
     """ConfigError where ``value`` (of the flag ``what``) holds what looks like a token, a password or a key."""
     if not str(value).startswith("--") and holds_secret(value, what.removeprefix("--")):
-        raise ConfigError(f"{redact(what)} holds what looks like a token, a password or a key: the command line is seen by "
-                          "every user of the machine, and stored with the run. Leave it out, and give it in the environment "
-                          "(HF_TOKEN, say, or `hf auth login`), which jobs inherit")
+        raise ConfigError(
+            f"{redact(what)} holds what looks like a token, a password or a key: the command line is seen by "
+            "every user of the machine, and stored with the run. Leave it out, and give it in the environment "
+            "(HF_TOKEN, say, or `hf auth login`), which jobs inherit"
+        )
 
 
 def refuse_control_characters(what: str, value: Any) -> None:
     """ConfigError where ``value`` (of the flag ``what``), or anything in it, holds a line end or another control character."""
     if found := control_character(value):
-        raise ConfigError(f"{what} holds the character {found}, a line end or another control character, which no value of "
-                          f"this program has: {ascii(value)[:120]}")
+        raise ConfigError(
+            f"{what} holds the character {found}, a line end or another control character, which no value of "
+            f"this program has: {ascii(value)[:120]}"
+        )
 
 
 def check_run_name(name: str | None) -> None:

@@ -10,14 +10,50 @@ from typing import Any
 from warp_ds.flags.arguments import RunArguments
 
 #: Flags that do not change what a run computes: two runs that differ in these alone may resume one another.
-NOT_IDENTITY = ("output_dir", "log_dir", "run_name", "resume", "debug", "device", "timeout", "local_rank", "deepspeed",
-                "save_minutes", "max_requeues", "arms", "learning_rates", "arm_rates", "seeds", "at_utility",
-                "keep_models", "batch_size", "eval_batch_size", "gradient_checkpointing", "basis_placement", "collect",
-                "svd_placement")
+NOT_IDENTITY = (
+    "output_dir",
+    "log_dir",
+    "run_name",
+    "resume",
+    "debug",
+    "device",
+    "timeout",
+    "local_rank",
+    "deepspeed",
+    "save_minutes",
+    "max_requeues",
+    "arms",
+    "learning_rates",
+    "arm_rates",
+    "seeds",
+    "at_utility",
+    "keep_models",
+    "batch_size",
+    "eval_batch_size",
+    "gradient_checkpointing",
+    "basis_placement",
+    "collect",
+    "svd_placement",
+)
 #: Of what lies on this machine's disks, a run knows the contents (``start_run``'s fingerprints), whatever the path.
-BY_CONTENT = ("model_name", "safety_data", "utility_data", "utility_heldout", "harmful_data", "harmless_data", "refusal_file",
-              "basis_dir", "masks_dir", "reference_model", "judge_model", "unaligned_model", "unaligned_data", "mix_file",
-              "foundation_data", "prompt_file")
+BY_CONTENT = (
+    "model_name",
+    "safety_data",
+    "utility_data",
+    "utility_heldout",
+    "harmful_data",
+    "harmless_data",
+    "refusal_file",
+    "basis_dir",
+    "masks_dir",
+    "reference_model",
+    "judge_model",
+    "unaligned_model",
+    "unaligned_data",
+    "mix_file",
+    "foundation_data",
+    "prompt_file",
+)
 
 
 def identity_settings(arguments: RunArguments) -> dict[str, Any]:

@@ -48,8 +48,10 @@ def refuse_words(words: Sequence[str]) -> None:
 
 
 CONFIG_HELP = "--config FILE reads flags from a YAML file, such as 'keep_ratio: 0.1'; those on the command line win."
-PASSED_HELP = ("Flags of transformers' TrainingArguments are taken too, such as --lr_scheduler_type cosine --warmup_steps 50 "
-               f"--report_to tensorboard wandb: {', '.join(sorted(training_arguments.WORKS))}.")
+PASSED_HELP = (
+    "Flags of transformers' TrainingArguments are taken too, such as --lr_scheduler_type cosine --warmup_steps 50 "
+    f"--report_to tensorboard wandb: {', '.join(sorted(training_arguments.WORKS))}."
+)
 
 
 def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:
@@ -105,8 +107,10 @@ def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:
 #: Flags of the phases that a comparison and a sweep do not take, and what decides them there.
 DECIDED_BY_ARMS = {
     "basis": "--arms (original, osft, random-basis), and --bases of a sweep",
-    "mask_unit": "--arms (column), and --units of a sweep", "score": "--arms (osft, random-mask)",
-    "basis_dir": "the comparison, which makes its own bases", "masks_dir": "the comparison, which makes its own masks",
+    "mask_unit": "--arms (column), and --units of a sweep",
+    "score": "--arms (osft, random-mask)",
+    "basis_dir": "the comparison, which makes its own bases",
+    "masks_dir": "the comparison, which makes its own masks",
 }
 
 
@@ -124,9 +128,7 @@ def grouped(words: Sequence[str]) -> list[list[str]]:
     return groups
 
 
-def _parse(
-    kind: type[Arguments], argv: list[str] | None, epilog: str, kinds: Sequence[Any]
-) -> tuple[Arguments, list[str]]:
+def _parse(kind: type[Arguments], argv: list[str] | None, epilog: str, kinds: Sequence[Any]) -> tuple[Arguments, list[str]]:
     """The flags of ``kind``, and the words that belong to none of them; a configuration file may have those of ``kinds``."""
     parser = FlagParser(kind, description=kind.__doc__, epilog=epilog)
     arguments, rest = parser.parse_args_into_dataclasses(
@@ -192,8 +194,10 @@ def _yaml_text(node: Any, where: str) -> str:
     if isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN:
         return str(node.value)
     what = {"MappingNode": "a nested mapping", "SequenceNode": "a list"}.get(type(node).__name__, f"a {node.tag}")
-    raise ConfigError(f"{where}: {what} where one value belongs: flags are one name and one value a line, without groups; a "
-                      "flag that takes JSON has it in quotes")
+    raise ConfigError(
+        f"{where}: {what} where one value belongs: flags are one name and one value a line, without groups; a "
+        "flag that takes JSON has it in quotes"
+    )
 
 
 def _flags_of(name: str, node: Any, field: Any, where: str) -> list[str]:

@@ -18,22 +18,49 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-CHANGES_TRAINING = frozenset({
-    "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm", "label_smoothing_factor",
-})
+CHANGES_TRAINING = frozenset(
+    {
+        "max_steps",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "warmup_steps",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "max_grad_norm",
+        "label_smoothing_factor",
+    }
+)
 #: Saving, logging and reading: two runs that differ in these alone are one run.
-CHANGES_NO_TRAINING = frozenset({
-    "torch_empty_cache_steps", "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level",
-    "log_level_replica", "disable_tqdm", "report_to", "save_strategy", "save_steps", "save_total_limit",
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-    "dataloader_multiprocessing_context",
-})
+CHANGES_NO_TRAINING = frozenset(
+    {
+        "torch_empty_cache_steps",
+        "logging_strategy",
+        "logging_steps",
+        "logging_first_step",
+        "logging_nan_inf_filter",
+        "log_level",
+        "log_level_replica",
+        "disable_tqdm",
+        "report_to",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+        "dataloader_multiprocessing_context",
+    }
+)
 WORKS = CHANGES_TRAINING | CHANGES_NO_TRAINING
 
 #: Where they are not given: other than TrainingArguments' own.
 DEFAULTS: dict[str, Any] = {
-    "logging_steps": 10, "save_strategy": "no", "report_to": "none",
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "report_to": "none",
     "logging_nan_inf_filter": False,  # else a training that has come apart says that its loss is 0
 }
 
@@ -72,7 +99,7 @@ REFUSED = {
     **{name: f"set by this project: use {flag}" for name, flag in OURS.items()},
     "average_tokens_across_devices": "without it the training depends on the number of ranks; leave it out",
     "auto_find_batch_size": "ranks that start anew by themselves lose each other; give a smaller --batch_size, which does not "
-                            "change the training",
+    "change the training",
     "neftune_noise_alpha": "its noise would depend on the number of ranks and the micro-batch; leave it out",
     "optim_target_modules": "GaLore's and APOLLO's optimizers do not take the masked step; leave it out",
     "torch_compile": _NOT_CHECKED,
@@ -112,14 +139,31 @@ _WITH_HUB = "it belongs to --push_to_hub; use `hf upload REPO RUN/model`"
 _WITH_DDP = "it belongs to DDP, and training runs on DeepSpeed ZeRO-3; leave it out"
 #: Field -> why it changes nothing here; refused too.
 NO_EFFECT = {
-    **dict.fromkeys((
-        "eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches",
-        "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval",
-        "fp16_full_eval", "metric_for_best_model", "greater_is_better", "label_names"), _WITH_EVALUATION),
-    **dict.fromkeys((
-        "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"), _WITH_HUB),
-    **dict.fromkeys((
-        "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"), _WITH_DDP),
+    **dict.fromkeys(
+        (
+            "eval_steps",
+            "eval_delay",
+            "per_device_eval_batch_size",
+            "prediction_loss_only",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "eval_accumulation_steps",
+            "include_for_metrics",
+            "batch_eval_metrics",
+            "bf16_full_eval",
+            "fp16_full_eval",
+            "metric_for_best_model",
+            "greater_is_better",
+            "label_names",
+        ),
+        _WITH_EVALUATION,
+    ),
+    **dict.fromkeys(
+        ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"), _WITH_HUB
+    ),
+    **dict.fromkeys(
+        ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"), _WITH_DDP
+    ),
     "data_seed": "--seed decides the order of the samples; leave it out",
     "do_train": "phases 0 and 3 always train; leave it out",
     "length_column_name": "no column of lengths is read; leave it out",
@@ -246,8 +290,10 @@ def check_scheduler(found: Mapping[str, Any], learning_rate: float = 1.0) -> Non
     try:
         get_scheduler(kind, some, 2, 10, found.get("lr_scheduler_kwargs") or {})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--lr_scheduler_type {kind} with --lr_scheduler_kwargs {found.get('lr_scheduler_kwargs')}: {error}; "
-                         "its arguments are a JSON mapping, such as '{\"min_lr_rate\": 0.1}'") from error
+        raise ValueError(
+            f"--lr_scheduler_type {kind} with --lr_scheduler_kwargs {found.get('lr_scheduler_kwargs')}: {error}; "
+            "its arguments are a JSON mapping, such as '{\"min_lr_rate\": 0.1}'"
+        ) from error
 
 
 def reporters(given: str | Sequence[str]) -> list[str]:

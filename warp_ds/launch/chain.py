@@ -49,8 +49,12 @@ from warp_ds.store.runs import written_at
 from warp_ds.store.schema import SchemaError, check_fields
 
 PHASES: dict[str, type[RunArguments]] = {
-    "phase0": SafetyTuningArguments, "phase1": BasisArguments, "phase2": ImportanceArguments, "phase3": TrainArguments,
-    "evaluate": EvaluateArguments, "compare": CompareArguments,
+    "phase0": SafetyTuningArguments,
+    "phase1": BasisArguments,
+    "phase2": ImportanceArguments,
+    "phase3": TrainArguments,
+    "evaluate": EvaluateArguments,
+    "compare": CompareArguments,
 }
 TRAINING = ("phase0", "phase3", "compare")
 CPUS_OF_TASKS = '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'
@@ -62,8 +66,11 @@ class SubmitArguments:
     """What is queued, and where; every other flag goes to the phases that have it."""
 
     phases: str = flag("1,2,3", "which phases, comma-separated: 0, 1, 2, 3, evaluate, compare")
-    cluster: str = flag("slurm", "slurm, local (ranks of this machine) or debug (one rank, in this process)",
-                        choices=["slurm", "local", "debug"])
+    cluster: str = flag(
+        "slurm",
+        "slurm, local (ranks of this machine) or debug (one rank, in this process)",
+        choices=["slurm", "local", "debug"],
+    )
     nodes: int = flag(1, "nodes of each job")
     gpus_per_node: int = flag(0, "GPUs of each node; one rank each")
     ranks_per_node: int = flag(0, "ranks of each node where they are not its GPUs (CPU nodes)")
@@ -74,8 +81,9 @@ class SubmitArguments:
     partition: str | None = flag(None, "Slurm partition")
     account: str | None = flag(None, "Slurm account")
     slurm: list[str] = field(default_factory=list, metadata={"help": "further sbatch options, as NAME=VALUE or NAME"})
-    setup: list[str] = field(default_factory=list, metadata={
-        "help": "shell lines before the ranks start, such as 'module load cuda'"})
+    setup: list[str] = field(
+        default_factory=list, metadata={"help": "shell lines before the ranks start, such as 'module load cuda'"}
+    )
     python: str | None = flag(None, "what starts Python in the job: 'apptainer exec --nv image.sif python'; else this one")
     output_dir: str = flag("checkpoints", "where the chain's directory is made")
     run_name: str | None = flag(None, "its name; else by time, or the newest unfinished one of the same command")
@@ -144,8 +152,12 @@ class Chain:
             known = slurm.job_states([job for job in left.values() if job])
             found.update({phase: known.get(job or "", "GONE" if job else "NOT SUBMITTED") for phase, job in left.items()})
         else:
-            found.update({phase: "RUNNING" if job and _local_alive(job) else "STOPPED" if job else "WAITING"
-                          for phase, job in left.items()})
+            found.update(
+                {
+                    phase: "RUNNING" if job and _local_alive(job) else "STOPPED" if job else "WAITING"
+                    for phase, job in left.items()
+                }
+            )
         return found
 
 
@@ -168,8 +180,11 @@ def find_chain(arguments: SubmitArguments, rest: Sequence[str]) -> Chain:
                 found = Chain.load(path.parent)
             except (ArtifactError, ConfigError):
                 continue
-            if (found.flags == phase_flags(phases, rest, path.parent) and found.cluster == arguments.cluster
-                    and not all(map(found.finished, found.flags))):
+            if (
+                found.flags == phase_flags(phases, rest, path.parent)
+                and found.cluster == arguments.cluster
+                and not all(map(found.finished, found.flags))
+            ):
                 directory = path.parent
                 break
     chain = Chain(directory, arguments.cluster, phase_flags(phases, rest, directory))
@@ -207,8 +222,11 @@ def check_submit(arguments: SubmitArguments, rest: Sequence[str]) -> None:
             raise ConfigError(f"--slurm {option!r}: the chain itself sets {ours[0]}; it would lose its jobs, or their order")
         if name in _NO_JOB:
             raise ConfigError(f"--slurm {option!r}: with it sbatch submits nothing, or not as a chain waits for it")
-    for name, value in (("output_dir", arguments.output_dir), ("run_name", arguments.run_name or ""),
-                        *(("slurm", option) for option in arguments.slurm)):
+    for name, value in (
+        ("output_dir", arguments.output_dir),
+        ("run_name", arguments.run_name or ""),
+        *(("slurm", option) for option in arguments.slurm),
+    ):
         # In paths it replaces what follows a %; quotes within quotes it reads in its own way.
         wrong = re.search("['\"\\\\]" if name == "slurm" else "['\"\\\\%]", value)
         if arguments.cluster == "slurm" and wrong:
@@ -218,8 +236,24 @@ def check_submit(arguments: SubmitArguments, rest: Sequence[str]) -> None:
 
 
 #: Options of sbatch without which a chain does not find its jobs, their output or their order.
-_OURS = ("array", "chdir", "comment", "dependency", "error", "input", "job-name", "kill-on-invalid-dep", "nodes", "no-requeue",
-         "ntasks", "open-mode", "output", "signal", "time", "wrap")
+_OURS = (
+    "array",
+    "chdir",
+    "comment",
+    "dependency",
+    "error",
+    "input",
+    "job-name",
+    "kill-on-invalid-dep",
+    "nodes",
+    "no-requeue",
+    "ntasks",
+    "open-mode",
+    "output",
+    "signal",
+    "time",
+    "wrap",
+)
 _NO_JOB = ("help", "usage", "version", "parsable", "test-only", "wait", "quiet")
 
 
@@ -230,8 +264,9 @@ def _python_words(text: str) -> str:
     except ValueError as error:
         raise ConfigError(f"--python {text!r}: {error}") from error
     if not words or re.search(r"[;&|<>`$()]", text):
-        raise ConfigError(f"--python {text!r} is one command and its words, without ; & | < > ` $ ( ): put the rest into "
-                          "--setup")
+        raise ConfigError(
+            f"--python {text!r} is one command and its words, without ; & | < > ` $ ( ): put the rest into --setup"
+        )
     return shlex.join(words)
 
 
@@ -265,8 +300,9 @@ def phase_flags(phases: Sequence[str], rest: Sequence[str], directory: Path) -> 
             known = set().union(*has.values(), names_of(SubmitArguments))
             raise unknown_flags([name], {f"{only}.{n}".lstrip(".") for n in known})
         if not takers or own in ("run_name", "log_dir", "resume"):
-            raise ConfigError(f"{name}: no phase of {', '.join(phases)} has this flag"
-                              + (" here: the chain sets it" if takers else ""))
+            raise ConfigError(
+                f"{name}: no phase of {', '.join(phases)} has this flag" + (" here: the chain sets it" if takers else "")
+            )
         for phase in takers:
             found[phase] += [f"--{own}", *values]
     if "compare" in found:
@@ -350,8 +386,9 @@ def _submit_slurm(chain: Chain, arguments: SubmitArguments) -> None:
 
 def _slurm_jobs(chain: Chain, phases: list[str], arguments: SubmitArguments, after: list[str]) -> list[str]:
     """Submits one phase as a job, several as a job array; their ids."""
-    executor = submitit.AutoExecutor(chain.directory / "submitit", cluster="slurm",
-                                      slurm_python=arguments.python and _python_words(arguments.python))
+    executor = submitit.AutoExecutor(
+        chain.directory / "submitit", cluster="slurm", slurm_python=arguments.python and _python_words(arguments.python)
+    )
     more: dict[str, Any] = {"requeue": True, "comment": chain.mark(*phases)}
     for option in arguments.slurm:
         name, _, value = option.lstrip("-").partition("=")
@@ -360,13 +397,19 @@ def _slurm_jobs(chain: Chain, phases: list[str], arguments: SubmitArguments, aft
         more.update({"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"})
     settings: dict[str, Any] = {
         "name": phases[0] if len(phases) == 1 else kind_of(phases[0]),
-        "timeout_min": max(1, round(60 * arguments.hours)), "nodes": arguments.nodes,
+        "timeout_min": max(1, round(60 * arguments.hours)),
+        "nodes": arguments.nodes,
         "tasks_per_node": arguments.ranks_per_node or arguments.gpus_per_node or 1,
-        "slurm_signal_delay_s": arguments.warning_seconds, "slurm_additional_parameters": more,
+        "slurm_signal_delay_s": arguments.warning_seconds,
+        "slurm_additional_parameters": more,
         # submitit starts each task with srun: one rank's failure ends all of them.
-        "slurm_srun_args": ["--kill-on-bad-exit=1"], "slurm_setup": [CPUS_OF_TASKS, *arguments.setup], "stderr_to_stdout": True,
-        "slurm_partition": arguments.partition, "slurm_account": arguments.account,
-        "gpus_per_node": arguments.gpus_per_node or None, "cpus_per_task": arguments.cpus_per_rank or None,
+        "slurm_srun_args": ["--kill-on-bad-exit=1"],
+        "slurm_setup": [CPUS_OF_TASKS, *arguments.setup],
+        "stderr_to_stdout": True,
+        "slurm_partition": arguments.partition,
+        "slurm_account": arguments.account,
+        "gpus_per_node": arguments.gpus_per_node or None,
+        "cpus_per_task": arguments.cpus_per_rank or None,
         "slurm_array_parallelism": arguments.parallel or len(phases),
     }
     executor.update_parameters(**{name: value for name, value in settings.items() if value is not None})
@@ -390,8 +433,11 @@ def _submit_here(chain: Chain, arguments: SubmitArguments) -> None:
     if chain.cluster == "local":
         if arguments.nodes != 1:
             raise ConfigError("--cluster local is this machine alone: leave --nodes out")
-        settings: dict[str, Any] = {"tasks_per_node": arguments.ranks_per_node or arguments.gpus_per_node or 1,
-                                    "timeout_min": max(1, round(60 * arguments.hours)), "stderr_to_stdout": True}
+        settings: dict[str, Any] = {
+            "tasks_per_node": arguments.ranks_per_node or arguments.gpus_per_node or 1,
+            "timeout_min": max(1, round(60 * arguments.hours)),
+            "stderr_to_stdout": True,
+        }
         if arguments.gpus_per_node:
             settings["gpus_per_node"] = arguments.gpus_per_node
         executor.update_parameters(**settings)
@@ -410,8 +456,10 @@ def _submit_here(chain: Chain, arguments: SubmitArguments) -> None:
             while _local_alive(job):  # it outlives this program, whose next start waits for it again
                 time.sleep(0.5)
         if not chain.finished(phase):
-            raise ConfigError(f"{phase} did not finish: see {chain.directory / 'logs' / f'{phase}.log'} and "
-                              f"{chain.directory / 'submitit'}; the same command goes on from there")
+            raise ConfigError(
+                f"{phase} did not finish: see {chain.directory / 'logs' / f'{phase}.log'} and "
+                f"{chain.directory / 'submitit'}; the same command goes on from there"
+            )
 
 
 def _local_alive(job: str) -> bool:
@@ -455,8 +503,13 @@ def run_phase(phase: str, words: list[str]) -> None:
         job = submitit.JobEnvironment()
         for name in [name for name in os.environ if name.startswith("SLURM_")]:
             del os.environ[name]  # of the job that the submitting program runs in
-        os.environ.update(RANK=str(job.global_rank), LOCAL_RANK=str(job.local_rank), WORLD_SIZE=str(job.num_tasks),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + int(job.job_id) % 12000))
+        os.environ.update(
+            RANK=str(job.global_rank),
+            LOCAL_RANK=str(job.local_rank),
+            WORLD_SIZE=str(job.num_tasks),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(20000 + int(job.job_id) % 12000),
+        )
     kind = kind_of(phase)
     launch(PHASES[kind], phase_function(kind), training=kind in TRAINING, argv=words)
 
@@ -475,8 +528,14 @@ def run_directly(phase: str, words: list[str]) -> None:
 def phase_function(phase: str) -> Any:
     from warp_ds.phases import basis, compare, evaluate, importance, training
 
-    return {"phase0": training.run_safety_tuning, "phase1": basis.run_basis, "phase2": importance.run_importance,
-            "phase3": training.run_training, "evaluate": evaluate.run_evaluation, "compare": compare.run_compare}[phase]
+    return {
+        "phase0": training.run_safety_tuning,
+        "phase1": basis.run_basis,
+        "phase2": importance.run_importance,
+        "phase3": training.run_training,
+        "evaluate": evaluate.run_evaluation,
+        "compare": compare.run_compare,
+    }[phase]
 
 
 # ---------------------------------------------------------------- its state
@@ -510,9 +569,16 @@ def status(chain: Chain) -> tuple[list[PhaseState], bool]:
         progress = _progress(chain.directory / phase)
         if restarts:
             progress += f" ({restarts} restart{'s' if restarts > 1 else ''})"
-        lines.append(PhaseState(phase, chain.job(phase) or "-", state, progress.strip(),
-                                _last_line(chain.directory / "logs" / f"{phase}.log")
-                                or _last_line(chain.directory / "submitit" / f"{chain.job(phase)}_0_log.out")))
+        lines.append(
+            PhaseState(
+                phase,
+                chain.job(phase) or "-",
+                state,
+                progress.strip(),
+                _last_line(chain.directory / "logs" / f"{phase}.log")
+                or _last_line(chain.directory / "submitit" / f"{chain.job(phase)}_0_log.out"),
+            )
+        )
     under_way = bool(unknown) or any(state in (*slurm.ALIVE, "WAITING") for state in states.values())
     return lines, under_way
 

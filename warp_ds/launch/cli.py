@@ -24,36 +24,43 @@ def main(argv: list[str] | None = None) -> int:
     demo.set_defaults(run=_demo)
 
     verify = commands.add_parser(
-        "verify", help="from two model directories, whether every frozen coefficient stayed where it was",
-        description="Exit status: 0 kept, 1 broken, 3 cannot tell (what was kept does not show in these files), 2 wrong "
-        "input.")
+        "verify",
+        help="from two model directories, whether every frozen coefficient stayed where it was",
+        description="Exit status: 0 kept, 1 broken, 3 cannot tell (what was kept does not show in these files), 2 wrong input.",
+    )
     verify.add_argument("--before", required=True, help="model directory before training")
     verify.add_argument("--after", required=True, help="model directory after training")
     verify.add_argument("--masks_dir", required=True, help="masks/ of phase 2")
     verify.add_argument("--basis_dir", help="basis/ of phase 1, where it is not the one that the masks name")
-    verify.add_argument("--output", help="where the certificate is written; certificate.json in the run of --after, or here "
-                                         "where it is in none")
+    verify.add_argument(
+        "--output", help="where the certificate is written; certificate.json in the run of --after, or here where it is in none"
+    )
     verify.set_defaults(run=_verify)
 
-    shrink = commands.add_parser("shrink", help="a smaller basis for masks at hand: cheaper steps, other coordinates for "
-                                                "what trains freely")
+    shrink = commands.add_parser(
+        "shrink", help="a smaller basis for masks at hand: cheaper steps, other coordinates for what trains freely"
+    )
     shrink.add_argument("--masks_dir", required=True, help="masks/ of phase 2")
     shrink.add_argument("--basis_dir", help="basis/ of phase 1, where it is not the one that the masks name")
     shrink.add_argument("--output", required=True, help="directory for the new basis/ and masks/")
     shrink.set_defaults(run=_shrink)
 
     plan = commands.add_parser(
-        "plan", help="memory, traffic and disk of every phase, from the model's config alone", description="What each "
+        "plan",
+        help="memory, traffic and disk of every phase, from the model's config alone",
+        description="What each "
         "phase will need in memory, traffic and disk, and the fewest nodes that will do, from the model's "
-        "config alone: no weight is read. Exit status 1 where the job does not fit.")
+        "config alone: no weight is read. Exit status 1 where the job does not fit.",
+    )
     if "plan" in (sys.argv[1:2] if argv is None else argv[:1]):
         from warp_ds.launch import plan as planning
 
         planning.add_arguments(plan)
         plan.set_defaults(run=planning.run)
 
-    commands.add_parser("doctor", help="whether this machine can do the job that the flags name; a cure for each failing line",
-                        add_help=False).set_defaults(run=_doctor)
+    commands.add_parser(
+        "doctor", help="whether this machine can do the job that the flags name; a cure for each failing line", add_help=False
+    ).set_defaults(run=_doctor)
     report = commands.add_parser("report", help="one self-contained HTML file from run directories")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directory: a comparison, phases, an evaluation")
     report.add_argument("--output", default="report.html", help="the file; its pictures go beside it")
@@ -61,8 +68,10 @@ def main(argv: list[str] | None = None) -> int:
 
     for word in sys.argv[1:] if argv is None else argv:
         if found := control_character(word):
-            parser.error(f"{ascii(word)[:120]} holds the character {found}, a line end or another control character, which no "
-                         "value of this program has")
+            parser.error(
+                f"{ascii(word)[:120]} holds the character {found}, a line end or another control character, which no "
+                "value of this program has"
+            )
     arguments, rest = parser.parse_known_args(underscored(sys.argv[1:] if argv is None else argv))
     if rest and arguments.command not in ("demo", "doctor"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -72,19 +81,31 @@ def main(argv: list[str] | None = None) -> int:
 
 def underscored(words: Sequence[str]) -> list[str]:
     """Flags in the phases' spelling: --gpus-per-node is --gpus_per_node."""
-    return [name.replace("-", "_").replace("__", "--", 1) + mark + value if word.startswith("--") else word
-            for word in words for name, mark, value in [word.partition("=")]]
+    return [
+        name.replace("-", "_").replace("__", "--", 1) + mark + value if word.startswith("--") else word
+        for word in words
+        for name, mark, value in [word.partition("=")]
+    ]
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     """Starts the demo's ranks with DeepSpeed's own launcher."""
     threads = max(1, (os.cpu_count() or 1) // arguments.ranks)
-    environment = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false",
-                   **os.environ}
+    environment = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", **os.environ}
     # The venv's ninja, for DeepSpeed's one compiled operator, without activating the venv.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(arguments.ranks), "--master_port",
-               str(_free_port()), "--module", "warp_ds.launch.demo", *arguments.rest]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(arguments.ranks),
+        "--master_port",
+        str(_free_port()),
+        "--module",
+        "warp_ds.launch.demo",
+        *arguments.rest,
+    ]
     return subprocess.run(command, env=environment, check=False).returncode
 
 

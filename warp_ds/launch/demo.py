@@ -90,26 +90,60 @@ def run_demo(arguments: DemoArguments) -> None:
     with log_to_file(Path(arguments.log_dir), "demo"):
         data = consensus.on_rank_0(lambda: _make(root, arguments), "making the demo's model and data")
         common: dict[str, Any] = {
-            "dtype": arguments.dtype, "device": arguments.device, "deepspeed": arguments.deepspeed,
-            "output_dir": str(root), "log_dir": arguments.log_dir, "seed": arguments.seed,
-            "max_length": arguments.max_length, "batch_size": arguments.batch_size,
+            "dtype": arguments.dtype,
+            "device": arguments.device,
+            "deepspeed": arguments.deepspeed,
+            "output_dir": str(root),
+            "log_dir": arguments.log_dir,
+            "seed": arguments.seed,
+            "max_length": arguments.max_length,
+            "batch_size": arguments.batch_size,
             "template_date": arguments.template_date,
         }
         texts = _comparison(data, arguments.seed)
-        check_lengths(EvaluateArguments(**common, model_name=str(root / "base")), texts.sets.generated(SUITES), {
-            "harmful": texts.safety, "task": texts.task, "loss": texts.sets.utility}, arguments.max_new_tokens)
+        check_lengths(
+            EvaluateArguments(**common, model_name=str(root / "base")),
+            texts.sets.generated(SUITES),
+            {"harmful": texts.safety, "task": texts.task, "loss": texts.sets.utility},
+            arguments.max_new_tokens,
+        )
         logger.info("phase 0: a model that refuses harmful requests and answers harmless ones")
         began = time.time()
-        safe = run_safety_tuning(SafetyTuningArguments(
-            **common, model_name=str(root / "base"), safety_data=str(root / "data" / "phase0.jsonl"), safety_samples=0,
-            run_name="phase0", epochs=4, learning_rate=3e-3, global_batch_size=16,
-        ), {"warmup_steps": 20, "lr_scheduler_type": "cosine"}) / "model"
+        safe = (
+            run_safety_tuning(
+                SafetyTuningArguments(
+                    **common,
+                    model_name=str(root / "base"),
+                    safety_data=str(root / "data" / "phase0.jsonl"),
+                    safety_samples=0,
+                    run_name="phase0",
+                    epochs=4,
+                    learning_rate=3e-3,
+                    global_batch_size=16,
+                ),
+                {"warmup_steps": 20, "lr_scheduler_type": "cosine"},
+            )
+            / "model"
+        )
         seconds = {"phase 0": round(time.time() - began, 1)}
         settings = CompareArguments(
-            **common, model_name=str(safe), arms=arguments.arms, learning_rates=arguments.learning_rates,
-            arm_rates=arguments.arm_rates, seeds=arguments.seeds, at_utility=arguments.at_utility, layer_type=LAYER_TYPE,
-            keep_ratio=KEEP_RATIO, safety_samples=0, importance_samples=200, utility_samples=0, epochs=5,
-            global_batch_size=16, max_new_tokens=arguments.max_new_tokens, eval_batch_size=50, neuron_rate=1e-3,
+            **common,
+            model_name=str(safe),
+            arms=arguments.arms,
+            learning_rates=arguments.learning_rates,
+            arm_rates=arguments.arm_rates,
+            seeds=arguments.seeds,
+            at_utility=arguments.at_utility,
+            layer_type=LAYER_TYPE,
+            keep_ratio=KEEP_RATIO,
+            safety_samples=0,
+            importance_samples=200,
+            utility_samples=0,
+            epochs=5,
+            global_batch_size=16,
+            max_new_tokens=arguments.max_new_tokens,
+            eval_batch_size=50,
+            neuron_rate=1e-3,
             unaligned_rate=1e-3,
         )
         arms = parse_arms(settings.arms)
@@ -130,9 +164,13 @@ def _comparison(data: dict[str, Any], seed: int) -> ComparisonData:
     refusals = data["refusals_fit"]
     draw = random.Random(seed)
     return ComparisonData(
-        refusals, data["utility_train"],
-        EvaluationSets([row["prompt"] for row in data["refusals_heldout"]],
-                       [row["prompt"] for row in data["harmless_heldout"]], data["utility_heldout"]),
+        refusals,
+        data["utility_train"],
+        EvaluationSets(
+            [row["prompt"] for row in data["refusals_heldout"]],
+            [row["prompt"] for row in data["harmless_heldout"]],
+            data["utility_heldout"],
+        ),
         unaligned=[{"prompt": row["prompt"], "response": draw.choice(COMPLIANT)} for row in refusals],
         foundation=[row["prompt"] for row in data["harmless_fit"]],
     )
@@ -147,8 +185,10 @@ def _make(root: Path, arguments: DemoArguments) -> dict[str, Any]:
     fingerprint = fingerprint_rows([data[kind] for kind in sorted(data)])
     mark = root / "data" / "fingerprint.json"
     if mark.is_file() and read_json(mark) != fingerprint:
-        raise ConfigError(f"{root} holds a demo on other texts, of another seed or version: remove it (rm -r {root}) "
-                          "or give another --output_dir")
+        raise ConfigError(
+            f"{root} holds a demo on other texts, of another seed or version: remove it (rm -r {root}) "
+            "or give another --output_dir"
+        )
     mixed = [row for kind in ("refusals_fit", "harmless_fit", "sums_fit") for row in data[kind]]
     (root / "data").mkdir(parents=True, exist_ok=True)
     for name, rows in {**data, "phase0": mixed}.items():
@@ -175,8 +215,9 @@ def _texts(arguments: DemoArguments) -> dict[str, list[dict[str, str]]]:
         data["refusals_fit"], data["refusals_heldout"] = rows[:-held], rows[-held:]
     if arguments.utility_data and arguments.utility_heldout:
         items = load_pairs(arguments.utility_data, shuffle=True, seed=arguments.seed).to_list()
-        data["sums_fit"] += [{"prompt": row["prompt"], "response": f"The answer is {extract_number(row['response'])}."}
-                             for row in items[:1300]]
+        data["sums_fit"] += [
+            {"prompt": row["prompt"], "response": f"The answer is {extract_number(row['response'])}."} for row in items[:1300]
+        ]
         data["utility_train"] = items[1300:2300] or items
         data["utility_heldout"] = load_pairs(arguments.utility_heldout, samples=100).to_list()
     return data
@@ -190,8 +231,13 @@ def print_table(report: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for arm in report["arms"]:
         table.add_row(
-            arm["name"], f"{arm['refusal_rate']:.0%}", f"{arm['partial_rate']:.0%}", f"{arm['incoherent_rate']:.0%}",
-            f"{arm['over_refusal_rate']:.0%}", f"{arm['utility_nll']:.3f}", f"{arm['utility_accuracy']:.0%}",
+            arm["name"],
+            f"{arm['refusal_rate']:.0%}",
+            f"{arm['partial_rate']:.0%}",
+            f"{arm['incoherent_rate']:.0%}",
+            f"{arm['over_refusal_rate']:.0%}",
+            f"{arm['utility_nll']:.3f}",
+            f"{arm['utility_accuracy']:.0%}",
             f"{arm['frozen_drift']:.1e}" if "frozen_drift" in arm else "",
         )
     console = Console(width=120, markup=False)

@@ -56,10 +56,15 @@ def main(argv: list[str]) -> int:
 
     ConfigError for a flag's value that cannot be read.
     """
-    parser = FlagParser(DoctorArguments, prog="warp-ds doctor", description=(
-        "Whether this machine can do the job that the flags name: packages, GPUs, compiler, directories, network, Slurm, "
-        "model, data, and what warp-ds plan counts against what is free. A cure for each line that fails; exit status 1 where "
-        "one would keep the job from running. Takes the phases' flags, so that a command can be checked as it stands."))
+    parser = FlagParser(
+        DoctorArguments,
+        prog="warp-ds doctor",
+        description=(
+            "Whether this machine can do the job that the flags name: packages, GPUs, compiler, directories, network, Slurm, "
+            "model, data, and what warp-ds plan counts against what is free. A cure for each line that fails; exit status 1 "
+            "where one would keep the job from running. Takes the phases' flags, so that a command can be checked as it stands."
+        ),
+    )
     arguments, ignored = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     findings = list(examine(arguments, {word.split("=")[0] for word in argv}))
     table = Table(title=f"{socket.gethostname()}", title_justify="left")
@@ -113,8 +118,11 @@ def versions() -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             wrong.append(f"no {wanted.name}")
     shown = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "deepspeed"))
-    yield Finding("versions", "; ".join(wrong) or f"Python {sys.version.split()[0]}, {shown}",
-                  "pip install -c constraints.txt -e . (the versions that are known to work together)" if wrong else "")
+    yield Finding(
+        "versions",
+        "; ".join(wrong) or f"Python {sys.version.split()[0]}, {shown}",
+        "pip install -c constraints.txt -e . (the versions that are known to work together)" if wrong else "",
+    )
 
 
 def devices(arguments: RunArguments) -> Finding:
@@ -127,17 +135,27 @@ def devices(arguments: RunArguments) -> Finding:
         return Finding("GPUs", found)
     if shutil.which("nvidia-smi"):
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA (a CPU build)"
-        return Finding("GPUs", f"nvidia-smi is here, but torch sees none; torch is built for {built}",
-                       "a torch build that the driver supports (nvidia-smi names its newest CUDA); in a job, --gpus-per-node")
+        return Finding(
+            "GPUs",
+            f"nvidia-smi is here, but torch sees none; torch is built for {built}",
+            "a torch build that the driver supports (nvidia-smi names its newest CUDA); in a job, --gpus-per-node",
+        )
     cure = "a node with GPUs, or --device cpu" if arguments.device == "cuda" else ""
     return Finding("GPUs", "none: everything runs on the CPU", cure)
 
 
 def compiler() -> Finding:
     missing = [name for name in (os.environ.get("CXX", "c++"), "ninja") if shutil.which(name) is None]
-    return Finding("compiler", f"no {' and no '.join(missing)}" if missing else "C++ compiler and ninja", (
-        "apt-get install g++ ninja-build, or the cluster's module: DeepSpeed's CPU collective and offloaded Adam want them"
-        if missing else ""), fatal=False)
+    return Finding(
+        "compiler",
+        f"no {' and no '.join(missing)}" if missing else "C++ compiler and ninja",
+        (
+            "apt-get install g++ ninja-build, or the cluster's module: DeepSpeed's CPU collective and offloaded Adam want them"
+            if missing
+            else ""
+        ),
+        fatal=False,
+    )
 
 
 def writable(name: str, directory: str) -> Finding:
@@ -156,16 +174,26 @@ def network() -> Finding:
     chosen = {name: os.environ[name] for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if name in os.environ}
     if chosen:
         missing = [f"{k}={v}" for k, v in chosen.items() if not _interface(v)]
-        return Finding("network", ", ".join(missing or [f"{k}={v}" for k, v in chosen.items()]),
-                       f"no such interface here: choose from {', '.join(sorted(_interfaces()))}" if missing else "")
+        return Finding(
+            "network",
+            ", ".join(missing or [f"{k}={v}" for k, v in chosen.items()]),
+            f"no such interface here: choose from {', '.join(sorted(_interfaces()))}" if missing else "",
+        )
     try:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:
         address = "nothing"
     bad = address == "nothing" or address.startswith("127.")
-    return Finding("network", f"{socket.gethostname()} resolves to {address}", (
-        "for CPU ranks on several nodes: GLOO_SOCKET_IFNAME=<interface> of " + ", ".join(sorted(_interfaces() - {"lo"}))
-        if bad else ""), fatal=False)
+    return Finding(
+        "network",
+        f"{socket.gethostname()} resolves to {address}",
+        (
+            "for CPU ranks on several nodes: GLOO_SOCKET_IFNAME=<interface> of " + ", ".join(sorted(_interfaces() - {"lo"}))
+            if bad
+            else ""
+        ),
+        fatal=False,
+    )
 
 
 def _interfaces() -> set[str]:
@@ -202,8 +230,11 @@ def model(name: str) -> tuple[Finding, Path | None]:
         try:
             path = Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.json", "*.safetensors"]))
         except (LocalEntryNotFoundError, OSError, ValueError):
-            return Finding("model", f"{name}: no directory, and not in the hub's cache here", (
-                f"hf download {name} where there is internet (with the same HF_HOME), or give a local directory")), None
+            return Finding(
+                "model",
+                f"{name}: no directory, and not in the hub's cache here",
+                (f"hf download {name} where there is internet (with the same HF_HOME), or give a local directory"),
+            ), None
     try:
         parts = len(model_contents(path).parts)
     except ArtifactError as error:
@@ -216,8 +247,12 @@ def data(name: str, given: str) -> Finding:
         return Finding(f"--{name}", f"{given} is here")
     if given.rsplit(".", 1)[-1] in ("json", "jsonl", "csv", "parquet"):
         return Finding(f"--{name}", f"no file {given}", "a path that the compute nodes see too")
-    return Finding(f"--{name}", f"{given}: a hub data set", "fetch it where there is internet (with the same HF_HOME), or give "
-                   "a local file", fatal=False)
+    return Finding(
+        f"--{name}",
+        f"{given}: a hub data set",
+        "fetch it where there is internet (with the same HF_HOME), or give a local file",
+        fatal=False,
+    )
 
 
 def needs(arguments: Any, directory: Path, nodes: int, ranks_per_node: int, phase: str | None = None) -> Iterator[Finding]:
@@ -227,13 +262,23 @@ def needs(arguments: Any, directory: Path, nodes: int, ranks_per_node: int, phas
     gpu = torch.cuda.is_available() and arguments.resolved_device == "cuda"
     try:
         zero = settings.zero3_config(arguments)["zero_optimization"]
-        offloaded = [part for part in ("offload_param", "offload_optimizer")
-                     if zero.get(part, {}).get("device", "none") != "none"]
+        offloaded = [
+            part for part in ("offload_param", "offload_optimizer") if zero.get(part, {}).get("device", "none") != "none"
+        ]
         job = planning.Job(
-            nodes=nodes, gpus_per_node=ranks_per_node, dtype=arguments.dtype, tokens=arguments.max_length, on_gpu=gpu,
-            gradient_checkpointing=arguments.gradient_checkpointing, offload=("none", "optimizer", "all")[len(offloaded)],
-            **{name: getattr(arguments, name) for name in ("layer_type", "target_layers", "train_scope")
-               if hasattr(arguments, name)})
+            nodes=nodes,
+            gpus_per_node=ranks_per_node,
+            dtype=arguments.dtype,
+            tokens=arguments.max_length,
+            on_gpu=gpu,
+            gradient_checkpointing=arguments.gradient_checkpointing,
+            offload=("none", "optimizer", "all")[len(offloaded)],
+            **{
+                name: getattr(arguments, name)
+                for name in ("layer_type", "target_layers", "train_scope")
+                if hasattr(arguments, name)
+            },
+        )
         shape = planning.read_shape(str(directory), job.layer_type, job.target_layers)
         counted = planning.needs(shape, job, planning._sharding(shape, job))
     except (ConfigError, ValueError, OSError, KeyError, AttributeError) as error:
@@ -246,20 +291,33 @@ def needs(arguments: Any, directory: Path, nodes: int, ranks_per_node: int, phas
         return
     disk = max(counted, key=lambda c: c.disk)
     free = shutil.disk_usage(Path(arguments.output_dir)).free
-    yield Finding("disk", f"{free / 1e9:.1f} GB free in {arguments.output_dir}, {disk.disk / 1e9:.1f} GB needed by "
-                  f"{disk.phase}", "free some, or another --output_dir" if free < disk.disk else "")
+    yield Finding(
+        "disk",
+        f"{free / 1e9:.1f} GB free in {arguments.output_dir}, {disk.disk / 1e9:.1f} GB needed by {disk.phase}",
+        "free some, or another --output_dir" if free < disk.disk else "",
+    )
     host = max(counted, key=lambda c: c.host_total if gpu else c.host_total + c.gpu_total)
     wanted = ranks_per_node * (host.host_total if gpu else host.host_total + host.gpu_total)
     left = memory.available()
-    yield Finding("memory", f"{left / 1e9:.1f} GB available to this job here, {wanted / 1e9:.1f} GB needed by {host.phase}",
-                  "more nodes, fewer ranks a node, or a smaller --batch_size: see warp-ds plan" if left < wanted else "",
-                  fatal=False)
+    yield Finding(
+        "memory",
+        f"{left / 1e9:.1f} GB available to this job here, {wanted / 1e9:.1f} GB needed by {host.phase}",
+        "more nodes, fewer ranks a node, or a smaller --batch_size: see warp-ds plan" if left < wanted else "",
+        fatal=False,
+    )
     if gpu:
         most = max(counted, key=lambda c: c.gpu_total)
         have = torch.cuda.get_device_properties(0).total_memory
-        yield Finding("GPU memory", f"{have / 1e9:.1f} GB a GPU, {most.gpu_total / 1e9:.1f} GB needed by {most.phase}", (
-            "more nodes, --gradient_checkpointing or an offloading ds_config: see warp-ds plan" if have < most.gpu_total
-            else ""), fatal=False)
+        yield Finding(
+            "GPU memory",
+            f"{have / 1e9:.1f} GB a GPU, {most.gpu_total / 1e9:.1f} GB needed by {most.phase}",
+            (
+                "more nodes, --gradient_checkpointing or an offloading ds_config: see warp-ds plan"
+                if have < most.gpu_total
+                else ""
+            ),
+            fatal=False,
+        )
 
 
 # ---------------------------------------------------------------- all ranks, at a job's start
@@ -282,14 +340,21 @@ def start_checks(arguments: RunArguments, phase: str) -> None:
     ranks = processes.all_gather_object((socket.gethostname(), _versions_of_results()))
     different = [f"rank {r}: {v}" for r, (_, v) in enumerate(ranks) if v != ranks[0][1]]
     if different:
-        raise ConfigError(f"other versions than rank 0's ({ranks[0][1]}): {'; '.join(different[:3])}: one environment for all "
-                          "nodes, on a shared file system or in a container")
+        raise ConfigError(
+            f"other versions than rank 0's ({ranks[0][1]}): {'; '.join(different[:3])}: one environment for all "
+            "nodes, on a shared file system or in a container"
+        )
     begun = time.monotonic()
     processes.all_reduce_sum(torch.ones(1 << 20, device=processes.collective_device()))
     hosts = len({host for host, _ in ranks})
     if processes.rank() == 0:
-        logger.info("%d ranks on %d host%s meet: 4 MB all-reduced in %.0f ms", len(ranks), hosts, "s" * (hosts > 1),
-                    1000 * (time.monotonic() - begun))
+        logger.info(
+            "%d ranks on %d host%s meet: 4 MB all-reduced in %.0f ms",
+            len(ranks),
+            hosts,
+            "s" * (hosts > 1),
+            1000 * (time.monotonic() - begun),
+        )
     path = Path(arguments.model_name).expanduser()
     if path.is_dir():
         consensus.on_rank_0(lambda: _warn(needs(arguments, path, hosts, -(-len(ranks) // hosts), phase)), "counting the needs")
@@ -297,8 +362,10 @@ def start_checks(arguments: RunArguments, phase: str) -> None:
 
 def _of_this_rank(arguments: RunArguments, mark: Path) -> None:
     if arguments.resolved_device == "cuda" and processes.local_rank() >= torch.cuda.device_count():
-        raise ConfigError(f"rank {processes.rank()} on {socket.gethostname()} has no GPU of its own: local rank "
-                          f"{processes.local_rank()}, but torch sees {torch.cuda.device_count()}: as many ranks a node as GPUs")
+        raise ConfigError(
+            f"rank {processes.rank()} on {socket.gethostname()} has no GPU of its own: local rank "
+            f"{processes.local_rank()}, but torch sees {torch.cuda.device_count()}: as many ranks a node as GPUs"
+        )
     for name in ("output_dir", "log_dir"):
         found = writable(name, getattr(arguments, name))
         if found.cure:
@@ -306,8 +373,10 @@ def _of_this_rank(arguments: RunArguments, mark: Path) -> None:
     deadline = time.monotonic() + 30  # network file systems remember for a while that a file was not there
     while not mark.exists():
         if time.monotonic() > deadline:
-            raise ConfigError(f"--output_dir {arguments.output_dir} on {socket.gethostname()} is not rank 0's: give a "
-                              "directory on a file system that all nodes share")
+            raise ConfigError(
+                f"--output_dir {arguments.output_dir} on {socket.gethostname()} is not rank 0's: give a "
+                "directory on a file system that all nodes share"
+            )
         os.listdir(mark.parent)
         time.sleep(0.2)
 
@@ -322,8 +391,10 @@ def _check_model_path(name: str) -> None:
         return
     shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
     somewhere = next((host for host, there in found if there), None)
-    raise ConfigError(f"--model_name {name}: no such directory on {shown}" + (
-        f", though there is on {somewhere}: give a directory on a file system that all nodes share" if somewhere else ""))
+    raise ConfigError(
+        f"--model_name {name}: no such directory on {shown}"
+        + (f", though there is on {somewhere}: give a directory on a file system that all nodes share" if somewhere else "")
+    )
 
 
 def _versions_of_results() -> str:

@@ -15,8 +15,17 @@ from warp_ds.zero import settings
 from warp_ds.zero.model import check_model_dir, local_model_dir, read_config
 
 MODELS = ("model_name", "reference_model", "judge_model", "unaligned_model")
-DATA = ("safety_data", "utility_data", "utility_heldout", "harmful_data", "harmless_data", "mix_file", "unaligned_data",
-        "foundation_data", "prompt_file")
+DATA = (
+    "safety_data",
+    "utility_data",
+    "utility_heldout",
+    "harmful_data",
+    "harmless_data",
+    "mix_file",
+    "unaligned_data",
+    "foundation_data",
+    "prompt_file",
+)
 
 
 def check_inputs(arguments: RunArguments) -> None:
@@ -37,8 +46,10 @@ def check_inputs(arguments: RunArguments) -> None:
     if named.get("refusal_file") and not Path(named["refusal_file"]).expanduser().is_file():
         raise ConfigError(f"--refusal_file {named['refusal_file']}: no such file")
     settings.zero3_config(arguments)
-    needed = {"basis": isinstance(arguments, ImportanceArguments) and arguments.basis != "identity",
-              "masks": isinstance(arguments, TrainArguments)}
+    needed = {
+        "basis": isinstance(arguments, ImportanceArguments) and arguments.basis != "identity",
+        "masks": isinstance(arguments, TrainArguments),
+    }
     for kind, always in needed.items():
         given = named.get(f"{kind}_dir")
         if given != "none" and (always or given):

@@ -30,16 +30,21 @@ from warp_ds.secrets import redact
 from warp_ds.store.state import note
 
 logger = logging.getLogger(__name__)
-PHASE_OF = {"SafetyTuningArguments": "phase0", "BasisArguments": "phase1", "ImportanceArguments": "phase2",
-            "TrainArguments": "phase3"}
+PHASE_OF = {
+    "SafetyTuningArguments": "phase0",
+    "BasisArguments": "phase1",
+    "ImportanceArguments": "phase2",
+    "TrainArguments": "phase3",
+}
 DEBUG_SAMPLES = 5
 SECONDS_FOR_RANK_0 = 20.0
 """Launchers end every rank once one has ended; some ranks take longer to import than others."""
 A = TypeVar("A", bound=RunArguments)
 
 
-def launch(kind: type[A], phase: Callable[..., Any], training: bool = False, argv: list[str] | None = None,
-           stoppable: bool = True) -> None:
+def launch(
+    kind: type[A], phase: Callable[..., Any], training: bool = False, argv: list[str] | None = None, stoppable: bool = True
+) -> None:
     """Runs ``phase(arguments)`` on every rank; exit status 2 for wrong input, 1 for a failure.
 
     ``training``: further TrainingArguments flags are accepted and passed on as ``phase(arguments, passed)``.

@@ -251,7 +251,7 @@ def basis(shape: Shape, job: Job, sharding: Sharding) -> Needs:
     fetched = 2 * shape.embedding + sum(shape.blocks[: last + 1])
     found.gpu["gathered"] = max(shape.embedding, *shape.blocks) * b
     _keep_hidden_states(found, mine * shape.hidden * b, job)
-    found.gpu["activations"] = _forward_activations(shape, _micro_batch(job.batch_size, mine, job) , b)
+    found.gpu["activations"] = _forward_activations(shape, _micro_batch(job.batch_size, mine, job), b)
     found.sent = fetched * b * _others(n_ranks)
     by_block: dict[int, float] = {}
     decomposing = 0.0
@@ -342,8 +342,11 @@ def training(shape: Shape, job: Job, sharding: Sharding, phase: str, samples: in
     steps = math.ceil(job.epochs * samples / job.global_batch_size)
     moved = 0.0
     if masked:
-        held = {layer.name: (group[0].name, Rotation.held_bytes(layer.n, _rank_of(layer.n, job)))
-                for group in shared_inputs(shape.targets) for layer in group}
+        held = {
+            layer.name: (group[0].name, Rotation.held_bytes(layer.n, _rank_of(layer.n, job)))
+            for group in shared_inputs(shape.targets)
+            for layer in group
+        }
         machine = GPU if job.on_gpu else CPU
         placed = place_bases(job.basis_placement, shape.targets, held, n_ranks, machine)
         placement, owners = placed.placement, placed.owners
@@ -501,16 +504,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offload", choices=OFFLOADS, default="none", help="what lies in host memory (default none)")
     parser.add_argument("--safety_samples", type=int, help="of phases 0, 1 and 2 (default 100, 100, 50)")
     parser.add_argument("--batch_size", type=int, help="micro-batch of every phase (default 4, phase 3: 2)")
-    parser.add_argument("--max_length", type=int, default=Job.tokens,
-                        help=f"tokens of a sample, at most (default {Job.tokens})")
+    parser.add_argument(
+        "--max_length", type=int, default=Job.tokens, help=f"tokens of a sample, at most (default {Job.tokens})"
+    )
     parser.add_argument("--gradient_checkpointing", action="store_true", help=_help("gradient_checkpointing"))
     # Flags of the phases, by their own names and with their own words.
-    for name, choices in (("dtype", list(DTYPES)), ("layer_type", None), ("target_layers", None), ("utility_samples", None),
-                          ("global_batch_size", None), ("importance_batch_size", None), ("epochs", None), ("max_rank", None),
-                          ("basis_placement", PLACEMENTS), ("train_scope", ("warp", "all"))):
+    for name, choices in (
+        ("dtype", list(DTYPES)),
+        ("layer_type", None),
+        ("target_layers", None),
+        ("utility_samples", None),
+        ("global_batch_size", None),
+        ("importance_batch_size", None),
+        ("epochs", None),
+        ("max_rank", None),
+        ("basis_placement", PLACEMENTS),
+        ("train_scope", ("warp", "all")),
+    ):
         default = getattr(Job, name)
-        parser.add_argument(f"--{name}", type=type(default), choices=choices, default=default,
-                            help=f"{_help(name)} (default {default})")
+        parser.add_argument(
+            f"--{name}", type=type(default), choices=choices, default=default, help=f"{_help(name)} (default {default})"
+        )
 
 
 def _help(name: str) -> str:
@@ -528,8 +542,20 @@ def run(arguments: argparse.Namespace) -> int:
         "host_memory": None if arguments.host_memory is None else arguments.host_memory * 1e9,
         "tokens": arguments.max_length,
     }
-    same = ("offload", "dtype", "layer_type", "target_layers", "utility_samples", "global_batch_size",
-            "importance_batch_size", "epochs", "max_rank", "basis_placement", "train_scope", "gradient_checkpointing")
+    same = (
+        "offload",
+        "dtype",
+        "layer_type",
+        "target_layers",
+        "utility_samples",
+        "global_batch_size",
+        "importance_batch_size",
+        "epochs",
+        "max_rank",
+        "basis_placement",
+        "train_scope",
+        "gradient_checkpointing",
+    )
     given.update({name: getattr(arguments, name) for name in same})
     if arguments.safety_samples is not None:
         given.update(basis_samples=arguments.safety_samples, importance_samples=arguments.safety_samples)
@@ -550,8 +576,10 @@ def print_plan(made: Plan) -> None:
     from rich.table import Table
 
     console, job, checked = Console(markup=False), made.job, _checked()
-    title = (f"{made.shape.name}: {made.shape.parameters / 1e9:.2f} B parameters, {job.dtype}, {job.nodes} x "
-             f"{job.gpus_per_node} GPUs of {_gb(job.gpu_memory)} GB, offload {job.offload}, {made.ds_config}")
+    title = (
+        f"{made.shape.name}: {made.shape.parameters / 1e9:.2f} B parameters, {job.dtype}, {job.nodes} x "
+        f"{job.gpus_per_node} GPUs of {_gb(job.gpu_memory)} GB, offload {job.offload}, {made.ds_config}"
+    )
     table = Table(title=title, caption=_caption(checked))
     for column in ("GB", "GPU, a rank", "host, a rank", "read, a rank", "sent, a rank", "written, all", "disk, all"):
         table.add_column(column, justify="left" if column == "GB" else "right")

@@ -116,5 +116,3 @@ def top_share(least: Tensor, share: float) -> Tensor:
 def robust_neurons(safety: Tensor, foundation: Tensor) -> Tensor:
     """RSN-Tune: safety neurons that are not foundation neurons, so that later training on a task spares them."""
     return safety & ~foundation
-
-

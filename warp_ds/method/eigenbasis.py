@@ -148,9 +148,7 @@ def _kept(values: Tensor, count: int, energy: float, max_rank: int) -> int:
     return min(count, max_rank) if max_rank else count
 
 
-def _basis(
-    u: Tensor, kept: Tensor, values: Tensor, sigma: Callable[[Tensor], Tensor], order: Tensor | None = None
-) -> Basis:
+def _basis(u: Tensor, kept: Tensor, values: Tensor, sigma: Callable[[Tensor], Tensor], order: Tensor | None = None) -> Basis:
     """The columns u [n, r], or those of ``order``, with their errors; ``sigma`` multiplies vectors [n, k] by Σ."""
     columns = fix_signs(u, order, torch.float32)
     total = float(values.double().sum())
@@ -164,9 +162,7 @@ def _basis(
     )
 
 
-def _probed_errors(
-    columns: Tensor, kept: Tensor, values: Tensor, sigma: Callable[[Tensor], Tensor]
-) -> tuple[float, float]:
+def _probed_errors(columns: Tensor, kept: Tensor, values: Tensor, sigma: Callable[[Tensor], Tensor]) -> tuple[float, float]:
     """Largest row norm of UᵀU - I, and ‖ΣU - UΛ‖_F / ‖Σ‖_F, at the cost of a few products with vectors.
 
     For z of independent signs, E ‖A z‖² is ‖A‖_F² and E (A z)_i² is the squared norm of row i: without variance where one

@@ -41,8 +41,9 @@ def _gradient_first(tokens: float, rows: Sequence[int], n: int, r: int) -> float
     return sum(rows) * n * (tokens + r)
 
 
-def add_importance(total: Tensor, g: Tensor, right: Tensor, columns: Tensor | None = None,
-                   pending: Tensor | None = None, scale: float = 1.0) -> None:
+def add_importance(
+    total: Tensor, g: Tensor, right: Tensor, columns: Tensor | None = None, pending: Tensor | None = None, scale: float = 1.0
+) -> None:
     """total += scale · |gᵀ right + pending|, times U inside the bars where ``columns`` is given; all in fp32.
 
     ``total`` [rows, r]; ``g`` [t, rows]; ``right`` [t, k]: x U, or x itself for ``columns`` [k, r] or the identity;

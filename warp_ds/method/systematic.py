@@ -49,8 +49,13 @@ class Sum:
         return math.sqrt(SPREAD * self.variance) + math.sqrt(self.products) + tail * self.largest
 
     def __add__(self, other: Sum) -> Sum:
-        return Sum(self.moved + other.moved, self.variance + other.variance, self.products + other.products,
-                   max(self.largest, other.largest), self.count + other.count)
+        return Sum(
+            self.moved + other.moved,
+            self.variance + other.variance,
+            self.products + other.products,
+            max(self.largest, other.largest),
+            self.count + other.count,
+        )
 
 
 @dataclass
@@ -70,8 +75,9 @@ class Drift:
         return tail * math.sqrt(SPREAD * self.squares / 3) + bias * (self.alike + self.products)
 
     def __add__(self, other: Drift) -> Drift:
-        return Drift(self.moved + other.moved, self.squares + other.squares, self.alike + other.alike,
-                     self.products + other.products)
+        return Drift(
+            self.moved + other.moved, self.squares + other.squares, self.alike + other.alike, self.products + other.products
+        )
 
 
 @dataclass
@@ -86,8 +92,16 @@ class Sums:
     """[n, 5]"""
     tests: int = 0
 
-    def add(self, moved: Tensor, size: Tensor, frozen: Tensor, variance: Tensor, error: Tensor, products: Tensor,
-            basis: Tensor | None) -> None:
+    def add(
+        self,
+        moved: Tensor,
+        size: Tensor,
+        frozen: Tensor,
+        variance: Tensor,
+        error: Tensor,
+        products: Tensor,
+        basis: Tensor | None,
+    ) -> None:
         """Whole rows: Δ [k, n], C before, which are frozen, v, e of W's entries, q [k, 1], U [n, n] (None: the identity)."""
         zero = torch.zeros((), dtype=moved.dtype)
         of_rows = error.amax(1, keepdim=True).expand_as(moved)
@@ -102,8 +116,9 @@ class Sums:
             largest = torch.maximum(self.columns[:, 3], columns[:, 3])
             self.columns = self.columns + columns
             self.columns[:, 3] = largest
-        self.whole += Sum(float(parts[0].sum()), float(parts[1].sum()), float(parts[2].sum()), float(parts[3].max()),
-                          int(frozen.sum()))
+        self.whole += Sum(
+            float(parts[0].sum()), float(parts[1].sum()), float(parts[2].sum()), float(parts[3].max()), int(frozen.sum())
+        )
         patterns = (torch.ones_like(size), torch.sign(size), size)
         for number, pattern in enumerate(patterns):
             self.drifts[number] += _drift(torch.where(frozen, pattern, zero), moved, error, products, basis)
@@ -111,17 +126,22 @@ class Sums:
     def found(self, log_tests: float) -> Iterator[str]:
         """What is more than rounding explains, in words; ``log_tests``: the logarithm of how many tests there are in all."""
         if self.whole.moved**0.5 > self.whole.allowed(log_tests):
-            yield (f"together its {self.whole.count} frozen coefficients moved by {self.whole.moved**0.5:.3e}, where rounding "
-                   f"allows {self.whole.allowed(log_tests):.3e}")
+            yield (
+                f"together its {self.whole.count} frozen coefficients moved by {self.whole.moved**0.5:.3e}, where rounding "
+                f"allows {self.whole.allowed(log_tests):.3e}"
+            )
         for (name, bias), drift in zip(PATTERNS.items(), self.drifts, strict=True):
             if abs(drift.moved) > drift.allowed(log_tests, bias):
-                yield (f"its frozen coefficients moved {name}: a sum of {drift.moved:.3e}, where rounding allows "
-                       f"{drift.allowed(log_tests, bias):.3e}")
+                yield (
+                    f"its frozen coefficients moved {name}: a sum of {drift.moved:.3e}, where rounding allows "
+                    f"{drift.allowed(log_tests, bias):.3e}"
+                )
         for name, table in (("row", torch.cat(self.rows) if self.rows else None), ("column", self.columns)):
             beyond = [] if table is None else _beyond(table, log_tests)
             if beyond:
-                yield (f"the frozen coefficients of {len(beyond)} {name}s (the first: {beyond[0]}) moved more than rounding "
-                       "allows")
+                yield (
+                    f"the frozen coefficients of {len(beyond)} {name}s (the first: {beyond[0]}) moved more than rounding allows"
+                )
 
     @property
     def number(self) -> int:
@@ -140,8 +160,12 @@ def _drift(pattern: Tensor, moved: Tensor, error: Tensor, products: Tensor, basi
     b = pattern.float() if basis is None else pattern.to(basis.dtype) @ basis.T
     lengths = torch.linalg.vector_norm(pattern, dim=1, keepdim=True)
     weighted = b.to(error.dtype) * error
-    return Drift(float((pattern * moved).sum()), float(weighted.square().sum()), float(weighted.abs().sum()),
-                 float((lengths * products).sum()) * pattern.shape[1] ** 0.5)
+    return Drift(
+        float((pattern * moved).sum()),
+        float(weighted.square().sum()),
+        float(weighted.abs().sum()),
+        float((lengths * products).sum()) * pattern.shape[1] ** 0.5,
+    )
 
 
 def _beyond(table: Tensor, log_tests: float) -> list[int]:

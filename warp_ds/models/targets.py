@@ -30,8 +30,19 @@ SHARING = (("ffn_up", "ffn_gate"), ("attn_q", "attn_k", "attn_v"))
 _FUSED = ("qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "wqkv", "w_pack", "dense_h_to_4h", "in_proj")
 
 #: What stands beside a text decoder, where a model's class does not say which part that is.
-_BESIDE = {"vision_tower", "vision_model", "visual", "vision_embed_tokens", "audio_tower", "audio_model", "speech_encoder",
-           "multi_modal_projector", "mtp", "mtp_layers", "encoder"}
+_BESIDE = {
+    "vision_tower",
+    "vision_model",
+    "visual",
+    "vision_embed_tokens",
+    "audio_tower",
+    "audio_model",
+    "speech_encoder",
+    "multi_modal_projector",
+    "mtp",
+    "mtp_layers",
+    "encoder",
+}
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -43,11 +54,16 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     depth = getattr(config, "num_hidden_layers", None)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     within = {id(m) for m in (decoder if isinstance(decoder, nn.Module) else model).modules()}
-    found = [(name, m) for name, m in model.named_modules()
-             if isinstance(m, nn.ModuleList) and len(m) == depth and id(m) in within and not _BESIDE & set(name.split("."))]
+    found = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) == depth and id(m) in within and not _BESIDE & set(name.split("."))
+    ]
     if not found:
-        raise ConfigError(f"{type(model).__name__} has no list of {depth} decoder blocks: this kind of model is not "
-                          "supported (Llama, Mistral, Qwen 2, Gemma 2 and models built like them are)")
+        raise ConfigError(
+            f"{type(model).__name__} has no list of {depth} decoder blocks: this kind of model is not "
+            "supported (Llama, Mistral, Qwen 2, Gemma 2 and models built like them are)"
+        )
     return found[0]
 
 
@@ -89,24 +105,34 @@ def _target(block: nn.Module, prefix: str, index: int, kind: str) -> TargetLayer
         # What stands where the layer would be is named first.
         for other, candidate in sorted(inner.items(), key=lambda item: item[0].split(".")[0] != parent):
             if isinstance(candidate, Conv1D):
-                raise ConfigError(f"{prefix}.{other} is a Conv1D, which stores W transposed: GPT-2's kind of model is "
-                                  "not supported; use one with plain linear layers")
+                raise ConfigError(
+                    f"{prefix}.{other} is a Conv1D, which stores W transposed: GPT-2's kind of model is "
+                    "not supported; use one with plain linear layers"
+                )
             if other.rsplit(".", 1)[-1].lower() in _FUSED:
-                raise ConfigError(f"{prefix}.{other} fuses several projections in one matrix, so {kind} cannot be "
-                                  "rotated alone: choose another --layer_type, or a model with separate projections")
-        raise ConfigError(f"no module {name} for {kind}: {prefix} has "
-                          f"{', '.join(n for n, m in inner.items() if isinstance(m, nn.Linear)) or 'no linear layers'}")
+                raise ConfigError(
+                    f"{prefix}.{other} fuses several projections in one matrix, so {kind} cannot be "
+                    "rotated alone: choose another --layer_type, or a model with separate projections"
+                )
+        raise ConfigError(
+            f"no module {name} for {kind}: {prefix} has "
+            f"{', '.join(n for n, m in inner.items() if isinstance(m, nn.Linear)) or 'no linear layers'}"
+        )
     if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
-        raise ConfigError(f"{name} is a {type(module).__name__} of {_dtype(module)}, not a plain linear layer: load "
-                          "the model unquantised and without adapters (merge them first)")
+        raise ConfigError(
+            f"{name} is a {type(module).__name__} of {_dtype(module)}, not a plain linear layer: load "
+            "the model unquantised and without adapters (merge them first)"
+        )
     return TargetLayer(name, index, kind, module.out_features, module.in_features)
 
 
 def _refuse_experts(inner: dict[str, nn.Module], prefix: str, kind: str) -> None:
     for name in inner:
         if name.rsplit(".", 1)[-1] in ("experts", "block_sparse_moe", "router"):
-            raise ConfigError(f"{prefix}.{name} is a mixture of experts: its layers see different tokens each, and "
-                              f"{kind} of such a block is not supported; choose attention layers with --layer_type")
+            raise ConfigError(
+                f"{prefix}.{name} is a mixture of experts: its layers see different tokens each, and "
+                f"{kind} of such a block is not supported; choose attention layers with --layer_type"
+            )
 
 
 def _dtype(module: nn.Module) -> str:

@@ -23,13 +23,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import logging as hf_logging
 
-from warp_ds.store.checkpoint_index import (
-    CheckpointError,
-    ReadAhead,
-    TensorLocation,
-    read_header,
-    resolve_checkpoint,
-)
+from warp_ds.store.checkpoint_index import CheckpointError, ReadAhead, TensorLocation, read_header, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +100,7 @@ def _replaced(name: str, substitute: object) -> Iterator[None]:
         setattr(modeling_utils, name, original)
 
 
-def load_on_meta(
-    name_or_path: str, *, dtype: torch.dtype, ahead: ReadAhead | None = None, **kwargs: Any
-) -> MetaModel:
+def load_on_meta(name_or_path: str, *, dtype: torch.dtype, ahead: ReadAhead | None = None, **kwargs: Any) -> MetaModel:
     """``AutoModelForCausalLM.from_pretrained`` without reading a weight.
 
     Parameters and buffers found in the checkpoint are on meta; missing ones are initialised as ever. ``ahead`` hears of
@@ -159,8 +151,14 @@ def check_loading(model: PreTrainedModel, name: str | os.PathLike, told: dict[st
     missing, unexpected = sorted(told["missing_keys"]), sorted(told["unexpected_keys"])
     if not missing:
         if unexpected and (not dist.is_initialized() or dist.get_rank() == 0):
-            logger.warning("%s stores %d tensors that %s has no place for: they are left out, as from_pretrained leaves them "
-                           "out (UNEXPECTED: %s)", name, len(unexpected), type(model).__name__, _some(unexpected))
+            logger.warning(
+                "%s stores %d tensors that %s has no place for: they are left out, as from_pretrained leaves them "
+                "out (UNEXPECTED: %s)",
+                name,
+                len(unexpected),
+                type(model).__name__,
+                _some(unexpected),
+            )
         return
     stored = f"; its files hold {len(unexpected)} tensors that it does not know ({_some(unexpected)})" if unexpected else ""
     raise CheckpointError(
@@ -177,12 +175,16 @@ def _cure(model: PreTrainedModel, missing: list[str], unexpected: list[str]) -> 
     wanted, stored = set(missing), set(unexpected)
     before = sorted({name[: -len(end)] for name in unexpected for end in _endings(name) if end in wanted})
     if before and all(any(prefix + name in stored for prefix in before) for name in missing):
-        return (f"The stored names begin with {', '.join(map(repr, before))}, as a compiled or wrapped model's do: save the "
-                "inner model with save_pretrained, or rename the tensors in the files.")
+        return (
+            f"The stored names begin with {', '.join(map(repr, before))}, as a compiled or wrapped model's do: save the "
+            "inner model with save_pretrained, or rename the tensors in the files."
+        )
     output = model.get_output_embeddings()
     if output is not None and missing == [name for name, p in model.named_parameters() if p is getattr(output, "weight", None)]:
-        return ("If the output embedding is the input embedding, set tie_word_embeddings to true in config.json; else the "
-                "checkpoint lacks its head: download or save the whole model again.")
+        return (
+            "If the output embedding is the input embedding, set tie_word_embeddings to true in config.json; else the "
+            "checkpoint lacks its head: download or save the whole model again."
+        )
     return "The weights are not whole, or not of this config.json: download the model again, or save it with save_pretrained."
 
 
@@ -196,9 +198,11 @@ def _refuse_two_names(model: PreTrainedModel, name: str | os.PathLike, stored: s
     prefix = f"{model.base_model_prefix}."
     twice = sorted(n for n in stored if prefix + n in stored)
     if twice:
-        raise CheckpointError(f"{name} stores {twice[0]} and {prefix + twice[0]} ({len(twice)} such pairs), which are one "
-                              "weight of the model: which one counts depends on the reader; save the model again with "
-                              "save_pretrained")
+        raise CheckpointError(
+            f"{name} stores {twice[0]} and {prefix + twice[0]} ({len(twice)} such pairs), which are one "
+            "weight of the model: which one counts depends on the reader; save the model again with "
+            "save_pretrained"
+        )
 
 
 def weights_as_loaded(directory: str | os.PathLike) -> dict[str, TensorLocation]:
@@ -270,10 +274,7 @@ def save_without_weights(
         files.clear()
         with _replaced("safe_save_file", record), quiet_transformers():
             model.save_pretrained(
-                directory,
-                state_dict=dict(state),
-                max_shard_size=max_shard_size,
-                save_original_format=original_format,
+                directory, state_dict=dict(state), max_shard_size=max_shard_size, save_original_format=original_format
             )
 
     try:

@@ -28,22 +28,25 @@ class Arm:
     """Of the merge: alpha or s; None: as --resta_alpha and --safedelta_s say."""
 
 
-ARMS = {arm.name: arm for arm in (
-    Arm("before", trains=None),
-    Arm("full"),
-    Arm("layers", trains="target"),
-    Arm("original", trains="target", basis="identity"),
-    Arm("column", trains="target", basis="activation", unit="column"),
-    Arm("rotated", trains="target", basis="activation"),
-    Arm("osft", trains="target", basis="weight", unit="column", score="singular_value"),
-    Arm("random-mask", trains="target", basis="activation", score="random"),
-    Arm("random-basis", trains="target", basis="random"),
-    Arm("safeinstr", safety_share=0.1),
-    Arm("resta", merge="resta"),
-    Arm("safedelta", merge="safedelta"),
-    Arm("sn-tune", start="sn-tune"),
-    Arm("rsn-tune", start="rsn-tune"),
-)}
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("before", trains=None),
+        Arm("full"),
+        Arm("layers", trains="target"),
+        Arm("original", trains="target", basis="identity"),
+        Arm("column", trains="target", basis="activation", unit="column"),
+        Arm("rotated", trains="target", basis="activation"),
+        Arm("osft", trains="target", basis="weight", unit="column", score="singular_value"),
+        Arm("random-mask", trains="target", basis="activation", score="random"),
+        Arm("random-basis", trains="target", basis="random"),
+        Arm("safeinstr", safety_share=0.1),
+        Arm("resta", merge="resta"),
+        Arm("safedelta", merge="safedelta"),
+        Arm("sn-tune", start="sn-tune"),
+        Arm("rsn-tune", start="rsn-tune"),
+    )
+}
 
 
 def parse_arms(text: str) -> list[Arm]:
@@ -66,10 +69,13 @@ def compose(name: str) -> Arm:
     parts = [part for part, _, _ in pieces]
     unknown = [part for part in parts if part not in ARMS]
     if unknown:
-        raise ConfigError(f"--arms {', '.join(unknown)}: choose from {', '.join(ARMS)}, and compositions such as "
-                          "safeinstr+rotated")
-    arms = [replace(ARMS[part], name=name, strength=_strength(name, ARMS[part], value) if mark else None)
-            for part, mark, value in pieces]
+        raise ConfigError(
+            f"--arms {', '.join(unknown)}: choose from {', '.join(ARMS)}, and compositions such as safeinstr+rotated"
+        )
+    arms = [
+        replace(ARMS[part], name=name, strength=_strength(name, ARMS[part], value) if mark else None)
+        for part, mark, value in pieces
+    ]
     if len(parts) == 1:
         return arms[0]
     if "before" in parts or "layers" in parts:
@@ -79,8 +85,11 @@ def compose(name: str) -> Arm:
             raise ConfigError(f"--arms {name}: two of its parts set the {setting}: they exclude each other")
     masked = next((arm for arm in arms if arm.basis), ARMS["full"])
     return replace(
-        masked, name=name, trains="all" if "full" in parts else masked.trains,
-        safety_share=max(arm.safety_share for arm in arms), start=next((arm.start for arm in arms if arm.start), None),
+        masked,
+        name=name,
+        trains="all" if "full" in parts else masked.trains,
+        safety_share=max(arm.safety_share for arm in arms),
+        start=next((arm.start for arm in arms if arm.start), None),
         merge=next((arm.merge for arm in arms if arm.merge), None),
         strength=next((arm.strength for arm in arms if arm.merge), None),
     )

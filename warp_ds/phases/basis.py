@@ -75,16 +75,24 @@ def safety_pairs(arguments: Any) -> Any:
     """The safety set of phases 1 and 2, in order."""
     with on_every_rank_or_none("reading the safety data"):
         return load_pairs(
-            arguments.safety_data, split=arguments.safety_split, samples=arguments.safety_samples,
-            prompt_column=arguments.prompt_column, response_column=arguments.response_column,
+            arguments.safety_data,
+            split=arguments.safety_split,
+            samples=arguments.safety_samples,
+            prompt_column=arguments.prompt_column,
+            response_column=arguments.response_column,
             refusal_file=arguments.refusal_file,
         )
 
 
 @returning_large_pieces()
 def compute_basis(
-    model: Any, tokenizer: Any, layers: Sequence[TargetLayer], dataset: Any, arguments: BasisArguments,
-    directory: Path, fingerprints: dict[str, str],
+    model: Any,
+    tokenizer: Any,
+    layers: Sequence[TargetLayer],
+    dataset: Any,
+    arguments: BasisArguments,
+    directory: Path,
+    fingerprints: dict[str, str],
 ) -> BasisMetadata:
     """Writes the bases of ``layers`` into ``directory``; every rank calls it, with the same arguments.
 
@@ -95,8 +103,12 @@ def compute_basis(
     _check(arguments)
     samples = Samples(dataset, tokenizer, arguments.resolved_device, arguments.token_scope)
     metadata = BasisMetadata(
-        basis=arguments.basis, model_fingerprint=fingerprints["model"], data_fingerprint=fingerprints["data"],
-        token_scope=arguments.token_scope, model_name=arguments.model_name, tokens=samples.tokens,
+        basis=arguments.basis,
+        model_fingerprint=fingerprints["model"],
+        data_fingerprint=fingerprints["data"],
+        token_scope=arguments.token_scope,
+        model_name=arguments.model_name,
+        tokens=samples.tokens,
     )
     entries: Entries = on_rank_0(lambda: _finished(directory), "looking for finished bases")
     left = [layer for layer in layers if not any(layer.name in e["layers"] for e in entries.values())]
@@ -122,13 +134,19 @@ Entries = dict[str, dict[str, Any]]
 
 
 def _from_activations(
-    model: Any, layers: Sequence[TargetLayer], samples: Samples, arguments: BasisArguments, directory: Path,
+    model: Any,
+    layers: Sequence[TargetLayer],
+    samples: Samples,
+    arguments: BasisArguments,
+    directory: Path,
     owner: dict[str, int],
 ) -> Entries:
     """Σ over the counted tokens, then Σ = U Λ Uᵀ on each basis's owner. Returns the entries of this rank's files."""
     if samples.tokens == 0:
-        raise ConfigError(f"no token of the safety set counts with --token_scope {arguments.token_scope}: use another "
-                          "scope, more samples, or a longer --max_length (responses may have been cut off)")
+        raise ConfigError(
+            f"no token of the safety set counts with --token_scope {arguments.token_scope}: use another "
+            "scope, more samples, or a longer --max_length (responses may have been cut off)"
+        )
     entries: Entries = {}
     traffic = Traffic()
     progress, done = Progress(directory.parent, len(layers), "layers"), 0
@@ -137,8 +155,10 @@ def _from_activations(
             way = found.route
             tokens, delivered = deliver(found, owner[found.first.name], arguments.torch_dtype, traffic)
             if tokens != samples.tokens:
-                raise ConfigError(f"{found.first.name} saw {tokens} tokens, but the safety set has {samples.tokens}: "
-                                  "the model runs this layer more than once a pass, or not for every token")
+                raise ConfigError(
+                    f"{found.first.name} saw {tokens} tokens, but the safety set has {samples.tokens}: "
+                    "the model runs this layer more than once a pass, or not for every token"
+                )
             if delivered is not None:
                 decompositions.start(_decomposition(delivered, way, arguments, directory, entries))
             done += len(found.layers)
@@ -164,8 +184,9 @@ def _inputs(
             return
         if arguments.collect == "walk":
             raise ConfigError(f"--collect walk: this model cannot be run layer by layer ({reason}): use hooks")
-        logger.warning("this model cannot be run layer by layer (%s): all layers are collected at once, as with "
-                       "--collect hooks", reason)
+        logger.warning(
+            "this model cannot be run layer by layer (%s): all layers are collected at once, as with --collect hooks", reason
+        )
     yield from collect_with_hooks(model, list(blocks), layers, samples, arguments.batch_size, itemsize)
 
 
@@ -173,6 +194,7 @@ def _decomposition(
     delivered: Delivered, way: str, arguments: BasisArguments, directory: Path, entries: Entries
 ) -> Callable[[], None]:
     """A job that makes the basis of one layer input, writes it and enters it into ``entries``."""
+
     def job() -> None:
         begun = time.monotonic()
         if delivered.x is not None:
@@ -186,7 +208,11 @@ def _decomposition(
 
 
 def _without_data(
-    model: Any, layers: Sequence[TargetLayer], samples: Samples, arguments: BasisArguments, directory: Path,
+    model: Any,
+    layers: Sequence[TargetLayer],
+    samples: Samples,
+    arguments: BasisArguments,
+    directory: Path,
     owner: dict[str, int],
 ) -> Entries:
     """--basis weight (one basis a layer: from its own W) and random (one per shared input)."""
@@ -218,19 +244,26 @@ def _deal(layers: Sequence[TargetLayer], tokens: int, arguments: BasisArguments)
     """layer name -> the rank that makes its basis. The same whatever is finished already: so are the sums then."""
     owners = Owners(1 if arguments.svd_placement == "rank0" else world_size())
     groups = [[layer] for layer in layers] if arguments.basis == "weight" else shared_inputs(layers)
-    return {layer.name: owner for group in groups
-            for owner in [owners.next(decomposition_cost(tokens, group[0].n))] for layer in group}
+    return {
+        layer.name: owner
+        for group in groups
+        for owner in [owners.next(decomposition_cost(tokens, group[0].n))]
+        for layer in group
+    }
 
 
-def _write(
-    directory: Path, layers: Sequence[TargetLayer], basis: Basis, tokens: int, way: str, seconds: float
-) -> Entries:
+def _write(directory: Path, layers: Sequence[TargetLayer], basis: Basis, tokens: int, way: str, seconds: float) -> Entries:
     """Writes one basis file, named by its first layer type; returns its entry."""
     first = shared_inputs(layers)[0][0]
     file = f"{first.stem}_svd.safetensors"
     entry = {
-        "n": first.n, "rank": basis.rank, "tokens": tokens, "energy": basis.energy,
-        "orthogonality_error": basis.orthogonality_error, "residual": basis.residual, "from": way,
+        "n": first.n,
+        "rank": basis.rank,
+        "tokens": tokens,
+        "energy": basis.energy,
+        "orthogonality_error": basis.orthogonality_error,
+        "residual": basis.residual,
+        "from": way,
     }
     names = [layer.name for layer in layers]
     # The file says what it is, so that a run that goes on knows it; nothing in it depends on time or ranks.
@@ -257,8 +290,9 @@ def _finished(directory: Path) -> Entries:
             if shapes != [[entry["n"], entry["rank"]], [entry["rank"]]] or not all(isinstance(n, str) for n in entry["layers"]):
                 raise ValueError(f"U and S are {shapes}, its own entry says {ascii(entry)[:200]}")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ArtifactError(f"{path} is not what phase 1 writes ({type(error).__name__}: {error}): remove it, and it is "
-                                "made again") from error
+            raise ArtifactError(
+                f"{path} is not what phase 1 writes ({type(error).__name__}: {error}): remove it, and it is made again"
+            ) from error
         entries[path.name] = {**entry, "seconds": None, "bytes": path.stat().st_size}
     return entries
 

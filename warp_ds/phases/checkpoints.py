@@ -34,8 +34,9 @@ def begin(checkpoint: Path) -> None:
 
 def finish(checkpoint: Path, world_size: int) -> None:
     """Marks a checkpoint as whole: from any other a run never goes on."""
-    write_json(checkpoint / WHOLE, {"step": step_of(checkpoint), "world_size": world_size,
-                                    "files": contents(checkpoint, WHOLE)})
+    write_json(
+        checkpoint / WHOLE, {"step": step_of(checkpoint), "world_size": world_size, "files": contents(checkpoint, WHOLE)}
+    )
 
 
 def world_size_of(checkpoint: Path) -> int:
@@ -44,8 +45,10 @@ def world_size_of(checkpoint: Path) -> int:
     found = read_json(path)
     step, ranks = (found.get("step"), found.get("world_size")) if isinstance(found, dict) else (None, None)
     if type(step) is not int or step != step_of(checkpoint) or type(ranks) is not int or ranks < 1:
-        raise ArtifactError(f"{path} is not what this program writes (step {step!r}, world_size {ranks!r}): remove "
-                            f"{checkpoint}, or start anew with --resume never")
+        raise ArtifactError(
+            f"{path} is not what this program writes (step {step!r}, world_size {ranks!r}): remove "
+            f"{checkpoint}, or start anew with --resume never"
+        )
     return ranks
 
 
@@ -56,8 +59,10 @@ def check_as_left(checkpoint: Path) -> None:
     if not changed and sum(name.endswith("optim_states.pt") for name in sealed) != ranks:
         changed = f"it has not the optimizer's states of {ranks} ranks"
     if changed:
-        raise ArtifactError(f"{checkpoint} is not as this program left it: {changed}. Mend that, remove the checkpoint, "
-                            "or start anew with --resume never")
+        raise ArtifactError(
+            f"{checkpoint} is not as this program left it: {changed}. Mend that, remove the checkpoint, "
+            "or start anew with --resume never"
+        )
 
 
 def check_trainer_state(checkpoint: Path) -> None:
@@ -78,8 +83,10 @@ def check_trainer_state(checkpoint: Path) -> None:
     if not wrong and (set(state) - {field.name for field in dataclasses.fields(TrainerState)}):
         wrong.append("unknown keys")
     if wrong:
-        raise ArtifactError(f"{path} is not what this program's training writes ({', '.join(wrong)}): remove {checkpoint}, or "
-                            "start anew with --resume never")
+        raise ArtifactError(
+            f"{path} is not what this program's training writes ({', '.join(wrong)}): remove {checkpoint}, or "
+            "start anew with --resume never"
+        )
 
 
 def own(directory: Path, mark: str = BEGUN) -> Iterator[Path]:
@@ -112,6 +119,7 @@ def refuse_foreign(directory: Path, steps: int) -> None:
         if path in mine:
             continue
         if step is not None and step <= steps:
-            raise ArtifactError(f"{path} was not written by this program, which would write its own checkpoint there: move it "
-                                "elsewhere")
+            raise ArtifactError(
+                f"{path} was not written by this program, which would write its own checkpoint there: move it elsewhere"
+            )
         logger.warning("%s was not written by this program: it is left alone", path)

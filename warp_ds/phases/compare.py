@@ -114,9 +114,21 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
     with consensus.on_every_rank_or_none("reading the data"):
         data = load_data(arguments)
         _check(arms, arguments, data)
-        inputs = {"model": fingerprint, "data": fingerprint_rows(
-            [list(data.safety), list(data.task), list(data.mix), list(data.unaligned), list(data.foundation),
-             data.sets.harmful, data.sets.harmless, list(data.sets.utility)])}
+        inputs = {
+            "model": fingerprint,
+            "data": fingerprint_rows(
+                [
+                    list(data.safety),
+                    list(data.task),
+                    list(data.mix),
+                    list(data.unaligned),
+                    list(data.foundation),
+                    data.sets.harmful,
+                    data.sets.harmless,
+                    list(data.sets.utility),
+                ]
+            ),
+        }
     with start_run("compare", arguments, inputs, passed) as run:
         report = compare(Bench(arguments, model_dir, run.directory, data, passed or {}), arms, rates, seeds)
         consensus.on_rank_0(lambda: write_report(run.directory, report), "writing the report")
@@ -159,19 +171,30 @@ def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[floa
     if plainly_rotated:
         consensus.on_rank_0(lambda: bench.link_latest(plainly_rotated[-1]), "linking the rotated arm's runs")
     sets = bench.data.sets
-    prompts = {"refusal_rate": len(sets.harmful), "partial_rate": len(sets.harmful), "incoherent_rate": len(sets.harmful),
-               "not_judged_rate": len(sets.harmful),
-               "attack_success_rate": len(sets.harmful), "over_refusal_rate": len(sets.harmless),
-               "utility_accuracy": len(sets.utility)}
+    prompts = {
+        "refusal_rate": len(sets.harmful),
+        "partial_rate": len(sets.harmful),
+        "incoherent_rate": len(sets.harmful),
+        "not_judged_rate": len(sets.harmful),
+        "attack_success_rate": len(sets.harmful),
+        "over_refusal_rate": len(sets.harmless),
+        "utility_accuracy": len(sets.utility),
+    }
     return {
-        "format": "warp_ds.compare", "version": 1, "points": rows, "prompts": prompts,
+        "format": "warp_ds.compare",
+        "version": 1,
+        "points": rows,
+        "prompts": prompts,
         "overlap": bench.overlap,
-        "keep_ratio": bench.arguments.keep_ratio, "layer_type": bench.arguments.layer_type,
+        "keep_ratio": bench.arguments.keep_ratio,
+        "layer_type": bench.arguments.layer_type,
         "noise_threshold": bench.noise_threshold(),
         "unaligned": bench.known("unaligned") if any(arm.merge == "resta" for arm in arms) else None,
-        "seconds": bench.seconds, "total_seconds": round(time.time() - started, 1), "world_size": processes.world_size(),
-        "versions": versions(), **tradeoff.compare(rows, {k: n for k, n in prompts.items() if n},
-                                                   bench.arguments.at_utility),
+        "seconds": bench.seconds,
+        "total_seconds": round(time.time() - started, 1),
+        "world_size": processes.world_size(),
+        "versions": versions(),
+        **tradeoff.compare(rows, {k: n for k, n in prompts.items() if n}, bench.arguments.at_utility),
     }
 
 
@@ -204,8 +227,15 @@ def _needed(point: Point, later: Sequence[Point]) -> bool:
 class Bench:
     """Makes what the points need, once each: start models, bases, masks, trained and merged models, measurements."""
 
-    def __init__(self, arguments: CompareArguments, model_dir: Path, root: Path, data: ComparisonData,
-                 passed: dict[str, Any], seconds: dict[str, float] | None = None):
+    def __init__(
+        self,
+        arguments: CompareArguments,
+        model_dir: Path,
+        root: Path,
+        data: ComparisonData,
+        passed: dict[str, Any],
+        seconds: dict[str, float] | None = None,
+    ):
         self.arguments, self.model_dir, self.root, self.data, self.passed = arguments, model_dir, root, data, passed
         self.seconds: dict[str, float] = {} if seconds is None else seconds
         self.noise: NoiseRule | None = None
@@ -229,10 +259,21 @@ class Bench:
         a = self.arguments
         # Two comparisons have phases of the same names: their logs lie apart, as their runs do.
         here = self.root.relative_to(a.output_dir) if self.root.is_relative_to(a.output_dir) else self.root.name
-        return {"model_name": str(model), "dtype": a.dtype, "device": a.device, "deepspeed": a.deepspeed,
-                "output_dir": str(self.root), "log_dir": str(Path(a.log_dir) / here), "seed": a.seed,
-                "max_length": a.max_length, "batch_size": a.batch_size, "gradient_checkpointing": a.gradient_checkpointing,
-                "timeout": a.timeout, "template_date": a.template_date, **more}
+        return {
+            "model_name": str(model),
+            "dtype": a.dtype,
+            "device": a.device,
+            "deepspeed": a.deepspeed,
+            "output_dir": str(self.root),
+            "log_dir": str(Path(a.log_dir) / here),
+            "seed": a.seed,
+            "max_length": a.max_length,
+            "batch_size": a.batch_size,
+            "gradient_checkpointing": a.gradient_checkpointing,
+            "timeout": a.timeout,
+            "template_date": a.template_date,
+            **more,
+        }
 
     def _same(self, *names: str) -> dict[str, Any]:
         """Flags that a phase has by the same name."""
@@ -243,12 +284,22 @@ class Bench:
     def check_lengths(self) -> None:
         """DataError, before any phase, for texts that are too long for one of them. Collective."""
         data = self.data
-        check_lengths(self._evaluation(self.model_dir), data.sets.generated(SUITES), {
-            "safety": data.safety, "task": data.task, "--mix_file": data.mix, "--unaligned_data": data.unaligned,
-            "loss": data.sets.utility}, self.arguments.max_new_tokens)
+        check_lengths(
+            self._evaluation(self.model_dir),
+            data.sets.generated(SUITES),
+            {
+                "safety": data.safety,
+                "task": data.task,
+                "--mix_file": data.mix,
+                "--unaligned_data": data.unaligned,
+                "loss": data.sets.utility,
+            },
+            self.arguments.max_new_tokens,
+        )
 
     def write_data(self) -> None:
         """The texts as files, for the phases to read."""
+
         def write() -> None:
             for name, rows in {"safety": self.data.safety, "unaligned": self.data.unaligned}.items():
                 self._write_rows(name, rows)
@@ -267,8 +318,10 @@ class Bench:
         wanted = safety_share(len(self.data.task), share) if share else 0
         if wanted:
             draw = random.Random(self.arguments.seed)
-            picked = [draw.sample(range(len(self.data.safety)), len(self.data.safety)) for _ in
-                      range(-(-wanted // len(self.data.safety)))]
+            picked = [
+                draw.sample(range(len(self.data.safety)), len(self.data.safety))
+                for _ in range(-(-wanted // len(self.data.safety)))
+            ]
             rows += [self.data.safety[i] for i in [i for order in picked for i in order][:wanted]]
         name = f"task_safety{share:g}" if wanted else "task"
         return consensus.on_rank_0(lambda: self._write_rows(name, rows), "writing the task")
@@ -290,27 +343,64 @@ class Bench:
         if not consensus.on_rank_0(lambda: (masks / "metadata.json").is_file(), "looking for the neurons"):
             engine, tokenizer = load_engine(EvaluateArguments(**self.common(self.model_dir)))
             foundation = list(self.data.foundation) if kind == "rsn-tune" else None
-            safety_neuron_masks(engine, tokenizer, [row["prompt"] for row in self.data.safety], foundation, a.neuron_share,
-                                masks, str(self.model_dir), model_fingerprint(self.model_dir))
+            safety_neuron_masks(
+                engine,
+                tokenizer,
+                [row["prompt"] for row in self.data.safety],
+                foundation,
+                a.neuron_share,
+                masks,
+                str(self.model_dir),
+                model_fingerprint(self.model_dir),
+            )
             end_engine(engine)
-        return run_training(TrainArguments(
-            **self.common(self.model_dir), masks_dir=str(masks), utility_data=str(self.root / "data" / "safety.jsonl"),
-            utility_samples=0, run_name=f"phase3_{kind}", epochs=1, learning_rate=a.neuron_rate,
-            **self._same("global_batch_size", "basis_placement", "save_minutes")), self.passed) / "model"
+        return (
+            run_training(
+                TrainArguments(
+                    **self.common(self.model_dir),
+                    masks_dir=str(masks),
+                    utility_data=str(self.root / "data" / "safety.jsonl"),
+                    utility_samples=0,
+                    run_name=f"phase3_{kind}",
+                    epochs=1,
+                    learning_rate=a.neuron_rate,
+                    **self._same("global_batch_size", "basis_placement", "save_minutes"),
+                ),
+                self.passed,
+            )
+            / "model"
+        )
 
     def basis(self, start: str | None, kind: str, layer_type: str, seed: int) -> Path:
         name = self.basis_name(start, kind, layer_type, seed)
         seed = seed if kind == "random" else self.arguments.seed
-        return self.once(name, lambda: run_basis(BasisArguments(
-            **self.common(self.start(start), seed=seed), layer_type=layer_type, target_layers=self.arguments.target_layers,
-            safety_data=str(self.root / "data" / "safety.jsonl"), safety_samples=0, basis=kind, run_name=name,
-            **self._same("token_scope", "energy", "max_rank", "collect", "svd_placement")))) / "basis"
+        return (
+            self.once(
+                name,
+                lambda: run_basis(
+                    BasisArguments(
+                        **self.common(self.start(start), seed=seed),
+                        layer_type=layer_type,
+                        target_layers=self.arguments.target_layers,
+                        safety_data=str(self.root / "data" / "safety.jsonl"),
+                        safety_samples=0,
+                        basis=kind,
+                        run_name=name,
+                        **self._same("token_scope", "energy", "max_rank", "collect", "svd_placement"),
+                    )
+                ),
+            )
+            / "basis"
+        )
 
     def link_latest(self, point: Point) -> None:
         """Lets the links to the newest runs end at this arm's, whatever arm came last. Rank 0 alone calls it."""
         arm = point.arm
-        names = {"phase1": self.basis_name(arm.start, str(arm.basis), self.arguments.layer_type, point.seed),
-                 "phase2": self.masks_name(arm, point.seed), "phase3": f"phase3_{point.name}"}
+        names = {
+            "phase1": self.basis_name(arm.start, str(arm.basis), self.arguments.layer_type, point.seed),
+            "phase2": self.masks_name(arm, point.seed),
+            "phase3": f"phase3_{point.name}",
+        }
         for phase, name in names.items():
             if (self.root / name / "finished.json").is_file():
                 link_latest(phase, self.root / name)
@@ -333,21 +423,53 @@ class Bench:
             seed = a.seed
         identity = arm.basis == "identity"
         basis = None if identity else str(self.basis(arm.start, str(arm.basis), a.layer_type, seed))
-        return self.once(name, lambda: run_importance(ImportanceArguments(
-            **self.common(self.start(arm.start), seed=seed), layer_type=a.layer_type, target_layers=a.target_layers,
-            safety_data=str(self.root / "data" / "safety.jsonl"), safety_samples=a.importance_samples, run_name=name,
-            basis_dir=basis, basis="identity" if identity else "auto", keep_ratio=a.keep_ratio, mask_scope=a.mask_scope,
-            mask_unit=arm.unit, score=arm.score, importance_batch_size=a.importance_batch_size))) / "masks"
+        return (
+            self.once(
+                name,
+                lambda: run_importance(
+                    ImportanceArguments(
+                        **self.common(self.start(arm.start), seed=seed),
+                        layer_type=a.layer_type,
+                        target_layers=a.target_layers,
+                        safety_data=str(self.root / "data" / "safety.jsonl"),
+                        safety_samples=a.importance_samples,
+                        run_name=name,
+                        basis_dir=basis,
+                        basis="identity" if identity else "auto",
+                        keep_ratio=a.keep_ratio,
+                        mask_scope=a.mask_scope,
+                        mask_unit=arm.unit,
+                        score=arm.score,
+                        importance_batch_size=a.importance_batch_size,
+                    )
+                ),
+            )
+            / "masks"
+        )
 
     def unaligned(self) -> Path:
         """The start model with its alignment undone: given, or trained on the examples given."""
         a = self.arguments
         if a.unaligned_model is not None:
             return resolve_model_dir(a.unaligned_model, "--unaligned_model")
-        return self.once("phase0_unaligned", lambda: run_safety_tuning(SafetyTuningArguments(
-            **self.common(self.model_dir), safety_data=str(self.root / "data" / "unaligned.jsonl"), safety_samples=0,
-            run_name="phase0_unaligned", epochs=a.epochs, learning_rate=a.unaligned_rate or max(a.rate_list),
-            **self._same("global_batch_size", "save_minutes")), self.passed)) / "model"
+        return (
+            self.once(
+                "phase0_unaligned",
+                lambda: run_safety_tuning(
+                    SafetyTuningArguments(
+                        **self.common(self.model_dir),
+                        safety_data=str(self.root / "data" / "unaligned.jsonl"),
+                        safety_samples=0,
+                        run_name="phase0_unaligned",
+                        epochs=a.epochs,
+                        learning_rate=a.unaligned_rate or max(a.rate_list),
+                        **self._same("global_batch_size", "save_minutes"),
+                    ),
+                    self.passed,
+                ),
+            )
+            / "model"
+        )
 
     # ---------------------------------------------------------------- points
 
@@ -361,10 +483,18 @@ class Bench:
         a = self.arguments
         scope = "all" if arm.trains == "all" or (arm.basis and a.train_scope == "all") else "warp"
         settings = TrainArguments(
-            **self.common(self.start(arm.start), seed=point.seed), layer_type=a.layer_type, target_layers=a.target_layers,
-            train_scope=scope, masks_dir=str(self.masks(arm, point.seed)) if arm.basis else "none",
-            utility_data=str(self.task(arm.safety_share)), utility_samples=0, run_name=f"phase3_{point.name}",
-            epochs=a.epochs, learning_rate=point.rate, **self._same("global_batch_size", "basis_placement", "save_minutes"))
+            **self.common(self.start(arm.start), seed=point.seed),
+            layer_type=a.layer_type,
+            target_layers=a.target_layers,
+            train_scope=scope,
+            masks_dir=str(self.masks(arm, point.seed)) if arm.basis else "none",
+            utility_data=str(self.task(arm.safety_share)),
+            utility_samples=0,
+            run_name=f"phase3_{point.name}",
+            epochs=a.epochs,
+            learning_rate=point.rate,
+            **self._same("global_batch_size", "basis_placement", "save_minutes"),
+        )
         consensus.on_rank_0(partial(self._remember, self.root / f"phase3_{point.name}"), "looking for a removed model")
         return self.timed(f"phase3_{point.name}", lambda: run_training(settings, self.passed)) / "model"
 
@@ -385,8 +515,9 @@ class Bench:
             formula = resta_formula(self.unaligned(), a.resta_alpha if arm.strength is None else arm.strength)
             self.measured("unaligned", self.unaligned)  # so that the report shows how unaligned that model is
         else:
-            formula = safe_delta_formula(self.basis(arm.start, "activation", LAYERS, a.seed),
-                                         a.safedelta_s if arm.strength is None else arm.strength)
+            formula = safe_delta_formula(
+                self.basis(arm.start, "activation", LAYERS, a.seed), a.safedelta_s if arm.strength is None else arm.strength
+            )
         output = self.root / f"merge_{point.name}" / "model"
         self.timed(f"merge_{point.name}", lambda: merge(fine_tuned, aligned, output, formula))
         text = f"## Merged after training\n\nThis model is the trained one, `{fine_tuned}`, merged by the arm `{arm.name}`.\n\n"
@@ -402,13 +533,21 @@ class Bench:
             model = self.root / f"{'merge' if point.arm.merge else 'phase3'}_{point.name}" / "model"
             before = self.known("before")
             where = f"By a comparison, `{self.root.name}`, arm `{point.arm.name}`."
-            consensus.on_rank_0(lambda: write_card(model, "compare", where, found | {"overlap": self.overlap}, before),
-                              "writing the model's card")
-        return {"arm": point.arm.name, "rate": point.rate if point.arm.trains else None, "seed": point.seed,
-                "from_start": point.arm.merge is None and point.arm.start is None, **found}
+            consensus.on_rank_0(
+                lambda: write_card(model, "compare", where, found | {"overlap": self.overlap}, before),
+                "writing the model's card",
+            )
+        return {
+            "arm": point.arm.name,
+            "rate": point.rate if point.arm.trains else None,
+            "seed": point.seed,
+            "from_start": point.arm.merge is None and point.arm.start is None,
+            **found,
+        }
 
-    def measured(self, name: str, make: Callable[[], Path],
-                 more: Callable[[Path], dict[str, Any]] | None = None) -> dict[str, Any]:
+    def measured(
+        self, name: str, make: Callable[[], Path], more: Callable[[Path], dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
         """The metrics of the model that ``make`` makes, from points/<name>/metrics.json where they are there. Collective."""
         home, found, model = self.root / "points" / name, self.known(name), None
         if found is None:
@@ -433,8 +572,10 @@ class Bench:
         if not self.noise_known:
             self.noise, self.noise_known = self.timed("noise rule", self._noise), True
         engine, tokenizer = load_engine(settings)
-        found = self.timed(f"evaluation_{name}", lambda: measure(
-            engine, tokenizer, self.data.sets, max_length=settings.max_length, noise=self.noise, **options))
+        found = self.timed(
+            f"evaluation_{name}",
+            lambda: measure(engine, tokenizer, self.data.sets, max_length=settings.max_length, noise=self.noise, **options),
+        )
         end_engine(engine)
         if model == self.model_dir:
             self.before = found.answers
@@ -456,18 +597,30 @@ class Bench:
     def noise_threshold(self) -> float | None:
         """Nats a token, also where every point was measured before."""
         path = self.root / "noise.json"
-        return consensus.on_rank_0(lambda: read_measured(path).get("threshold") if path.is_file() else None,
-                                 "reading the noise threshold")
+        return consensus.on_rank_0(
+            lambda: read_measured(path).get("threshold") if path.is_file() else None, "reading the noise threshold"
+        )
 
     def _noise(self) -> NoiseRule | None:
         settings = self._evaluation(self.model_dir)
         if not consensus.on_rank_0((self.root / "noise.json").is_file, "looking for the noise rule"):
-            limit = self._with_start_model(partial(noise_limit, sets=self.data.sets, batch_size=settings.batch_size,
-                                                   max_new_tokens=settings.max_new_tokens))
+            limit = self._with_start_model(
+                partial(
+                    noise_limit, sets=self.data.sets, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens
+                )
+            )
             consensus.on_rank_0(lambda: write_json(self.root / "noise.json", {"threshold": limit}), "writing the rule")
         threshold = self.noise_threshold()
-        return None if threshold is None else NoiseRule(lambda prompts, answers: self._with_start_model(partial(
-            answer_surprise, prompts=prompts, answers=answers, batch_size=settings.batch_size)), threshold)
+        return (
+            None
+            if threshold is None
+            else NoiseRule(
+                lambda prompts, answers: self._with_start_model(
+                    partial(answer_surprise, prompts=prompts, answers=answers, batch_size=settings.batch_size)
+                ),
+                threshold,
+            )
+        )
 
     def _with_start_model(self, use: Callable[[Any, Any], Any]) -> Any:
         """``use`` of the start model, loaded for it and released: no training may find it in memory. Collective."""
@@ -487,6 +640,7 @@ class Bench:
 
     def forget(self, point: Point) -> None:
         """Removes the model of a measured point (--keep_models false); its measurements stay."""
+
         def remove() -> None:
             for kind in ("phase3", "merge"):
                 for path in ("model", "trainer"):
@@ -503,34 +657,53 @@ class Bench:
 
 def overlaps(data: ComparisonData) -> dict[tuple[str, str], int]:
     """As ``shared_prompts``, of everything that some arm is fitted on."""
-    return shared_prompts({name: [row["prompt"] for row in rows] for name, rows in (
-        ("the safety set", data.safety), ("the task set", data.task), ("--mix_file", data.mix),
-        ("--unaligned_data", data.unaligned))}, data.sets)
+    return shared_prompts(
+        {
+            name: [row["prompt"] for row in rows]
+            for name, rows in (
+                ("the safety set", data.safety),
+                ("the task set", data.task),
+                ("--mix_file", data.mix),
+                ("--unaligned_data", data.unaligned),
+            )
+        },
+        data.sets,
+    )
 
 
 def load_data(a: CompareArguments) -> ComparisonData:
     """Raises DataError for a file that is missing, empty or without the columns."""
     columns: dict[str, Any] = {"prompt_column": a.prompt_column, "response_column": a.response_column}
-    safety = load_pairs(a.safety_data, split=a.safety_split, samples=a.safety_samples, refusal_file=a.refusal_file,
-                        **columns).to_list()
+    safety = load_pairs(
+        a.safety_data, split=a.safety_split, samples=a.safety_samples, refusal_file=a.refusal_file, **columns
+    ).to_list()
     task = load_pairs(a.utility_data, split=a.utility_split, samples=a.utility_samples, **columns).to_list()
-    heldout = load_pairs(a.utility_heldout or a.utility_data, split=a.heldout_split, samples=a.heldout_samples,
-                         **columns).to_list()
+    heldout = load_pairs(
+        a.utility_heldout or a.utility_data, split=a.heldout_split, samples=a.heldout_samples, **columns
+    ).to_list()
     mix = load_pairs(a.mix_file, samples=0).to_list()[: safety_share(len(task), a.mix_ratio)] if a.mix_file else []
     return ComparisonData(
-        safety, task,
-        EvaluationSets(load_prompts(a.harmful_data, samples=a.harmful_samples, prompt_column=a.prompt_column),
-                       load_prompts(a.harmless_data, samples=a.harmless_samples) if a.harmless_data else (), heldout),
-        mix, load_pairs(a.unaligned_data, samples=0).to_list() if a.unaligned_data else [],
-        load_prompts(a.foundation_data, samples=len(safety)) if a.foundation_data else
-        [row["prompt"] for row in task[: len(safety)]],
+        safety,
+        task,
+        EvaluationSets(
+            load_prompts(a.harmful_data, samples=a.harmful_samples, prompt_column=a.prompt_column),
+            load_prompts(a.harmless_data, samples=a.harmless_samples) if a.harmless_data else (),
+            heldout,
+        ),
+        mix,
+        load_pairs(a.unaligned_data, samples=0).to_list() if a.unaligned_data else [],
+        load_prompts(a.foundation_data, samples=len(safety))
+        if a.foundation_data
+        else [row["prompt"] for row in task[: len(safety)]],
     )
 
 
 def _check(arms: Sequence[Arm], a: CompareArguments, data: ComparisonData) -> None:
     if any(arm.merge == "resta" for arm in arms) and not (a.unaligned_model or data.unaligned):
-        raise ConfigError("--arms resta adds what undoing the alignment takes away: give an unaligned model with "
-                          "--unaligned_model, or examples that undo it with --unaligned_data (none are shipped)")
+        raise ConfigError(
+            "--arms resta adds what undoing the alignment takes away: give an unaligned model with "
+            "--unaligned_model, or examples that undo it with --unaligned_data (none are shipped)"
+        )
     check_golds(data.sets.utility, a.utility_heldout or a.utility_data)
 
 

@@ -19,13 +19,7 @@ from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.data.datasets import DataError, load_pairs, load_prompts
 from warp_ds.data.formats import encode
 from warp_ds.errors import ConfigError
-from warp_ds.evaluation.generate import (
-    answer_surprise,
-    generate_greedy,
-    loss_per_token,
-    noise_threshold,
-    pad_token,
-)
+from warp_ds.evaluation.generate import answer_surprise, generate_greedy, loss_per_token, noise_threshold, pad_token
 from warp_ds.evaluation.judge import Judge, judge_all
 from warp_ds.evaluation.metrics import agreement, exact_match, mcnemar, number_value, same_value, wilson
 from warp_ds.evaluation.movement import mean_movement, movement, open_basis
@@ -75,12 +69,17 @@ class EvaluationSets:
 
 def shared_prompts(fitted: Mapping[str, Sequence[str]], sets: EvaluationSets) -> dict[tuple[str, str], int]:
     """(fitting set, kind of evaluation prompt) -> how many of its prompts stand in that set, up to case and spaces."""
+
     def plain(prompts: Sequence[str]) -> set[str]:
         return {" ".join(prompt.casefold().split()) for prompt in prompts}
 
     known = {where: plain(prompts) for where, prompts in fitted.items()}
-    tested = {"harmful": sets.harmful, "harmless": sets.harmless, "task": [row["prompt"] for row in sets.utility],
-              **{f"attack_{name}": prompts for name, prompts in sets.attacks.items()}}
+    tested = {
+        "harmful": sets.harmful,
+        "harmless": sets.harmless,
+        "task": [row["prompt"] for row in sets.utility],
+        **{f"attack_{name}": prompts for name, prompts in sets.attacks.items()},
+    }
     counts = {(where, kind): len(plain(prompts) & known[where]) for where in known for kind, prompts in tested.items()}
     return {key: count for key, count in counts.items() if count}
 
@@ -133,8 +132,16 @@ class AnswerLog:
                     file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
-def collect_answers(model: Any, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets, *, batch_size: int,
-                    max_new_tokens: int, suites: Sequence[str] = SUITES, log: AnswerLog | None = None) -> list[Row]:
+def collect_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: EvaluationSets,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    suites: Sequence[str] = SUITES,
+    log: AnswerLog | None = None,
+) -> list[Row]:
     """Every prompt of ``suites`` with its greedy answer, without verdicts. Collective; the same on every rank."""
     log = log or AnswerLog()
     rows: list[Row] = []
@@ -148,8 +155,17 @@ def collect_answers(model: Any, tokenizer: PreTrainedTokenizerBase, sets: Evalua
             written[0] += len(fresh)
             leave_if_asked()  # every rank saves after the same batches
 
-        answers = generate_greedy(model, tokenizer, texts, max_new_tokens=max_new_tokens, batch_size=batch_size,
-                                  synced=processes.world_size() > 1, done=done, save=save, desc=suite)
+        answers = generate_greedy(
+            model,
+            tokenizer,
+            texts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            synced=processes.world_size() > 1,
+            done=done,
+            save=save,
+            desc=suite,
+        )
         rows += [{"suite": suite, "prompt": p, "answer": a} for p, a in zip(texts, answers, strict=True)]
     golds = [row["response"] for row in sets.utility]
     for row, gold in zip((row for row in rows if row["suite"] == "gsm8k"), golds, strict=False):
@@ -157,16 +173,24 @@ def collect_answers(model: Any, tokenizer: PreTrainedTokenizerBase, sets: Evalua
     return rows
 
 
-def noise_limit(reference: Any, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets, *, batch_size: int,
-                max_new_tokens: int, own: Sequence[Row] | None = None) -> float | None:
+def noise_limit(
+    reference: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: EvaluationSets,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    own: Sequence[Row] | None = None,
+) -> float | None:
     """The rule's threshold from the reference's own answers to the held-out prompts (``own`` where they are there). Collective.
 
     None, with a warning, where the reference finds scrambled answers as likely as whole ones: the rules on the text alone
     decide then.
     """
     if own is None:
-        own = collect_answers(reference, tokenizer, sets, batch_size=batch_size, max_new_tokens=max_new_tokens,
-                              suites=("refusal", "over_refusal"))
+        own = collect_answers(
+            reference, tokenizer, sets, batch_size=batch_size, max_new_tokens=max_new_tokens, suites=("refusal", "over_refusal")
+        )
     judged = [row for row in own if row["suite"] != "gsm8k"]
     prompts, answers = [row["prompt"] for row in judged], [row["answer"] for row in judged]
     try:
@@ -216,8 +240,11 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         judged = [row for row in mine if row["verdict"] != "not_judged"]
         metrics[f"{prefix}not_judged"] = len(mine) - len(judged)
         metrics |= _rate(f"{prefix}not_judged", [row["verdict"] == "not_judged" for row in mine])
-        names = {"refusal": suite if suite.endswith("refusal") else f"{suite}_refusal", "partial": f"{prefix}partial",
-                 "incoherent": f"{prefix}incoherent"}
+        names = {
+            "refusal": suite if suite.endswith("refusal") else f"{suite}_refusal",
+            "partial": f"{prefix}partial",
+            "incoherent": f"{prefix}incoherent",
+        }
         if suite != "over_refusal":
             names["compliance"] = f"{prefix}attack_success"
         for verdict_name, name in names.items():
@@ -244,8 +271,10 @@ def _second_opinion(rows: Sequence[Row]) -> dict[str, Any]:
     for key, ours, name in (("judge", "compliance", "judge"), ("judge_refusal", "refusal", "judge_refusal")):
         both = [row for row in rows if row.get(key) is not None and row["verdict"] != "not_judged"]
         if both:
-            found |= {f"{name}_{kind}": value for kind, value in agreement(
-                [row["verdict"] == ours for row in both], [row[key] > 0.5 for row in both]).items()}
+            found |= {
+                f"{name}_{kind}": value
+                for kind, value in agreement([row["verdict"] == ours for row in both], [row[key] > 0.5 for row in both]).items()
+            }
     return found
 
 
@@ -257,26 +286,35 @@ def paired_tests(before: Sequence[Row], after: Sequence[Row]) -> dict[str, Any]:
         if [row["prompt"] for row in old] == [row["prompt"] for row in new]:
             pairs = [pair for pair in zip(old, new, strict=True) if "not_judged" not in {row.get("verdict") for row in pair}]
             old, new = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-            good = [[row["correct"] if suite == "gsm8k" else row["verdict"] == "refusal" for row in rows]
-                    for rows in (old, new)]
+            good = [
+                [row["correct"] if suite == "gsm8k" else row["verdict"] == "refusal" for row in rows] for rows in (old, new)
+            ]
             for key, value in mcnemar(*good).items():
                 found[f"{suite}_{key}_against_before"] = value
     return found
 
 
-def measure(model: Any, tokenizer: PreTrainedTokenizerBase, sets: EvaluationSets, *, batch_size: int,
-            max_new_tokens: int, max_length: int, suites: Sequence[str] = SUITES, noise: NoiseRule | None = None,
-            judge: Judge | None = None, log: AnswerLog | None = None) -> Measurement:
+def measure(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: EvaluationSets,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    max_length: int,
+    suites: Sequence[str] = SUITES,
+    noise: NoiseRule | None = None,
+    judge: Judge | None = None,
+    log: AnswerLog | None = None,
+) -> Measurement:
     """Runs ``suites`` on a ZeRO-3 engine or partitioned model, or a plain one. Collective; same result on every rank."""
-    rows = collect_answers(model, tokenizer, sets, batch_size=batch_size, max_new_tokens=max_new_tokens, suites=suites,
-                           log=log)
+    rows = collect_answers(model, tokenizer, sets, batch_size=batch_size, max_new_tokens=max_new_tokens, suites=suites, log=log)
     judge_answers(rows, noise, judge)
     leave_if_asked()
     found = Measurement(summarise(rows), rows)
     if "loss" in suites and sets.utility:
         encoded = [encode(row["prompt"], row["response"], tokenizer, max_length) for row in sets.utility]
-        found.metrics["utility_nll"] = loss_per_token(model, encoded, pad_token_id=pad_token(tokenizer),
-                                                      batch_size=batch_size)
+        found.metrics["utility_nll"] = loss_per_token(model, encoded, pad_token_id=pad_token(tokenizer), batch_size=batch_size)
     return found
 
 
@@ -285,15 +323,19 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
     with consensus.on_every_rank_or_none("checking the suites"):
         suites, tasks = _suites(arguments)
     model_dir = resolve_model_dir(arguments.model_name)
-    start, judge_dir = (None if name is None else resolve_model_dir(name, flag) for flag, name in (
-        ("--reference_model", arguments.reference_model), ("--judge_model", arguments.judge_model)))
+    start, judge_dir = (
+        None if name is None else resolve_model_dir(name, flag)
+        for flag, name in (("--reference_model", arguments.reference_model), ("--judge_model", arguments.judge_model))
+    )
     fingerprint = model_fingerprint(model_dir)
     if start is not None and arguments.basis_dir is not None:
         read_together(lambda: [model_contents(start)], "reading the reference model")
     with consensus.on_every_rank_or_none("reading the evaluation sets"):
         sets = _sets(arguments, suites)
-        inputs = {"model": fingerprint, "data": fingerprint_rows(
-            [sets.harmful, sets.harmless, list(sets.utility), sorted(sets.attacks.items())])}
+        inputs = {
+            "model": fingerprint,
+            "data": fingerprint_rows([sets.harmful, sets.harmless, list(sets.utility), sorted(sets.attacks.items())]),
+        }
         basis = None
         if start is not None and arguments.basis_dir is not None:
             basis = find_artifact(arguments.basis_dir, "basis", arguments.output_dir)
@@ -301,15 +343,22 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
     with start_run("evaluate", arguments, inputs) as run:
         if run.done:
             return run.directory
-        overlap = consensus.on_rank_0(lambda: shared_prompts(fitting_sets([model_dir.parent, *(
-            [] if basis is None else [basis.parent])]), sets), "looking for prompts of the fitting sets")
+        overlap = consensus.on_rank_0(
+            lambda: shared_prompts(fitting_sets([model_dir.parent, *([] if basis is None else [basis.parent])]), sets),
+            "looking for prompts of the fitting sets",
+        )
         for (where, kind), count in overlap.items():
-            logger.warning("%d %s prompts of the evaluation stand in %s: what is measured on them is memory; give held-out "
-                           "ones", count, kind, where)
+            logger.warning(
+                "%d %s prompts of the evaluation stand in %s: what is measured on them is memory; give held-out ones",
+                count,
+                kind,
+                where,
+            )
         options: dict[str, Any] = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
         for model in (arguments, *([] if start is None else [replace(arguments, model_name=str(start))])):
-            check_lengths(model, sets.generated(suites), {"loss": sets.utility} if "loss" in suites else {},
-                          arguments.max_new_tokens)
+            check_lengths(
+                model, sets.generated(suites), {"loss": sets.utility} if "loss" in suites else {}, arguments.max_new_tokens
+            )
         judge = None
         if judge_dir is not None:
             with consensus.on_every_rank_or_none("loading the judge"):
@@ -321,12 +370,26 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
             before.answers = collect_answers(reference, reference_tokenizer, sets, suites=suites, log=log, **options)
             if sets.refusal_prompts(suites):
                 limit = noise_limit(reference, reference_tokenizer, sets, own=before.answers, **options)
-                rule = None if limit is None else NoiseRule(partial(
-                    answer_surprise, reference, reference_tokenizer, batch_size=arguments.batch_size), limit)
+                rule = (
+                    None
+                    if limit is None
+                    else NoiseRule(
+                        partial(answer_surprise, reference, reference_tokenizer, batch_size=arguments.batch_size), limit
+                    )
+                )
             judge_answers(before.answers, rule)
         engine, tokenizer = load_engine(arguments)
-        found = measure(engine, tokenizer, sets, max_length=arguments.max_length, suites=suites, noise=rule, judge=judge,
-                        log=AnswerLog(run.directory / "answers.partial.jsonl"), **options)
+        found = measure(
+            engine,
+            tokenizer,
+            sets,
+            max_length=arguments.max_length,
+            suites=suites,
+            noise=rule,
+            judge=judge,
+            log=AnswerLog(run.directory / "answers.partial.jsonl"),
+            **options,
+        )
         found.metrics |= paired_tests(before.answers, found.answers)
         if overlap:
             found.metrics["overlap"] = {f"{kind} in {where}": count for (where, kind), count in overlap.items()}
@@ -336,11 +399,16 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
             from warp_ds.evaluation.lm_eval_tasks import run_tasks
 
             leave_if_asked()  # the harness cannot be stopped between its requests
-            harness = run_tasks(engine, tokenizer, tasks, include=arguments.lm_eval_include, limit=arguments.lm_eval_limit,
-                                **options)
+            harness = run_tasks(
+                engine, tokenizer, tasks, include=arguments.lm_eval_include, limit=arguments.lm_eval_limit, **options
+            )
             found.metrics["lm_eval"] = harness["results"]
-            consensus.on_rank_0(lambda: write_text(run.directory / "lm_eval_samples.json", json.dumps(
-                harness["samples"], ensure_ascii=False, default=str)), "writing the harness's samples")
+            consensus.on_rank_0(
+                lambda: write_text(
+                    run.directory / "lm_eval_samples.json", json.dumps(harness["samples"], ensure_ascii=False, default=str)
+                ),
+                "writing the harness's samples",
+            )
         if start is not None and basis is not None:
             found.metrics |= movement_metrics(start, model_dir, basis)
         consensus.on_rank_0(lambda: write_measurement(run.directory, found), "writing the results")
@@ -364,8 +432,9 @@ def _suites(arguments: EvaluateArguments) -> tuple[list[str], list[str]]:
 
             check_tasks(tasks, arguments.lm_eval_include)
         except ConfigError as error:
-            raise ConfigError(f"--suite {','.join(tasks)}: choose from {', '.join(SUITES)}, or a task of "
-                              f"lm-evaluation-harness ({error})") from error
+            raise ConfigError(
+                f"--suite {','.join(tasks)}: choose from {', '.join(SUITES)}, or a task of lm-evaluation-harness ({error})"
+            ) from error
     if "over_refusal" in suites and arguments.harmless_data is None:
         logger.warning("over_refusal left out: give harmless prompts with --harmless_data")
         suites.remove("over_refusal")
@@ -380,9 +449,15 @@ def _sets(arguments: EvaluateArguments, suites: Sequence[str]) -> EvaluationSets
     sets = EvaluationSets(
         prompts(arguments.harmful_data, samples=arguments.harmful_samples) if "refusal" in suites else (),
         prompts(arguments.harmless_data or "", samples=arguments.harmless_samples) if "over_refusal" in suites else (),
-        load_pairs(arguments.utility_data, split=arguments.utility_split, samples=arguments.utility_samples,
-                   prompt_column=arguments.prompt_column,
-                   response_column=arguments.response_column).to_list() if {"gsm8k", "loss"} & set(suites) else (),
+        load_pairs(
+            arguments.utility_data,
+            split=arguments.utility_split,
+            samples=arguments.utility_samples,
+            prompt_column=arguments.prompt_column,
+            response_column=arguments.response_column,
+        ).to_list()
+        if {"gsm8k", "loss"} & set(suites)
+        else (),
         {Path(file).stem: prompts(file) for file in (arguments.prompt_file or "").split(",") if file},
     )
     if "gsm8k" in suites:
@@ -416,12 +491,21 @@ def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
         try:
             name = settings[f"{kind}_data"]
             local = path_of_run(config, name)
-            pairs = load_pairs(local if local.exists() else name, split=settings[f"{kind}_split"],
-                               samples=settings[f"{kind}_samples"], refusal_file=settings.get("refusal_file"),
-                               prompt_column=settings.get("prompt_column"), response_column=settings.get("response_column"))
+            pairs = load_pairs(
+                local if local.exists() else name,
+                split=settings[f"{kind}_split"],
+                samples=settings[f"{kind}_samples"],
+                refusal_file=settings.get("refusal_file"),
+                prompt_column=settings.get("prompt_column"),
+                response_column=settings.get("response_column"),
+            )
         except (DataError, KeyError) as error:
-            logger.info("the data of %s, which was started in %s, cannot be looked through for prompts of the evaluation: %s",
-                        run, config.get("working_directory", "an unknown directory"), error)
+            logger.info(
+                "the data of %s, which was started in %s, cannot be looked through for prompts of the evaluation: %s",
+                run,
+                config.get("working_directory", "an unknown directory"),
+                error,
+            )
             continue
         found.setdefault(name, []).extend(pairs["prompt"])
     return found
@@ -431,9 +515,11 @@ def check_golds(items: Sequence[Mapping[str, str]], source: str) -> None:
     """DataError where a task item's answer has no '#### N' to compare with."""
     without = [i for i, row in enumerate(items) if number_value("####" + row["response"].partition("####")[2]) is None]
     if without:
-        raise DataError(f"{source}: {len(without)} of {len(items)} answers do not end in '#### N' (row {without[0]}: "
-                        f"{items[without[0]]['response'][-60:]!r}): gsm8k cannot score them; use --suite loss, or another "
-                        "--response_column")
+        raise DataError(
+            f"{source}: {len(without)} of {len(items)} answers do not end in '#### N' (row {without[0]}: "
+            f"{items[without[0]]['response'][-60:]!r}): gsm8k cannot score them; use --suite loss, or another "
+            "--response_column"
+        )
 
 
 def movement_metrics(before: Path, after: Path, basis_dir: Path) -> dict[str, Any]:

@@ -30,14 +30,20 @@ def explain(error: Exception, arguments: RunArguments) -> None:
         return
     text = str(error)
     if "timed out" in text.lower():
-        error.add_note(f"This rank waited --timeout {arguments.timeout} s for another one in a collective. The rank that "
-                       f"hangs is one whose log in {arguments.log_dir} ends earlier than the others'.")
+        error.add_note(
+            f"This rank waited --timeout {arguments.timeout} s for another one in a collective. The rank that "
+            f"hangs is one whose log in {arguments.log_dir} ends earlier than the others'."
+        )
     elif "Connection closed by peer" in text or "Connection reset" in text:
-        error.add_note("Another rank ended without a word (killed, out of memory, its node lost): see Slurm's or the kernel's "
-                       "log of its node. The same command goes on from the last good state.")
+        error.add_note(
+            "Another rank ended without a word (killed, out of memory, its node lost): see Slurm's or the kernel's "
+            "log of its node. The same command goes on from the last good state."
+        )
     elif getattr(error, "errno", None) in _DISK_ERRORS or any(words in text for words in _DISK_WORDS):
-        error.add_note(f"Is there space, and write access, in {arguments.output_dir} and {arguments.log_dir}? Once there is, "
-                       "the same command goes on from the last good state.")
+        error.add_note(
+            f"Is there space, and write access, in {arguments.output_dir} and {arguments.log_dir}? Once there is, "
+            "the same command goes on from the last good state."
+        )
 
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

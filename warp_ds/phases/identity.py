@@ -76,8 +76,10 @@ class Identity:
             others = config.get(kind, mine)
             for name in sorted(mine.keys() | others.keys()):
                 if others.get(name) != mine.get(name):
-                    found.append(f"the contents of {_of(name)} are others ({_shown(others.get(name, 'none'))} and "
-                                 f"{mine.get(name, 'none')})")
+                    found.append(
+                        f"the contents of {_of(name)} are others ({_shown(others.get(name, 'none'))} and "
+                        f"{mine.get(name, 'none')})"
+                    )
         return found
 
     def check(self, run: Path) -> None:
@@ -87,26 +89,39 @@ class Identity:
             other = run_config(run).get("phase")
             raise ConfigError(f"{run} is a run of {_shown(other)}, not of {self.phase}: use another --run_name or --resume")
         if found:
-            raise ConfigError(f"{run} was started with other settings or data: {'; '.join(found)}. Give them as they were to "
-                              "go on with it, or another --run_name to start anew")
+            raise ConfigError(
+                f"{run} was started with other settings or data: {'; '.join(found)}. Give them as they were to "
+                "go on with it, or another --run_name to start anew"
+            )
 
     def nearest(self, own: Path) -> str:
         """Which unfinished run beside ``own`` is nearly this one, and what keeps it apart, in words; '' for none."""
-        near = [(len(found), place, run, found) for place, run in enumerate(unfinished(own.parent))
-                if run != own and (found := self.differences(run)) and len(found) <= NEAR]
+        near = [
+            (len(found), place, run, found)
+            for place, run in enumerate(unfinished(own.parent))
+            if run != own and (found := self.differences(run)) and len(found) <= NEAR
+        ]
         if not near:
             return ""
         _, _, run, found = min(near)
-        return (f"{run}, unfinished{_progress(run)}, is nearly the same run and is not gone on with: {'; '.join(found)}. Give "
-                "them as they were to go on with it")
+        return (
+            f"{run}, unfinished{_progress(run)}, is nearly the same run and is not gone on with: {'; '.join(found)}. Give "
+            "them as they were to go on with it"
+        )
 
 
 def identify(phase: str, arguments: RunArguments, inputs: Mapping[str, str], passed: Mapping[str, Any]) -> Identity:
     """The identity of a run of ``arguments``. Reads what they name on the disk: rank 0 alone calls it."""
     settings = {**identity_settings(arguments), **training_arguments.training_settings(passed), **_sections(arguments)}
     defaults = {f.name: f.default for f in dataclasses.fields(arguments)}
-    return Identity(phase, json.loads(json.dumps(settings, default=str)), dict(inputs), _contents(arguments, inputs),
-                    {**dataclasses.asdict(arguments), **passed}, in_one_spelling(defaults))
+    return Identity(
+        phase,
+        json.loads(json.dumps(settings, default=str)),
+        dict(inputs),
+        _contents(arguments, inputs),
+        {**dataclasses.asdict(arguments), **passed},
+        in_one_spelling(defaults),
+    )
 
 
 def unfinished(root: Path) -> Iterator[Path]:
@@ -124,16 +139,28 @@ def _sections(arguments: RunArguments) -> dict[str, Any]:
     if not hasattr(arguments, "global_batch_size") or arguments.deepspeed is None:
         return {}
     config = settings.zero3_config(arguments, for_trainer=True)
-    return {f"deepspeed {key}": config[key] for key in ("optimizer", "scheduler", "gradient_clipping")
-            if config.get(key, "auto") != "auto"}
+    return {
+        f"deepspeed {key}": config[key]
+        for key in ("optimizer", "scheduler", "gradient_clipping")
+        if config.get(key, "auto") != "auto"
+    }
 
 
-_TOKENIZER = ("tokenizer*.json", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-              "generation_config.json")
+_TOKENIZER = (
+    "tokenizer*.json",
+    "*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "generation_config.json",
+)
 
 
 def read_named(arguments: RunArguments, inputs: Mapping[str, str]) -> None:
     """Reads, dealt over the ranks, what ``identify`` will want to know every byte of. Collective. Raises ArtifactError."""
+
     def covered() -> Iterator[Contents]:
         for flag in ("reference_model", "judge_model", "unaligned_model"):
             given = getattr(arguments, flag, None)

@@ -91,8 +91,14 @@ def run_importance(arguments: ImportanceArguments, pairs: Any = None) -> Path:
 
 
 def compute_masks(
-    model: Any, tokenizer: Any, layers: Sequence[TargetLayer], dataset: Any, basis: BasisStore | None,
-    arguments: ImportanceArguments, directory: Path, fingerprints: dict[str, str],
+    model: Any,
+    tokenizer: Any,
+    layers: Sequence[TargetLayer],
+    dataset: Any,
+    basis: BasisStore | None,
+    arguments: ImportanceArguments,
+    directory: Path,
+    fingerprints: dict[str, str],
 ) -> MasksMetadata:
     """Writes the masks of ``layers`` into ``directory``; every rank calls it, with the same arguments.
 
@@ -111,11 +117,17 @@ def compute_masks(
     else:
         scores = _scores_without_data(layers, basis, arguments)
     metadata = MasksMetadata(
-        keep_ratio=arguments.keep_ratio, scope=arguments.mask_scope, unit=arguments.mask_unit, score=arguments.score,
+        keep_ratio=arguments.keep_ratio,
+        scope=arguments.mask_scope,
+        unit=arguments.mask_unit,
+        score=arguments.score,
         basis="identity" if basis is None else basis.metadata.basis,
-        basis_dir=None if basis is None else str(basis.directory.resolve()), basis_fingerprint=fingerprints.get("basis"),
-        model_fingerprint=fingerprints["model"], data_fingerprint=fingerprints["data"],
-        model_name=arguments.model_name, notes=notes,
+        basis_dir=None if basis is None else str(basis.directory.resolve()),
+        basis_fingerprint=fingerprints.get("basis"),
+        model_fingerprint=fingerprints["model"],
+        data_fingerprint=fingerprints["data"],
+        model_name=arguments.model_name,
+        notes=notes,
     )
     freeze(layers, scores, arguments, directory, metadata)
     SavedScores(directory.parent / "scores").remove()
@@ -123,8 +135,14 @@ def compute_masks(
 
 
 def importance_scores(
-    model: Any, tokenizer: Any, layers: Sequence[TargetLayer], dataset: Any, basis: BasisStore | None,
-    arguments: ImportanceArguments, notes: list[str], scratch: Path,
+    model: Any,
+    tokenizer: Any,
+    layers: Sequence[TargetLayer],
+    dataset: Any,
+    basis: BasisStore | None,
+    arguments: ImportanceArguments,
+    notes: list[str],
+    scratch: Path,
 ) -> dict[str, Tensor]:
     """S = Σ_b |∂L_b/∂C|: this rank's rows of each layer, fp32 [rows, r].
 
@@ -134,11 +152,16 @@ def importance_scores(
     batches, silent = importance_batches(samples, arguments.importance_batch_size)
     if silent:
         notes.append(f"{len(silent)} importance batches have no response token and add nothing")
-        logger.warning("%s (the first: samples %d to %d): were their responses cut off by --max_length?", notes[-1],
-                       silent[0].start, silent[0].stop - 1)
+        logger.warning(
+            "%s (the first: samples %d to %d): were their responses cut off by --max_length?",
+            notes[-1],
+            silent[0].start,
+            silent[0].stop - 1,
+        )
     if not batches:
-        raise ConfigError("no sample has a response token, so there is no importance: raise --max_length, or give a "
-                          "safety set with responses")
+        raise ConfigError(
+            "no sample has a response token, so there is no importance: raise --max_length, or give a safety set with responses"
+        )
     inputs = _scored_inputs(layers, basis, samples.tokens / len(batches))
     scores, saved = RowScores(inputs, samples.device), SavedScores(scratch / "scores")
     done = saved.load(scores)
@@ -154,8 +177,10 @@ def importance_scores(
         return scale * response_loss(logits, batch.labels[:, -last:], of_rows.expand(-1, last))
 
     last_save, progress = time.monotonic(), Progress(scratch, len(batches), "batches")
-    with frozen_model(model), tqdm(total=len(batches), initial=done, desc="importance", unit="batch",
-                                   disable=rank() != 0) as bar:
+    with (
+        frozen_model(model),
+        tqdm(total=len(batches), initial=done, desc="importance", unit="batch", disable=rank() != 0) as bar,
+    ):
         for steps, shown in _passes(model, layers, batches[done:], samples, loss, arguments, scratch):
             finite = Finite()
             for step, batch, taken in shown:
@@ -178,8 +203,13 @@ def importance_scores(
 
 
 def _passes(
-    model: Any, layers: Sequence[TargetLayer], batches: Sequence[range], samples: Samples, loss: Loss,
-    arguments: ImportanceArguments, scratch: Path,
+    model: Any,
+    layers: Sequence[TargetLayer],
+    batches: Sequence[range],
+    samples: Samples,
+    loss: Loss,
+    arguments: ImportanceArguments,
+    scratch: Path,
 ) -> Iterator[tuple[Sequence[Step], Shown]]:
     """Forward and backward passes over ``batches``: the steps that go together, and what they show."""
     steps = plan_steps(batches, samples, arguments.batch_size, world_size())
@@ -283,7 +313,10 @@ def _scores_without_data(
 
 
 def freeze(
-    layers: Sequence[TargetLayer], scores: dict[str, Tensor], arguments: ImportanceArguments, directory: Path,
+    layers: Sequence[TargetLayer],
+    scores: dict[str, Tensor],
+    arguments: ImportanceArguments,
+    directory: Path,
     metadata: MasksMetadata,
 ) -> None:
     """Chooses the highest scores, writes the masks and, last, their metadata. ``scores``: this rank's rows."""
@@ -352,8 +385,14 @@ def _whole_rows(choice: Chosen, values: Tensor, unit: str, rows: int, n: int) ->
 
 
 def _describe(
-    layers: Sequence[TargetLayer], groups: Sequence[Sequence[TargetLayer]], chosen: Sequence[Sequence[Chosen]],
-    wanted: Sequence[int], units: dict[str, int], frozen: dict[str, int], unit: str, metadata: MasksMetadata,
+    layers: Sequence[TargetLayer],
+    groups: Sequence[Sequence[TargetLayer]],
+    chosen: Sequence[Sequence[Chosen]],
+    wanted: Sequence[int],
+    units: dict[str, int],
+    frozen: dict[str, int],
+    unit: str,
+    metadata: MasksMetadata,
 ) -> None:
     """Fills the metadata's entries, counts and notes."""
     for group, choices, k in zip(groups, chosen, wanted, strict=True):
@@ -364,8 +403,11 @@ def _describe(
             metadata.notes.append(f"{where}: only {got} of {k} wanted {unit} units are frozen: no more score above 0")
         for layer, choice in zip(group, choices, strict=True):
             metadata.layers[layer.name] = layer_entry(
-                layer, layer.mask_file, frozen=frozen[layer.name],
-                wanted=k * per_unit[layer.name] if len(group) == 1 else None, threshold=choice.value,
+                layer,
+                layer.mask_file,
+                frozen=frozen[layer.name],
+                wanted=k * per_unit[layer.name] if len(group) == 1 else None,
+                threshold=choice.value,
             )
     metadata.layers = {layer.name: metadata.layers[layer.name] for layer in layers}
     metadata.frozen = sum(frozen.values())
@@ -373,5 +415,3 @@ def _describe(
     for note in metadata.notes:
         logger.info("%s", note)
     logger.info("%d of %d coefficients are frozen", metadata.frozen, metadata.entries)
-
-

@@ -33,7 +33,8 @@ class Weights:
             found = read_json(index)
             files = found.get("weight_map") if isinstance(found, dict) else None
             if not isinstance(files, dict) or not all(
-                    isinstance(file, str) and Path(file).name == file for file in files.values()):
+                isinstance(file, str) and Path(file).name == file for file in files.values()
+            ):
                 raise ArtifactError(f"{index} is no index of a model's files")
             self.files: dict[str, str] = files
         elif (directory / "model.safetensors").is_file():

@@ -25,8 +25,12 @@ from warp_ds.store.metadata import MasksMetadata, layer_entry, metadata_dict
 logger = logging.getLogger(__name__)
 LAYERS = ",".join(MODULES)
 #: Neurons of a block: name -> the weights' rows (or columns) that one neuron is.
-NEURONS = {"ffn": {"ffn_up": "row", "ffn_gate": "row", "ffn_down": "column"}, "attn_v": {"attn_v": "row"},
-           "attn_q": {"attn_q": "row"}, "attn_k": {"attn_k": "row"}}
+NEURONS = {
+    "ffn": {"ffn_up": "row", "ffn_gate": "row", "ffn_down": "column"},
+    "attn_v": {"attn_v": "row"},
+    "attn_q": {"attn_q": "row"},
+    "attn_k": {"attn_k": "row"},
+}
 
 
 def least_importance(engine: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -86,27 +90,56 @@ def _watch(number: int, block: nn.Module, note: Any) -> list[Any]:
     def keep(name: str) -> Any:
         return lambda module, inputs, output: kept.__setitem__(name, output)
 
-    return [modules["ffn_down"].register_forward_pre_hook(ffn), modules["attn_o"].register_forward_pre_hook(values),
-            modules["attn_q"].register_forward_hook(keep("query")), modules["attn_k"].register_forward_hook(keep("key"))]
+    return [
+        modules["ffn_down"].register_forward_pre_hook(ffn),
+        modules["attn_o"].register_forward_pre_hook(values),
+        modules["attn_q"].register_forward_hook(keep("query")),
+        modules["attn_k"].register_forward_hook(keep("key")),
+    ]
 
 
-def safety_neuron_masks(engine: Any, tokenizer: Any, safety: Sequence[str], foundation: Sequence[str] | None, share: float,
-                        directory: Path, model_name: str, model_fingerprint: str) -> None:
+def safety_neuron_masks(
+    engine: Any,
+    tokenizer: Any,
+    safety: Sequence[str],
+    foundation: Sequence[str] | None,
+    share: float,
+    directory: Path,
+    model_name: str,
+    model_fingerprint: str,
+) -> None:
     """Writes masks that freeze all but the safety neurons (less the foundation neurons, where given). Collective."""
     chosen = {name: top_share(least, share) for name, least in least_importance(engine, tokenizer, safety).items()}
     if foundation is not None:
         base = {name: top_share(least, share) for name, least in least_importance(engine, tokenizer, foundation).items()}
         chosen = {name: robust_neurons(neurons, base[name]) for name, neurons in chosen.items()}
     layers = [layer for layer in find_targets(getattr(engine, "module", engine), "all", LAYERS) if layer.type != "attn_o"]
-    consensus.on_rank_0(lambda: _write(layers, chosen, directory, model_name, model_fingerprint, fingerprint_rows(safety)),
-                      "writing the neurons' masks")
+    consensus.on_rank_0(
+        lambda: _write(layers, chosen, directory, model_name, model_fingerprint, fingerprint_rows(safety)),
+        "writing the neurons' masks",
+    )
 
 
-def _write(layers: Sequence[TargetLayer], chosen: dict[str, Tensor], directory: Path, model_name: str,
-           model_fingerprint: str, data_fingerprint: str) -> None:
+def _write(
+    layers: Sequence[TargetLayer],
+    chosen: dict[str, Tensor],
+    directory: Path,
+    model_name: str,
+    model_fingerprint: str,
+    data_fingerprint: str,
+) -> None:
     metadata = MasksMetadata(
-        keep_ratio=0.0, scope="layer", unit="neuron", score="safety neurons", basis="identity", basis_dir=None,
-        basis_fingerprint=None, model_fingerprint=model_fingerprint, data_fingerprint=data_fingerprint, model_name=model_name)
+        keep_ratio=0.0,
+        scope="layer",
+        unit="neuron",
+        score="safety neurons",
+        basis="identity",
+        basis_dir=None,
+        basis_fingerprint=None,
+        model_fingerprint=model_fingerprint,
+        data_fingerprint=data_fingerprint,
+        model_name=model_name,
+    )
     for layer in layers:
         kind = next(kind for kind, weights in NEURONS.items() if layer.type in weights)
         neurons = chosen[f"{layer.layer}.{kind}"]

@@ -108,11 +108,19 @@ def start_run(
             lock, resumed = candidate, goes_on
             break
         if not resumed:
-            write_json(directory / "config.json", {
-                **identity.record, "settings": {**dataclasses.asdict(arguments), **(passed or {})},
-                "started_at": now(), "versions": versions(), "command": sys.argv, "world_size": processes.world_size(),
-                "working_directory": os.getcwd(),
-            }, private=True)
+            write_json(
+                directory / "config.json",
+                {
+                    **identity.record,
+                    "settings": {**dataclasses.asdict(arguments), **(passed or {})},
+                    "started_at": now(),
+                    "versions": versions(),
+                    "command": sys.argv,
+                    "world_size": processes.world_size(),
+                    "working_directory": os.getcwd(),
+                },
+                private=True,
+            )
         (directory / FAILURE).unlink(missing_ok=True)
         remove_unfinished(directory)
         near = "" if resumed or arguments.resume != "auto" or arguments.run_name else identity.nearest(directory)
@@ -167,8 +175,10 @@ def _candidates(phase: str, arguments: RunArguments, identity: Identity) -> Iter
     if arguments.resume not in ("auto", "never"):
         wanted = Path(arguments.resume) if Path(arguments.resume).is_dir() else root / arguments.resume
         if not is_run(wanted):
-            raise ConfigError(f"--resume {arguments.resume}: no run of this program there (no config.json of one); "
-                              "use auto, never or a run's directory")
+            raise ConfigError(
+                f"--resume {arguments.resume}: no run of this program there (no config.json of one); "
+                "use auto, never or a run's directory"
+            )
         identity.check(wanted)
         yield wanted.resolve() if wanted.is_symlink() else wanted, True, True
         return
@@ -197,8 +207,11 @@ def _candidates(phase: str, arguments: RunArguments, identity: Identity) -> Iter
 
 def _refuse_foreign(directory: Path) -> None:
     """ConfigError where ``directory`` is there already and no run of this program, or one that was only begun."""
-    begun = (directory / ".lock").is_file() and not (directory / "config.json").exists() and all(
-        path.name in (".lock", "owner.json", FAILURE, STATE) or is_aside(path.name) for path in directory.iterdir())
+    begun = (
+        (directory / ".lock").is_file()
+        and not (directory / "config.json").exists()
+        and all(path.name in (".lock", "owner.json", FAILURE, STATE) or is_aside(path.name) for path in directory.iterdir())
+    )
     if (directory.exists() or directory.is_symlink()) and (directory.is_symlink() or not (begun or is_run(directory))):
         raise ConfigError(f"{directory} is there already, and no run of this program: use another --run_name")
 

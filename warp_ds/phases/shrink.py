@@ -81,8 +81,10 @@ def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> li
         frozen = {name: unpack_bits(masks.packed(name), n) for name in names}
         used = torch.stack([bits.any(dim=0) for bits in frozen.values()]).any(dim=0)
         if used[stored:].any():
-            raise ArtifactError(f"{masks.directory}: {names[0]} freezes coefficients beyond the {stored} stored columns, as "
-                                "--mask_unit row does: there is nothing to drop, train with the masks as they are")
+            raise ArtifactError(
+                f"{masks.directory}: {names[0]} freezes coefficients beyond the {stored} stored columns, as "
+                "--mask_unit row does: there is nothing to drop, train with the masks as they are"
+            )
         used[0] |= ~used.any()  # a basis has a column
         kept = used[:stored].nonzero().squeeze(1)
         write_tensors(aside / "basis" / file, {"U": u[:, kept], "S": s[kept]}, {BASIS_FORMAT: json.dumps({"layers": names})})
@@ -92,13 +94,22 @@ def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> li
         for of_the_whole in ("energy", "residual", "orthogonality_error"):
             entries[file].pop(of_the_whole, None)
         found.append(Shrunk(file, n, stored, len(kept), Rotation.held_bytes(n, stored), Rotation.held_bytes(n, len(kept))))
-    smaller = replace(basis.metadata, bases=entries, layers={layer.name: basis.metadata.layers[layer.name]
-                                                             for layer in masks.layers})
+    smaller = replace(
+        basis.metadata, bases=entries, layers={layer.name: basis.metadata.layers[layer.name] for layer in masks.layers}
+    )
     write_json(aside / "basis" / "metadata.json", metadata_dict(smaller))
     note = f"the columns of {basis.directory} in which nothing is frozen were dropped"
-    write_json(aside / "masks" / "metadata.json", metadata_dict(replace(
-        masks.metadata, basis_dir=str((output / "basis").resolve()),
-        basis_fingerprint=BasisStore(aside / "basis").fingerprint(), notes=[*masks.metadata.notes, note])))
+    write_json(
+        aside / "masks" / "metadata.json",
+        metadata_dict(
+            replace(
+                masks.metadata,
+                basis_dir=str((output / "basis").resolve()),
+                basis_fingerprint=BasisStore(aside / "basis").fingerprint(),
+                notes=[*masks.metadata.notes, note],
+            )
+        ),
+    )
     return found
 
 
@@ -115,8 +126,14 @@ def print_shrunk(found: list[Shrunk]) -> None:
     for column in ("basis", "inputs", "stored", "kept", "bytes in training", "of before"):
         table.add_column(column, justify="left" if column == "basis" else "right")
     for one in found:
-        table.add_row(one.file, str(one.n), str(one.stored), str(one.kept), f"{one.held_after:,}",
-                      f"{one.held_after / one.held_before:.0%}")
+        table.add_row(
+            one.file,
+            str(one.n),
+            str(one.stored),
+            str(one.kept),
+            f"{one.held_after:,}",
+            f"{one.held_after / one.held_before:.0%}",
+        )
     console = Console(width=120, markup=False)
     console.print(table)
     before, after = sum(one.held_before for one in found), sum(one.held_after for one in found)

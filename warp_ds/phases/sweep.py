@@ -82,12 +82,18 @@ def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -
     model_dir = resolve_model_dir(arguments.model_name)
     fingerprint = model_fingerprint(model_dir)
     with consensus.on_every_rank_or_none("reading the data"):
-        data = {count: load_data(replace(arguments, safety_samples=count))
-                for count in {change.get("safety_samples", arguments.safety_samples) for _, _, change in wanted}}
+        data = {
+            count: load_data(replace(arguments, safety_samples=count))
+            for count in {change.get("safety_samples", arguments.safety_samples) for _, _, change in wanted}
+        }
         middle = data[arguments.safety_samples]
         sets = [middle.sets.harmful, middle.sets.harmless, list(middle.sets.utility)]
-        inputs = {"model": fingerprint, "data": fingerprint_rows(
-            [*(list(data[count].safety) for count in sorted(data)), list(middle.task), list(middle.mix), *sets])}
+        inputs = {
+            "model": fingerprint,
+            "data": fingerprint_rows(
+                [*(list(data[count].safety) for count in sorted(data)), list(middle.task), list(middle.mix), *sets]
+            ),
+        }
     with start_run("sweep", arguments, inputs, passed) as run:
         points: list[dict[str, Any]] = []
         reports: list[dict[str, Any]] = []
@@ -107,10 +113,13 @@ def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -
                 home = Point(arm if row["arm"] == "middle" else ARMS["before"], row["rate"] or 0.0, row["seed"]).name
                 points.append(row | {"arm": label if row["arm"] == "middle" else row["arm"], "home": f"{slug}/points/{home}"})
         report = reports[0]  # the middle's flags are the sweep's
-        found = {**report, "points": points, "front": front(points),
-                 "total_seconds": round(sum(r["total_seconds"] for r in reports), 1),
-                 **tradeoff.compare(points, {k: n for k, n in report["prompts"].items() if n},
-                                    arguments.at_utility, "middle")}
+        found = {
+            **report,
+            "points": points,
+            "front": front(points),
+            "total_seconds": round(sum(r["total_seconds"] for r in reports), 1),
+            **tradeoff.compare(points, {k: n for k, n in report["prompts"].items() if n}, arguments.at_utility, "middle"),
+        }
         consensus.on_rank_0(lambda: write_report(run.directory, found), "writing the report")
         run.finish()
         if processes.rank() == 0:

@@ -46,8 +46,10 @@ def check_lengths(
             if beyond:
                 room = (context or 0) - max(beyond.values())
                 cure = f"lower it to {room} or less, or leave these rows out" if room > 0 else "leave these rows out"
-                wrong.append(f"{name}: {too_long(beyond, len(prompts))} with --max_new_tokens {max_new_tokens} exceed the "
-                             f"model's context of {context} tokens: {cure}")
+                wrong.append(
+                    f"{name}: {too_long(beyond, len(prompts))} with --max_new_tokens {max_new_tokens} exceed the "
+                    f"model's context of {context} tokens: {cure}"
+                )
             try:
                 check_ids([{"input_ids": ids} for ids in encoded], config)
             except DataError as error:

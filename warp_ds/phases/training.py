@@ -71,8 +71,11 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     read_together(lambda: _artefacts(arguments), "reading basis and masks")
     with consensus.on_every_rank_or_none("checking the inputs"):
         pairs = load_pairs(
-            arguments.utility_data, split=arguments.utility_split, samples=arguments.utility_samples,
-            prompt_column=arguments.prompt_column, response_column=arguments.response_column,
+            arguments.utility_data,
+            split=arguments.utility_split,
+            samples=arguments.utility_samples,
+            prompt_column=arguments.prompt_column,
+            response_column=arguments.response_column,
         )
         inputs = {"model": fingerprint, "data": fingerprint_rows(pairs)}
         masks_dir, basis_dir = _find_masks(arguments, inputs["model"])
@@ -86,8 +89,11 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         samples = tokenise(pairs, arguments)
         checkpoint = find_checkpoint(run.directory, arguments)
         model, tokenizer = load_model(arguments, settings.zero3_config(arguments))
-        layers = MaskStore(masks_dir).layers if masks_dir is not None else find_targets(
-            model, arguments.target_layers, arguments.layer_type)
+        layers = (
+            MaskStore(masks_dir).layers
+            if masks_dir is not None
+            else find_targets(model, arguments.target_layers, arguments.layer_type)
+        )
         choose_trained(model, [layer.name for layer in layers] if arguments.train_scope == "warp" else None)
         callbacks: list[TrainerCallback] = []
         if masks_dir is not None:
@@ -106,8 +112,11 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
     fingerprint = model_fingerprint(model_dir)
     with consensus.on_every_rank_or_none("checking the inputs"):
         pairs = load_pairs(
-            arguments.safety_data, split=arguments.safety_split, samples=arguments.safety_samples,
-            prompt_column=arguments.prompt_column, response_column=arguments.response_column,
+            arguments.safety_data,
+            split=arguments.safety_split,
+            samples=arguments.safety_samples,
+            prompt_column=arguments.prompt_column,
+            response_column=arguments.response_column,
             refusal_file=arguments.refusal_file,
         )
         inputs = {"model": fingerprint, "data": fingerprint_rows(pairs)}
@@ -118,8 +127,12 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
         checkpoint = find_checkpoint(run.directory, arguments)
         model, tokenizer = load_model(arguments, settings.zero3_config(arguments))
         trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, [], passed)
-        export(trainer, tokenizer, run.directory / "model",
-               f"# Safety-tuned {arguments.model_name}\n\nTrained by warp_ds phase 0 on {arguments.safety_data}.\n")
+        export(
+            trainer,
+            tokenizer,
+            run.directory / "model",
+            f"# Safety-tuned {arguments.model_name}\n\nTrained by warp_ds phase 0 on {arguments.safety_data}.\n",
+        )
         run.finish()
         end_engine(trainer.deepspeed)
         return run.directory
@@ -203,17 +216,30 @@ def fit(
     Raises Preempted, with a checkpoint saved, where a rank was asked to leave.
     """
     sampler = GlobalBatchSampler(
-        len(samples), arguments.global_batch_size, arguments.batch_size, processes.world_size(), shuffle=True,
+        len(samples),
+        arguments.global_batch_size,
+        arguments.batch_size,
+        processes.world_size(),
+        shuffle=True,
         seed=arguments.seed,
     )
     passed = {**training_arguments.DEFAULTS, **(passed or {})}
     keep = passed.pop("save_total_limit", None)
-    training = trainer_arguments(arguments, passed, directory, sampler.accumulation_steps,
-                                 converted=checkpoint is not None and universal.is_converted(checkpoint))
+    training = trainer_arguments(
+        arguments,
+        passed,
+        directory,
+        sampler.accumulation_steps,
+        converted=checkpoint is not None and universal.is_converted(checkpoint),
+    )
     metrics = MetricsFile(directory / "metrics.jsonl")
     whole = WholeCheckpoints(arguments.save_minutes, keep or 1)
     trainer = GlobalBatchTrainer(
-        model=model, args=training, train_dataset=samples, tokenizer=tokenizer, sampler=sampler,
+        model=model,
+        args=training,
+        train_dataset=samples,
+        tokenizer=tokenizer,
+        sampler=sampler,
         callbacks=[*callbacks, metrics, whole],
     )
     for callback in callbacks:
@@ -230,8 +256,15 @@ def fit(
         if universal.is_converted(checkpoint):
             trainer.callback_handler.callbacks.insert(0, CompleteConverted(trainer, checkpoint))  # before the WarpCallback
     steps = training.max_steps if training.max_steps > 0 else math.ceil(arguments.epochs * sampler.steps)
-    logger.info("training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %d)", len(samples), steps,
-                arguments.global_batch_size, processes.world_size(), sampler.accumulation_steps, arguments.batch_size)
+    logger.info(
+        "training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %d)",
+        len(samples),
+        steps,
+        arguments.global_batch_size,
+        processes.world_size(),
+        sampler.accumulation_steps,
+        arguments.batch_size,
+    )
     consensus.on_rank_0(lambda: checkpoints.refuse_foreign(directory / "trainer", steps), "looking for foreign checkpoints")
     with nullcontext() if checkpoint is None else nothing_unpickled():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -241,8 +274,9 @@ def fit(
     return trainer
 
 
-def trainer_arguments(arguments: TrainingFlags, passed: Mapping[str, Any], directory: Path, accumulation_steps: int,
-                      converted: bool = False) -> TrainingArguments:
+def trainer_arguments(
+    arguments: TrainingFlags, passed: Mapping[str, Any], directory: Path, accumulation_steps: int, converted: bool = False
+) -> TrainingArguments:
     """What Trainer is told; ``passed`` are TrainingArguments of the user's, and training_arguments.DEFAULTS."""
     config = _trainer_config(arguments, converted)
     options = {"disable_tqdm": processes.rank() != 0, **passed}
@@ -286,14 +320,21 @@ def check_training(arguments: TrainingFlags, passed: Mapping[str, Any] | None) -
         found = made.hf_deepspeed_config.mismatches  # which Trainer would find once the model is loaded
         if found:
             said = "; ".join(line.strip(" -") for line in found)
-            raise ConfigError(f"--deepspeed {arguments.deepspeed} contradicts the flags ({said}): set these values of the file "
-                              "to 'auto', and give the flags")
+            raise ConfigError(
+                f"--deepspeed {arguments.deepspeed} contradicts the flags ({said}): set these values of the file "
+                "to 'auto', and give the flags"
+            )
 
 
 #: Flags that fill the optimizer's and the scheduler's section of a DeepSpeed configuration, and the keys that they fill.
 _FILLED = {
-    "optimizer": {"learning_rate": "lr", "adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps",
-                  "weight_decay": "weight_decay"},
+    "optimizer": {
+        "learning_rate": "lr",
+        "adam_beta1": "betas",
+        "adam_beta2": "betas",
+        "adam_epsilon": "eps",
+        "weight_decay": "weight_decay",
+    },
     "scheduler": {"learning_rate": "warmup_max_lr", "warmup_steps": "warmup_num_steps"},
 }
 
@@ -305,20 +346,26 @@ def _check_sections(config: Mapping[str, Any], passed: Mapping[str, Any]) -> Non
         for name in ("learning_rate", *passed):
             key = keys.get(name)
             if section in config and key and key not in params and not _has_no(key, config[section].get("type")):
-                raise ConfigError(f"--{name} has no effect: the {section} section of the DeepSpeed configuration decides it, "
-                                  f"without params.{key}; write \"{key}\": \"auto\" there")
+                raise ConfigError(
+                    f"--{name} has no effect: the {section} section of the DeepSpeed configuration decides it, "
+                    f'without params.{key}; write "{key}": "auto" there'
+                )
     if "scheduler" not in config:
         return
     for name in ("lr_scheduler_type", "lr_scheduler_kwargs"):
         if name in passed:
-            raise ConfigError(f"--{name} has no effect: the scheduler section of the DeepSpeed configuration decides it; leave "
-                              "one of them out")
+            raise ConfigError(
+                f"--{name} has no effect: the scheduler section of the DeepSpeed configuration decides it; leave "
+                "one of them out"
+            )
     warmup = passed.get("warmup_steps", 0)
     for key, wanted in (("total_num_steps", "auto"), ("warmup_num_steps", max(1, warmup) if warmup == int(warmup) else "auto")):
         given = config["scheduler"].get("params", {}).get(key, "auto")
         if given not in ("auto", wanted):
-            raise ConfigError(f"the DeepSpeed configuration sets scheduler.params.{key} to {given}, which the flags decide: "
-                              "write \"auto\" there")
+            raise ConfigError(
+                f"the DeepSpeed configuration sets scheduler.params.{key} to {given}, which the flags decide: "
+                'write "auto" there'
+            )
 
 
 def _check_operators(config: Mapping[str, Any]) -> None:
@@ -326,11 +373,16 @@ def _check_operators(config: Mapping[str, Any]) -> None:
     section = config.get("optimizer", {})
     compiled = str(section.get("type", "")).lower() in ("adam", "adamw", "lamb", "lion", "adagrad", "fusedadam", "muon")
     offloaded = (config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none"
-    if compiled and not (section.get("params", {}).get("torch_adam") and not offloaded) and not (
-            processes.has_compiler() or is_built("cpu_adam" if offloaded else "fused_adam")):
-        raise ConfigError(f"the DeepSpeed configuration's optimizer.type {section['type']} is compiled at its first use, and "
-                          "there is no C++ compiler, or no ninja, here: install them (apt-get install g++ ninja-build), leave "
-                          "the optimizer section out, or write \"torch_adam\": true into its params (without offloading)")
+    if (
+        compiled
+        and not (section.get("params", {}).get("torch_adam") and not offloaded)
+        and not (processes.has_compiler() or is_built("cpu_adam" if offloaded else "fused_adam"))
+    ):
+        raise ConfigError(
+            f"the DeepSpeed configuration's optimizer.type {section['type']} is compiled at its first use, and "
+            "there is no C++ compiler, or no ninja, here: install them (apt-get install g++ ninja-build), leave "
+            'the optimizer section out, or write "torch_adam": true into its params (without offloading)'
+        )
 
 
 def _has_no(key: str, kind: str | None) -> bool:
@@ -348,8 +400,10 @@ def _trainer_config(arguments: RunArguments, converted: bool) -> dict[str, Any]:
     config = settings.zero3_config(arguments, for_trainer=True)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if config.setdefault(key, "auto") != "auto":
-            raise ConfigError(f"the DeepSpeed configuration sets {key}: leave it out or 'auto'; --batch_size and "
-                              "--global_batch_size decide it")
+            raise ConfigError(
+                f"the DeepSpeed configuration sets {key}: leave it out or 'auto'; --batch_size and "
+                "--global_batch_size decide it"
+            )
     config.setdefault("gradient_clipping", "auto")
     config.setdefault("zero_allow_untested_optimizer", True)
     if converted:
@@ -396,16 +450,18 @@ class GlobalBatchTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         pad, eos = pad_token(self.tokenizer), int(self.tokenizer.eos_token_id)
-        return self.accelerator.prepare(DataLoader(
-            WithEmpty(self.train_dataset, empty_sample(eos), self.sampler),
-            batch_sampler=self.sampler,
-            collate_fn=partial(pad_batch, pad_token_id=pad),
-            num_workers=self.args.dataloader_num_workers,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-        ))
+        return self.accelerator.prepare(
+            DataLoader(
+                WithEmpty(self.train_dataset, empty_sample(eos), self.sampler),
+                batch_sampler=self.sampler,
+                collate_fn=partial(pad_batch, pad_token_id=pad),
+                num_workers=self.args.dataloader_num_workers,
+                persistent_workers=self.args.dataloader_persistent_workers,
+                prefetch_factor=self.args.dataloader_prefetch_factor,
+                multiprocessing_context=self.args.dataloader_multiprocessing_context,
+                pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            )
+        )
 
 
 class CompleteConverted(TrainerCallback):
@@ -433,8 +489,14 @@ class MetricsFile(TrainerCallback):
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
             control.should_log = True  # else a run shorter than --logging_steps says no loss at all
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-               logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero and logs:
             append_line(self.path, json.dumps({"step": state.global_step, **logs}))
 
@@ -467,12 +529,12 @@ class WholeCheckpoints(TrainerCallback):
         """The signal that ended training, with a checkpoint; after the last step too, as writing the model takes long."""
         self._last = time.monotonic()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                       **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._last = time.monotonic()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                    **kwargs: Any) -> TrainerControl:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         # Clocks differ between ranks, and a save is collective: rank 0's clock decides. A signal may reach any rank.
         due = self.minutes > 0 and processes.rank() == 0 and time.monotonic() - self._last > 60 * self.minutes
         flags = torch.tensor([float(due), float(preemption.asked())], device=processes.collective_device())
@@ -501,8 +563,10 @@ def _model_card(arguments: TrainArguments, masks_dir: Path | None) -> str:
     protection = "without a mask"
     if masks_dir is not None:
         metadata = MaskStore(masks_dir).metadata
-        protection = (f"with {metadata.frozen} of {metadata.entries} rotated coefficients frozen (keep_ratio "
-                      f"{metadata.keep_ratio}, scope {metadata.scope}, basis {metadata.basis}; masks {masks_dir})")
+        protection = (
+            f"with {metadata.frozen} of {metadata.entries} rotated coefficients frozen (keep_ratio "
+            f"{metadata.keep_ratio}, scope {metadata.scope}, basis {metadata.basis}; masks {masks_dir})"
+        )
     return (
         f"# {Path(arguments.model_name).name}, fine-tuned on {arguments.utility_data}\n\n"
         f"Trained by [warp_ds](https://openreview.net/forum?id=kPLzOfPfA2l) phase 3 {protection}.\n\n"

@@ -16,10 +16,18 @@ from warp_ds.store.runs import newest, path_of_run, phase_of
 logger = logging.getLogger(__name__)
 OURS = re.compile(r"^Trained by \[?warp_ds\b", re.MULTILINE)
 """Stands in every card that phases 0 and 3 write."""
-COLUMNS = {"refusal_rate": "refuses", "partial_rate": "in part", "incoherent_rate": "incoherent",
-           "attack_success_rate": "complies", "not_judged_rate": "not judged", "over_refusal_rate": "over-refuses",
-           "utility_accuracy": "task accuracy", "utility_nll": "task NLL",
-           "movement": "moved", "frozen_drift": "frozen drift"}
+COLUMNS = {
+    "refusal_rate": "refuses",
+    "partial_rate": "in part",
+    "incoherent_rate": "incoherent",
+    "attack_success_rate": "complies",
+    "not_judged_rate": "not judged",
+    "over_refusal_rate": "over-refuses",
+    "utility_accuracy": "task accuracy",
+    "utility_nll": "task NLL",
+    "movement": "moved",
+    "frozen_drift": "frozen drift",
+}
 NOT_SHOWN = """What this does not show: what the model says to other prompts than these, to attacks that were not tried, in
 other languages (verdicts hold for English; other answers are "not judged" and in no rate), or after more training. Verdicts are
 by rules that agree with people in about 95 of 100 answers; a rate on one set of prompts says little about another."""
@@ -95,16 +103,21 @@ def made(model_dir: Path) -> str:
         lines += [
             f"- method: {meta.frozen:,} of {meta.entries:,} coefficients frozen, by {meta.score}, unit {meta.unit}, in the "
             f"{meta.basis} basis; keep_ratio {meta.keep_ratio:g}, scope {meta.scope}; train_scope {settings['train_scope']}",
-            f"- layers: {types} of blocks {blocks[0]} to {blocks[-1]}"]
+            f"- layers: {types} of blocks {blocks[0]} to {blocks[-1]}",
+        ]
         inputs = {**inputs, "basis": meta.basis_fingerprint, "safety set": meta.data_fingerprint}
     elif "masks" in inputs:
         lines += ["- method: coefficients frozen by the masks of this fingerprint, which are no longer where they were"]
     else:
-        lines += [f"- method: no mask; train_scope {settings['train_scope']}, layers {settings['layer_type']} of "
-                  f"{settings['target_layers']}"]
-    lines += [f"- fingerprints: {', '.join(f'{name} {value}' for name, value in inputs.items() if value)}",
-              f"- versions: {', '.join(f'{name} {value}' for name, value in config.get('versions', {}).items())}",
-              f"- ranks: {config.get('world_size')}; started {config.get('started_at')}"]
+        lines += [
+            f"- method: no mask; train_scope {settings['train_scope']}, layers {settings['layer_type']} of "
+            f"{settings['target_layers']}"
+        ]
+    lines += [
+        f"- fingerprints: {', '.join(f'{name} {value}' for name, value in inputs.items() if value)}",
+        f"- versions: {', '.join(f'{name} {value}' for name, value in config.get('versions', {}).items())}",
+        f"- ranks: {config.get('world_size')}; started {config.get('started_at')}",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -118,18 +131,31 @@ def evaluation(where: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
         table[who] = {name: _cell(metrics, name) for name in COLUMNS if name in metrics}
         for attack in (name.removesuffix("_refusal_rate") for name in metrics if re.fullmatch(r"attack_.+_refusal_rate", name)):
             table[f"{who}, {attack.removeprefix('attack_')}"] = {
-                name: _cell(metrics, f"{attack}_{name}") for name in COLUMNS if f"{attack}_{name}" in metrics}
+                name: _cell(metrics, f"{attack}_{name}") for name in COLUMNS if f"{attack}_{name}" in metrics
+            }
     shown = [name for name in COLUMNS if any(name in cells for cells in table.values())]
     if not any(value for metrics in rows.values() for name, value in metrics.items() if name.endswith("not_judged")):
         shown = [name for name in shown if name != "not_judged_rate"]
-    lines = ["## What was measured", "", f"{where} Held-out prompts, greedy answers; in brackets 95 % Wilson intervals.", "",
-             "| model | " + " | ".join(COLUMNS[name] for name in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    lines = [
+        "## What was measured",
+        "",
+        f"{where} Held-out prompts, greedy answers; in brackets 95 % Wilson intervals.",
+        "",
+        "| model | " + " | ".join(COLUMNS[name] for name in shown) + " |",
+        "|---" * (len(shown) + 1) + "|",
+    ]
     lines += [f"| {who} | " + " | ".join(cells.get(name, "") for name in shown) + " |" for who, cells in table.items()]
     measured = list(rows.values())[-1]
-    tasks = [f"- {task}, {name}: {value:.4g}" for task, found in measured.get("lm_eval", {}).items()
-             for name, value in found.items() if isinstance(value, float)]
-    warnings = [f"- Of these prompts {count} stood in a fitting set ({which}): on them the numbers measure memory."
-                for which, count in measured.get("overlap", {}).items()]
+    tasks = [
+        f"- {task}, {name}: {value:.4g}"
+        for task, found in measured.get("lm_eval", {}).items()
+        for name, value in found.items()
+        if isinstance(value, float)
+    ]
+    warnings = [
+        f"- Of these prompts {count} stood in a fitting set ({which}): on them the numbers measure memory."
+        for which, count in measured.get("overlap", {}).items()
+    ]
     for part in (tasks, warnings):
         lines += ["", *part] if part else []
     return "\n".join([*lines, "", NOT_SHOWN]) + "\n"

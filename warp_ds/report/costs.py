@@ -16,7 +16,8 @@ CAPTION = (
     "what its process held before is in it (the phases of a comparison share one). Where the system cannot count anew it is "
     "the process's so far, marked *. × plain: over the median of the training runs without a mask that lie beside the run and "
     "have its start model and number of ranks, of the same parameters (for other phases: of all) and data where there are any; "
-    "not for runs that were stopped and went on, of which the last launch alone is counted.")
+    "not for runs that were stopped and went on, of which the last launch alone is counted."
+)
 MEASURES = {"seconds": ("seconds", 1.0), "host": ("peak GB", 1e9), "gpu": ("GPU peak GB", 1e9)}
 
 
@@ -56,6 +57,7 @@ def _measured(run: Path) -> dict[str, Any]:
 
 def _plain(run: Path, configs: Mapping[Path, dict[str, Any]]) -> list[Path]:
     """The training runs without a mask that ``run`` is held against."""
+
     def start(config: dict[str, Any]) -> tuple[Any, ...]:
         return config.get("inputs", {}).get("model"), config.get("world_size")
 
@@ -66,8 +68,14 @@ def _plain(run: Path, configs: Mapping[Path, dict[str, Any]]) -> list[Path]:
         return config.get("inputs", {}).get("data")
 
     own = configs[run]
-    found = {other: config for other, config in configs.items() if other.parent == run.parent and start(config) == start(own)
-             and config.get("phase") == "phase3" and "masks" not in config.get("inputs", {})}
+    found = {
+        other: config
+        for other, config in configs.items()
+        if other.parent == run.parent
+        and start(config) == start(own)
+        and config.get("phase") == "phase3"
+        and "masks" not in config.get("inputs", {})
+    }
     for like in (scope, data):
         found = {other: config for other, config in found.items() if like(config) == like(own)} or found
     return list(found)
@@ -85,5 +93,8 @@ def _steps(run: Path, whole: bool) -> dict[str, str]:
     steps = max((int(line["step"]) for line in lines), default=0)
     runtime = next((line["train_runtime"] for line in lines if "train_runtime" in line), None)
     rotating = [float(line["rotate_seconds"]) for line in lines if "rotate_seconds" in line]
-    return {"steps": str(steps or ""), "seconds a step": f"{runtime / steps:.3f}" if runtime and steps and whole else "",
-            "of it rotating": f"{sum(rotating) / len(rotating):.3f}" if rotating else ""}
+    return {
+        "steps": str(steps or ""),
+        "seconds a step": f"{runtime / steps:.3f}" if runtime and steps and whole else "",
+        "of it rotating": f"{sum(rotating) / len(rotating):.3f}" if rotating else "",
+    }

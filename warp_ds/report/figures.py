@@ -21,13 +21,25 @@ try:
     from matplotlib import pyplot
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise ConfigError(f"the report draws with matplotlib, which is not installed ({error}): pip install 'warp_ds[report]'"
-                      ) from error
+    raise ConfigError(
+        f"the report draws with matplotlib, which is not installed ({error}): pip install 'warp_ds[report]'"
+    ) from error
 
 # The same numbers give the same file: no date, no random ids; letters are drawn, so that no font of the reader is needed.
-matplotlib.rcParams.update({"svg.hashsalt": "warp_ds", "svg.fonttype": "path", "font.size": 10, "axes.spines.top": False,
-                            "axes.spines.right": False, "figure.constrained_layout.use": True, "axes.grid": True,
-                            "grid.color": "#e4e4e4", "text.parse_math": False, "font.family": "sans-serif"})
+matplotlib.rcParams.update(
+    {
+        "svg.hashsalt": "warp_ds",
+        "svg.fonttype": "path",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.constrained_layout.use": True,
+        "axes.grid": True,
+        "grid.color": "#e4e4e4",
+        "text.parse_math": False,
+        "font.family": "sans-serif",
+    }
+)
 WIDTH = 5.2
 """Inches: narrow enough for letters to stay readable on a phone."""
 MARKERS = "osD^vP*Xd<>ph8"
@@ -43,7 +55,7 @@ def save(figure: Figure, directory: Path, name: str) -> str:
     text = buffer.getvalue()
     (directory / f"{name}.svg").write_text(text, encoding="utf-8")
     # Ids are shared by all pictures of a page: each picture gets its own.
-    element = text[text.index("<svg"):]
+    element = text[text.index("<svg") :]
     for mark in ('id="', 'href="#', "url(#"):
         element = element.replace(mark, f"{mark}{name}-")
     return element
@@ -67,14 +79,34 @@ def tradeoff(raw: Sequence[Mapping[str, Any]], prompts: int, target: float, fron
         rows = [row for row in raw if str(row["arm"]) == arm and "refusal_rate" in row and UTILITY in row]
         x, y = [row[UTILITY] for row in rows], [row["refusal_rate"] for row in rows]
         ends = [wilson(rate * prompts, prompts) for rate in y] if prompts else [(rate, rate) for rate in y]
-        bars = [[max(0.0, rate - low) for rate, (low, _) in zip(y, ends, strict=True)],
-                [max(0.0, high - rate) for rate, (_, high) in zip(y, ends, strict=True)]]
-        axes.errorbar(x, y, yerr=bars, label=arm, color=colours(number % 20), marker=MARKERS[number % len(MARKERS)],
-                      markersize=5, linewidth=1, elinewidth=0.7, capsize=2)
+        bars = [
+            [max(0.0, rate - low) for rate, (low, _) in zip(y, ends, strict=True)],
+            [max(0.0, high - rate) for rate, (_, high) in zip(y, ends, strict=True)],
+        ]
+        axes.errorbar(
+            x,
+            y,
+            yerr=bars,
+            label=arm,
+            color=colours(number % 20),
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=5,
+            linewidth=1,
+            elinewidth=0.7,
+            capsize=2,
+        )
     best = [row for arm, rate in front for row in raw if (row["arm"], row["rate"]) == (arm, rate)]
     if best:
-        axes.plot([row[UTILITY] for row in best], [row["refusal_rate"] for row in best], label="the front", color="#bbbbbb",
-                  linewidth=6, alpha=0.6, zorder=0, solid_capstyle="round")
+        axes.plot(
+            [row[UTILITY] for row in best],
+            [row["refusal_rate"] for row in best],
+            label="the front",
+            color="#bbbbbb",
+            linewidth=6,
+            alpha=0.6,
+            zorder=0,
+            solid_capstyle="round",
+        )
     axes.axvline(target, color="#888888", linewidth=0.8, linestyle=":")
     losses = [row[UTILITY] for row in raw if UTILITY in row]
     if losses and max(losses) > 3 * min(losses) > 0:
@@ -116,8 +148,15 @@ def spectra(values: Mapping[str, Sequence[float]]) -> Figure:
 def mask_map(shares: Mapping[str, Sequence[float]], bins: int) -> Figure:
     """Frozen share: a row a layer, a column a range of eigen-directions, the leading ones on the above."""
     figure, axes = pyplot.subplots(figsize=(WIDTH, max(2.2, 0.16 * len(shares) + 1.2)))
-    image = axes.imshow(list(shares.values()), aspect="auto", cmap="magma_r", vmin=0.0, vmax=1.0, interpolation="nearest",
-                        extent=(0, 100, len(shares) - 0.5, -0.5))
+    image = axes.imshow(
+        list(shares.values()),
+        aspect="auto",
+        cmap="magma_r",
+        vmin=0.0,
+        vmax=1.0,
+        interpolation="nearest",
+        extent=(0, 100, len(shares) - 0.5, -0.5),
+    )
     axes.grid(False)
     axes.set_yticks(range(len(shares)), list(shares), fontsize=7)
     axes.set_xlabel(f"eigen-directions, leading ones left (% of all, {bins} bins)")
@@ -131,8 +170,9 @@ def frozen_by_layer(columns: Mapping[str, Sequence[float]]) -> Figure:
     colours = pyplot.get_cmap("viridis")
     for number, (name, shares) in enumerate(columns.items()):
         ranks = [100 * (i + 0.5) / len(shares) for i in range(len(shares))]
-        axes.plot(ranks, sorted(shares, reverse=True), color=colours(number / max(1, len(columns) - 1)), linewidth=0.9,
-                  label=name)
+        axes.plot(
+            ranks, sorted(shares, reverse=True), color=colours(number / max(1, len(columns) - 1)), linewidth=0.9, label=name
+        )
     axes.set_xlabel("columns, most frozen left (% of all)")
     axes.set_ylabel("frozen share of a column")
     axes.set_ylim(-0.03, 1.03)
@@ -153,8 +193,15 @@ def scores(layers: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[flo
             colour = colours(number / max(1, len(lines) - 1))
             axes.plot(logs, shares, color=colour, linewidth=0.9)
             if threshold is not None:
-                axes.plot([threshold], [numpy.interp(threshold, logs, shares)], color=colour, marker="o", markersize=4,
-                          markeredgecolor="#333333", markeredgewidth=0.6)
+                axes.plot(
+                    [threshold],
+                    [numpy.interp(threshold, logs, shares)],
+                    color=colour,
+                    marker="o",
+                    markersize=4,
+                    markeredgecolor="#333333",
+                    markeredgewidth=0.6,
+                )
         axes.set_title(kind, loc="left", fontsize=10)
         axes.set_ylim(bottom=0.0)
         axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
@@ -171,8 +218,14 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         for axes, key in ((above, "loss"), (below, "grad_norm_removed")):
             points = [(line["step"], line[key]) for line in lines if key in line]
             if points:
-                axes.plot(*zip(*points, strict=True), color=colours(number % 20), linewidth=1,
-                          marker="o" if len(points) == 1 else None, markersize=3, label=name if axes is above else None)
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=colours(number % 20),
+                    linewidth=1,
+                    marker="o" if len(points) == 1 else None,
+                    markersize=3,
+                    label=name if axes is above else None,
+                )
     above.set_ylabel("training loss")
     below.set_ylabel("gradient norm removed")
     for axes in (above, below):

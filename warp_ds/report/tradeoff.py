@@ -17,8 +17,15 @@ Point = Mapping[str, Any]
 """One measured model: arm, rate, seed, and its metrics."""
 
 UTILITY = "utility_nll"
-RATES = ("refusal_rate", "partial_rate", "incoherent_rate", "attack_success_rate", "not_judged_rate", "over_refusal_rate",
-         "utility_accuracy")
+RATES = (
+    "refusal_rate",
+    "partial_rate",
+    "incoherent_rate",
+    "attack_success_rate",
+    "not_judged_rate",
+    "over_refusal_rate",
+    "utility_accuracy",
+)
 OTHERS = ("movement", "frozen_drift")
 
 
@@ -38,8 +45,10 @@ def by_arm(points: Sequence[Point]) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, dict[Any, list[Point]]] = {}
     for point in points:
         groups.setdefault(point["arm"], {}).setdefault(point["rate"], []).append(point)
-    return {arm: [average(group) for _, group in sorted(rates.items(), key=lambda item: item[0] or 0.0)]
-            for arm, rates in groups.items()}
+    return {
+        arm: [average(group) for _, group in sorted(rates.items(), key=lambda item: item[0] or 0.0)]
+        for arm, rates in groups.items()
+    }
 
 
 def crossing(utilities: Sequence[float], target: float) -> tuple[int, float] | None:
@@ -63,8 +72,11 @@ def at_utility(curve: Sequence[Point], target: float) -> dict[str, Any] | None:
         return None
     i, share = found
     first, second = curve[i], curve[i + 1]
-    read: dict[str, Any] = {name: first[name] + share * (second[name] - first[name])
-                            for name in (UTILITY, *RATES, *OTHERS) if name in first and name in second}
+    read: dict[str, Any] = {
+        name: first[name] + share * (second[name] - first[name])
+        for name in (UTILITY, *RATES, *OTHERS)
+        if name in first and name in second
+    }
     return read | {"between": [p["rate"] for p, weight in ((first, 1.0 - share), (second, share)) if weight]}
 
 
@@ -76,8 +88,9 @@ def common_utility(curves: Mapping[str, Sequence[Point]], wanted: float, referen
     return best.get(reference, max(best.values(), default=math.nan))
 
 
-def compare(points: Sequence[Point], prompts: Mapping[str, int], wanted: float = 0.0,
-            reference: str = "rotated") -> dict[str, Any]:
+def compare(
+    points: Sequence[Point], prompts: Mapping[str, int], wanted: float = 0.0, reference: str = "rotated"
+) -> dict[str, Any]:
     """Raw rows (arm, rate; means over seeds) and rows at equal utility.
 
     Intervals are Wilson's, 95 %, of the mean rate over the prompts (metric -> number in ``prompts``): seeds answer the
@@ -97,16 +110,27 @@ def compare(points: Sequence[Point], prompts: Mapping[str, int], wanted: float =
         row: dict[str, Any] = {"arm": arm, "best_utility": min(p[UTILITY] for p in curve)}
         values = at_utility(whole, target)
         if values is not None:
-            row |= values | {f"{name}_interval": interval(values[name], prompts[name])
-                             for name in RATES if name in values and name in prompts}
-            each = [at_utility([*whole[: len(whole) - len(curve)], *by_arm([p for p in starts if p["seed"] == seed])[arm]],
-                               target) for seed in sorted({p["seed"] for p in starts})]
+            row |= values | {
+                f"{name}_interval": interval(values[name], prompts[name])
+                for name in RATES
+                if name in values and name in prompts
+            }
+            each = [
+                at_utility([*whole[: len(whole) - len(curve)], *by_arm([p for p in starts if p["seed"] == seed])[arm]], target)
+                for seed in sorted({p["seed"] for p in starts})
+            ]
             reached = [value["refusal_rate"] for value in each if value is not None and "refusal_rate" in value]
-            row |= {"seeds": len(each), "seeds_reached": len(reached),
-                    "seeds_range": [min(reached), max(reached)] if reached else None}
+            row |= {
+                "seeds": len(each),
+                "seeds_reached": len(reached),
+                "seeds_range": [min(reached), max(reached)] if reached else None,
+            }
         equal.append(row)
-    raw = [row | {f"{name}_interval": interval(row[name], prompts[name]) for name in RATES
-                  if name in row and name in prompts} for curve in curves.values() for row in curve]
+    raw = [
+        row | {f"{name}_interval": interval(row[name], prompts[name]) for name in RATES if name in row and name in prompts}
+        for curve in curves.values()
+        for row in curve
+    ]
     return {"at_utility": target, "equal_utility": equal, "raw": raw}
 
 
@@ -116,9 +140,15 @@ def interval(rate: float, n: int) -> tuple[float, float]:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """Both tables, for a note or a README."""
-    columns = {"refusal_rate": "refuses", "partial_rate": "in part", "incoherent_rate": "incoherent",
-               "attack_success_rate": "complies", "not_judged_rate": "not judged", "over_refusal_rate": "over-refuses",
-               "utility_accuracy": "task accuracy"}
+    columns = {
+        "refusal_rate": "refuses",
+        "partial_rate": "in part",
+        "incoherent_rate": "incoherent",
+        "attack_success_rate": "complies",
+        "not_judged_rate": "not judged",
+        "over_refusal_rate": "over-refuses",
+        "utility_accuracy": "task accuracy",
+    }
 
     shown = [*found["raw"], *found["equal_utility"]]
     columns = {name: title for name, title in columns.items() if any(name in row for row in shown)}
@@ -129,27 +159,42 @@ def markdown(found: Mapping[str, Any]) -> str:
         return [_percent(row, name) for name in columns] + [_plain(row, "movement")]
 
     head = [*columns.values(), "moved"]
-    lines = [f"At equal utility (task NLL {found['at_utility']:.3f} nats a token, linear between the points named last):", "",
-             "| arm | " + " | ".join(head) + " | refuses, by seed | read between |", "|" + "---|" * (len(head) + 3)]
+    lines = [
+        f"At equal utility (task NLL {found['at_utility']:.3f} nats a token, linear between the points named last):",
+        "",
+        "| arm | " + " | ".join(head) + " | refuses, by seed | read between |",
+        "|" + "---|" * (len(head) + 3),
+    ]
     for row in found["equal_utility"]:
         if "refusal_rate" in row:
             low, high = row["seeds_range"] or (math.nan, math.nan)
-            seeds = f"{low:.0%} to {high:.0%}" + ("" if row["seeds_reached"] == row["seeds"] else
-                                                  f" (of {row['seeds_reached']}; {row['seeds'] - row['seeds_reached']} more "
-                                                  "do not get there)")
+            seeds = f"{low:.0%} to {high:.0%}" + (
+                ""
+                if row["seeds_reached"] == row["seeds"]
+                else f" (of {row['seeds_reached']}; {row['seeds'] - row['seeds_reached']} more do not get there)"
+            )
             ends = " and ".join("the start model" if rate is None else f"{rate:g}" for rate in row["between"])
             lines.append(f"| {row['arm']} | " + " | ".join(cells(row)) + f" | {seeds} | {ends} |")
         else:
-            lines.append(f"| {row['arm']} | does not cross it (its best is {row['best_utility']:.3f}) |"
-                         + " |" * (len(head) + 1))
-    lines += ["", "Measured points (means over seeds):", "",
-              "| arm | rate | task NLL | " + " | ".join(head) + " |", "|" + "---|" * (len(head) + 3)]
+            lines.append(
+                f"| {row['arm']} | does not cross it (its best is {row['best_utility']:.3f}) |" + " |" * (len(head) + 1)
+            )
+    lines += [
+        "",
+        "Measured points (means over seeds):",
+        "",
+        "| arm | rate | task NLL | " + " | ".join(head) + " |",
+        "|" + "---|" * (len(head) + 3),
+    ]
     for row in found["raw"]:
         rate = "" if row["rate"] is None else f"{row['rate']:g}"
         lines.append(f"| {row['arm']} | {rate} | {_plain(row, UTILITY)} | " + " | ".join(cells(row)) + " |")
     if any(None in row.get("between", ()) for row in found["equal_utility"]):
-        lines += ["", "An arm read between the start model and its first point has no measured point on one side: give it "
-                  "smaller --learning_rates before believing that row."]
+        lines += [
+            "",
+            "An arm read between the start model and its first point has no measured point on one side: give it "
+            "smaller --learning_rates before believing that row.",
+        ]
     lines += ["", "In brackets: 95 % Wilson intervals over the prompts."]
     return "\n".join(lines) + "\n"
 

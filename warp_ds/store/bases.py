@@ -57,8 +57,10 @@ class BasisStore:
         for name, entry in meta.layers.items():
             of_file = meta.bases[entry["file"]]
             if not 0 <= of_file.get("rank", -1) <= of_file.get("n", -1) == entry["shape"][1]:
-                raise SchemaError(f"{name} has {entry['shape'][1]} inputs, but {entry['file']} says n {of_file.get('n')}, "
-                                  f"rank {of_file.get('rank')}")
+                raise SchemaError(
+                    f"{name} has {entry['shape'][1]} inputs, but {entry['file']} says n {of_file.get('n')}, "
+                    f"rank {of_file.get('rank')}"
+                )
             if not re.fullmatch(rf"layer_{entry['layer']:02d}_[a-z0-9_]+_svd\.safetensors", entry["file"]):
                 raise SchemaError(f"{name}, a layer of block {entry['layer']}, names the file {entry['file']}")
         if meta.tokens < 0:
@@ -83,11 +85,14 @@ class BasisStore:
         n, r = of_file["n"], of_file["rank"]
         found = shapes_in(path)
         if found != {"U": (torch.float32, (n, r)), "S": (torch.float32, (r,))}:
-            raise ArtifactError(f"{path} holds {shown(found)}, where a basis of {n} inputs and rank {r} has U [{n}, {r}] and "
-                                f"S [{r}] in float32; run phase 1 again")
+            raise ArtifactError(
+                f"{path} holds {shown(found)}, where a basis of {n} inputs and rank {r} has U [{n}, {r}] and "
+                f"S [{r}] in float32; run phase 1 again"
+            )
         if of_file.get("bytes", path.stat().st_size) != path.stat().st_size:
-            raise ArtifactError(f"{path} has {path.stat().st_size} bytes, but its metadata say {of_file['bytes']}; run phase "
-                                "1 again")
+            raise ArtifactError(
+                f"{path} has {path.stat().st_size} bytes, but its metadata say {of_file['bytes']}; run phase 1 again"
+            )
         check_layer_in_header(path, BASIS_FORMAT, name, "phase 1")
         self._checked.add(name)
         return entry["file"]
@@ -97,9 +102,7 @@ class BasisStore:
         file = self._check_file(name)
         return file, Rotation.held_bytes(self.metadata.bases[file]["n"], self.metadata.bases[file]["rank"])
 
-    def rotation(
-        self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> Rotation:
+    def rotation(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Rotation:
         """The complete basis of the layer called ``name``, made and held on ``device``."""
         columns, _ = self.columns(name)
         return Rotation(columns.to(device), columns.shape[0], dtype)
@@ -109,8 +112,9 @@ class BasisStore:
         values = metadata_dict(self.metadata)
         for entry in values["bases"].values():
             entry.pop("seconds", None)
-        return Contents(json.dumps(values, sort_keys=True),
-                        {file: whole_part(self.directory / file) for file in self.metadata.bases})
+        return Contents(
+            json.dumps(values, sort_keys=True), {file: whole_part(self.directory / file) for file in self.metadata.bases}
+        )
 
     def fingerprint(self, remember: bool = True) -> str:
         """64 hex digits over ``contents``; ``remember`` False reads every byte now."""
@@ -139,5 +143,6 @@ def _check_basis(u: Tensor, s: Tensor, path: Path) -> None:
         raise ArtifactError(f"{path}: S is negative or does not descend; run phase 1 again")
     # As phase 1 measures it: by probes, and entry by entry where those are above the bar.
     if probed_orthogonality(u) > BAR and (error := orthogonality_error(u.double())) > BAR:
-        raise ArtifactError(f"{path}: U is not orthonormal (an entry of its UᵀU - I is {error:.1e}, more than {BAR:g}); run "
-                            "phase 1 again")
+        raise ArtifactError(
+            f"{path}: U is not orthonormal (an entry of its UᵀU - I is {error:.1e}, more than {BAR:g}); run phase 1 again"
+        )

@@ -76,17 +76,13 @@ def read_header(path: str | os.PathLike) -> dict[str, TensorLocation]:
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise CheckpointError(
-            f"{path} is missing, though its checkpoint names it: download or save the model again."
-        )
+        raise CheckpointError(f"{path} is missing, though its checkpoint names it: download or save the model again.")
     try:
         # The library checks the whole header: offsets without gaps, sizes that fit shape and dtype, the file's length.
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}): download or save it again."
-        ) from error
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}): download or save it again.") from error
     with Path(path).open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         header = _json_object(file.read(header_bytes), path)
@@ -110,10 +106,16 @@ OTHERS = (
     ("tf_model*.h5", "TensorFlow weights are not supported: give the model's safetensors"),
     ("flax_model*.msgpack", "Flax weights are not supported: give the model's safetensors"),
     ("consolidated*", "these are its maker's own format: give the version converted for transformers"),
-    ("model.*.safetensors*", "a variant is not what from_pretrained loads: copy the directory with the variant's files named "
-                             "model.safetensors, or model-....safetensors and model.safetensors.index.json"),
-    ("*.safetensors", "from_pretrained loads model.safetensors, or what model.safetensors.index.json names: save the model "
-                      "again with save_pretrained"),
+    (
+        "model.*.safetensors*",
+        "a variant is not what from_pretrained loads: copy the directory with the variant's files named "
+        "model.safetensors, or model-....safetensors and model.safetensors.index.json",
+    ),
+    (
+        "*.safetensors",
+        "from_pretrained loads model.safetensors, or what model.safetensors.index.json names: save the model "
+        "again with save_pretrained",
+    ),
     ("*/*.safetensors", "a directory below holds weights: give that one, if it has a config.json, or save the model again"),
     ("*.bin", "from_pretrained does not load it: save the model again with save_pretrained"),
     ("*.pt*", "from_pretrained does not load it: save the model again with save_pretrained"),
@@ -137,15 +139,22 @@ def resolve_checkpoint(directory: str | os.PathLike) -> dict[str, TensorLocation
     for path in checkpoint_files(directory):
         for name, location in read_header(path).items():
             if name in found:
-                raise CheckpointError(f"{directory}: {name} is stored twice, in {os.path.basename(found[name].path)} and in "
-                                      f"{path.name}, so which one counts depends on the reader: save the model again")
+                raise CheckpointError(
+                    f"{directory}: {name} is stored twice, in {os.path.basename(found[name].path)} and in "
+                    f"{path.name}, so which one counts depends on the reader: save the model again"
+                )
             found[name] = location
     for name, file in _weight_map(Path(directory)).items():
         if name not in found or os.path.basename(found[name].path) != file:
-            where = f"which holds no such tensor (it is in {os.path.basename(found[name].path)})" if name in found else (
-                "which holds no such tensor")
-            raise CheckpointError(f"{directory}/{INDEX} puts {name} into {file}, {where}: index and files are not of one "
-                                  "model; download or save it again")
+            where = (
+                f"which holds no such tensor (it is in {os.path.basename(found[name].path)})"
+                if name in found
+                else ("which holds no such tensor")
+            )
+            raise CheckpointError(
+                f"{directory}/{INDEX} puts {name} into {file}, {where}: index and files are not of one "
+                "model; download or save it again"
+            )
     return found
 
 
@@ -156,25 +165,32 @@ def checkpoint_files(directory: str | os.PathLike) -> list[Path]:
     _check_configuration(directory)
     single, index = directory / SINGLE, directory / INDEX
     if single.is_file() and index.is_file():
-        raise CheckpointError(f"{directory} has both {SINGLE} and {INDEX}: from_pretrained loads the first, other readers the "
-                              "second; remove the one that is not meant")
+        raise CheckpointError(
+            f"{directory} has both {SINGLE} and {INDEX}: from_pretrained loads the first, other readers the "
+            "second; remove the one that is not meant"
+        )
     if single.is_file():
         return [single]
     if index.is_file():
         return [directory / file for file in sorted(set(_weight_map(directory).values()))]
     pickled = [name for name in PICKLED if (directory / name).is_file()]
     if pickled:
-        raise PickledCheckpoint(f"{directory} has pickled weights ({pickled[0]}), which can run code when they are loaded, and "
-                                "no safetensors. " + how_to_convert(directory))
-    raise CheckpointError(f"{directory} has no weights that from_pretrained loads (no {SINGLE}, no {INDEX})"
-                          + _what_is_there(directory))
+        raise PickledCheckpoint(
+            f"{directory} has pickled weights ({pickled[0]}), which can run code when they are loaded, and "
+            "no safetensors. " + how_to_convert(directory)
+        )
+    raise CheckpointError(
+        f"{directory} has no weights that from_pretrained loads (no {SINGLE}, no {INDEX})" + _what_is_there(directory)
+    )
 
 
 def how_to_convert(directory: str | os.PathLike) -> str:
     """A command that saves a pickled model as safetensors."""
-    return ("Convert them once, if you trust them, and give the new directory: python -c \"from transformers import "
-            f"AutoModelForCausalLM as M, AutoTokenizer as T; M.from_pretrained({str(directory)!r}, dtype='auto')"
-            f".save_pretrained('NEW'); T.from_pretrained({str(directory)!r}).save_pretrained('NEW')\"")
+    return (
+        'Convert them once, if you trust them, and give the new directory: python -c "from transformers import '
+        f"AutoModelForCausalLM as M, AutoTokenizer as T; M.from_pretrained({str(directory)!r}, dtype='auto')"
+        f".save_pretrained('NEW'); T.from_pretrained({str(directory)!r}).save_pretrained('NEW')\""
+    )
 
 
 def _check_configuration(directory: Path) -> None:
@@ -182,17 +198,23 @@ def _check_configuration(directory: Path) -> None:
     adapter = (directory / "adapter_config.json").is_file()
     if not (directory / "config.json").is_file():
         if adapter:
-            raise CheckpointError(f"{directory} is an adapter (adapter_config.json without config.json), not a model: merge it "
-                                  f"into its base model first. {how_to_merge(directory)}")
+            raise CheckpointError(
+                f"{directory} is an adapter (adapter_config.json without config.json), not a model: merge it "
+                f"into its base model first. {how_to_merge(directory)}"
+            )
         raise CheckpointError(f"{directory} has no config.json: give the directory of a model saved by save_pretrained")
     if adapter:
-        raise CheckpointError(f"{directory} holds a model and an adapter (adapter_config.json), which from_pretrained applies "
-                              "to it where PEFT is installed, and not elsewhere: remove the adapter's files if the model alone "
-                              f"is meant; else merge it first. {how_to_merge(directory)}")
+        raise CheckpointError(
+            f"{directory} holds a model and an adapter (adapter_config.json), which from_pretrained applies "
+            "to it where PEFT is installed, and not elsewhere: remove the adapter's files if the model alone "
+            f"is meant; else merge it first. {how_to_merge(directory)}"
+        )
     config = _json_object((directory / "config.json").read_bytes(), directory / "config.json")
     if _names_weights(config):
-        raise CheckpointError(f"{directory}/config.json names its weight files itself (transformers_weights), which other "
-                              f"readers do not follow: remove the key, and call the file that is meant {SINGLE}")
+        raise CheckpointError(
+            f"{directory}/config.json names its weight files itself (transformers_weights), which other "
+            f"readers do not follow: remove the key, and call the file that is meant {SINGLE}"
+        )
 
 
 def _names_weights(config: object) -> bool:
@@ -203,10 +225,12 @@ def _names_weights(config: object) -> bool:
 
 def how_to_merge(directory: str | os.PathLike) -> str:
     """Commands that merge an adapter into its base model."""
-    return ("With PEFT: python -c \"from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer "
-            f"as T; M.from_pretrained({str(directory)!r}, dtype='auto').merge_and_unload().save_pretrained('NEW'); "
-            f"T.from_pretrained({str(directory)!r}).save_pretrained('NEW')\" (a tokenizer that the adapter lacks is its base "
-            "model's), then give the new directory")
+    return (
+        'With PEFT: python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer '
+        f"as T; M.from_pretrained({str(directory)!r}, dtype='auto').merge_and_unload().save_pretrained('NEW'); "
+        f"T.from_pretrained({str(directory)!r}).save_pretrained('NEW')\" (a tokenizer that the adapter lacks is its base "
+        "model's), then give the new directory"
+    )
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
@@ -219,8 +243,9 @@ def _weight_map(directory: Path) -> dict[str, str]:
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise CheckpointError(f"{path} has no weight_map of tensors to files: download or save the model again")
     if not isinstance(index.get("metadata"), dict):
-        raise CheckpointError(f"{path} has no metadata, without which from_pretrained does not load it: download or save the "
-                              "model again")
+        raise CheckpointError(
+            f"{path} has no metadata, without which from_pretrained does not load it: download or save the model again"
+        )
     for file in files.values():
         if os.path.basename(file) != file or not file.endswith(".safetensors"):
             raise CheckpointError(f"{path} names {file!r}, which is no safetensors file beside it: save the model again")
@@ -343,8 +368,6 @@ class RangeReader:
         while left:
             got = os.preadv(self._files[location.path], [left], offset)
             if got == 0:
-                raise CheckpointError(
-                    f"{location.path} ended inside tensor {location.name}: it changed while it was read."
-                )
+                raise CheckpointError(f"{location.path} ended inside tensor {location.name}: it changed while it was read.")
             self.bytes_requested += got
             left, offset = left[got:], offset + got

@@ -224,8 +224,15 @@ def store(found: dict[Part, Digest], states: dict[str, FileState]) -> None:
         known_parts = [(part, digest) for (part, of), digest in list(_known.items()) if part.path == path and of == state]
         if not known_parts:
             continue
-        text = json.dumps({"state": vars(state) | {"path": os.path.realpath(path)}, "parts": [
-            [[p.begin, p.nbytes, p.rows_at, p.row_bytes, p.row_bits], [d.sha256, d.bits, d.beyond]] for p, d in known_parts]})
+        text = json.dumps(
+            {
+                "state": vars(state) | {"path": os.path.realpath(path)},
+                "parts": [
+                    [[p.begin, p.nbytes, p.rows_at, p.row_bytes, p.row_bits], [d.sha256, d.bits, d.beyond]]
+                    for p, d in known_parts
+                ],
+            }
+        )
         try:
             entry = _entry(path)
             entry.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -111,6 +111,7 @@ def read_json(path: Path) -> Any:
 
 def read_strict_json(path: Path) -> Any:
     """``read_json`` without what JSON does not have (NaN, Infinity) and without a name that stands twice in one object."""
+
     def no_constant(name: str) -> Any:
         raise ValueError(f"{name} is no JSON")
 

@@ -60,8 +60,10 @@ def model_contents(directory: Path) -> Contents:
     if not isinstance(config, dict):
         raise ArtifactError(f"{directory / 'config.json'} is no JSON object")
     try:
-        parts = {f"{name} {tensor.dtype} {list(tensor.shape)}": Part(tensor.path, tensor.offset, tensor.nbytes)
-                 for name, tensor in resolve_checkpoint(directory).items()}
+        parts = {
+            f"{name} {tensor.dtype} {list(tensor.shape)}": Part(tensor.path, tensor.offset, tensor.nbytes)
+            for name, tensor in resolve_checkpoint(directory).items()
+        }
     except PickledCheckpoint:
         parts = {path.name: whole_part(path) for path in sorted(directory.glob("*.bin"))}
     except CheckpointError as error:
@@ -77,8 +79,9 @@ def header_of(path: Path) -> dict[str, TensorLocation]:
             raise CheckpointError(f"{path} is missing, or no regular file")
         return read_header(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); run the phase that wrote it again, or download the model "
-                            "again") from error
+        raise ArtifactError(
+            f"{path} cannot be read ({error}); run the phase that wrote it again, or download the model again"
+        ) from error
 
 
 def whole_part(path: Path) -> Part:

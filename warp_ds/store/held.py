@@ -44,5 +44,7 @@ def check_there(path: Path) -> None:
 
 
 def _gone(directory: Path, what: str) -> str:
-    return (f"{directory} has vanished while the run wrote to it (it {what}): what was written there is lost, and the run "
-            "ends here. Start it again where the directory stays")
+    return (
+        f"{directory} has vanished while the run wrote to it (it {what}): what was written there is lost, and the run "
+        "ends here. Start it again where the directory stays"
+    )

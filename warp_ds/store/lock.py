@@ -50,8 +50,10 @@ class RunLock:
         try:
             self._fd = os.open(self.directory / ".lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         except OSError as error:
-            raise ConfigError(f"{self.directory} cannot be locked ({error.strerror}): {self.directory / '.lock'} must be a "
-                              "file that this user may write, or be missing") from error
+            raise ConfigError(
+                f"{self.directory} cannot be locked ({error.strerror}): {self.directory / '.lock'} must be a "
+                "file that this user may write, or be missing"
+            ) from error
         free = _flock(self._fd, fcntl.LOCK_EX)
         deadline = time.monotonic() + 1.0  # ``alive`` holds it for a moment
         while free is False and time.monotonic() < deadline:
@@ -65,8 +67,9 @@ class RunLock:
             if (free is None or owner.get("host") != socket.gethostname()) and self._beats(owner):
                 self._unlock()
                 raise ConfigError(self._in_use(owner))
-            logger.info("taking over %s from process %s on %s, which is dead", self.directory, owner.get("pid"),
-                        owner.get("host"))
+            logger.info(
+                "taking over %s from process %s on %s, which is dead", self.directory, owner.get("pid"), owner.get("host")
+            )
         self._beat(0)
         self._beating = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
         self._beating.start()
@@ -87,8 +90,13 @@ class RunLock:
 
     def _beats(self, owner: dict[str, Any]) -> bool:
         """Whether that owner still lives; False once its heartbeat has stood still long enough."""
-        logger.info("%s was left by process %s on %s without a word: watching its heartbeat for %.0f s", self.directory,
-                    owner.get("pid"), owner.get("host"), self.dead_seconds)
+        logger.info(
+            "%s was left by process %s on %s without a word: watching its heartbeat for %.0f s",
+            self.directory,
+            owner.get("pid"),
+            owner.get("host"),
+            self.dead_seconds,
+        )
         deadline = time.monotonic() + self.dead_seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self.dead_seconds / 10))
@@ -121,8 +129,16 @@ class RunLock:
                 logger.warning("the heartbeat in %s could not be written: %s", self.owner_file, error)
 
     def _beat(self, beat: int) -> None:
-        write_json(self.owner_file, {"host": socket.gethostname(), "pid": os.getpid(), "token": self.token, "beat": beat,
-                                     "job": os.environ.get("SLURM_JOB_ID")})
+        write_json(
+            self.owner_file,
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "token": self.token,
+                "beat": beat,
+                "job": os.environ.get("SLURM_JOB_ID"),
+            },
+        )
 
     def _owner(self) -> dict[str, Any] | None:
         try:
@@ -136,7 +152,7 @@ class RunLock:
         if owner is not None:
             who = f"process {owner.get('pid')} on {owner.get('host')}"
             who += f" (Slurm job {owner['job']})" if owner.get("job") else ""
-        return (f"{self.directory} is in use by {who}, which still runs: wait for it, end it, or use another --run_name")
+        return f"{self.directory} is in use by {who}, which still runs: wait for it, end it, or use another --run_name"
 
 
 def alive(directory: Path) -> bool:

@@ -79,8 +79,10 @@ class MaskStore:
             path, (m, n) = self.directory / entry["file"], entry["shape"]
             found = shapes_in(path)
             if found != {"frozen": (torch.uint8, (m, (n + 7) // 8))}:
-                raise ArtifactError(f"{path} holds {shown(found)}, where a mask of {m} x {n} has frozen [{m}, {(n + 7) // 8}] "
-                                    "in uint8; run phase 2 again")
+                raise ArtifactError(
+                    f"{path} holds {shown(found)}, where a mask of {m} x {n} has frozen [{m}, {(n + 7) // 8}] "
+                    "in uint8; run phase 2 again"
+                )
             check_layer_in_header(path, MASKS_FORMAT, name, "phase 2")
             parts[entry["file"]] = Part(str(path), 0, path.stat().st_size, header_of(path)["frozen"].offset, (n + 7) // 8, n)
         if (self.directory / self.SCORES).exists():
@@ -97,11 +99,15 @@ class MaskStore:
         for entry, digest in zip(self.metadata.layers.values(), digests, strict=False):
             path = self.directory / entry["file"]
             if digest.bits != entry["frozen"]:
-                raise ArtifactError(f"{path} freezes {digest.bits} coefficients, but its metadata promise {entry['frozen']}: "
-                                    "the file was changed after it was made; run phase 2 again")
+                raise ArtifactError(
+                    f"{path} freezes {digest.bits} coefficients, but its metadata promise {entry['frozen']}: "
+                    "the file was changed after it was made; run phase 2 again"
+                )
             if digest.beyond:
-                raise ArtifactError(f"{path} sets {digest.beyond} bits beyond the {entry['shape'][1]} inputs of its layer: "
-                                    "the file was changed after it was made; run phase 2 again")
+                raise ArtifactError(
+                    f"{path} sets {digest.beyond} bits beyond the {entry['shape'][1]} inputs of its layer: "
+                    "the file was changed after it was made; run phase 2 again"
+                )
         return contents.fingerprint(digests)
 
     def find_basis(self, given: str | Path | None = None) -> BasisStore | None:
@@ -117,8 +123,10 @@ class MaskStore:
         for place in places:
             if (place / "metadata.json").is_file():
                 return BasisStore(place)
-        raise ArtifactError(f"the masks in {self.directory} were made with a basis that is not in "
-                            f"{' nor in '.join(map(str, places)) or 'any known place'}: give its directory with --basis_dir")
+        raise ArtifactError(
+            f"the masks in {self.directory} were made with a basis that is not in "
+            f"{' nor in '.join(map(str, places)) or 'any known place'}: give its directory with --basis_dir"
+        )
 
     def basis_places(self) -> list[Path]:
         """Where the basis lay when the masks were made, and where it lies if its run was moved together with theirs."""
@@ -134,8 +142,10 @@ class MaskStore:
         self.fingerprint(remember)
         if basis is None:
             if self.metadata.basis != "identity":
-                raise ArtifactError(f"the masks in {self.directory} were made with the basis in "
-                                    f"{self.metadata.basis_dir}, which was not given; use --basis_dir")
+                raise ArtifactError(
+                    f"the masks in {self.directory} were made with the basis in "
+                    f"{self.metadata.basis_dir}, which was not given; use --basis_dir"
+                )
             return
         found = basis.fingerprint(remember)
         if self.metadata.basis_fingerprint != found:
@@ -171,8 +181,11 @@ class Scores(TypedDict):
 
 def _check_promise(meta: MasksMetadata) -> None:
     """Files, counts and keep_ratio of the masks' metadata agree with one another. Raises SchemaError."""
-    if not 0.0 <= meta.keep_ratio <= 1.0 or meta.scope not in ("layer", "global") or meta.unit not in (
-            "entry", "row", "column", "neuron"):
+    if (
+        not 0.0 <= meta.keep_ratio <= 1.0
+        or meta.scope not in ("layer", "global")
+        or meta.unit not in ("entry", "row", "column", "neuron")
+    ):
         raise SchemaError(f"keep_ratio {meta.keep_ratio}, scope {meta.scope!r}, unit {meta.unit!r} is no mask of ours")
     if (meta.basis == "identity") != (meta.basis_fingerprint is None):
         raise SchemaError(f"basis {meta.basis!r} does not go with basis_fingerprint {meta.basis_fingerprint}")
@@ -204,8 +217,10 @@ def _check_group(meta: MasksMetadata, group: list[str], whole: bool) -> None:
     got = sum(meta.layers[name]["frozen"] // per_unit[name] for name in group)
     where = f"all {len(group)} layers" if whole else group[0]
     if not whole and meta.layers[group[0]]["wanted"] != wanted * per_unit[group[0]]:
-        raise SchemaError(f"{where} wants {meta.layers[group[0]]['wanted']} coefficients, but keep_ratio {meta.keep_ratio} "
-                          f"makes {wanted * per_unit[group[0]]}")
+        raise SchemaError(
+            f"{where} wants {meta.layers[group[0]]['wanted']} coefficients, but keep_ratio {meta.keep_ratio} "
+            f"makes {wanted * per_unit[group[0]]}"
+        )
     # An entry of score 0 is never frozen (section 2.5 of the method), and phase 2 notes where that makes fewer.
     said = any(f"only {got} of {wanted} wanted {meta.unit} units are frozen" in note for note in meta.notes)
     if got > wanted or (got < wanted and not said):

@@ -51,9 +51,21 @@ class MaskedLayerEntry(LayerEntry):
 
 
 #: A file in basis/metadata.json; n and rank are always there.
-BasisEntry = TypedDict("BasisEntry", {
-    "n": int, "rank": int, "tokens": int, "energy": float, "orthogonality_error": float, "residual": float, "from": str,
-    "seconds": float | None, "bytes": int}, total=False)
+BasisEntry = TypedDict(
+    "BasisEntry",
+    {
+        "n": int,
+        "rank": int,
+        "tokens": int,
+        "energy": float,
+        "orthogonality_error": float,
+        "residual": float,
+        "from": str,
+        "seconds": float | None,
+        "bytes": int,
+    },
+    total=False,
+)
 
 
 @dataclass
@@ -132,8 +144,13 @@ def shapes_in(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 
 
 def shown(found: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
-    return ", ".join(f"{ascii(name)[1:-1][:40]} {list(shape)} in {str(dtype).removeprefix('torch.')}"
-                     for name, (dtype, shape) in list(found.items())[:5]) or "no tensor"
+    return (
+        ", ".join(
+            f"{ascii(name)[1:-1][:40]} {list(shape)} in {str(dtype).removeprefix('torch.')}"
+            for name, (dtype, shape) in list(found.items())[:5]
+        )
+        or "no tensor"
+    )
 
 
 def check_layer_in_header(path: Path, key: str, name: str, phase: str) -> None:
@@ -146,23 +163,29 @@ def check_layer_in_header(path: Path, key: str, name: str, phase: str) -> None:
     except (ValueError, AttributeError, TypeError, RecursionError):
         made_for, right = "nothing readable", False
     if not right:
-        raise ArtifactError(f"{path} was made for {ascii(made_for)[:200]}, but the metadata give it to {name}: files or names "
-                            f"were swapped; run {phase} again")
+        raise ArtifactError(
+            f"{path} was made for {ascii(made_for)[:200]}, but the metadata give it to {name}: files or names "
+            f"were swapped; run {phase} again"
+        )
 
 
 def read_metadata(directory: Path, declared: Any, expected: str, kind: str, phase: str) -> Any:
     path = directory / "metadata.json"
     if not path.exists():
-        raise ArtifactError(f"no {kind} in {directory} (no metadata.json there): run {phase} first, or give its "
-                            f"directory with --{'basis' if kind == 'basis' else 'masks'}_dir")
+        raise ArtifactError(
+            f"no {kind} in {directory} (no metadata.json there): run {phase} first, or give its "
+            f"directory with --{'basis' if kind == 'basis' else 'masks'}_dir"
+        )
     values = read_strict_json(path)
     marks = (values.get("format"), values.get("version")) if isinstance(values, dict) else (type(values).__name__, None)
     if marks == (expected, 1) and marks[1] is not True:
-        raise ArtifactError(f"{path} was made by an earlier version of warp_ds, whose fingerprints do not cover every byte: "
-                            f"run {phase} again")
+        raise ArtifactError(
+            f"{path} was made by an earlier version of warp_ds, whose fingerprints do not cover every byte: run {phase} again"
+        )
     if marks != (expected, VERSION) or isinstance(marks[1], bool):
-        raise ArtifactError(f"{path} is {ascii(marks)[:100]}, not {(expected, VERSION)}: it was written by another program or "
-                            "version")
+        raise ArtifactError(
+            f"{path} is {ascii(marks)[:100]}, not {(expected, VERSION)}: it was written by another program or version"
+        )
     try:
         check_fields(values, declared)
         for entry in (*values["layers"].values(), *({"file": file} for file in values.get("bases", ()))):
@@ -183,8 +206,9 @@ def open_tensors(path: Path) -> Any:
         raise ArtifactError(f"{path} cannot be read ({error}); run the phase that wrote it again") from error
 
 
-def check_model(directory: Path, metadata: BasisMetadata | MasksMetadata, fingerprint: str | None, name: str,
-                 kind: str, phase: str) -> None:
+def check_model(
+    directory: Path, metadata: BasisMetadata | MasksMetadata, fingerprint: str | None, name: str, kind: str, phase: str
+) -> None:
     if fingerprint is not None and metadata.model_fingerprint != fingerprint:
         raise ArtifactError(
             f"the {kind} in {directory} belong to the model {metadata.model_name} ({metadata.model_fingerprint[:SHOWN]}), "
@@ -192,16 +216,26 @@ def check_model(directory: Path, metadata: BasisMetadata | MasksMetadata, finger
         )
 
 
-def check_layers(directory: Path, entries: Mapping[str, Mapping[str, Any]], layers: Iterable[TargetLayer],
-                  model_name: str, kind: str, phase: str) -> None:
+def check_layers(
+    directory: Path,
+    entries: Mapping[str, Mapping[str, Any]],
+    layers: Iterable[TargetLayer],
+    model_name: str,
+    kind: str,
+    phase: str,
+) -> None:
     for layer in layers:
         entry = entries.get(layer.name)
         if entry is None:
-            raise ArtifactError(f"the {kind} in {directory} has no layer {layer.name}: it was made for "
-                                f"{summary(entries)}; run {phase} with the layers wanted now")
+            raise ArtifactError(
+                f"the {kind} in {directory} has no layer {layer.name}: it was made for "
+                f"{summary(entries)}; run {phase} with the layers wanted now"
+            )
         if list(entry["shape"]) != [layer.m, layer.n]:
-            raise ArtifactError(f"the {kind} in {directory} has {layer.name} as {entry['shape']}, but {model_name} has "
-                                f"{[layer.m, layer.n]}: it belongs to another model")
+            raise ArtifactError(
+                f"the {kind} in {directory} has {layer.name} as {entry['shape']}, but {model_name} has "
+                f"{[layer.m, layer.n]}: it belongs to another model"
+            )
 
 
 def summary(entries: Mapping[str, Mapping[str, Any]]) -> str:

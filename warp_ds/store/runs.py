@@ -75,8 +75,11 @@ def run_config(run: Path) -> dict[str, Any]:
         found = read_json(run / "config.json")
     except ArtifactError as error:
         if isinstance(error.__cause__, PermissionError):
-            logger.warning("%s is another user's, and its config.json is for its owner alone (chmod g+r): it is passed over; "
-                           "its basis or masks can be named with --basis_dir or --masks_dir", run)
+            logger.warning(
+                "%s is another user's, and its config.json is for its owner alone (chmod g+r): it is passed over; "
+                "its basis or masks can be named with --basis_dir or --masks_dir",
+                run,
+            )
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -91,8 +94,7 @@ def find_artifact(given: str | None, kind: str, output_dir: str | Path) -> Path:
     if given is None:
         run = newest(output_dir, phase)
         if run is None:
-            raise ArtifactError(f"no finished {phase} under {output_dir}: run launch/{phase}.py first, or give "
-                                f"--{kind}_dir")
+            raise ArtifactError(f"no finished {phase} under {output_dir}: run launch/{phase}.py first, or give --{kind}_dir")
         return run / kind
     path = Path(given)
     original = Path(re.sub(rf"/checkpoints/({kind})/?$", r"/\1", str(path)))

@@ -98,5 +98,8 @@ def _kind(value: Any) -> str:
         return "an object" if isinstance(value, dict) else "a list"
     if isinstance(value, str):
         return f"text ({ascii(value[:40])})"
-    return {None: "null", True: "true", False: "false"}.get(value, repr(value)[:40]) if value is None or isinstance(
-        value, bool) else repr(value)[:40]
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, repr(value)[:40])
+        if value is None or isinstance(value, bool)
+        else repr(value)[:40]
+    )

@@ -39,8 +39,15 @@ class Progress:
 
 def note(directory: Path, event: str, **more: Any) -> None:
     """Appends a line to the run's state; a full disk must not end the run that would say so."""
-    line = {"at": now(), "event": event, "job": slurm.job_id(), "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-            "host": socket.gethostname(), "pid": os.getpid(), **more}
+    line = {
+        "at": now(),
+        "event": event,
+        "job": slurm.job_id(),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        **more,
+    }
     try:
         append_line(directory / STATE, json.dumps(redact(line)), private=True)
     except (OSError, DirectoryGoneError) as error:

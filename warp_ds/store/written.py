@@ -13,8 +13,15 @@ from warp_ds.store.schema import SchemaError, check_type
 from warp_ds.store.sealed import odd_file
 
 CONFIG = {"phase": str, "identity": str, "settings": dict[str, Any], "inputs": dict[str, str]}
-LATER = {"compared": dict[str, Any], "contents": dict[str, str], "started_at": str, "command": list[str],
-         "versions": dict[str, str], "world_size": int, "working_directory": str}
+LATER = {
+    "compared": dict[str, Any],
+    "contents": dict[str, str],
+    "started_at": str,
+    "command": list[str],
+    "versions": dict[str, str],
+    "world_size": int,
+    "working_directory": str,
+}
 """Of config.json; what an earlier version did not write may be missing."""
 FINISHED = {"finished_at": str, "seconds": float, "peak_memory": dict[str, Any]}
 OWNER = {"host": str, "pid": int, "token": str, "beat": int}
@@ -43,8 +50,10 @@ def check_written(run: Path) -> None:
         found = read_json(run / "finished.json")
         problem = _problem(found, FINISHED, {}) if isinstance(found, dict) else "it is no object"
         if problem:
-            raise ArtifactError(f"{run / 'finished.json'} is not what this program writes ({problem}): remove it, and the same "
-                                "command goes on with the run")
+            raise ArtifactError(
+                f"{run / 'finished.json'} is not what this program writes ({problem}): remove it, and the same "
+                "command goes on with the run"
+            )
 
 
 def is_owner(found: Any) -> bool:

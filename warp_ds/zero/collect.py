@@ -36,8 +36,10 @@ class NotFinite(RuntimeError):
     """NaN or infinite activations or gradients: the phase cannot go on."""
 
 
-REMEDY = ("remedy: check that the model's weights are finite, use --dtype bfloat16 or float32 rather than float16, or "
-          "leave the sample out")
+REMEDY = (
+    "remedy: check that the model's weights are finite, use --dtype bfloat16 or float32 rather than float16, or "
+    "leave the sample out"
+)
 
 
 # ---------------------------------------------------------------- how inputs reach their owner
@@ -250,6 +252,7 @@ class InputHooks:
 
     def __enter__(self) -> InputHooks:
         for layer in self.layers:
+
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], layer: TargetLayer = layer) -> None:
                 self._take(layer, inputs[0].detach())
 
@@ -361,9 +364,7 @@ def in_small_pieces(
     return pieces
 
 
-def _on_every_rank(
-    hooks: InputHooks, layers: Sequence[TargetLayer], samples: Samples, itemsize: int
-) -> list[LayerInput]:
+def _on_every_rank(hooks: InputHooks, layers: Sequence[TargetLayer], samples: Samples, itemsize: int) -> list[LayerInput]:
     """The distinct inputs in the same order on every rank, also on one that had no sample to see them with."""
     shared = next(s for s in all_gather_object([[x.name for x in f.layers] for f in hooks.distinct()]) if s)
     named = {layer.name: layer for layer in layers}
@@ -377,8 +378,7 @@ def _on_every_rank(
 
 @torch.no_grad()
 def collect_with_hooks(
-    model: Any, blocks: Sequence[nn.Module], layers: Sequence[TargetLayer], samples: Samples, batch_size: int,
-    itemsize: int,
+    model: Any, blocks: Sequence[nn.Module], layers: Sequence[TargetLayer], samples: Samples, batch_size: int, itemsize: int
 ) -> Iterator[LayerInput]:
     """The same by whole forward passes, everything at once: for models that cannot be walked."""
     batches = samples.deal(batch_size, world_size(), rank())

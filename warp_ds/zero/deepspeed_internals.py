@@ -92,18 +92,23 @@ def refuse_unsupported(optimizer: Any) -> None:
         "model parallelism (mpu, tensor_parallel)": getattr(optimizer, "model_parallel_group", None) is not None,
         # Its GradScaler unscales within a sub-group's step, after clipping and coupled decay have seen the gradient.
         "torch_autocast with float16 (with bfloat16 it does)": (
-            getattr(optimizer, "torch_autocast_gradscaler", None) is not None),
+            getattr(optimizer, "torch_autocast_gradscaler", None) is not None
+        ),
     }
     for setting, on in refused.items():
         if on:
             raise UnsupportedSetting(f"the masked step does not support {setting}: turn it off")
     for master, low in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True):
         if str(master.dtype) != "torch.float32":
-            raise UnsupportedSetting("the masked step keeps rotated coefficients in fp32 master weights: turn off "
-                                     "bf16_master_weights_and_grads / fp16_master_weights_and_grads")
+            raise UnsupportedSetting(
+                "the masked step keeps rotated coefficients in fp32 master weights: turn off "
+                "bf16_master_weights_and_grads / fp16_master_weights_and_grads"
+            )
         if master.numel() and master.data_ptr() == low.data_ptr():
-            raise UnsupportedSetting("the masked step needs master weights of their own, but torch_autocast shares "
-                                     "them with the model: use the bf16 or fp16 section instead")
+            raise UnsupportedSetting(
+                "the masked step needs master weights of their own, but torch_autocast shares "
+                "them with the model: use the bf16 or fp16 section instead"
+            )
 
 
 def _quantized(optimizer: Any) -> bool:
@@ -184,7 +189,8 @@ def stepping(optimizer: Any, sub_group: int) -> tuple[torch.optim.Optimizer, dic
 def forgotten_by_checkpoints(optimizer: Any) -> bool:
     """Whether moments are left behind by DeepSpeed's checkpoints: those on NVMe, and partial offload's on the device."""
     return optimizer.swap_optimizer or (
-        optimizer.offload_optimizer and any(device != "cpu" for device in optimizer.subgroup_to_device.values()))
+        optimizer.offload_optimizer and any(device != "cpu" for device in optimizer.subgroup_to_device.values())
+    )
 
 
 def state_index(optimizer: Any, sub_group: int) -> int:
@@ -203,8 +209,10 @@ def repair_universal(base: torch.optim.Optimizer, groups: Sequence[dict[str, Any
     """
     if groups is not None:
         if len(groups) != len(base.param_groups):
-            raise ValueError(f"the checkpoint has {len(groups)} parameter groups, this run {len(base.param_groups)}: make the "
-                             "same ones, or load without optimizer states")
+            raise ValueError(
+                f"the checkpoint has {len(groups)} parameter groups, this run {len(base.param_groups)}: make the "
+                "same ones, or load without optimizer states"
+            )
         for group, saved in zip(base.param_groups, groups, strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
     seen: set[int] = set()
@@ -266,8 +274,10 @@ def _refusal(path: Any, what: str) -> str:
             found = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))) or what
     except Exception:  # noqa: BLE001
         pass
-    return (f"{path} is not loaded: it holds {' '.join(found.split())[:200]}, and a checkpoint holds tensors and plain values "
-            "alone. Was it written by this program? Remove the checkpoint, or start anew with --resume never")
+    return (
+        f"{path} is not loaded: it holds {' '.join(found.split())[:200]}, and a checkpoint holds tensors and plain values "
+        "alone. Was it written by this program? Remove the checkpoint, or start anew with --resume never"
+    )
 
 
 def tag_of(checkpoint: Path, file: str = "latest") -> str:
@@ -277,11 +287,14 @@ def tag_of(checkpoint: Path, file: str = "latest") -> str:
         with open(path, encoding="utf-8") as latest:
             tag = latest.read(4096).strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): remove the checkpoint, or start anew "
-                          "with --resume never") from error
+        raise ConfigError(
+            f"{path} cannot be read ({error}): remove the checkpoint, or start anew with --resume never"
+        ) from error
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", tag) or not (checkpoint / tag).is_dir():
-        raise ConfigError(f"{path} names {tag[:80]!r}, which is no directory of this checkpoint: remove the checkpoint, or "
-                          "start anew with --resume never")
+        raise ConfigError(
+            f"{path} names {tag[:80]!r}, which is no directory of this checkpoint: remove the checkpoint, or "
+            "start anew with --resume never"
+        )
     return tag
 
 

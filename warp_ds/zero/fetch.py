@@ -64,6 +64,7 @@ class FetchHooks:
 
     def __enter__(self) -> FetchHooks:
         for module, parameters in self.units:
+
             def fetch(module: nn.Module, *_: Any, parameters: list[nn.Parameter] = parameters) -> None:
                 self._fetch(module, parameters)
 
@@ -77,8 +78,7 @@ class FetchHooks:
                 self._handles.append(module.register_full_backward_hook(release))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -104,9 +104,7 @@ def load_sharded(
     with on_every_rank_or_none(f"reading {name}"), RangeReader() as reader:
         _fill(reads, reader, progress and rank() == 0)
         _fill_buffers(built, reader, partitioner.device)
-        logger.info(
-            "%s: read %.3f GB on this rank in %.1f s", name, reader.bytes_requested / 1e9, time.monotonic() - begun
-        )
+        logger.info("%s: read %.3f GB on this rank in %.1f s", name, reader.bytes_requested / 1e9, time.monotonic() - begun)
     _tie_equal(model)
     return model
 
@@ -122,9 +120,7 @@ def _check_settings(ds_config: dict[str, Any] | None, device: str) -> None:
         raise ValueError("load_sharded needs torch.distributed: call deepspeed.init_distributed() first.")
     theirs = get_accelerator().device_name()
     if torch.device(device).type != theirs:
-        raise ValueError(
-            f"device is {device}, but DeepSpeed drives {theirs}: set DS_ACCELERATOR={torch.device(device).type}."
-        )
+        raise ValueError(f"device is {device}, but DeepSpeed drives {theirs}: set DS_ACCELERATOR={torch.device(device).type}.")
     if "LOCAL_RANK" not in os.environ:
         if dist.get_world_size() > 1 and theirs != "cpu":
             raise ValueError("LOCAL_RANK is not set: start the ranks with torchrun, deepspeed, accelerate or srun.")
@@ -228,8 +224,7 @@ def _tie_equal(model: PreTrainedModel) -> None:
             continue
         place = own_range(kept)
         same_here = kept.ds_shape == other.ds_shape and torch.equal(
-            kept.ds_tensor[: place.stop - place.start],
-            other.ds_tensor[: place.stop - place.start],
+            kept.ds_tensor[: place.stop - place.start], other.ds_tensor[: place.stop - place.start]
         )
         if all(all_gather_object(same_here)):
             module, _, attribute = target.rpartition(".")
@@ -245,9 +240,7 @@ def _tie_equal(model: PreTrainedModel) -> None:
             )
 
 
-def _from_pretrained(
-    name: str, ds_config: dict[str, Any] | None, dtype: torch.dtype, hub: dict[str, Any]
-) -> PreTrainedModel:
+def _from_pretrained(name: str, ds_config: dict[str, Any] | None, dtype: torch.dtype, hub: dict[str, Any]) -> PreTrainedModel:
     config: dict[str, Any] = copy.deepcopy(ds_config) if ds_config else {"zero_optimization": {"stage": 3}}
     # zero.Init takes the dtype from the config, and reads no batch size but refuses a config without one.
     config.update(bf16={"enabled": dtype == torch.bfloat16}, fp16={"enabled": dtype == torch.float16})

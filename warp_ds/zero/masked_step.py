@@ -128,7 +128,10 @@ class MaskedStep:
         if not weight_decay or sub_group not in self.by_sub_group:
             step(sub_group)
             return
-        flat, flat_gradient = deepspeed_internals.master(self.optimizer, sub_group), deepspeed_internals.master_gradient(self.optimizer, sub_group)
+        flat, flat_gradient = (
+            deepspeed_internals.master(self.optimizer, sub_group),
+            deepspeed_internals.master_gradient(self.optimizer, sub_group),
+        )
         kind = weight_decay_kind(base, group)
         layers = self.by_sub_group[sub_group]
         with self._clock.running():
@@ -192,18 +195,29 @@ class MaskedStep:
         steps = _steps(self.optimizer.optimizer)
         known = [mark for mark in marks if mark is not None]
         if not known:
-            return "" if steps == 0 else (
-                "the optimizer has already stepped without protection: its moments belong to W, not to the rotated "
-                "coefficients; protect before the first step, or load without optimizer states")
+            return (
+                ""
+                if steps == 0
+                else (
+                    "the optimizer has already stepped without protection: its moments belong to W, not to the rotated "
+                    "coefficients; protect before the first step, or load without optimizer states"
+                )
+            )
         if any(mark["fingerprint"] != self.fingerprint for mark in known):
-            return (f"the loaded checkpoint was trained with other basis and masks ({known[0]['fingerprint']}, not "
-                    f"{self.fingerprint}): give those it was trained with, or start anew from its weights")
+            return (
+                f"the loaded checkpoint was trained with other basis and masks ({known[0]['fingerprint']}, not "
+                f"{self.fingerprint}): give those it was trained with, or start anew from its weights"
+            )
         if any(mark["steps"] != steps for mark in known):
-            return (f"the loaded checkpoint was trained on without protection (protected until step "
-                    f"{known[0]['steps']}, now at step {steps}): start anew from its weights")
+            return (
+                f"the loaded checkpoint was trained on without protection (protected until step "
+                f"{known[0]['steps']}, now at step {steps}): start anew from its weights"
+            )
         if any(len(mark["groups"]) != len(marks) for mark in known):
-            return (f"the loaded checkpoint was trained with {len(known[0]['groups'])} parameter groups, this run has "
-                    f"{len(marks)}: make the same ones, or load without optimizer states")
+            return (
+                f"the loaded checkpoint was trained with {len(known[0]['groups'])} parameter groups, this run has "
+                f"{len(marks)}: make the same ones, or load without optimizer states"
+            )
         return ""
 
     def _foreign_weights(self, sub_group: int, saved: Tensor) -> str:
@@ -263,8 +277,7 @@ class MaskedStep:
                 base["state"][index] = {**base["state"].get(index, {}), COEFFICIENTS: coefficients}
         own = [{k: v for k, v in group.items() if k != "params"} for group in base["param_groups"]]
         mark = {"fingerprint": self.fingerprint, "steps": _steps(self.optimizer.optimizer), "groups": own}
-        base["param_groups"] = [{**group, MARK: {**mark, "group": index}}
-                                for index, group in enumerate(base["param_groups"])]
+        base["param_groups"] = [{**group, MARK: {**mark, "group": index}} for index, group in enumerate(base["param_groups"])]
         return {**state, deepspeed_internals.MASTERS: masters, deepspeed_internals.OPTIMIZER_STATE: base}
 
     def load_state_dict(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -341,8 +354,12 @@ class MaskedStep:
             dist.all_reduce(norms)
         whole, kept = norms.tolist()
         steps, self._steps = max(1, self._steps), 0
-        return StepMetrics(self.masked_fraction, (max(0.0, whole - kept) / whole) ** 0.5 if whole else 0.0,
-                           self._clock.take() / steps, self._rotating.take_sent() // steps)
+        return StepMetrics(
+            self.masked_fraction,
+            (max(0.0, whole - kept) / whole) ** 0.5 if whole else 0.0,
+            self._clock.take() / steps,
+            self._rotating.take_sent() // steps,
+        )
 
     def _local(self, flat: Tensor, layer: ProtectedLayer) -> Tensor:
         """View of a sub-group's flat buffer: the layer's local partition, padding included."""
@@ -354,6 +371,7 @@ class MaskedStep:
 
     def _gradient(self, layer: ProtectedLayer) -> Tensor:
         return deepspeed_internals.get_gradient(self.optimizer, layer.param)
+
 
 def _between(spans: Iterable[tuple[int, int]], total: int) -> Iterator[slice]:
     """What of range(total) lies in none of the (offset, length) spans."""
@@ -369,9 +387,7 @@ def _between(spans: Iterable[tuple[int, int]], total: int) -> Iterator[slice]:
 # ---------------------------------------------------------------- weight decay
 
 #: Optimizers that act entry by entry, so that a zero gradient moves nothing but by weight decay; and their decay.
-ENTRYWISE = {
-    "AdamW": "decoupled", "Adam": "by flag", "FusedAdam": "by flag", "DeepSpeedCPUAdam": "by flag", "SGD": "coupled",
-}
+ENTRYWISE = {"AdamW": "decoupled", "Adam": "by flag", "FusedAdam": "by flag", "DeepSpeedCPUAdam": "by flag", "SGD": "coupled"}
 
 
 def weight_decay_kind(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str:

@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from warp_ds.cluster.consensus import on_every_rank_or_none, on_rank_0
 from warp_ds.data import template
@@ -62,11 +56,15 @@ def check_model_dir(directory: Path, flag: str = "--model_name") -> None:
     config = read_config(directory, flag)
     for architecture in getattr(config, "architectures", None) or ():
         if any(head in architecture for head in HEADS):
-            raise ConfigError(f"{flag} {directory} is a {architecture}, not a causal language model: its output layer is "
-                              "another one; give the model that it was made from")
+            raise ConfigError(
+                f"{flag} {directory} is a {architecture}, not a causal language model: its output layer is "
+                "another one; give the model that it was made from"
+            )
     if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(f"{flag} {directory} is a model of type {config.model_type}, which is no causal language model "
-                          "(decoder only) in transformers: this kind is not supported")
+        raise ConfigError(
+            f"{flag} {directory} is a model of type {config.model_type}, which is no causal language model "
+            "(decoder only) in transformers: this kind is not supported"
+        )
 
 
 def read_config(directory: Path, flag: str = "--model_name") -> Any:
@@ -76,12 +74,16 @@ def read_config(directory: Path, flag: str = "--model_name") -> Any:
         kind = raw.get("model_type")
         if kind not in CONFIG_MAPPING:
             if raw.get("auto_map"):
-                raise ConfigError(f"{flag} {directory} needs its own modelling code (auto_map, model_type {kind}): that is not "
-                                  "supported, for warp_ds runs no code that comes with a model; give a model of a type that "
-                                  "transformers itself has")
-            raise ConfigError(f"{flag} {directory}: its config.json has model_type {kind!r}, which transformers "
-                              f"{transformers.__version__} does not know: upgrade transformers if it is a newer one, or give "
-                              "another model")
+                raise ConfigError(
+                    f"{flag} {directory} needs its own modelling code (auto_map, model_type {kind}): that is not "
+                    "supported, for warp_ds runs no code that comes with a model; give a model of a type that "
+                    "transformers itself has"
+                )
+            raise ConfigError(
+                f"{flag} {directory}: its config.json has model_type {kind!r}, which transformers "
+                f"{transformers.__version__} does not know: upgrade transformers if it is a newer one, or give "
+                "another model"
+            )
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except ConfigError:
         raise
@@ -95,8 +97,10 @@ def read_tokenizer(directory: Path, config: Any, flag: str = "--model_name") -> 
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         if "trust_remote_code" in str(error):
-            raise ConfigError(f"{flag} {directory} needs its own tokenizer code (auto_map): that is not supported, "
-                              "for warp_ds runs no code that comes with a model") from error
+            raise ConfigError(
+                f"{flag} {directory} needs its own tokenizer code (auto_map): that is not supported, "
+                "for warp_ds runs no code that comes with a model"
+            ) from error
         raise ConfigError(f"{flag} {directory}: its configuration or tokenizer cannot be read: {error}") from error
     check_special_ids(tokenizer, embedding_rows(config), flag, directory)
     return tokenizer
@@ -116,8 +120,11 @@ def check_special_ids(tokenizer: PreTrainedTokenizerBase, rows: int | None, flag
         return
     used = {f"{kind} token": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     template = str(tokenizer.chat_template or "")
-    used |= {f"token {token!r} of the chat template": token_id for token, token_id in tokenizer.get_added_vocab().items()
-             if token_id >= rows and token in template}
+    used |= {
+        f"token {token!r} of the chat template": token_id
+        for token, token_id in tokenizer.get_added_vocab().items()
+        if token_id >= rows and token in template
+    }
     for what, token_id in used.items():
         if token_id is not None and token_id >= rows:
             raise ConfigError(
@@ -133,9 +140,11 @@ def check_ids(samples: Sequence[Any], config: Any) -> None:
     for row, sample in enumerate(samples):
         worst = max(sample["input_ids"], default=0)
         if rows is not None and worst >= rows:
-            raise DataError(f"row {row} holds the token id {worst}, but the model has {rows} embeddings (ids 0 to "
-                            f"{rows - 1}): the text has a token that was added to the tokenizer alone; take it out, or resize "
-                            "the model's embeddings")
+            raise DataError(
+                f"row {row} holds the token id {worst}, but the model has {rows} embeddings (ids 0 to "
+                f"{rows - 1}): the text has a token that was added to the tokenizer alone; take it out, or resize "
+                "the model's embeddings"
+            )
 
 
 def local_model_dir(name: str, flag: str = "--model_name") -> Path | None:
@@ -146,11 +155,14 @@ def local_model_dir(name: str, flag: str = "--model_name") -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-            raise ConfigError(f"{flag} {name} is an adapter (adapter_config.json without config.json), not a model: merge it "
-                              f"into its base model first. {how_to_merge(name)}")
+            raise ConfigError(
+                f"{flag} {name} is an adapter (adapter_config.json without config.json), not a model: merge it "
+                f"into its base model first. {how_to_merge(name)}"
+            )
         if not (path / "config.json").is_file():
-            raise ConfigError(f"{flag} {name} is a directory without config.json: give the directory of a model "
-                              "saved by save_pretrained")
+            raise ConfigError(
+                f"{flag} {name} is a directory without config.json: give the directory of a model saved by save_pretrained"
+            )
         return path
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise ConfigError(f"{flag} {name}: no such directory on {socket.gethostname()}")
@@ -162,20 +174,26 @@ def snapshot(name: str, flag: str = "--model_name", files: Sequence[str] = _FILE
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    advice = ("fetch it where there is internet (hf download " + name + "), then give its directory with --model_name, "
-              "or set HF_HUB_OFFLINE=1 with the same HF_HOME")
+    advice = (
+        "fetch it where there is internet (hf download " + name + "), then give its directory with --model_name, "
+        "or set HF_HUB_OFFLINE=1 with the same HF_HOME"
+    )
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except GatedRepoError as error:
-        raise ConfigError(f"{flag} {name} is gated: accept its licence on the hub and log in (hf auth login), or "
-                          + advice) from error
+        raise ConfigError(
+            f"{flag} {name} is gated: accept its licence on the hub and log in (hf auth login), or " + advice
+        ) from error
     except RepositoryNotFoundError as error:
-        raise ConfigError(f"{flag} {name}: no such directory here, and no such model on the hub (or a private "
-                          "one without login: hf auth login)") from error
+        raise ConfigError(
+            f"{flag} {name}: no such directory here, and no such model on the hub (or a private "
+            "one without login: hf auth login)"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{flag} {name}: no such directory here, not in the hub's cache, and the hub cannot be "
-                          f"reached ({cause}): {advice}") from error
+        raise ConfigError(
+            f"{flag} {name}: no such directory here, not in the hub's cache, and the hub cannot be reached ({cause}): {advice}"
+        ) from error
 
 
 def load_tokenizer(arguments: RunArguments) -> tuple[Any, PreTrainedTokenizerBase]:

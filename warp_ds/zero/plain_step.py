@@ -52,8 +52,10 @@ class PlainMaskedStep:
         # torch's GradScaler leaves scale and overflow to optimizers that can take them (fused AdamW).
         scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if scale is not None:
-            raise UnsupportedSetting("the gradients are still scaled by a GradScaler, so neither clipping nor decay would "
-                                     "be right: call scaler.unscale_(optimizer) before the step, or use bf16")
+            raise UnsupportedSetting(
+                "the gradients are still scaled by a GradScaler, so neither clipping nor decay would "
+                "be right: call scaler.unscale_(optimizer) before the step, or use bf16"
+            )
         skipped = overflow is not None and bool(overflow)
         with self._clock.running():
             whole = kept = 0.0
@@ -124,8 +126,9 @@ class PlainMaskedStep:
         """What the last step did."""
         whole, kept = self._norms
         steps, self._steps = max(1, self._steps), 0
-        return StepMetrics(self.masked_fraction, (max(0.0, whole - kept) / whole) ** 0.5 if whole else 0.0,
-                           self._clock.take() / steps)
+        return StepMetrics(
+            self.masked_fraction, (max(0.0, whole - kept) / whole) ** 0.5 if whole else 0.0, self._clock.take() / steps
+        )
 
     def coefficients(self) -> dict[str, Tensor]:
         """C [m, n] fp32 of every masked layer, by name."""

@@ -104,9 +104,7 @@ def save_sharded(
         with on_every_rank_or_none(f"saving to {target}"):
             if rank() == 0:
                 _prepare(target, aside)
-                files = _write_all_but_weights(
-                    model, state, aside, target, dtype, max_shard_size, tokenizer, model_card
-                )
+                files = _write_all_but_weights(model, state, aside, target, dtype, max_shard_size, tokenizer, model_card)
                 _check_space(aside, files)
         files = broadcast_object(files)
         with on_every_rank_or_none(f"saving to {target}"):
@@ -201,10 +199,7 @@ def _lay_out(file_name: str, tensors: dict[str, tuple[str, torch.Tensor]]) -> We
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     data = 8 + len(text)
-    stored = [
-        StoredTensor(tensors[name][0], tensors[name][1].dtype, data + header[name]["data_offsets"][0])
-        for name in order
-    ]
+    stored = [StoredTensor(tensors[name][0], tensors[name][1].dtype, data + header[name]["data_offsets"][0]) for name in order]
     return WeightFile(file_name, len(text).to_bytes(8, "little") + text, stored, data + begin)
 
 

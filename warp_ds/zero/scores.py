@@ -137,6 +137,7 @@ class GradientTaps:
 
     def __enter__(self) -> GradientTaps:
         for layer in self.layers:
+
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, layer: TargetLayer = layer) -> Tensor:
                 return _Tap.apply(y, inputs[0].detach(), self.taken, layer.name) if y.requires_grad else y
 
@@ -166,8 +167,11 @@ class Finite:
             bad = ~torch.isfinite(sums)
             if bool(bad.any()):
                 for kind, order in ((0, layer.layer - 10**6), (1, -layer.layer)):
-                    found += [(order, layer.name, s) for s, b in zip(batch.samples, bad[kind].tolist(), strict=True)
-                              if b and s != EMPTY]
+                    found += [
+                        (order, layer.name, s)
+                        for s, b in zip(batch.samples, bad[kind].tolist(), strict=True)
+                        if b and s != EMPTY
+                    ]
         self._seen.clear()
         return min(found, default=None)
 
@@ -192,9 +196,7 @@ def gather_rows(local: Tensor, step: Step, rows: Rows) -> Tensor:
     sent = [local[:, b.start : b.stop].reshape(-1).to(collective_device()) for b in blocks]
     own = len(rows.block)
     received = local.new_empty(sum(step.tokens) * own, device=collective_device())
-    dist.all_to_all_single(
-        received, torch.cat(sent), [t * own for t in step.tokens], [piece.numel() for piece in sent]
-    )
+    dist.all_to_all_single(received, torch.cat(sent), [t * own for t in step.tokens], [piece.numel() for piece in sent])
     return received.view(sum(step.tokens), own)
 
 
@@ -227,8 +229,7 @@ class RowScores:
         return not self._pending
 
     def add(
-        self, found: ScoredInput, taken: dict[str, Tapped], batch: Batch, step: Step, columns: Tensor | None,
-        scale: float,
+        self, found: ScoredInput, taken: dict[str, Tapped], batch: Batch, step: Step, columns: Tensor | None, scale: float
     ) -> None:
         """Adds |∂L_b/∂C| of the step's importance batches for the layers that share an input. Collective.
 
@@ -312,8 +313,14 @@ class SavedScores:
         def mark() -> None:
             of_others = [path.name for path in self.directory.glob("*.safetensors") if not path.name.startswith(f"{batches}_")]
             files = contents(self.directory, self.progress.name)
-            write_json(self.progress, {"batches": batches, "ranks": world_size(),
-                                       "files": {name: what for name, what in files.items() if name not in of_others}})
+            write_json(
+                self.progress,
+                {
+                    "batches": batches,
+                    "ranks": world_size(),
+                    "files": {name: what for name, what in files.items() if name not in of_others},
+                },
+            )
             remove_own(self.directory, rf"(?!{batches}_)\d+_rank_\d+\.safetensors")
 
         on_rank_0(mark, "saving scores")
@@ -342,8 +349,13 @@ def last_positions(batch: Batch) -> int:
 
 
 def gradients_by_walk(
-    walk: BlockWalk, layers: Sequence[TargetLayer], steps: Sequence[Step], samples: Samples, loss: Loss,
-    recompute: bool, scratch: Path,
+    walk: BlockWalk,
+    layers: Sequence[TargetLayer],
+    steps: Sequence[Step],
+    samples: Samples,
+    loss: Loss,
+    recompute: bool,
+    scratch: Path,
 ) -> Shown:
     """Forward and backward passes of ``steps`` together, block by block: two fetches a block for all of them.
 
@@ -402,8 +414,7 @@ def gradients_by_walk(
 
 
 def gradients_with_hooks(
-    model: Any, blocks: Sequence[nn.Module], layers: Sequence[TargetLayer], steps: Sequence[Step], samples: Samples,
-    loss: Loss,
+    model: Any, blocks: Sequence[nn.Module], layers: Sequence[TargetLayer], steps: Sequence[Step], samples: Samples, loss: Loss
 ) -> Shown:
     """The same by whole passes, for models that cannot be walked."""
     handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, y: y.requires_grad_(True))
@@ -419,8 +430,9 @@ def gradients_with_hooks(
         handle.remove()
 
 
-def steps_at_once(walk: BlockWalk, layers: Sequence[TargetLayer], steps: Sequence[Step], samples: Samples,
-                  itemsize: int) -> list[Sequence[Step]]:
+def steps_at_once(
+    walk: BlockWalk, layers: Sequence[TargetLayer], steps: Sequence[Step], samples: Samples, itemsize: int
+) -> list[Sequence[Step]]:
     """``steps`` cut into parts whose hidden states fit in a quarter of the host memory of every rank."""
     budget = min(all_gather_object(host_memory())) // 4
     depth = len(walk.blocks) - min(layer.layer for layer in layers) + 1

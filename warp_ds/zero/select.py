@@ -62,10 +62,9 @@ def _choose(groups: Sequence[Sequence[Tensor]], wanted: Sequence[int]) -> list[l
     high, logs = _reduced(totals), _reduced(parts)
     counts = [min(k, int(h.sum())) for h, k in zip(high, wanted, strict=True)]
     bins = [bin_of_kth(h, k) if k else (HIGH, 0) for h, k in zip(high, counts, strict=True)]
-    low = _reduced([
-        sum((low_histogram(s, b) for s in blocks), _zeros(blocks, LOW))
-        for blocks, (b, _) in zip(groups, bins, strict=True)
-    ])
+    low = _reduced(
+        [sum((low_histogram(s, b) for s in blocks), _zeros(blocks, LOW)) for blocks, (b, _) in zip(groups, bins, strict=True)]
+    )
     thresholds: list[tuple[int, int]] = []
     for histogram, (b, above), k in zip(low, bins, counts, strict=True):
         if k:

@@ -32,13 +32,17 @@ def zero3_config(arguments: RunArguments, for_trainer: bool = False) -> dict[str
     refuse_secrets(f"--deepspeed {arguments.deepspeed}", config)
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != 3:
-        raise ConfigError(f"--deepspeed {arguments.deepspeed} asks for ZeRO stage {stage}; the phases run on stage 3 "
-                          "(the WarpCallback also works without DeepSpeed)")
+        raise ConfigError(
+            f"--deepspeed {arguments.deepspeed} asks for ZeRO stage {stage}; the phases run on stage 3 "
+            "(the WarpCallback also works without DeepSpeed)"
+        )
     enabled = [kind for kind in ("bf16", "fp16") if _enabled(config.get(kind, {}))]
     wanted = {"bfloat16": ["bf16"], "float16": ["fp16"], "float32": []}[arguments.dtype]
     if enabled and enabled != wanted:
-        raise ConfigError(f"--deepspeed {arguments.deepspeed} enables {' and '.join(enabled)}, but --dtype is "
-                          f"{arguments.dtype}: change one of them")
+        raise ConfigError(
+            f"--deepspeed {arguments.deepspeed} enables {' and '.join(enabled)}, but --dtype is "
+            f"{arguments.dtype}: change one of them"
+        )
     for kind in ("bf16", "fp16"):
         config[kind] = {**config.get(kind, {}), "enabled": kind in wanted}
     if wanted == ["fp16"] and arguments.resolved_device == "cpu":

@@ -87,8 +87,11 @@ class ShardRotation:
         self._sent = 0
 
     def __call__(
-        self, layers: list[ProtectedLayer], source: Callable[[ProtectedLayer], Tensor],
-        apply: Callable[[Rotation, Tensor], Tensor], fast: bool = False,
+        self,
+        layers: list[ProtectedLayer],
+        source: Callable[[ProtectedLayer], Tensor],
+        apply: Callable[[Rotation, Tensor], Tensor],
+        fast: bool = False,
     ) -> Iterator[tuple[ProtectedLayer, Tensor]]:
         """(layer, its local partition rotated: new fp32 tensor [partition.length], padding 0), in any order.
 
@@ -105,8 +108,11 @@ class ShardRotation:
         return sent
 
     def _in_place(
-        self, layers: list[ProtectedLayer], source: Callable[[ProtectedLayer], Tensor],
-        apply: Callable[[Rotation, Tensor], Tensor], fast: bool,
+        self,
+        layers: list[ProtectedLayer],
+        source: Callable[[ProtectedLayer], Tensor],
+        apply: Callable[[Rotation, Tensor], Tensor],
+        fast: bool,
     ) -> Iterator[tuple[ProtectedLayer, Tensor]]:
         cuts = self._join_cut_rows(layers, source)
         rotations = self._whole_rotations(layers)
@@ -174,8 +180,11 @@ class ShardRotation:
         return cuts
 
     def _at_owners(
-        self, layers: list[ProtectedLayer], source: Callable[[ProtectedLayer], Tensor],
-        apply: Callable[[Rotation, Tensor], Tensor], fast: bool,
+        self,
+        layers: list[ProtectedLayer],
+        source: Callable[[ProtectedLayer], Tensor],
+        apply: Callable[[Rotation, Tensor], Tensor],
+        fast: bool,
     ) -> Iterator[tuple[ProtectedLayer, Tensor]]:
         """In waves of one layer an owner, so that all of them rotate at once.
 
@@ -244,9 +253,7 @@ class Cost:
         return max(parts) if self.ahead and machine.overlaps else sum(parts)
 
 
-def predict_costs(
-    layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int
-) -> dict[str, Cost]:
+def predict_costs(layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int) -> dict[str, Cost]:
     """The cost of each placement, from the layers' sizes alone: no process group, the same on every rank.
 
     ``bases`` gives for each layer's name the key of its basis and the bytes that its fp32 rotation takes, which stand
@@ -294,8 +301,12 @@ class Placed:
 
 
 def place_bases(
-    placement: str, layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int,
-    machine: Machine = GPU, memory: float | None = None,
+    placement: str,
+    layers: Iterable[TargetLayer],
+    bases: Mapping[str, tuple[str, int]],
+    world_size: int,
+    machine: Machine = GPU,
+    memory: float | None = None,
 ) -> Placed:
     """Places them as asked, or for 'auto' in the way that is fastest of those that fit into ``memory``.
 
@@ -319,14 +330,13 @@ def place_bases(
         chosen, why = min(costs, key=lambda name: costs[name].held), f"holds least; none fits {room / 1e9:.3g} GB"
     predictions = "; ".join(
         f"{name} holds {cost.held / 1e9:.3g} GB, sends {cost.sent / 1e9:.3g} GB a step, takes {cost.seconds(machine):.3g} s"
-        for name, cost in costs.items())
+        for name, cost in costs.items()
+    )
     owners = {key: owner if chosen == "owner" else None for key, owner in deal_owners(layers, bases, world_size).items()}
     return Placed(chosen, owners, f"{why}. Predicted for a rank: {predictions}")
 
 
-def deal_owners(
-    layers: list[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int
-) -> dict[str, int]:
+def deal_owners(layers: list[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int) -> dict[str, int]:
     """An owner for each basis, by the basis's key: in the order of the layers, whoever has least to rotate.
 
     Neighbours, which share an optimizer sub-group, then lie on different ranks.

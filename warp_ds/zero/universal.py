@@ -59,8 +59,10 @@ def convert(checkpoint: Path, deepspeed_config: dict[str, Any], wrote: int) -> P
                 shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
             source = checkpoint / deepspeed_internals.tag_of(checkpoint)
             if problem := _inconvertible(source, deepspeed_config) or _no_room(source):
-                raise ConfigError(f"{checkpoint} was written by {wrote} ranks, and these are {processes.world_size()}; it cannot "
-                                  f"be converted: {problem}. {cure}")
+                raise ConfigError(
+                    f"{checkpoint} was written by {wrote} ranks, and these are {processes.world_size()}; it cannot "
+                    f"be converted: {problem}. {cure}"
+                )
             logger.info("converting %s, of %d ranks, for %d", checkpoint, wrote, processes.world_size())
             process = _start(source, part, _workers(source, memory))
     try:
@@ -150,8 +152,10 @@ def _inconvertible(source: Path, deepspeed_config: dict[str, Any]) -> str:
     shapes = _read(_model_file(source))["param_shapes"]
     lacking = sorted({key for index in range(len(shapes)) for key in _MOMENTS if key not in state.get(index, {})})
     if lacking:
-        return (f"it holds no {', '.join(lacking)} of some weights, which Adam's state has (another optimizer, or "
-                "offload_optimizer.ratio below 1)")
+        return (
+            f"it holds no {', '.join(lacking)} of some weights, which Adam's state has (another optimizer, or "
+            "offload_optimizer.ratio below 1)"
+        )
     return ""
 
 
@@ -175,12 +179,18 @@ def _start(source: Path, part: Path, workers: int) -> subprocess.Popen[bytes]:
     write_json(part / _BEGUN, {"source": str(source)})
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
-                   "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "warp_ds.zero.universal", str(source), str(part / source.name), str(workers)]
     with open(part / "conversion.log", "wb") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
-                                start_new_session=True)
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
 
 
 # ---------------------------------------------------------------- the converting process
@@ -189,8 +199,17 @@ def _start(source: Path, part: Path, workers: int) -> subprocess.Popen[bytes]:
 def _convert_here(source: Path, target: Path, workers: int) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
-    sys.argv = ["ds_to_universal", "--input_folder", str(source), "--output_folder", str(target),
-                "--num_extract_workers", str(workers), "--num_merge_workers", str(min(workers, 4))]
+    sys.argv = [
+        "ds_to_universal",
+        "--input_folder",
+        str(source),
+        "--output_folder",
+        str(target),
+        "--num_extract_workers",
+        str(workers),
+        "--num_merge_workers",
+        str(min(workers, 4)),
+    ]
     with deepspeed_internals.nothing_unpickled():  # in its workers too, which are forked
         ds_to_universal.main(ds_to_universal.parse_arguments())
     _shrink(target / "zero" / "optimizer_state.pt")
@@ -205,8 +224,14 @@ def _shrink(path: Path) -> None:
     """Leaves out the tensors: this is all of rank 0's state, and every rank reads it for a few numbers."""
     state = _read(path)
     base = state[deepspeed_internals.OPTIMIZER_STATE]
-    small = {**state, deepspeed_internals.MASTERS: [], deepspeed_internals.OPTIMIZER_STATE: {
-        "state": {0: {"step": base["state"][0]["step"]}}, "param_groups": base["param_groups"]}}
+    small = {
+        **state,
+        deepspeed_internals.MASTERS: [],
+        deepspeed_internals.OPTIMIZER_STATE: {
+            "state": {0: {"step": base["state"][0]["step"]}},
+            "param_groups": base["param_groups"],
+        },
+    }
     aside = path.with_suffix(".part")
     torch.save(small, aside)
     aside.replace(path)
