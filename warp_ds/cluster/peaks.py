@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from warp_ds.cluster.processes import _peaks, all_gather_object
+from warp_ds.cluster.processes import all_gather_object
 
 LARGE_PIECE = 8 << 20
 """Bytes from which ``returning_large_pieces`` gives each piece of memory back by itself. (Passes that are cut to half as much
@@ -71,6 +71,9 @@ class PeakMemory:
         ranks = all_gather_object((self.host, self.gpu, self.of_process))
         host, gpu, of_process = (max(values) for values in zip(*ranks, strict=True))
         return {"host": host, **({"gpu": gpu} if gpu else {}), "of_process": of_process}
+
+
+_peaks: list[PeakMemory] = []
 
 
 @contextmanager

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from warp_ds.cluster.peaks import PeakMemory
 from warp_ds.cluster.slurm import task_environment
 from warp_ds.errors import ConfigError
 
@@ -148,9 +147,6 @@ def barrier() -> None:
     """Waits for every rank (an all-reduce: gloo's own barrier has a fixed timeout)."""
     if world_size() > 1:
         all_reduce_sum(torch.zeros(1, device=collective_device()))
-
-
-_peaks: list[PeakMemory] = []
 
 
 def collective_device() -> torch.device:

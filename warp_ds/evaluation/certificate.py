@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from warp_ds.artifacts import is_regular
 from warp_ds.errors import ArtifactError
 from warp_ds.evaluation import unmasked
 from warp_ds.method.eigenbasis import BAR, orthogonality_error
@@ -31,7 +30,7 @@ from warp_ds.method.systematic import FALSE_ALARM, Sums
 from warp_ds.names import printable
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.checkpoint_index import INDEX, CheckpointError, TensorLocation, resolve_checkpoint
-from warp_ds.store.digests import FileState, digest_parts, whole_file
+from warp_ds.store.digests import FileState, digest_parts, is_regular, whole_file
 from warp_ds.store.files import write_text
 from warp_ds.store.fingerprints import fingerprint_model, model_contents
 from warp_ds.store.layers import TargetLayer

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warp_ds.artifacts import is_regular
+from warp_ds.store.digests import is_regular
 from warp_ds.store.files import read_json
 from warp_ds.store.fingerprints import VOLATILE
 

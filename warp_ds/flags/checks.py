@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import RunArguments
 from warp_ds.names import control_character, problem_of_name
 from warp_ds.secrets import holds_secret, redact
 
@@ -42,7 +41,7 @@ def check_keep_ratio(keep_ratio: float) -> None:
         raise ConfigError(f"--keep_ratio is the share of coefficients to freeze, from 0 to 1, not {keep_ratio}")
 
 
-def at_least(arguments: RunArguments, name: str, least: int) -> None:
+def at_least(arguments: Any, name: str, least: int) -> None:
     if getattr(arguments, name) < least:
         raise ConfigError(f"--{name} must be at least {least}, not {getattr(arguments, name)}")
 
