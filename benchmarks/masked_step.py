@@ -325,9 +325,10 @@ def bases_held(layers: list[Any]) -> int:
 
 def predicted(a: argparse.Namespace, layers: list[Any], root: Path) -> dict[str, Any]:
     """What the cost model says of the placement that ``layers`` have, with this machine's measured figures. Collective."""
+    from warp_ds.zero.shard_rotation import predict_costs
+
     from warp_ds.cluster import processes
     from warp_ds.store.bases import BasisStore
-    from warp_ds.zero.shard_rotation import predict_costs
 
     placement = "owner" if layers[0].owner is not None else "sharded" if layers[0].sharded is not None else "replicated"
     store, targets = BasisStore(root / "basis"), [layer.target for layer in layers]
@@ -340,9 +341,9 @@ def predicted(a: argparse.Namespace, layers: list[Any], root: Path) -> dict[str,
 def measured_machine(a: argparse.Namespace, layers: list[Any]) -> Any:
     """Products of a shard of the largest layer, and all-gathers of such shards, on all ranks at once: the best of three."""
     from torch import distributed as dist
+    from warp_ds.zero.shard_rotation import CPU, GPU, Machine, matmul_precision
 
     from warp_ds.cluster import processes
-    from warp_ds.zero.shard_rotation import CPU, GPU, Machine, matmul_precision
 
     default, ranks = CPU if a.device == "cpu" else GPU, processes.world_size()
     layer = max(layers, key=lambda layer: layer.target.m * layer.target.n)
