@@ -307,8 +307,8 @@ def worker(a: argparse.Namespace, root: Path) -> None:
             "tokens": a.micro_batch * a.tokens * a.accumulation * processes.world_size(),
             "rotate": {name: statistics.median(values) for name, values in rotate.items()},
             "sent": {name: statistics.median(values) for name, values in sent.items()},
-            "bases": {name: bases_held(step.layers) for name, step in masked.items()},
-            "predicted": {name: predicted(a, step.layers, root) for name, step in masked.items()},
+            "bases": {name: bases_held(step.placement) for name, step in masked.items()},
+            "predicted": {name: predicted(a, step) for name, step in masked.items()},
         }
     reports = processes.all_gather_object(report)
     if processes.rank() == 0:
@@ -316,34 +316,25 @@ def worker(a: argparse.Namespace, root: Path) -> None:
     processes.shutdown()
 
 
-def bases_held(layers: list[Any]) -> int:
+def bases_held(placement: Any) -> int:
     """Bytes that this rank holds of bases between their uses."""
-    whole = {id(layer.rotation): layer.rotation.nbytes for layer in layers if layer.rotation is not None}
-    pieces = {id(layer.sharded): layer.sharded.piece.nbytes for layer in layers if layer.sharded is not None}
-    return sum(whole.values()) + sum(pieces.values())
+    if placement.name == "sharded":
+        return sum(shard.piece.nbytes for shard in placement.pieces.values())
+    return sum(rotation.nbytes for rotation in (placement.own if placement.name == "owner" else placement.whole).values())
 
 
-def predicted(a: argparse.Namespace, layers: list[Any], root: Path) -> dict[str, Any]:
-    """What the cost model says of the placement that ``layers`` have, with this machine's measured figures. Collective."""
-    from warp_ds.zero.shard_rotation import predict_costs
-
-    from warp_ds.cluster import processes
-    from warp_ds.store.bases import BasisStore
-
-    placement = "owner" if layers[0].owner is not None else "sharded" if layers[0].sharded is not None else "replicated"
-    store, targets = BasisStore(root / "basis"), [layer.target for layer in layers]
-    cost = predict_costs(targets, {target.name: store.held(target.name) for target in targets}, processes.world_size())[
-        placement
-    ]
-    return {"placement": placement, **vars(cost), "seconds": cost.seconds(measured_machine(a, layers))}
+def predicted(a: argparse.Namespace, step: Any) -> dict[str, Any]:
+    """What the cost model says of the placement of ``step``, with this machine's measured figures. Collective."""
+    cost = step.placement.cost()
+    return {"placement": step.placement.name, **vars(cost), "seconds": cost.seconds(measured_machine(a, step.layers))}
 
 
 def measured_machine(a: argparse.Namespace, layers: list[Any]) -> Any:
     """Products of a shard of the largest layer, and all-gathers of such shards, on all ranks at once: the best of three."""
     from torch import distributed as dist
-    from warp_ds.zero.shard_rotation import CPU, GPU, Machine, matmul_precision
 
     from warp_ds.cluster import processes
+    from warp_ds.zero.placements import CPU, GPU, Machine, matmul_precision
 
     default, ranks = CPU if a.device == "cpu" else GPU, processes.world_size()
     layer = max(layers, key=lambda layer: layer.target.m * layer.target.n)

@@ -157,18 +157,6 @@ def _send(local: Tensor, counts: Sequence[int], owner: int, traffic: Traffic) ->
     return torch.cat(parts)
 
 
-class Owners:
-    """Deals bases to ranks as they come: each to the rank with the least work so far (the lowest of equals)."""
-
-    def __init__(self, ranks: int):
-        self.load = [0.0] * ranks
-
-    def next(self, cost: float) -> int:
-        owner = self.load.index(min(self.load))
-        self.load[owner] += cost
-        return owner
-
-
 def decomposition_cost(tokens: int, n: int) -> float:
     """Operations of a decomposition, roughly: a symmetric eigenproblem of the smaller size, and the products around."""
     size = min(tokens, n)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from warp_ds.cluster.dealing import LeastLoaded
 from warp_ds.method.rotation import Rotation
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.partition import RowPartition
@@ -397,12 +398,8 @@ def deal_owners(layers: list[TargetLayer], bases: Mapping[str, tuple[str, int]],
     for layer in layers:
         key, nbytes = bases[layer.name]
         work[key] = work.get(key, 0) + layer.m * nbytes
-    load = [0] * world_size
-    owners: dict[str, int] = {}
-    for key in work:
-        owners[key] = load.index(min(load))
-        load[owners[key]] += work[key]
-    return owners
+    owners = LeastLoaded(world_size)
+    return {key: owners.next(cost) for key, cost in work.items()}
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from warp_ds.cluster.consensus import on_every_rank_or_none, on_rank_0
+from warp_ds.cluster.dealing import block, evenly
 from warp_ds.cluster.processes import all_gather_object, collective_device, rank, world_size
 from warp_ds.data.collate import EMPTY
 from warp_ds.data.formats import IGNORE
@@ -46,7 +47,7 @@ class Rows:
 
     @property
     def block(self) -> range:
-        return range(min(self.rank * self.most, self.m), min((self.rank + 1) * self.most, self.m))
+        return block(self.m, self.world_size, self.rank)
 
 
 @dataclass
@@ -89,9 +90,7 @@ def plan_steps(batches: Sequence[range], samples: Samples, batch_size: int, rank
 
 
 def _step(piece: list[tuple[int, int]], rest: set[int], samples: Samples, ranks: int) -> Step:
-    most, more = divmod(len(piece), ranks)
-    cuts = [r * most + min(r, more) for r in range(ranks + 1)]
-    parts = [[i for i, _ in piece[a:b]] or [EMPTY] for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [[piece[k][0] for k in part] or [EMPTY] for part in evenly(len(piece), ranks)]
     segments: list[tuple[int, int, bool]] = []
     position = 0
     for b in dict.fromkeys(b for _, b in piece):
