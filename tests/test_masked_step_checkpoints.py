@@ -34,7 +34,7 @@ from test_masked_step import (
 from warp_ds.cluster import processes
 from warp_ds.zero.masked_step import MaskedStep
 from warp_ds.zero.placements import PLACEMENTS
-from warp_ds.zero.step_checkpoints import COEFFICIENTS, MARK
+from warp_ds.zero.zero3_step import COEFFICIENTS, MARK
 
 BEFORE, AFTER = 3, 3
 GROUPS = Case("groups", groups=True, zero={"sub_group_size": 100, "stage3_param_persistence_threshold": 100})
