@@ -274,7 +274,7 @@ def basis(shape: Shape, job: Job, sharding: Sharding) -> Needs:
 
 
 def importance(shape: Shape, job: Job, sharding: Sharding) -> Needs:
-    """Phase 2 (zero/scores.py, ``gradients_by_walk``)."""
+    """Phase 2 (zero/gradients.py, ``GradientWalk``)."""
     found, n_ranks, b = _loaded("phase 2", shape, job, sharding), job.ranks, job.itemsize
     batches = math.ceil(job.importance_samples / job.importance_batch_size)
     capacity = job.batch_size * n_ranks
