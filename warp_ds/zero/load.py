@@ -81,8 +81,8 @@ def load_sharded(
     if built is None or reasons:
         logger.warning("%s is loaded by from_pretrained on rank 0, not in shards: %s", name, reasons[0])
         return _from_pretrained(name, ds_config, dtype, hub)
-    _read_shards(built, plan, Partitioner(ds_config, dtype), name, progress)
-    logger.info("%s: loaded in %.1f s", name, time.monotonic() - begun)
+    nbytes = _read_shards(built, plan, Partitioner(ds_config, dtype), name, progress)
+    logger.info("%s: read %.3f GB on this rank in %.1f s", name, nbytes / 1e9, time.monotonic() - begun)
     _tie_equal(built.model)
     return built.model
 
@@ -104,10 +104,8 @@ def _built_on_meta(
     return None, {}, reason
 
 
-def _read_shards(
-    built: MetaModel, plan: dict[int, TensorLocation], partitioner: Partitioner, name: str, progress: bool
-) -> None:
-    """Partitions the model on meta, and reads this rank's pieces. Collective."""
+def _read_shards(built: MetaModel, plan: dict[int, TensorLocation], partitioner: Partitioner, name: str, progress: bool) -> int:
+    """Partitions the model on meta, and reads this rank's pieces; returns their bytes. Collective."""
     with _no_garbage_collection():
         reads, whole = _replace_parameters(built.model, plan, partitioner)
     for param in whole:
@@ -115,7 +113,7 @@ def _read_shards(
     with on_every_rank_or_none(f"reading {name}"), RangeReader() as reader:
         _fill(reads, reader, progress and rank() == 0)
         _fill_buffers(built, reader, partitioner.device)
-        logger.info("%s: read %.3f GB on this rank", name, reader.bytes_requested / 1e9)
+    return reader.bytes_requested
 
 
 def _check_settings(ds_config: dict[str, Any] | None, device: str) -> None:
