@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, zip_longest
 from typing import Any, ClassVar
 
@@ -87,6 +88,11 @@ class BasisShard:
         return buffer, dist.all_gather_into_tensor(buffer, self.piece, async_op=True)
 
 
+@lru_cache(maxsize=1024)
+def _first_piece(m: int, n: int, world_size: int) -> RowPartition:
+    return RowPartition(m, n, world_size, 0)
+
+
 class Placement(ABC):
     """Where the bases of some layers lie on a number of ranks, and what that costs; once ``keep`` has been given them, how
     the layers are rotated.
@@ -151,7 +157,7 @@ class InPlace(Placement):
         """(bytes, multiply-adds) of one rotation: a ring's all-reduce of cut rows, all of which every rank rotates."""
         joined = multiply_adds = 0.0
         for layer in self.layers:
-            cut = len(RowPartition(layer.m, layer.n, self.world_size, 0).cut_rows)
+            cut = len(_first_piece(layer.m, layer.n, self.world_size).cut_rows)
             joined += 2 * 4 * cut * layer.n * (self.world_size - 1) / self.world_size
             multiply_adds += (layer.m / self.world_size + cut) * self.bases[layer.name][1] / 4
         return joined, multiply_adds
@@ -299,7 +305,7 @@ class Owner(Placement):
         everybody, multiply_adds, sent = 0.0, [0.0] * ranks, [0.0] * ranks
         for layer in self.layers:
             key, size = self.bases[layer.name]
-            shard = 4 * RowPartition(layer.m, layer.n, ranks, 0).length
+            shard = 4 * _first_piece(layer.m, layer.n, ranks).length
             everybody += shard
             multiply_adds[self.owners[key]] += layer.m * size / 4
             # Everybody sends a shard to the owner, which gives all others theirs.
