@@ -31,28 +31,8 @@ import torch
 from torch import nn
 
 #: Mean over the demo's 20 target layers, keep_ratio 0.1 (phase 2 of `make demo`).
-COLUMN_PROFILE = (
-    0.8445,
-    0.579,
-    0.2806,
-    0.1373,
-    0.0477,
-    0.0191,
-    0.0114,
-    0.0051,
-    0.0023,
-    0.0016,
-    0.0006,
-    0.0003,
-    0.0002,
-    0.0001,
-    0.0001,
-    0.0001,
-    0.0,
-    0.0,
-    0.0,
-    0.0,
-)
+COLUMN_PROFILE = [0.8445, 0.579, 0.2806, 0.1373, 0.0477, 0.0191, 0.0114, 0.0051, 0.0023, 0.0016, 0.0006, 0.0003, 0.0002]
+COLUMN_PROFILE += [0.0001] * 3 + [0.0] * 4
 MODULES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -206,19 +186,12 @@ class Trainer:
         if variant == "modules":
             for name, _, i, module in targets(a, model):
                 m, n = module.weight.shape
-                u = random_basis(n, n, 7 * i + n, a.device)
-                parent, _, child = name.rpartition(".")
-                setattr(
-                    model.get_submodule(parent),
-                    child,
-                    RotatedLinear(module.weight.data, u, random_mask(m, n, n, a.keep_ratio, i, a.device)),
-                )
+                u, frozen = random_basis(n, n, 7 * i + n, a.device), random_mask(m, n, n, a.keep_ratio, i, a.device)
+                model.set_submodule(name, RotatedLinear(module.weight.data, u, frozen))
         if a.train_scope == "warp":
-            wanted = (
-                {f"{name}.weight" for name, *_ in targets(a, model)}
-                if variant != "modules"
-                else {f"{name}.c" for name, *_ in targets(a, make_model(a))}
-            )
+            what = "c" if variant == "modules" else "weight"
+            kinds = a.layer_type.split(",")
+            wanted = {f"model.layers.{i}.{MODULES[kind]}.{what}" for i in range(a.layers) for kind in kinds}
             for name, p in model.named_parameters():
                 p.requires_grad_(name in wanted)
         config = {

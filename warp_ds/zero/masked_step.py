@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -207,17 +207,6 @@ class MaskedStep:
 
 def _square(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values, dtype=torch.float64) ** 2
-
-
-def between(spans: Iterable[tuple[int, int]], total: int) -> Iterator[slice]:
-    """What of range(total) lies in none of the (offset, length) spans."""
-    at = 0
-    for offset, length in sorted(spans):
-        if at < offset:
-            yield slice(at, offset)
-        at = offset + length
-    if at < total:
-        yield slice(at, total)
 
 
 # ---------------------------------------------------------------- weight decay

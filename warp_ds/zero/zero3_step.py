@@ -7,7 +7,7 @@ without protection), and C beside the optimizer's moments, from where a protecte
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from warp_ds.errors import UnsupportedSetting
 from warp_ds.zero import deepspeed_internals
-from warp_ds.zero.masked_step import Driver, MaskedStep, between
+from warp_ds.zero.masked_step import Driver, MaskedStep
 from warp_ds.zero.placements import Placement, Rotated
 from warp_ds.zero.protected_layer import ProtectedLayer
 
@@ -100,7 +100,7 @@ class Zero3Driver(Driver):
     def others(self, unit: int) -> Iterator[tuple[Tensor, Tensor]]:
         flat, gradient = deepspeed_internals.master(self.zero, unit), deepspeed_internals.master_gradient(self.zero, unit)
         spans = [(self.spans[layer].offset, layer.partition.length) for layer in self.units[unit]]
-        return ((flat.data[other], gradient[other]) for other in between(spans, flat.numel()))
+        return ((flat.data[other], gradient[other]) for other in _between(spans, flat.numel()))
 
     def over_ranks(self, norms: Tensor) -> Tensor:
         if dist.is_initialized():
@@ -151,6 +151,17 @@ class Zero3Driver(Driver):
             with deepspeed_internals.resident(self.zero, sub_group, weights=True):
                 for layer, weights in step.placement.rotate_back(layers, self.coefficients):
                     self.coefficients(layer).copy_(weights)
+
+
+def _between(spans: Iterable[tuple[int, int]], total: int) -> Iterator[slice]:
+    """What of range(total) lies in none of the (offset, length) spans."""
+    at = 0
+    for offset, length in sorted(spans):
+        if at < offset:
+            yield slice(at, offset)
+        at = offset + length
+    if at < total:
+        yield slice(at, total)
 
 
 class StepCheckpoints:
