@@ -323,6 +323,9 @@ def frozen_bits_in_a_loop(root: Path) -> None:
         assert dict(model.named_parameters())[f"{name}.weight"].dtype == torch.bfloat16
     protection.release()
     frozen = dict(model.named_parameters())["model.layers.0.mlp.down_proj.weight"]
+    others = [p for p in model.parameters() if p is not frozen]
+    with pytest.raises(ValueError, match="down_proj is not among the optimizer's parameters"):
+        warp_ds.protect_optimizer(model, torch.optim.SGD(others, lr=LR), None, artefacts.masks)
     model(input_ids=ids, labels=ids).loss.backward()
     with pytest.raises(ValueError, match="no gradient"):
         protection = warp_ds.protect_optimizer(model, torch.optim.SGD(model.parameters(), lr=LR), None, artefacts.masks)
