@@ -31,28 +31,8 @@ import torch
 from torch import nn
 
 #: Mean over the demo's 20 target layers, keep_ratio 0.1 (phase 2 of `make demo`).
-COLUMN_PROFILE = (
-    0.8445,
-    0.579,
-    0.2806,
-    0.1373,
-    0.0477,
-    0.0191,
-    0.0114,
-    0.0051,
-    0.0023,
-    0.0016,
-    0.0006,
-    0.0003,
-    0.0002,
-    0.0001,
-    0.0001,
-    0.0001,
-    0.0,
-    0.0,
-    0.0,
-    0.0,
-)
+COLUMN_PROFILE = [0.8445, 0.579, 0.2806, 0.1373, 0.0477, 0.0191, 0.0114, 0.0051, 0.0023, 0.0016, 0.0006, 0.0003, 0.0002]
+COLUMN_PROFILE += [0.0001] * 3 + [0.0] * 4
 MODULES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -206,19 +186,12 @@ class Trainer:
         if variant == "modules":
             for name, _, i, module in targets(a, model):
                 m, n = module.weight.shape
-                u = random_basis(n, n, 7 * i + n, a.device)
-                parent, _, child = name.rpartition(".")
-                setattr(
-                    model.get_submodule(parent),
-                    child,
-                    RotatedLinear(module.weight.data, u, random_mask(m, n, n, a.keep_ratio, i, a.device)),
-                )
+                u, frozen = random_basis(n, n, 7 * i + n, a.device), random_mask(m, n, n, a.keep_ratio, i, a.device)
+                model.set_submodule(name, RotatedLinear(module.weight.data, u, frozen))
         if a.train_scope == "warp":
-            wanted = (
-                {f"{name}.weight" for name, *_ in targets(a, model)}
-                if variant != "modules"
-                else {f"{name}.c" for name, *_ in targets(a, make_model(a))}
-            )
+            what = "c" if variant == "modules" else "weight"
+            kinds = a.layer_type.split(",")
+            wanted = {f"model.layers.{i}.{MODULES[kind]}.{what}" for i in range(a.layers) for kind in kinds}
             for name, p in model.named_parameters():
                 p.requires_grad_(name in wanted)
         config = {
@@ -307,8 +280,8 @@ def worker(a: argparse.Namespace, root: Path) -> None:
             "tokens": a.micro_batch * a.tokens * a.accumulation * processes.world_size(),
             "rotate": {name: statistics.median(values) for name, values in rotate.items()},
             "sent": {name: statistics.median(values) for name, values in sent.items()},
-            "bases": {name: bases_held(step.layers) for name, step in masked.items()},
-            "predicted": {name: predicted(a, step.layers, root) for name, step in masked.items()},
+            "bases": {name: bases_held(step.placement) for name, step in masked.items()},
+            "predicted": {name: predicted(a, step) for name, step in masked.items()},
         }
     reports = processes.all_gather_object(report)
     if processes.rank() == 0:
@@ -316,25 +289,17 @@ def worker(a: argparse.Namespace, root: Path) -> None:
     processes.shutdown()
 
 
-def bases_held(layers: list[Any]) -> int:
+def bases_held(placement: Any) -> int:
     """Bytes that this rank holds of bases between their uses."""
-    whole = {id(layer.rotation): layer.rotation.nbytes for layer in layers if layer.rotation is not None}
-    pieces = {id(layer.sharded): layer.sharded.piece.nbytes for layer in layers if layer.sharded is not None}
-    return sum(whole.values()) + sum(pieces.values())
+    if placement.name == "sharded":
+        return sum(shard.piece.nbytes for shard in placement.pieces.values())
+    return sum(rotation.nbytes for rotation in (placement.own if placement.name == "owner" else placement.whole).values())
 
 
-def predicted(a: argparse.Namespace, layers: list[Any], root: Path) -> dict[str, Any]:
-    """What the cost model says of the placement that ``layers`` have, with this machine's measured figures. Collective."""
-    from warp_ds.cluster import processes
-    from warp_ds.store.bases import BasisStore
-    from warp_ds.zero.shard_rotation import predict_costs
-
-    placement = "owner" if layers[0].owner is not None else "sharded" if layers[0].sharded is not None else "replicated"
-    store, targets = BasisStore(root / "basis"), [layer.target for layer in layers]
-    cost = predict_costs(targets, {target.name: store.held(target.name) for target in targets}, processes.world_size())[
-        placement
-    ]
-    return {"placement": placement, **vars(cost), "seconds": cost.seconds(measured_machine(a, layers))}
+def predicted(a: argparse.Namespace, step: Any) -> dict[str, Any]:
+    """What the cost model says of the placement of ``step``, with this machine's measured figures. Collective."""
+    cost = step.placement.cost()
+    return {"placement": step.placement.name, **vars(cost), "seconds": cost.seconds(measured_machine(a, step.layers))}
 
 
 def measured_machine(a: argparse.Namespace, layers: list[Any]) -> Any:
@@ -342,7 +307,7 @@ def measured_machine(a: argparse.Namespace, layers: list[Any]) -> Any:
     from torch import distributed as dist
 
     from warp_ds.cluster import processes
-    from warp_ds.zero.shard_rotation import CPU, GPU, Machine, matmul_precision
+    from warp_ds.zero.placements import CPU, GPU, Machine, matmul_precision
 
     default, ranks = CPU if a.device == "cpu" else GPU, processes.world_size()
     layer = max(layers, key=lambda layer: layer.target.m * layer.target.n)

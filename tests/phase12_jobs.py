@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tiny_models import SIZES, tiny_model
 
+from warp_ds.cluster.dealing import LeastLoaded
 from warp_ds.cluster.processes import barrier, rank, world_size
 from warp_ds.errors import OtherRankError
 from warp_ds.flags.arguments import BasisArguments, ImportanceArguments
@@ -21,7 +22,7 @@ from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import write_tensors
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero import collect
-from warp_ds.zero.collect import NotFinite, Owners, Traffic, deliver
+from warp_ds.zero.collect import NotFinite, Traffic, deliver
 from warp_ds.zero.load import load_sharded
 from warp_ds.zero.select import choose
 from warp_ds.zero.settings import zero3_config
@@ -263,7 +264,7 @@ def stopping_masks_job(arguments: ImportanceArguments, rows: list[Any], store: P
 
 
 def owners_of(costs: list[float], ranks: int) -> list[int]:
-    owners = Owners(ranks)
+    owners = LeastLoaded(ranks)
     return [owners.next(cost) for cost in costs]
 
 

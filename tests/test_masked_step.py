@@ -35,7 +35,7 @@ from warp_ds.cluster import processes
 from warp_ds.method.rotation import Rotation
 from warp_ds.store.masks import MaskStore
 from warp_ds.zero.masked_step import MaskedStep, decay, weight_decay_kind
-from warp_ds.zero.shard_rotation import matmul_precision, predict_costs
+from warp_ds.zero.placements import Owner, Sharded, matmul_precision, predict_costs
 
 LOSS, WEIGHT = 1e-6, 1e-5
 STEPS = 5
@@ -283,7 +283,7 @@ def unforeseen_bytes(case: Case, artefacts: Artefacts, protection: MaskedStep, s
     placement = "replicated" if basis is None else case.placement
     error = max(processes.all_gather_object(sent)) - predict_costs(masks.layers, bases, processes.world_size())[placement].sent
     # An all-reduce's share of a rank is no whole number of bytes on three ranks: two a sub-group and step.
-    return 0.0 if -2 * len(protection.by_sub_group) < error <= 0 and processes.world_size() == 3 else error
+    return 0.0 if -2 * len(protection.driver.units) < error <= 0 and processes.world_size() == 3 else error
 
 
 def run_case(case: Case, root: Path) -> dict[str, float]:
@@ -292,10 +292,13 @@ def run_case(case: Case, root: Path) -> dict[str, float]:
     engine = make_engine(case, trained=artefacts.frozen if case.only else None)
     protection = protect(engine, artefacts, case.placement)
     if case.placement == "owner" and case.basis != "identity" and processes.world_size() > 1:
-        assert all((layer.rotation is not None) == (layer.owner == processes.rank()) for layer in protection.layers)
-        assert len({layer.owner for layer in protection.layers}) > 1, "one rank owns every basis"
+        placement = protection.placement
+        assert isinstance(placement, Owner)
+        assert set(placement.own) == {key for key, owner in placement.owners.items() if owner == processes.rank()}
+        assert len(set(placement.owners.values())) > 1, "one rank owns every basis"
     if case.placement == "sharded" and case.basis != "identity" and processes.world_size() > 1:
-        assert all(layer.rotation is None and layer.sharded is not None for layer in protection.layers)
+        assert isinstance(protection.placement, Sharded)
+        assert all(layer.basis in protection.placement.pieces for layer in protection.layers)
     before = masters(protection)
     found = [train_step(engine, batch, case.accumulation) for batch in token_batches(STEPS)]
     metrics = protection.metrics()
@@ -365,12 +368,12 @@ def run_replay(case: Case, dtype: torch.dtype, config: dict[str, Any], root: Pat
         for name, param in params.items()
     )
     shards_differ = 0
-    for sub_group in protection.by_sub_group:
-        shards = [layer.param.ds_tensor.clone() for layer in protection.by_sub_group[sub_group]]
+    for sub_group in protection.driver.units:
+        shards = [layer.param.ds_tensor.clone() for layer in protection.driver.units[sub_group]]
         protection.write_weights(sub_group)
         shards_differ += sum(
             int((shard != layer.param.ds_tensor).sum())
-            for shard, layer in zip(shards, protection.by_sub_group[sub_group], strict=True)
+            for shard, layer in zip(shards, protection.driver.units[sub_group], strict=True)
         )
     half_ulp = torch.finfo(dtype).eps / 4
     result = {

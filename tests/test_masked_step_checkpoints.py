@@ -32,9 +32,9 @@ from test_masked_step import (
 )
 
 from warp_ds.cluster import processes
-from warp_ds.method.rotation import Rotation
-from warp_ds.zero.masked_step import COEFFICIENTS, MARK, MaskedStep
-from warp_ds.zero.shard_rotation import PLACEMENTS
+from warp_ds.zero.masked_step import MaskedStep
+from warp_ds.zero.placements import PLACEMENTS
+from warp_ds.zero.zero3_step import COEFFICIENTS, MARK
 
 BEFORE, AFTER = 3, 3
 GROUPS = Case("groups", groups=True, zero={"sub_group_size": 100, "stage3_param_persistence_threshold": 100})
@@ -183,8 +183,8 @@ def resumes_under_any_placement(root: Path, folder: Path) -> None:
 def agrees(protection: MaskedStep) -> float:
     """How far the model's shards are from C Uᵀ."""
     worst = 0.0
-    for sub_group, layers in protection.by_sub_group.items():
-        for layer, weights in protection._rotating(layers, protection._coefficients, Rotation.unrotate):
+    for sub_group, layers in protection.driver.units.items():
+        for layer, weights in protection.placement.rotate_back(layers, protection.driver.coefficients):
             real = slice(0, layer.partition.stop - layer.partition.start)
             error = (weights[real] - layer.param.ds_tensor.flatten()[real].float()).abs()
             worst = max(worst, float(error.max()) if error.numel() else 0.0)

@@ -29,8 +29,9 @@ from transformers.trainer_callback import TrainerCallback
 
 from warp_ds import WarpCallback
 from warp_ds.cluster import processes
-from warp_ds.zero.masked_step import MaskedStep
-from warp_ds.zero.plain_step import PlainMaskedStep
+from warp_ds.zero.placements import Replicated
+from warp_ds.zero.plain_step import PlainDriver
+from warp_ds.zero.zero3_step import Zero3Driver
 
 STEPS, LR, EPS, DECAY, CLIP = 5, 1e-2, 1e-4, 0.1, 0.5
 
@@ -165,7 +166,7 @@ def expect_reference(
 
 def under_zero3(artefacts: Artefacts, folder: Path) -> None:
     trainer, warp, keep = fit(artefacts, folder / "persistent", {})
-    assert isinstance(warp.protection, MaskedStep)
+    assert isinstance(warp.protection.driver, Zero3Driver)
     expect_reference(artefacts, trainer, keep, "persistent")
     trainer, _, keep = fit(
         artefacts,
@@ -248,7 +249,7 @@ def without_deepspeed(root: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     artefacts = read_artefacts(root)
     trainer, warp, keep = fit(artefacts, folder / "plain", None)
-    assert isinstance(warp.protection, PlainMaskedStep)
+    assert isinstance(warp.protection.driver, PlainDriver)
     assert trainer.args.max_grad_norm == CLIP, "the callback has not given the clipping back"
     expect_reference(artefacts, trainer, keep, "plain")
     trainer, _, keep = fit(artefacts, folder / "accumulated", None, accumulation=3, gradient_checkpointing=True)
@@ -269,7 +270,7 @@ def without_deepspeed(root: Path, folder: Path) -> None:
     # A pure bf16 model: C and its moments are fp32 all the same, and a resumed run gets its moments back as bf16.
     whole, _, kept = fit(artefacts, folder / "bf16", None, dtype=torch.bfloat16, **options)
     again, warp, kept_again = fit(artefacts, folder / "bf16", None, dtype=torch.bfloat16, resume=True, **options)
-    assert isinstance(warp.protection, PlainMaskedStep)
+    assert isinstance(warp.protection.driver, PlainDriver)
     # C starts again from weights of 8 bits: half a unit of the largest weights, and what three steps make of it.
     for line, expected in zip(lines(again), lines(whole), strict=True):
         assert abs(line["loss"] - expected["loss"]) < 2e-2
@@ -280,7 +281,7 @@ def without_deepspeed(root: Path, folder: Path) -> None:
 def replicated(artefacts: Artefacts, folder: Path) -> None:
     """Under DDP every rank takes the same step."""
     trainer, warp, keep = fit(artefacts, folder, None, clip=0.005, only=True)
-    assert isinstance(warp.protection, PlainMaskedStep)
+    assert isinstance(warp.protection.driver, PlainDriver)
     assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
     expect_reference(artefacts, trainer, keep, "DDP", clip=0.005, only=True)
 
@@ -297,7 +298,8 @@ def frozen_bits_in_a_loop(root: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY)
     defaults = copy.deepcopy(optimizer.param_groups[0]["weight_decay"])
     protection = warp_ds.protect_optimizer(model, optimizer, None, artefacts.masks)
-    assert isinstance(protection, PlainMaskedStep)
+    driver = protection.driver
+    assert isinstance(driver, PlainDriver) and isinstance(protection.placement, Replicated)
     with pytest.raises(ValueError, match="protected already"):
         warp_ds.protect_optimizer(model, optimizer, None, artefacts.masks)
     stored = warp_ds.store.masks.MaskStore(artefacts.masks).find_basis()
@@ -305,26 +307,30 @@ def frozen_bits_in_a_loop(root: Path) -> None:
     for layer in protection.layers:  # what is trained with is the polished basis
         rotation = stored.rotation(layer.target.name)
         if rotation.matrix is not None:
-            assert layer.rotation is not None and torch.equal(layer.rotation.matrix, rotation.polished().matrix)
-            assert not torch.equal(layer.rotation.matrix, rotation.matrix), "this basis needs no polish: nothing is seen"
-    assert any(layer.rotation.matrix is not None for layer in protection.layers)
-    before = {k: v.clone() for k, v in protection.coefficients().items()}
+            held = protection.placement.whole[layer.basis].matrix
+            assert held is not None and torch.equal(held, rotation.polished().matrix)
+            assert not torch.equal(held, rotation.matrix), "this basis needs no polish: nothing is seen"
+    assert any(rotation.matrix is not None for rotation in protection.placement.whole.values())
+    before = {k: v.clone() for k, v in driver.all_coefficients().items()}
     for ids in token_batches(3):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         assert optimizer.param_groups[0]["weight_decay"] == defaults
-    for name, after in protection.coefficients().items():
+    for name, after in driver.all_coefficients().items():
         mask = artefacts.frozen[f"{name}.weight"]
         assert torch.equal(after[mask], before[name][mask]) and not torch.equal(after[~mask], before[name][~mask])
         assert dict(model.named_parameters())[f"{name}.weight"].dtype == torch.bfloat16
     protection.release()
     frozen = dict(model.named_parameters())["model.layers.0.mlp.down_proj.weight"]
+    others = [p for p in model.parameters() if p is not frozen]
+    with pytest.raises(ValueError, match="down_proj is not among the optimizer's parameters"):
+        warp_ds.protect_optimizer(model, torch.optim.SGD(others, lr=LR), None, artefacts.masks)
     model(input_ids=ids, labels=ids).loss.backward()
     with pytest.raises(ValueError, match="no gradient"):
         protection = warp_ds.protect_optimizer(model, torch.optim.SGD(model.parameters(), lr=LR), None, artefacts.masks)
         frozen.grad = None
-        protection.optimizer.step()
+        protection.driver.optimizer.step()
 
 
 def overflow_in_a_loop(root: Path) -> None:
@@ -334,10 +340,11 @@ def overflow_in_a_loop(root: Path) -> None:
     artefacts, model = read_artefacts(root), odd_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY, fused=True)
     protection = warp_ds.protect_optimizer(model, optimizer, None, artefacts.masks)
-    assert isinstance(protection, PlainMaskedStep)
-    protection.max_grad_norm = CLIP
+    driver = protection.driver
+    assert isinstance(driver, PlainDriver) and isinstance(protection.placement, Replicated)
+    driver.max_grad_norm = CLIP
     ids = token_batches(1)[0]
-    before = {k: v.clone() for k, v in protection.coefficients().items()}
+    before = {k: v.clone() for k, v in driver.all_coefficients().items()}
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     for scale in (float("inf"), 1.0):
         scaler.scale(model(input_ids=ids, labels=ids).loss * scale).backward()
@@ -345,7 +352,7 @@ def overflow_in_a_loop(root: Path) -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        moved = any(not torch.equal(after, before[name]) for name, after in protection.coefficients().items())
+        moved = any(not torch.equal(after, before[name]) for name, after in driver.all_coefficients().items())
         assert moved == (scale == 1.0)
         assert optimizer.param_groups[0]["weight_decay"] == DECAY
     scaler.scale(model(input_ids=ids, labels=ids).loss).backward()

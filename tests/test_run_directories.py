@@ -24,7 +24,7 @@ from warp_ds.store.held import held
 from warp_ds.store.lock import RunLock
 from warp_ds.store.runs import find_artifact, newest
 from warp_ds.store.state import Progress
-from warp_ds.zero import save
+from warp_ds.zero import saved_directory
 
 
 def begin(root: Path) -> Any:
@@ -50,7 +50,7 @@ def write_an_artefact(run: Run) -> None:
 
 
 def export(run: Run) -> None:
-    save._prepare(run.directory / "model", run.directory / ".model.saving")
+    saved_directory._prepare(run.directory / "model", run.directory / ".model.saving")
 
 
 def fail_by_itself(run: Run) -> None:

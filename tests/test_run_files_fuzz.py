@@ -28,7 +28,8 @@ from warp_ds.store.held import held
 from warp_ds.store.layers import TargetLayer
 from warp_ds.store.lock import RunLock
 from warp_ds.store.state import Progress
-from warp_ds.zero.scores import RowScores, SavedScores
+from warp_ds.zero.saved_scores import SavedScores
+from warp_ds.zero.scores import RowScores
 
 VALUES: tuple[Any, ...] = (None, True, 0, -1, 7, 2**70, 0.5, float("nan"), "", "../..", "a\nb", "\ud800", [], [1], {}, {"x": 1})
 INNER: tuple[Any, ...] = (None, 2**70, "[/b]", [[]])

@@ -17,16 +17,19 @@ from warp_ds.cluster import processes
 from warp_ds.method.rotation import Rotation
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.partition import RowPartition
-from warp_ds.zero.shard_rotation import (
+from warp_ds.zero.placements import (
+    CLASSES,
     GPU,
     BasisShard,
     Cost,
     Machine,
-    ProtectedLayer,
-    ShardRotation,
+    Owner,
+    Placement,
+    Replicated,
     place_bases,
     predict_costs,
 )
+from warp_ds.zero.protected_layer import ProtectedLayer
 
 LAYERS = [TargetLayer(f"layers.{i}.down", i, "ffn_down", 8, 32) for i in range(6)]
 
@@ -35,18 +38,24 @@ def own_bases(nbytes: int) -> dict[str, tuple[str, int]]:
     return {layer.name: (f"file {layer.layer}", nbytes) for layer in LAYERS}
 
 
+def owners_of(*asked: Any) -> dict[str, int]:
+    placement, _ = place_bases(*asked)
+    assert isinstance(placement, Owner)
+    return placement.owners
+
+
 def test_small_bases_are_replicated_and_large_ones_get_owners() -> None:
     state = 12 * 8 * 32 // 2  # of a layer, on each of two ranks
-    assert set(place_bases("auto", LAYERS, own_bases(state), 2).owners.values()) == {None}
-    assert set(place_bases("auto", LAYERS, own_bases(state + 1), 2).owners.values()) == {0, 1}
-    assert set(place_bases("replicated", LAYERS, own_bases(10**9), 2).owners.values()) == {None}
-    assert set(place_bases("owner", LAYERS, own_bases(1), 1).owners.values()) == {None}, "one rank has them all anyway"
+    assert place_bases("auto", LAYERS, own_bases(state), 2)[0].name == "replicated"
+    assert set(owners_of("auto", LAYERS, own_bases(state + 1), 2).values()) == {0, 1}
+    assert place_bases("replicated", LAYERS, own_bases(10**9), 2)[0].name == "replicated"
+    assert place_bases("owner", LAYERS, own_bases(1), 1)[0].name == "replicated", "one rank has them all anyway"
     with pytest.raises(ValueError, match="auto, replicated, sharded, owner"):
         place_bases("owners", LAYERS, own_bases(1), 2)
 
 
 def test_owners_are_balanced_and_neighbours_differ() -> None:
-    owners = list(place_bases("owner", LAYERS, own_bases(4 * 32 * 32), 3).owners.values())
+    owners = list(owners_of("owner", LAYERS, own_bases(4 * 32 * 32), 3).values())
     assert sorted(owners) == [0, 0, 1, 1, 2, 2]
     assert all(len(set(owners[i : i + 3])) == 3 for i in range(4))
 
@@ -55,7 +64,7 @@ def test_a_shared_basis_has_one_owner_that_is_charged_for_all_its_layers() -> No
     layers = [TargetLayer(f"{i}.{kind}", i, f"attn_{kind}", 8, 8) for i in range(2) for kind in "qkv"]
     layers += [TargetLayer(f"{i}.down", i, "ffn_down", 8, 8) for i in range(3)]
     bases = {x.name: (f"{x.layer} {'attn' if x.type != 'ffn_down' else 'down'}", 256) for x in layers}
-    owners = place_bases("owner", layers, bases, 2).owners
+    owners = owners_of("owner", layers, bases, 2)
     assert owners["0 attn"] != owners["1 attn"] and sorted(owners[f"{i} down"] for i in range(3)) in ([0, 0, 1], [0, 1, 1])
 
 
@@ -86,7 +95,7 @@ def test_the_fastest_that_fits_is_chosen() -> None:
     bases = own_bases(4 * 32 * 32)
 
     def chosen(memory: float, machine: Machine = GPU) -> str:
-        return place_bases("auto", LAYERS, bases, 2, machine, memory).placement
+        return place_bases("auto", LAYERS, bases, 2, machine, memory)[0].name
 
     slow = Machine(1e6, 1e6, overlaps=True)
     assert chosen(24576) == "replicated", "sends nothing"
@@ -94,58 +103,50 @@ def test_the_fastest_that_fits_is_chosen() -> None:
     assert chosen(24575, slow) == "sharded", "hides what it sends"
     assert chosen(24575, Machine(1e6, 1e6, overlaps=False)) == chosen(20479, slow) == "owner"
     assert chosen(1) == "owner", "holds least"
-    placed = place_bases("sharded", LAYERS, bases, 2)
-    assert placed.placement == "sharded" and placed.why.startswith("as asked")
-    assert all(name in placed.why for name in ("replicated", "sharded", "owner"))
-    assert set(placed.owners.values()) == {None}
+    placed, why = place_bases("sharded", LAYERS, bases, 2)
+    assert placed.name == "sharded" and why.startswith("as asked")
+    assert all(name in why for name in ("replicated", "sharded", "owner"))
+    assert {placed.readers(key) for key in placed.sizes} == {range(2)}, "all read what all keep a piece of"
 
 
-def make_layers(placement: str, m: int, n: int, r: int, count: int) -> tuple[list[ProtectedLayer], dict, dict]:
+def make_layers(
+    name: str, m: int, n: int, r: int, count: int
+) -> tuple[Placement, list[ProtectedLayer], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Layers of which each second one shares the basis of the one before, their shards of W, and C = W U in fp64."""
     rank, ranks = processes.rank(), processes.world_size()
     generator = torch.Generator().manual_seed(3)
+    targets = [TargetLayer(f"layer {i}", i, "ffn_down", m, n) for i in range(count)]
+    bases = {x.name: (f"basis {x.layer // 2}", Rotation.held_bytes(n, r)) for x in targets}
+    placement = {each.name: each for each in CLASSES}[name](targets, bases, ranks, rank)
     layers, weights, expected = [], {}, {}
-    for i in range(count):
+    for i, target in enumerate(targets):
         if i % 2 == 0:
             rotation = Rotation(torch.linalg.qr(torch.randn(n, r, generator=generator))[0], n)
-            shard = BasisShard(rotation, ranks, rank) if placement == "sharded" else None
+            placement.keep(bases[target.name][0], lambda whole=rotation: whole)
         w = torch.randn(m, n, generator=generator)
         part = RowPartition(m, n, ranks, rank)
         none = torch.zeros(0, 1, dtype=torch.uint8)
-        owner = i // 2 % ranks if placement == "owner" else None
-        here = placement == "replicated" or owner == rank
-        name = f"layer {i}"
-        layers.append(
-            ProtectedLayer(
-                TargetLayer(name, i, "ffn_down", m, n),
-                torch.nn.Parameter(torch.empty(0)),
-                rotation if here else None,
-                part,
-                none,
-                none,
-                0,
-                owner,
-                shard,
-            )
-        )
+        param = torch.nn.Parameter(torch.empty(0))
+        layers.append(ProtectedLayer(target, param, bases[target.name][0], part, none, none, 0, torch.device("cpu")))
         padded = torch.cat([w.flatten(), torch.full((part.length * ranks - m * n,), float("nan"))])
-        weights[name], expected[name] = padded[rank * part.length :][: part.length], rotation.rotate(w).double().flatten()
-    return layers, weights, expected
+        weights[target.name] = padded[rank * part.length :][: part.length]
+        expected[target.name] = rotation.rotate(w).double().flatten()
+    return placement, layers, weights, expected
 
 
-def rotate_all(placement: str, m: int, n: int, r: int) -> tuple[float, int, int]:
+def rotate_all(name: str, m: int, n: int, r: int) -> tuple[float, int, int]:
     """Largest error against the whole product; bytes sent by this rank; bytes that arithmetic expects of it."""
     rank, ranks = processes.rank(), processes.world_size()
-    layers, weights, expected = make_layers(placement, m, n, r, 6)
-    rotating, worst = ShardRotation(torch.device("cpu")), 0.0
-    for layer, c in rotating(layers, lambda layer: weights[layer.target.name], Rotation.rotate):
+    placement, layers, weights, expected = make_layers(name, m, n, r, 6)
+    worst = 0.0
+    for layer, c in placement.rotate(layers, lambda layer: weights[layer.target.name]):
         part = layer.partition
         real = part.stop - part.start
         worst = max([worst, *(c[:real].double() - expected[layer.target.name][part.start : part.stop]).abs().tolist()])
         assert not c[real:].any(), "padding is not 0"
     part = layers[0].partition
     joined = 2 * 4 * 6 * n * len(part.cut_rows) * (ranks - 1) // ranks
-    owned = sum(layer.owner == rank for layer in layers)
+    owned = sum(placement.owners[layer.basis] == rank for layer in layers) if isinstance(placement, Owner) else 0
     elements = n * n if 2 * r >= n else 2 * n * r + r
     arithmetic = {
         "replicated": joined,
@@ -153,7 +154,7 @@ def rotate_all(placement: str, m: int, n: int, r: int) -> tuple[float, int, int]
         "sharded": joined + 3 * (ranks - 1) * 4 * -(-elements // ranks),
     }
     dist.barrier()
-    return worst, rotating.take_sent(), arithmetic[placement]
+    return worst, placement.sent, arithmetic[name]
 
 
 def rotate_each() -> dict[str, tuple[float, int, int]]:
@@ -178,7 +179,7 @@ AT_GATHER, AT_USE = [1, 2, 2], [2, 2, 2, 2, 1, 1]
 
 
 def whole_bases_alive(n: int) -> tuple[list[int], list[int]]:
-    layers, weights, _ = make_layers("sharded", 4, n, n, len(AT_USE))
+    placement, layers, weights, _ = make_layers("sharded", 4, n, n, len(AT_USE))
     at_gather: list[int] = []
     at_use: list[int] = []
     gather = BasisShard.gather
@@ -205,7 +206,7 @@ def whole_bases_alive(n: int) -> tuple[list[int], list[int]]:
 
     BasisShard.gather = counted_gather  # type: ignore[method-assign]
     try:
-        for _ in ShardRotation(torch.device("cpu"))(layers, lambda layer: weights[layer.target.name], counted_use):
+        for _ in placement.apply(layers, lambda layer: weights[layer.target.name], counted_use, fast=False):
             pass
     finally:
         BasisShard.gather = gather  # type: ignore[method-assign]
@@ -244,17 +245,18 @@ def test_reduced_products_err_less_than_the_rounding_of_the_weights(apply: Any, 
     The products' own rounding is 2^-11 (cut off, 2^-10) of each operand; bf16 rounds by 2^-8, fp16 by 2^-11, fp32 by 2^-24.
     """
     m, n = 64, 192
-    (layer,), weights, _ = make_layers("replicated", m, n, r, 1)
+    placement, (layer,), weights, _ = make_layers("replicated", m, n, r, 1)
     flat = weights[layer.target.name]
-    assert layer.rotation is not None
-    columns = layer.rotation.unrotate(torch.eye(n)).T[:, :r]
+    assert isinstance(placement, Replicated)
+    rotation = placement.whole[layer.basis]
+    columns = rotation.unrotate(torch.eye(n)).T[:, :r]
     exact = apply(Rotation(columns, n, torch.float64), flat.view(m, n).double()).flatten()
-    whole = apply(layer.rotation, flat.view(m, n)).flatten()
+    whole = apply(rotation, flat.view(m, n)).flatten()
 
     def product(weights: torch.dtype) -> torch.Tensor:
         layer_of_dtype = replace(layer, param=torch.nn.Parameter(torch.empty(0, dtype=weights)))
         with EmulatedTF32(rounded):
-            return next(ShardRotation(torch.device("cpu"))([layer_of_dtype], lambda _: flat, apply, fast=True))[1]
+            return next(placement.apply([layer_of_dtype], lambda _: flat, apply, fast=True))[1]
 
     def error(product: torch.Tensor, weights: torch.dtype) -> float:
         return float((product - exact).norm() / (exact.to(weights) - exact).norm())

@@ -325,11 +325,11 @@ def test_hub_name_from_the_cache(tmp_path: Path) -> None:
     (repository / "refs" / "main").write_text("0123abcd")
     code = (
         "import torch, sys; sys.path.insert(0, 'tests')\n"
-        "from warp_ds.zero import runtime; runtime.init_distributed('cpu')\n"
+        "from warp_ds.cluster import processes; processes.init_distributed('cpu')\n"
         "from test_zero_load import assert_same_model, load_sharded, AutoModelForCausalLM\n"
         "model = load_sharded('someone/tiny', ds_config=None, dtype=torch.float32)\n"
         "assert_same_model(model, AutoModelForCausalLM.from_pretrained('someone/tiny', dtype=torch.float32), 'hub')\n"
-        "runtime.shutdown()\n"
+        "processes.shutdown()\n"
     )
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     root = Path(__file__).parent.parent

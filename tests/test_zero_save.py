@@ -24,8 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from warp_ds.errors import OtherRankError
 from warp_ds.store.checkpoint_index import DTYPES
 from warp_ds.zero import save as save_module
+from warp_ds.zero import saved_directory
 from warp_ds.zero.load import load_sharded
-from warp_ds.zero.save import _lay_out, _put_in_place, save_sharded
+from warp_ds.zero.save import _lay_out, save_sharded
+from warp_ds.zero.saved_directory import _put_in_place
 
 SHARD = "30KB"
 
@@ -239,13 +241,13 @@ def test_replaces_a_model(tmp_path: Path, atomic: bool) -> None:
 
 
 def replace_in_two_steps(root: Path) -> None:
-    save_module._exchange = lambda one, other: False
+    saved_directory._exchange = lambda one, other: False
     replace(root)
 
 
 def test_killed_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the file system cannot exchange, the next save finds the previous model again."""
-    monkeypatch.setattr(save_module, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(saved_directory, "_exchange", lambda one, other: False)
     old, aside = tmp_path / "model", tmp_path / ".model.saving"
     tiny_model("llama").save_pretrained(old)
     before = contents(old)
@@ -262,7 +264,7 @@ def test_killed_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         _put_in_place(aside, old)
     assert not old.exists()
     monkeypatch.setattr(Path, "rename", rename)
-    save_module._prepare(old, aside)
+    saved_directory._prepare(old, aside)
     assert contents(old) == before
 
 
@@ -283,7 +285,7 @@ def killed_save(root: Path, when: str) -> None:
         def die(*paths: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-        save_module._put_in_place = die
+        saved_directory._put_in_place = die
     if when == "while writing" and dist.get_rank() == 1:
         pwrite, writes = os.pwrite, []
 
@@ -350,7 +352,7 @@ def test_full_disk_is_seen_beforehand(tmp_path: Path, small_disk: Path) -> None:
 
 
 def disk_fills_up(root: Path, target: Path) -> str:
-    save_module._check_space = lambda directory, files: None
+    saved_directory.check_space = lambda directory, needed: None
     return full_disk(root, target)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -24,25 +25,15 @@ from warp_ds.store.layers import TargetLayer
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import find_artifact
 from warp_ds.zero import deepspeed_internals
-from warp_ds.zero.masked_step import MaskedStep, StepMetrics
+from warp_ds.zero.masked_step import MaskedStep
 from warp_ds.zero.partition import RowPartition
-from warp_ds.zero.plain_step import PlainMaskedStep
-from warp_ds.zero.shard_rotation import CPU, GPU, BasisShard, ProtectedLayer, place_bases
+from warp_ds.zero.placements import CPU, GPU, Placement, place_bases
+from warp_ds.zero.plain_step import PlainDriver
+from warp_ds.zero.protected_layer import ProtectedLayer
 from warp_ds.zero.shared_reading import read_together
+from warp_ds.zero.zero3_step import Zero3Driver
 
 logger = logging.getLogger(__name__)
-
-
-class Protection(Protocol):
-    """What ``protect`` returns."""
-
-    masked_fraction: float
-
-    def metrics(self) -> StepMetrics:
-        """What the last optimizer step did; called on every rank."""
-
-    def release(self) -> None:
-        """Ends the protection: the optimizer is its own again; called on every rank."""
 
 
 def protect(
@@ -52,7 +43,7 @@ def protect(
     *,
     model_dir: str | None = None,
     basis_placement: str = "auto",
-) -> Protection:
+) -> MaskedStep:
     """Freezes the rotated coefficients that ``masks_dir`` names in every further step of a DeepSpeed engine.
 
     ``engine`` is what ``deepspeed.initialize`` returned, under ZeRO-3, before its first step, or after a checkpoint of
@@ -60,7 +51,7 @@ def protect(
     the identity basis, and for those that name their basis. ``model_dir`` is checked against the artefacts'
     fingerprints where given. ``basis_placement``: 'replicated' holds every basis on every rank, 'owner' each on one
     rank, to which the layers' shards are sent, 'sharded' a piece of each on every rank, gathered a layer ahead of use;
-    'auto' takes the fastest that fits (``zero.shard_rotation.place_bases``). Called on every rank. Raises
+    'auto' takes the fastest that fits (``zero.placements.place_bases``). Called on every rank. Raises
     ArtifactError where the artefacts belong to another model, UnsupportedSetting where the step would not be exact,
     ValueError where a checkpoint of another basis or of unprotected training was loaded before.
 
@@ -81,7 +72,7 @@ def protect_optimizer(
     *,
     model_dir: str | None = None,
     basis_placement: str = "auto",
-) -> Protection:
+) -> MaskedStep:
     """As ``protect``, for a model and its optimizer: DeepSpeed's ZeRO-3 optimizer, or a plain torch one.
 
     Also takes either of them as accelerate wraps it.
@@ -108,9 +99,10 @@ def protect_optimizer(
                 "the model is sharded, but the optimizer is not DeepSpeed's: the masked step runs under ZeRO stage 3, or "
                 "on whole parameters (one process, or DDP); not under FSDP"
             )
-        return PlainMaskedStep(optimizer, _layers(basis, masks, params, 1, 0, "replicated"))
-    layers = _layers(basis, masks, params, processes.world_size(), processes.rank(), basis_placement)
-    return MaskedStep(optimizer, layers, mark)
+        alone, placement = _layers(basis, masks, params, 1, 0, "replicated")
+        return MaskedStep(PlainDriver(optimizer, alone), placement)
+    layers, placement = _layers(basis, masks, params, processes.world_size(), processes.rank(), basis_placement)
+    return MaskedStep(Zero3Driver(optimizer, layers, mark), placement)
 
 
 def _fingerprint(model: nn.Module, model_dir: str | None) -> str | None:
@@ -164,56 +156,44 @@ def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> di
 
 
 def _layers(
-    basis: BasisStore | None,
-    masks: MaskStore,
-    params: dict[str, nn.Parameter],
-    world_size: int,
-    rank: int,
-    basis_placement: str,
-) -> list[ProtectedLayer]:
-    """This rank's share of every masked layer; layers with one basis share its tensors."""
-    layers: list[ProtectedLayer] = []
-    rotations: dict[str, Rotation | None] = {}
-    shards: dict[str, BasisShard] = {}
+    basis: BasisStore | None, masks: MaskStore, params: dict[str, nn.Parameter], world_size: int, rank: int, asked: str
+) -> tuple[list[ProtectedLayer], Placement]:
+    """This rank's share of every masked layer, and where the bases lie. Collective."""
     with consensus.on_every_rank_or_none("reading basis and masks"):
         # The identity rotates layers of any width; a stored basis fits one.
         bases = {target.name: ("identity", 0) if basis is None else basis.held(target.name) for target in masks.layers}
         machine = CPU if all(_compute_device(p).type == "cpu" for p in params.values()) else GPU
-        asked = basis_placement if basis is not None else "replicated"
-        placed = place_bases(asked, masks.layers, bases, world_size, machine)
+        asked = asked if basis is not None else "replicated"
+        placement, why = place_bases(asked, masks.layers, bases, world_size, machine, rank=rank)
         if rank == 0 and world_size > 1 and basis is not None:
-            logger.info("bases are placed as %s (--basis_placement %s): %s", placed.placement, asked, placed.why)
-        for target in masks.layers:
-            param, key = params[target.name], bases[target.name][0]
-            if key not in rotations:
-                rotations[key] = None
-                if placed.owners[key] in (None, rank):
-                    rotation = _rotation(basis, target, _compute_device(param))
-                    if placed.placement == "sharded":
-                        shards[key] = BasisShard(rotation, world_size, rank)
-                    else:
-                        rotations[key] = rotation
-            partition = RowPartition(target.m, target.n, world_size, rank)
-            rows = partition.rows
-            cut = [masks.packed(target.name, row, row + 1) for row in partition.cut_rows]
-            whole = masks.packed(target.name, rows.start, rows.stop)
-            layers.append(
-                ProtectedLayer(
-                    target,
-                    param,
-                    rotations[key],
-                    partition,
-                    whole,
-                    torch.cat(cut) if cut else whole.new_zeros(0, whole.shape[1]),
-                    int(masks.metadata.layers[target.name]["frozen"]),
-                    placed.owners[key],
-                    shards.get(key),
-                )
-            )
-            layers[-1].whole_frozen = layers[-1].whole_frozen.to(_compute_device(param))
+            logger.info("bases are placed as %s (--basis_placement %s): %s", placement.name, asked, why)
+        for key, target in {bases[target.name][0]: target for target in masks.layers}.items():
+            placement.keep(key, partial(_rotation, basis, target, _compute_device(params[target.name])))
+        layers = [
+            _share(masks, target, params[target.name], bases[target.name][0], world_size, rank) for target in masks.layers
+        ]
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # what completing the bases took in fp64, which NCCL may want
-    return layers
+    return layers, placement
+
+
+def _share(
+    masks: MaskStore, target: TargetLayer, param: nn.Parameter, basis: str, world_size: int, rank: int
+) -> ProtectedLayer:
+    """This rank's share of one masked layer."""
+    partition, device = RowPartition(target.m, target.n, world_size, rank), _compute_device(param)
+    whole = masks.packed(target.name, partition.rows.start, partition.rows.stop)
+    cut = [masks.packed(target.name, row, row + 1) for row in partition.cut_rows]
+    return ProtectedLayer(
+        target,
+        param,
+        basis,
+        partition,
+        whole.to(device),
+        torch.cat(cut) if cut else whole.new_zeros(0, whole.shape[1]),
+        int(masks.metadata.layers[target.name]["frozen"]),
+        device,
+    )
 
 
 def _rotation(basis: BasisStore | None, target: TargetLayer, device: torch.device) -> Rotation:
@@ -257,7 +237,7 @@ class WarpCallback(TrainerCallback):
             raise ArtifactError("WarpCallback needs masks_dir, the masks/ directory of a phase 2 run")
         self.basis_dir, self.masks_dir, self.model_dir = basis_dir, masks_dir, model_dir
         self.basis_placement = basis_placement
-        self.protection: Protection | None = None
+        self.protection: MaskedStep | None = None
         self._clipping: float | None = None
 
     def before_reporters(self, trainer: Any) -> None:
@@ -267,7 +247,7 @@ class WarpCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Trainer has loaded any checkpoint by now; MaskedStep takes the coefficients from what was loaded.
-        self.protection = protect_optimizer(
+        self.protection = protection = protect_optimizer(
             kwargs["model"],
             kwargs["optimizer"],
             self.basis_dir,
@@ -275,13 +255,11 @@ class WarpCallback(TrainerCallback):
             model_dir=self.model_dir,
             basis_placement=self.basis_placement,
         )
-        if isinstance(self.protection, PlainMaskedStep):
-            # Trainer would clip before the mask is applied: the masked step clips instead, by the masked norm.
+        if protection.driver.clips(args.max_grad_norm):
             self._clipping, args.max_grad_norm = args.max_grad_norm, 0.0
-            self.protection.max_grad_norm = self._clipping
         if processes.rank() == 0:
             logger.info(
-                "protected: %.2f %% of the coefficients of the masked layers are frozen", 100 * self.protection.masked_fraction
+                "protected: %.2f %% of the coefficients of the masked layers are frozen", 100 * protection.masked_fraction
             )
 
     def on_log(
@@ -294,10 +272,7 @@ class WarpCallback(TrainerCallback):
     ) -> None:
         # Called on every rank, which the collective inside needs.
         if self.protection is not None and logs is not None and "loss" in logs:
-            found = vars(self.protection.metrics())
-            if isinstance(self.protection, PlainMaskedStep) and self.protection.grad_norm is not None:
-                # Trainer took the norm before the mask.
-                found = {"grad_norm": self.protection.grad_norm, **found}
+            found = self.protection.logged()
             logs.update(found)
             if state.log_history:
                 state.log_history[-1].update(found)
@@ -305,5 +280,5 @@ class WarpCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._clipping is not None:
             args.max_grad_norm, self._clipping = self._clipping, None
-        if isinstance(self.protection, PlainMaskedStep):
+        if self.protection is not None and self.protection.driver.ends_with_training:
             self.protection.release()

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from warp_ds.cluster.dealing import in_turn
 from warp_ds.data.collate import empty_sample, pad_batch
 from warp_ds.data.formats import IGNORE, Sample, encode, encode_prompt
 
@@ -87,8 +88,7 @@ def _deal(n: int, batch_size: int, rank: int, world_size: int) -> list[range]:
     if batch_size < 1:
         raise ValueError(f"the batch size is {batch_size}: it must be at least 1")
     batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
-    batches += [range(0)] * (-len(batches) % world_size)
-    return batches[rank::world_size]
+    return in_turn(batches, world_size, rank, range(0))
 
 
 def _unwrap(model: Any) -> Any:

@@ -32,8 +32,9 @@ from warp_ds.zero.collect import REDUCE, route
 from warp_ds.zero.fetch import outside
 from warp_ds.zero.model import local_model_dir, read_config, snapshot
 from warp_ds.zero.partition import RowPartition
+from warp_ds.zero.placements import CPU, GPU, PLACEMENTS, place_bases
+from warp_ds.zero.protected_layer import CHUNK
 from warp_ds.zero.save import GATHER_BYTES
-from warp_ds.zero.shard_rotation import CHUNK, CPU, GPU, PLACEMENTS, place_bases, predict_costs
 
 CHECKED = Path(__file__).with_name("plan_checked.json")
 GPU_CONTEXT = 1_500_000_000
@@ -273,7 +274,7 @@ def basis(shape: Shape, job: Job, sharding: Sharding) -> Needs:
 
 
 def importance(shape: Shape, job: Job, sharding: Sharding) -> Needs:
-    """Phase 2 (zero/scores.py, ``gradients_by_walk``)."""
+    """Phase 2 (zero/gradients.py, ``GradientWalk``)."""
     found, n_ranks, b = _loaded("phase 2", shape, job, sharding), job.ranks, job.itemsize
     batches = math.ceil(job.importance_samples / job.importance_batch_size)
     capacity = job.batch_size * n_ranks
@@ -348,25 +349,22 @@ def training(shape: Shape, job: Job, sharding: Sharding, phase: str, samples: in
             for layer in group
         }
         machine = GPU if job.on_gpu else CPU
-        placed = place_bases(job.basis_placement, shape.targets, held, n_ranks, machine)
-        placement, owners = placed.placement, placed.owners
+        placement, _ = place_bases(job.basis_placement, shape.targets, held, n_ranks, machine)
         largest = 4.0 * max(layer.m * layer.n for layer in shape.targets)
-        of_owner: Counter[int | None] = Counter()
-        for key, nbytes in dict(held.values()).items():
-            of_owner[owners[key]] += nbytes
-        found.gpu["bases"] = float(max(of_owner.values())) / (n_ranks if placement == "sharded" else 1)
+        found.gpu["bases"] = float(placement.kept())
         found.gpu["masks"] = sum(layer.m * math.ceil(layer.n / 8) for layer in shape.targets) / n_ranks
-        if placement == "owner":
+        if placement.name == "owner":
             # An owner gets its layer whole, and gives its own shards away; one piece of rows is rotated at a time.
             step["rotating"] = 2 * largest + 4.0 * CHUNK
         else:
             # A gradient shard and what it becomes; of sharded bases the one in use and the next, whole.
             step["rotating"] = 3 * largest / n_ranks
-            if placement == "sharded":
+            if placement.name == "sharded":
                 step["rotating"] += 2 * max(nbytes for _, nbytes in held.values())
-        moved = steps * predict_costs(shape.targets, held, n_ranks)[placement].sent
+        moved = steps * placement.cost().sent
         widths = {key: (layer.n, _rank_of(layer.n, job)) for layer in shape.targets for key in [held[layer.name][0]]}
-        found.read += max(sum(4.0 * n * r for key, (n, r) in widths.items() if owners[key] == owner) for owner in of_owner)
+        readers = {key: placement.readers(key) for key in widths}
+        found.read += max(sum(4.0 * n * r for key, (n, r) in widths.items() if readers[key] == who) for who in readers.values())
     # Passes and steps take turns.
     found.gpu.update(passes if sum(passes.values()) > sum(step.values()) else step)
     micro = math.ceil(job.global_batch_size / (job.train_batch_size * n_ranks))

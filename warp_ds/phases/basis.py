@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from warp_ds.cluster.consensus import on_every_rank_or_none, on_rank_0
+from warp_ds.cluster.dealing import LeastLoaded
 from warp_ds.cluster.peaks import returning_large_pieces
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.cluster.processes import all_gather_object, init_distributed, rank, world_size
@@ -33,7 +34,6 @@ from warp_ds.zero.collect import (
     Background,
     Delivered,
     LayerInput,
-    Owners,
     Traffic,
     collect_by_walk,
     collect_with_hooks,
@@ -242,7 +242,7 @@ def _without_data(
 
 def _deal(layers: Sequence[TargetLayer], tokens: int, arguments: BasisArguments) -> dict[str, int]:
     """layer name -> the rank that makes its basis. The same whatever is finished already: so are the sums then."""
-    owners = Owners(1 if arguments.svd_placement == "rank0" else world_size())
+    owners = LeastLoaded(1 if arguments.svd_placement == "rank0" else world_size())
     groups = [[layer] for layer in layers] if arguments.basis == "weight" else shared_inputs(layers)
     return {
         layer.name: owner

@@ -36,22 +36,11 @@ from warp_ds.store.runs import find_artifact
 from warp_ds.store.state import Progress
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.collect import Background, stop_together
+from warp_ds.zero.gradients import GradientWalk, Loss, Shown, gradients_with_hooks, steps_at_once
+from warp_ds.zero.importance_steps import Step, importance_batches, plan_steps
 from warp_ds.zero.model import load_model, resolve_model_dir
-from warp_ds.zero.scores import (
-    Finite,
-    Loss,
-    Rows,
-    RowScores,
-    SavedScores,
-    ScoredInput,
-    Shown,
-    Step,
-    gradients_by_walk,
-    gradients_with_hooks,
-    importance_batches,
-    plan_steps,
-    steps_at_once,
-)
+from warp_ds.zero.saved_scores import SavedScores
+from warp_ds.zero.scores import Finite, Rows, RowScores, ScoredInput
 from warp_ds.zero.select import Chosen, choose, gather_packed
 from warp_ds.zero.settings import zero3_config
 from warp_ds.zero.shared_reading import model_fingerprint, read_together
@@ -149,6 +138,37 @@ def importance_scores(
     ``scratch``: where finished importance batches are saved, and found again by a run that goes on.
     """
     samples = Samples(dataset, tokenizer, arguments.resolved_device)
+    batches = _speaking_batches(samples, arguments, notes)
+    inputs = _scored_inputs(layers, basis, samples.tokens / len(batches))
+    scores, saved = RowScores(inputs, samples.device), SavedScores(scratch / "scores")
+    done = saved.load(scores)
+    if done:
+        logger.info("%d of %d importance batches were done before", done, len(batches))
+    columns = _Columns(basis, samples.device)
+    # fp16 gradients of a mean over many tokens would underflow.
+    scale = 2.0**12 if arguments.dtype == "float16" else 1.0
+    loss = partial(_scaled_loss, loss_weights(batches, samples), scale)
+    last_save, progress = time.monotonic(), Progress(scratch, len(batches), "batches")
+    with (
+        frozen_model(model),
+        tqdm(total=len(batches), initial=done, desc="importance", unit="batch", disable=rank() != 0) as bar,
+    ):
+        for steps, shown in _passes(model, layers, batches[done:], samples, loss, arguments, scratch):
+            _add_shown(scores, inputs, shown, columns, 1.0 / scale)
+            finished = sum(last for step in steps for _, _, last in step.segments)
+            done += finished
+            bar.update(finished)
+            progress.at(done)
+            if scores.complete and done < len(batches) and broadcast_object(time.monotonic() - last_save > SAVE_SECONDS):
+                saved.save(scores, done)
+                last_save = time.monotonic()
+            if scores.complete and done < len(batches):
+                leave_if_asked(partial(saved.save, scores, done))
+    return scores.sums
+
+
+def _speaking_batches(samples: Samples, arguments: ImportanceArguments, notes: list[str]) -> list[range]:
+    """The importance batches that have a response token. ConfigError where none has."""
     batches, silent = importance_batches(samples, arguments.importance_batch_size)
     if silent:
         notes.append(f"{len(silent)} importance batches have no response token and add nothing")
@@ -162,44 +182,25 @@ def importance_scores(
         raise ConfigError(
             "no sample has a response token, so there is no importance: raise --max_length, or give a safety set with responses"
         )
-    inputs = _scored_inputs(layers, basis, samples.tokens / len(batches))
-    scores, saved = RowScores(inputs, samples.device), SavedScores(scratch / "scores")
-    done = saved.load(scores)
-    if done:
-        logger.info("%d of %d importance batches were done before", done, len(batches))
-    columns = _Columns(basis, samples.device)
-    # fp16 gradients of a mean over many tokens would underflow.
-    scale = 2.0**12 if arguments.dtype == "float16" else 1.0
-    weights = loss_weights(batches, samples)
+    return batches
 
-    def loss(logits: Tensor, batch: Batch, last: int) -> Tensor:
-        of_rows = torch.tensor([[weights.get(i, 0.0)] for i in batch.samples], device=logits.device)
-        return scale * response_loss(logits, batch.labels[:, -last:], of_rows.expand(-1, last))
 
-    last_save, progress = time.monotonic(), Progress(scratch, len(batches), "batches")
-    with (
-        frozen_model(model),
-        tqdm(total=len(batches), initial=done, desc="importance", unit="batch", disable=rank() != 0) as bar,
-    ):
-        for steps, shown in _passes(model, layers, batches[done:], samples, loss, arguments, scratch):
-            finite = Finite()
-            for step, batch, taken in shown:
-                for found in inputs:
-                    if found.layers[0].name in taken:
-                        for layer in found.layers:
-                            finite.watch(layer, batch, taken[layer.name])
-                        scores.add(found, taken, batch, step, columns.get(found.layers[0].name), 1.0 / scale)
-            stop_together(finite.failure(), "inputs or output gradients")
-            finished = sum(last for step in steps for _, _, last in step.segments)
-            done += finished
-            bar.update(finished)
-            progress.at(done)
-            if scores.complete and done < len(batches) and broadcast_object(time.monotonic() - last_save > SAVE_SECONDS):
-                saved.save(scores, done)
-                last_save = time.monotonic()
-            if scores.complete and done < len(batches):
-                leave_if_asked(partial(saved.save, scores, done))
-    return scores.sums
+def _scaled_loss(weights: dict[int, float], scale: float, logits: Tensor, batch: Batch, last: int) -> Tensor:
+    """A micro-batch's part of scale x Σ_b L_b, of the logits of its ``last`` positions; ``weights``: ``loss_weights``."""
+    of_rows = torch.tensor([[weights.get(i, 0.0)] for i in batch.samples], device=logits.device)
+    return scale * response_loss(logits, batch.labels[:, -last:], of_rows.expand(-1, last))
+
+
+def _add_shown(scores: RowScores, inputs: Sequence[ScoredInput], shown: Shown, columns: _Columns, scale: float) -> None:
+    """Adds |∂L_b/∂C| of all that backward passes show. NotFinite, on every rank, where something is NaN or infinite."""
+    finite = Finite()
+    for step, batch, taken in shown:
+        for found in inputs:
+            if found.layers[0].name in taken:
+                for layer in found.layers:
+                    finite.watch(layer, batch, taken[layer.name])
+                scores.add(found, taken, batch, step, columns.get(found.layers[0].name), scale)
+    stop_together(finite.failure(), "inputs or output gradients")
 
 
 def _passes(
@@ -226,7 +227,7 @@ def _passes(
     if recompute:
         parts = steps_at_once(walk, layers, steps, samples, arguments.torch_dtype.itemsize)
     for part in parts:
-        yield part, gradients_by_walk(walk, layers, part, samples, loss, recompute, scratch)
+        yield part, GradientWalk(walk, layers, part, samples, loss, recompute, scratch).shown()
     logger.info("each block's parameters were fetched at most %d times", max(walk.fetches))
 
 

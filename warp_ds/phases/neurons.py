@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from warp_ds.cluster import consensus, processes
+from warp_ds.cluster.dealing import in_turn
 from warp_ds.data.formats import encode_prompt
 from warp_ds.method.baselines import attention_neurons, linear_neurons, robust_neurons, top_share
 from warp_ds.method.mask import pack_bits
@@ -50,15 +51,14 @@ def least_importance(engine: Any, tokenizer: Any, prompts: Sequence[str]) -> dic
             found[name] = importance if name not in found else torch.minimum(found[name], importance)
 
     handles = [handle for number, block in enumerate(find_blocks(model)[1]) for handle in _watch(number, block, note)]
-    mine = list(prompts[processes.rank() :: processes.world_size()])
-    rounds = -(-len(prompts) // processes.world_size())
+    mine = in_turn(prompts, processes.world_size(), processes.rank(), None)
     try:
         with torch.no_grad():
-            for i in tqdm(range(rounds), desc="neurons", disable=processes.rank() != 0):
+            for prompt in tqdm(mine, desc="neurons", disable=processes.rank() != 0):
                 # A rank without a prompt left runs one again, so that every rank enters the same collectives.
-                ignore[0] = i >= len(mine)
-                prompt = prompts[0] if ignore[0] else mine[i]
-                model(input_ids=torch.tensor([encode_prompt(prompt, tokenizer)], device=device), use_cache=False)
+                ignore[0] = prompt is None
+                ids = encode_prompt(prompts[0] if prompt is None else prompt, tokenizer)
+                model(input_ids=torch.tensor([ids], device=device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

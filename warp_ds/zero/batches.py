@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warp_ds.data.collate import EMPTY, GlobalBatchSampler, empty_sample, pad_batch
+from warp_ds.cluster.dealing import in_turn
+from warp_ds.data.collate import EMPTY, empty_sample, pad_batch
 from warp_ds.data.formats import IGNORE
 
 
@@ -97,5 +98,6 @@ class Samples:
     def deal(self, batch_size: int, world_size: int, rank: int) -> list[list[int]]:
         """This rank's micro-batches of the whole set, longest samples together: as many on every rank."""
         order = sorted(range(len(self)), key=lambda i: (-len(self.rows[i]["input_ids"]), i))
-        sampler = GlobalBatchSampler(len(self), batch_size * world_size, batch_size, world_size)
-        return [[order[i] if i != EMPTY else EMPTY for i in batch] for batch in sampler.rank_batches(rank)]
+        order += [EMPTY] * (-len(order) % batch_size)
+        batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+        return in_turn(batches, world_size, rank, [EMPTY] * batch_size)

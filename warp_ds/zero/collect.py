@@ -62,7 +62,7 @@ def route(tokens: int, n: int, ranks: int, itemsize: int) -> str:
     return SEND if sent < reduced else REDUCE
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerInput:
     """An input that some target layers share, and what this rank has seen of it."""
 
@@ -155,18 +155,6 @@ def _send(local: Tensor, counts: Sequence[int], owner: int, traffic: Traffic) ->
             dist.recv(part.view(torch.uint8), src=source)
         parts.append(part)
     return torch.cat(parts)
-
-
-class Owners:
-    """Deals bases to ranks as they come: each to the rank with the least work so far (the lowest of equals)."""
-
-    def __init__(self, ranks: int):
-        self.load = [0.0] * ranks
-
-    def next(self, cost: float) -> int:
-        owner = self.load.index(min(self.load))
-        self.load[owner] += cost
-        return owner
 
 
 def decomposition_cost(tokens: int, n: int) -> float:
@@ -298,7 +286,7 @@ class InputHooks:
 
     def distinct(self) -> list[LayerInput]:
         """The different inputs, in the order in which they were met."""
-        return list({id(found): found for found in self.inputs.values()}.values())
+        return list(dict.fromkeys(self.inputs.values()))
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -298,12 +299,11 @@ def tag_of(checkpoint: Path, file: str = "latest") -> str:
     return tag
 
 
-def wrap(optimizer: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
-    """Replaces a method of this one ZeRO-3 optimizer by ``make(original)``; returns what undoes it."""
+def wrap(optimizer: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+    """Calls of a method of this one ZeRO-3 optimizer become ``around(original, ...)``; returns what undoes it."""
     if name not in HOOKED:
         raise KeyError(name)
-    original = getattr(optimizer, name)
-    setattr(optimizer, name, make(original))
+    setattr(optimizer, name, partial(around, getattr(optimizer, name)))
     return lambda: delattr(optimizer, name)
 
 

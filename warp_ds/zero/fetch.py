@@ -59,7 +59,7 @@ class FetchHooks:
         self.units = [(m, list(m.parameters())) for m in blocks]
         self.units += [(m, list(m.parameters(recurse=False))) for m in modules]
         self.backward = backward
-        self._open: dict[int, ExitStack] = {}
+        self._open: dict[nn.Module, ExitStack] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> FetchHooks:
@@ -87,12 +87,12 @@ class FetchHooks:
         self._open.clear()
 
     def _fetch(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
-        if id(module) not in self._open:
+        if module not in self._open:
             stack = ExitStack()
             stack.enter_context(gathered(parameters))
-            self._open[id(module)] = stack
+            self._open[module] = stack
 
     def _release(self, module: nn.Module) -> None:
-        stack = self._open.pop(id(module), None)
+        stack = self._open.pop(module, None)
         if stack is not None:
             stack.close()

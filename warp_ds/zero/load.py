@@ -70,43 +70,50 @@ def load_sharded(
         CheckpointError: a file is missing, truncated, or has a header that contradicts it; or a weight is in no file.
         OtherRankError: another rank failed; its message is in it.
     """
-    begun = time.monotonic()
     name = os.fspath(model_name_or_path)
     _check_settings(ds_config, device)
     hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     if attn_implementation is not None:
         hub["attn_implementation"] = attn_implementation
-
-    built: MetaModel | None = None
-    plan: dict[int, TensorLocation] = {}
-    reason = why_not_by_hand(ds_config or {})
-    ahead = ReadAhead(rank(), dist.get_world_size())
-    with on_every_rank_or_none(f"opening {name}"), _no_garbage_collection():
-        try:
-            if reason is None:
-                reason = _why_quantised(name, hub)
-            if reason is None:
-                built = load_on_meta(name, dtype=dtype, ahead=ahead, **hub)
-                plan = _plan(built)
-        except CannotMap as cause:
-            reason = str(cause)
+    begun = time.monotonic()
+    built, plan, reason = _built_on_meta(name, ds_config, dtype, hub)
     reasons = [r for r in all_gather_object(reason) if r is not None]
     if built is None or reasons:
         logger.warning("%s is loaded by from_pretrained on rank 0, not in shards: %s", name, reasons[0])
         return _from_pretrained(name, ds_config, dtype, hub)
+    nbytes = _read_shards(built, plan, Partitioner(ds_config, dtype), name, progress)
+    logger.info("%s: read %.3f GB on this rank in %.1f s", name, nbytes / 1e9, time.monotonic() - begun)
+    _tie_equal(built.model)
+    return built.model
 
-    model = built.model
-    partitioner = Partitioner(ds_config, dtype)
+
+def _built_on_meta(
+    name: str, ds_config: dict[str, Any] | None, dtype: torch.dtype, hub: dict[str, Any]
+) -> tuple[MetaModel | None, dict[int, TensorLocation], str | None]:
+    """(the model on meta, where each of its parameters comes from, None), or why it cannot be read in shards. Collective."""
+    reason = why_not_by_hand(ds_config or {})
+    ahead = ReadAhead(rank(), dist.get_world_size())
+    with on_every_rank_or_none(f"opening {name}"), _no_garbage_collection():
+        try:
+            reason = reason or _why_quantised(name, hub)
+            if reason is None:
+                built = load_on_meta(name, dtype=dtype, ahead=ahead, **hub)
+                return built, _plan(built), None
+        except CannotMap as cause:
+            reason = str(cause)
+    return None, {}, reason
+
+
+def _read_shards(built: MetaModel, plan: dict[int, TensorLocation], partitioner: Partitioner, name: str, progress: bool) -> int:
+    """Partitions the model on meta, and reads this rank's pieces; returns their bytes. Collective."""
     with _no_garbage_collection():
-        reads, whole = _replace_parameters(model, plan, partitioner)
+        reads, whole = _replace_parameters(built.model, plan, partitioner)
     for param in whole:
         partitioner.cut(param)
     with on_every_rank_or_none(f"reading {name}"), RangeReader() as reader:
         _fill(reads, reader, progress and rank() == 0)
         _fill_buffers(built, reader, partitioner.device)
-        logger.info("%s: read %.3f GB on this rank in %.1f s", name, reader.bytes_requested / 1e9, time.monotonic() - begun)
-    _tie_equal(model)
-    return model
+    return reader.bytes_requested
 
 
 def _check_settings(ds_config: dict[str, Any] | None, device: str) -> None:

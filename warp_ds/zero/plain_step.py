@@ -1,141 +1,142 @@
-"""The masked, rotated step around a plain torch optimizer: one process, or replicas under DDP, without DeepSpeed."""
+"""The masked step on a plain torch optimizer: one process, or replicas under DDP, without DeepSpeed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from warp_ds.errors import UnsupportedSetting
-from warp_ds.method.rotation import Rotation
-from warp_ds.zero.masked_step import Clock, StepMetrics, decay, weight_decay_kind
-from warp_ds.zero.shard_rotation import ProtectedLayer, matmul_precision, row_chunks
+from warp_ds.zero.masked_step import Driver, MaskedStep
+from warp_ds.zero.protected_layer import ProtectedLayer
 
 _PROTECTED = "_warp_ds_protected"
 
 
-class PlainMaskedStep:
+class PlainDriver(Driver):
     """For the length of ``optimizer.step`` each masked parameter is its rotated coefficients C, kept in fp32.
 
-    Same arithmetic as ``MaskedStep``; costs one fp32 copy of the masked layers, which hold C between steps.
-    Checkpoints of the optimizer hold moments of C; the model's hold W, from which C is made anew (within rounding).
+    Costs one fp32 copy of the masked layers, which hold C between steps. Checkpoints of the optimizer hold moments of C;
+    the model's hold W, from which C is made anew (within rounding). A unit is a parameter group.
     """
 
+    ends_with_training = True
+
     def __init__(self, optimizer: torch.optim.Optimizer, layers: list[ProtectedLayer]):
-        """``layers`` have one partition each (world size 1). UnsupportedSetting for an optimizer that mixes entries."""
-        for group in optimizer.param_groups:
-            weight_decay_kind(optimizer, group)
+        """``layers`` have one partition each (world size 1). UnsupportedSetting where the optimizer cannot be masked."""
         if getattr(optimizer, _PROTECTED, False):
             raise UnsupportedSetting("this optimizer is protected already: release the first protection before a second one")
-        setattr(optimizer, _PROTECTED, True)
         self.optimizer = optimizer
-        self.layers = layers
+        self.device = layers[0].device
         self.max_grad_norm = 0.0
         """Clipping by the masked norm; 0 = none."""
-        self.grad_norm: float | None = None
-        """The masked norm at the last clipping, before it."""
-        entries = sum(layer.target.m * layer.target.n for layer in layers)
-        self.masked_fraction = sum(layer.frozen_count for layer in layers) / max(1, entries)
-        self._norms, self._clock, self._steps = (0.0, 0.0), Clock(layers[0].param.device), 0
-        self._coefficients = [self._apply(layer, Rotation.rotate, layer.param.detach().float()) for layer in layers]
+        self._norm: float | None = None
+        group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self.units = {}
         for layer in layers:
-            # A checkpoint's moments were loaded as the weights' dtype; those of C are fp32.
-            state = optimizer.state.get(layer.param, {})
-            state.update({k: v.float() for k, v in state.items() if torch.is_tensor(v) and v.is_floating_point()})
-        self._decays: list[tuple[dict[str, Any], float]] = []
-        self._handles = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+            if layer.param not in group_of:
+                raise UnsupportedSetting(
+                    f"{layer.target.name} is not among the optimizer's parameters, so there is nothing to mask: give it "
+                    "to the optimizer, or make masks without it"
+                )
+            self.units.setdefault(group_of[layer.param], []).append(layer)
+        self._c: dict[ProtectedLayer, Tensor] = {}
+        self._rotated: dict[ProtectedLayer, Tensor] = {}
+        self._weights: dict[ProtectedLayer, Tensor] = {}
+        self._handles: list[Any] = []
 
-    @torch.no_grad()
-    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._steps += 1
-        # torch's GradScaler leaves scale and overflow to optimizers that can take them (fused AdamW).
-        scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        if scale is not None:
-            raise UnsupportedSetting(
-                "the gradients are still scaled by a GradScaler, so neither clipping nor decay would "
-                "be right: call scaler.unscale_(optimizer) before the step, or use bf16"
-            )
-        skipped = overflow is not None and bool(overflow)
-        with self._clock.running():
-            whole = kept = 0.0
-            rotated: list[Tensor] = []
-            for layer in self.layers:
-                if layer.param.grad is None:
-                    raise ValueError(f"{layer.target.name} has no gradient at the optimizer step")
-                gradient = self._apply(layer, Rotation.rotate, layer.param.grad.float())
-                whole += float(gradient.square().sum(dtype=torch.float64))
-                for piece, frozen in layer.frozen_pieces(gradient.device):
-                    gradient.view(-1)[piece].masked_fill_(frozen, 0.0)
-                kept += float(gradient.square().sum(dtype=torch.float64))
-                rotated.append(gradient)
-            self._norms = (whole, kept)
-            weights = []
-            for layer, c, gradient in zip(self.layers, self._coefficients, rotated, strict=True):
-                weights.append(layer.param.data)
-                layer.param.grad = None
-                layer.param.data = c
-                layer.param.grad = gradient
-            self._weights = weights
-            self._decays = []
+    def install(self, step: MaskedStep) -> None:
+        for layer, c in step.placement.rotate(step.layers, lambda layer: layer.param.detach().flatten(), fast=True):
+            self._c[layer] = c.view(layer.target.m, layer.target.n)
+            # A checkpoint's moments were loaded as the weights' dtype; those of C are fp32.
+            state = self.optimizer.state.get(layer.param, {})
+            state.update({k: v.float() for k, v in state.items() if torch.is_tensor(v) and v.is_floating_point()})
+        setattr(self.optimizer, _PROTECTED, True)
+        restores: list[Callable[[], None]] = []
+
+        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            skipped = self._refuse_unready()
+            step.rotate_gradients()
+            self._swap_in()
             if skipped:
                 return
             if self.max_grad_norm:
                 every = [p for group in optimizer.param_groups for p in group["params"]]
-                self.grad_norm = float(torch.nn.utils.clip_grad_norm_(every, self.max_grad_norm))
-            self._decay(optimizer)
+                self._norm = float(torch.nn.utils.clip_grad_norm_(every, self.max_grad_norm))
+            restores[:] = [step.decay_free(unit) for unit in self.units]
 
-    def _decay(self, optimizer: torch.optim.Optimizer) -> None:
-        masked = {id(layer.param): layer for layer in self.layers}
-        for group in optimizer.param_groups:
-            weight_decay = group.get("weight_decay", 0.0)
-            if not weight_decay or not any(id(p) in masked for p in group["params"]):
-                continue
-            kind = weight_decay_kind(optimizer, group)
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if id(p) not in masked:
-                    decay(kind, group, p.data, p.grad, None)
-                    continue
-                for piece, frozen in masked[id(p)].frozen_pieces(p.device):
-                    decay(kind, group, p.data.view(-1)[piece], p.grad.view(-1)[piece], frozen)
-            self._decays.append((group, weight_decay))
-            group["weight_decay"] = 0.0
+        def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            while restores:
+                restores.pop()()
+            for unit in self.units:
+                step.write_weights(unit)
+            for layer in step.layers:
+                layer.param.grad, layer.param.data = None, self._weights.pop(layer)
 
-    @torch.no_grad()
-    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        with self._clock.running():
-            for group, weight_decay in self._decays:
-                group["weight_decay"] = weight_decay
-            for layer, weight in zip(self.layers, self._weights, strict=True):
-                c, layer.param.grad = layer.param.data, None
-                weight.copy_(self._apply(layer, Rotation.unrotate, c))
-                layer.param.data = weight
+        self._handles = [self.optimizer.register_step_pre_hook(before), self.optimizer.register_step_post_hook(after)]
 
-    @staticmethod
-    def _apply(layer: ProtectedLayer, apply: Any, source: Tensor) -> Tensor:
-        assert layer.rotation is not None, "one process holds every basis"
-        result = torch.empty_like(source)
-        with matmul_precision(layer.param.dtype):
-            for rows in row_chunks(*source.shape):
-                result[rows] = apply(layer.rotation, source[rows])
-        return result
-
-    def metrics(self) -> StepMetrics:
-        """What the last step did."""
-        whole, kept = self._norms
-        steps, self._steps = max(1, self._steps), 0
-        return StepMetrics(
-            self.masked_fraction, (max(0.0, whole - kept) / whole) ** 0.5 if whole else 0.0, self._clock.take() / steps
-        )
-
-    def coefficients(self) -> dict[str, Tensor]:
-        """C [m, n] fp32 of every masked layer, by name."""
-        return {layer.target.name: c for layer, c in zip(self.layers, self._coefficients, strict=True)}
-
-    def release(self) -> None:
-        """The optimizer is its own again."""
+    def release(self, step: MaskedStep) -> None:
         for handle in self._handles:
             handle.remove()
         setattr(self.optimizer, _PROTECTED, False)
+
+    def _refuse_unready(self) -> bool:
+        """Raises where a step would not be right, before anything is changed. Whether the optimizer will skip the step."""
+        # torch's GradScaler leaves scale and overflow to optimizers that can take them (fused AdamW).
+        if getattr(self.optimizer, "grad_scale", None) is not None:
+            raise UnsupportedSetting(
+                "the gradients are still scaled by a GradScaler, so neither clipping nor decay would "
+                "be right: call scaler.unscale_(optimizer) before the step, or use bf16"
+            )
+        for layer in self._c:
+            if layer.param.grad is None:
+                raise ValueError(f"{layer.target.name} has no gradient at the optimizer step")
+        overflow = getattr(self.optimizer, "found_inf", None)
+        return overflow is not None and bool(overflow)
+
+    def _swap_in(self) -> None:
+        """Makes each masked parameter its C, and its gradient that of C."""
+        for layer, c in self._c.items():
+            self._weights[layer] = layer.param.data
+            layer.param.grad = None
+            layer.param.data = c
+            layer.param.grad = self._rotated.pop(layer).view_as(c)
+
+    def gradient(self, layer: ProtectedLayer) -> Tensor:
+        assert layer.param.grad is not None
+        return layer.param.grad.flatten()
+
+    def set_gradient(self, layer: ProtectedLayer, rotated: Tensor) -> None:
+        self._rotated[layer] = rotated
+
+    def coefficients(self, layer: ProtectedLayer) -> Tensor:
+        return self._c[layer].view(-1)
+
+    def write(self, layer: ProtectedLayer, weights: Tensor) -> None:
+        self._weights[layer].copy_(weights.view(layer.target.m, layer.target.n))
+
+    def hyperparameters(self, unit: int) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
+        return self.optimizer, self.optimizer.param_groups[unit]
+
+    def masked(self, layer: ProtectedLayer) -> tuple[Tensor, Tensor]:
+        assert layer.param.grad is not None
+        return self.coefficients(layer), layer.param.grad.view(-1)
+
+    def others(self, unit: int) -> Iterator[tuple[Tensor, Tensor]]:
+        masked = {layer.param for layer in self.units[unit]}
+        params = self.optimizer.param_groups[unit]["params"]
+        return ((p.data, p.grad) for p in params if p.grad is not None and p not in masked)
+
+    def clips(self, max_grad_norm: float) -> bool:
+        # Whoever clips before ``optimizer.step`` would do so before the mask is applied.
+        self.max_grad_norm = max_grad_norm
+        return True
+
+    def clipped_norm(self) -> float | None:
+        return self._norm
+
+    def all_coefficients(self) -> dict[str, Tensor]:
+        """C [m, n] fp32 of every masked layer, by name."""
+        return {layer.target.name: c for layer, c in self._c.items()}

@@ -9,13 +9,9 @@ beside the target, synced, and takes the target's name only when whole.
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
-import logging
 import os
 import queue
-import re
-import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,16 +30,11 @@ from warp_ds.cluster.consensus import on_every_rank_or_none
 from warp_ds.cluster.processes import broadcast_object, collective_device, rank, world_size
 from warp_ds.models.transformers_internals import save_without_weights
 from warp_ds.store.checkpoint_index import DTYPES
-from warp_ds.store.held import check_there
+from warp_ds.zero import saved_directory
 from warp_ds.zero.partition import RowPartition
-
-logger = logging.getLogger(__name__)
 
 GATHER_BYTES = 32 << 20
 """Bytes of a parameter gathered at once. A writing rank holds at most four such buffers."""
-
-
-WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
 @dataclass(frozen=True)
@@ -97,30 +88,18 @@ def save_sharded(
     """
     model = _unwrap(model_or_engine)
     target = Path(os.path.realpath(directory))
-    aside = target.with_name(f".{target.name}.saving")
     state = model.state_dict(keep_vars=True)
     files: list[WeightFile] = []
-    try:
+    with saved_directory.replaced(target) as aside:
         with on_every_rank_or_none(f"saving to {target}"):
             if rank() == 0:
-                _prepare(target, aside)
                 files = _write_all_but_weights(model, state, aside, target, dtype, max_shard_size, tokenizer, model_card)
-                _check_space(aside, files)
+                saved_directory.check_space(aside, sum(file.size for file in files))
         files = broadcast_object(files)
         with on_every_rank_or_none(f"saving to {target}"):
             if not aside.is_dir():
                 raise OSError(f"{aside}, made by rank 0, is not seen here: save to storage that all nodes share.")
         _write_weights(state, files, aside, progress)
-        with on_every_rank_or_none(f"saving to {target}"):
-            if rank() == 0:
-                _keep_other_files(target, aside)
-                _sync_tree(aside)
-                _put_in_place(aside, target)
-    except Exception:
-        # Every rank is here or none, and none writes any more.
-        if rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 def _unwrap(model_or_engine: Any) -> PreTrainedModel:
@@ -146,12 +125,12 @@ def _write_all_but_weights(
     model_card: str | None,
 ) -> list[WeightFile]:
     """Rank 0's part; returns the weight files to be written."""
-    on_meta: dict[int, torch.Tensor] = {}
+    on_meta: dict[torch.Tensor, torch.Tensor] = {}
     for tensor in state.values():
         stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         shape = getattr(tensor, "ds_shape", tensor.shape)
-        on_meta.setdefault(id(tensor), torch.empty(shape, dtype=stored, device="meta"))
-    metas = {name: on_meta[id(tensor)] for name, tensor in state.items()}
+        on_meta.setdefault(tensor, torch.empty(shape, dtype=stored, device="meta"))
+    metas = {name: on_meta[tensor] for name, tensor in state.items()}
     contents = save_without_weights(model, str(directory), metas, max_shard_size)
     if dtype is not None:
         config = copy.deepcopy(model.config)
@@ -339,91 +318,3 @@ def _write(descriptor: int, offset: int, data: memoryview) -> None:
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
-
-
-# The directory ----------------------------------------------------------------------------------------------------
-
-
-def _prepare(target: Path, aside: Path) -> None:
-    check_there(target)
-    previous = target.with_name(f".{target.name}.previous")
-    if previous.exists():
-        # A save was killed between the two renames of _put_in_place.
-        if target.exists():
-            shutil.rmtree(previous)
-        else:
-            previous.rename(target)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file: give the directory to save the model in.")
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
-        raise ValueError(f"{target} holds files but no model (no config.json): give a new or empty directory.")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-
-
-def _check_space(directory: Path, files: list[WeightFile]) -> None:
-    needed, free = sum(file.size for file in files), shutil.disk_usage(directory).free
-    if needed > free:
-        raise OSError(
-            f"the model takes {needed / 1e9:.3f} GB, but {directory.parent} has {free / 1e9:.3f} GB free: "
-            "free some, or save elsewhere. Nothing was replaced."
-        )
-
-
-def _keep_other_files(target: Path, aside: Path) -> None:
-    """Bring along, as hard links, what in the old directory is no weight file and has no successor in the new one."""
-    if not target.is_dir():
-        return
-    for entry in target.iterdir():
-        if (aside / entry.name).exists() or WEIGHT_FILE.fullmatch(entry.name):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, aside / entry.name, symlinks=True, copy_function=_link)
-        else:
-            _link(entry, aside / entry.name)
-
-
-def _link(source: Any, destination: Any) -> None:
-    try:
-        os.link(source, destination, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, destination, follow_symlinks=False)
-
-
-def _sync_tree(directory: Path) -> None:
-    for path in [directory, *directory.rglob("*")]:
-        if path.is_symlink():
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _put_in_place(aside: Path, target: Path) -> None:
-    """``aside`` becomes ``target``: in one atomic exchange where the file system has it."""
-    if not target.exists():
-        aside.rename(target)
-    elif _exchange(aside, target):
-        shutil.rmtree(aside)
-    else:
-        previous = target.with_name(f".{target.name}.previous")
-        target.rename(previous)
-        aside.rename(target)
-        shutil.rmtree(previous)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Linux renameat2 with RENAME_EXCHANGE; False where the system or the file system does not know it."""
-    at_cwd, exchange = -100, 2
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        return False
-    return bool(renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)

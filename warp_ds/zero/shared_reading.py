@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from warp_ds.cluster import consensus, processes
+from warp_ds.cluster.dealing import LeastLoaded
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.store import digests
 from warp_ds.store.digests import Digest, FileState, Part
@@ -49,11 +50,9 @@ def read_together(covered: Callable[[], Iterable[Contents]], what: str) -> None:
 def deal(parts: Iterable[Part], ranks: int) -> list[list[list[Part]]]:
     """For each rank its turns of parts, about ROUND_BYTES each; ranks read about as many bytes, at most a part more."""
     hands: list[list[list[Part]]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
+    readers = LeastLoaded(ranks)
     for part in sorted(set(parts), key=lambda part: (-part.nbytes, part.path, part.begin)):
-        least = loads.index(min(loads))
-        loads[least] += part.nbytes
-        turns = hands[least]
+        turns = hands[readers.next(part.nbytes)]
         if not turns or sum(p.nbytes for p in turns[-1]) + part.nbytes > ROUND_BYTES:
             turns.append([])
         turns[-1].append(part)

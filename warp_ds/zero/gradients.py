@@ -1,0 +1,208 @@
+"""Backward passes of importance batches: what they show of the target layers, block by block or by whole passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from warp_ds.cluster.processes import all_gather_object, rank
+from warp_ds.data.collate import EMPTY
+from warp_ds.data.formats import IGNORE
+from warp_ds.store.layers import TargetLayer
+from warp_ds.zero.batches import Batch, Samples
+from warp_ds.zero.fetch import FetchHooks, outside, saved_by_reference
+from warp_ds.zero.importance_steps import Step
+from warp_ds.zero.walk import BlockWalk, HiddenStates, host_memory, keep_last
+
+
+@dataclass
+class Tapped:
+    """What one backward pass shows of a target layer: x [B, L, n] and g = ∂L/∂y [B, L, m]."""
+
+    x: Tensor
+    g: Tensor
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on y; its backward pass hands on x and ∂L/∂y. Saved tensors let checkpointing drop and remake x."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, taken: dict[str, Tapped], name: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.taken, ctx.name = taken, name
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        ctx.taken[ctx.name] = Tapped(x, g)
+        return g, None, None, None
+
+
+@dataclass
+class GradientTaps:
+    """Within the context, a backward pass leaves inputs and output gradients of the target layers in ``taken``."""
+
+    model: nn.Module
+    layers: Sequence[TargetLayer]
+    taken: dict[str, Tapped] = field(default_factory=dict)
+    _handles: list[Any] = field(default_factory=list)
+
+    def __enter__(self) -> GradientTaps:
+        for layer in self.layers:
+
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, layer: TargetLayer = layer) -> Tensor:
+                return _Tap.apply(y, inputs[0].detach(), self.taken, layer.name) if y.requires_grad else y
+
+            self._handles.append(self.model.get_submodule(layer.name).register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+# ---------------------------------------------------------------- backward passes
+
+Loss = Callable[[Tensor, Batch, int], Tensor]
+"""(logits [B, k, V] of the last k positions, batch, k) -> this micro-batch's part of Σ_b L_b"""
+Shown = Iterator[tuple[Step, Batch, dict[str, Tapped]]]
+"""What backward passes show of target layers: a step, this rank's micro-batch of it, layer name -> x and g"""
+
+
+def last_positions(batch: Batch) -> int:
+    """How many of the last positions hold all labels and the positions before them."""
+    chosen = (batch.labels != IGNORE).any(dim=0).nonzero()
+    length = batch.labels.shape[1]
+    return length - max(0, int(chosen[0]) - 1) if len(chosen) else 1
+
+
+Graph = tuple[Tensor, Tensor, dict[str, Tapped]]
+"""A block's pass: the hidden states that entered it, a leaf; what left it; layer name -> what its backward pass shows"""
+
+
+class GradientWalk:
+    """Forward and backward passes of some steps together, block by block: two fetches a block for all of them.
+
+    Blocks below the lowest target have no backward pass. ``recompute``: activations are made anew, from each block's
+    input, rather than kept. ``scratch``: where hidden states go that host memory does not hold.
+    """
+
+    def __init__(
+        self,
+        walk: BlockWalk,
+        layers: Sequence[TargetLayer],
+        steps: Sequence[Step],
+        samples: Samples,
+        loss: Loss,
+        recompute: bool,
+        scratch: Path,
+    ):
+        self.walk, self.layers, self.steps, self.loss, self.recompute = walk, layers, steps, loss, recompute
+        self.batches = [samples.batch(step.parts[rank()]) for step in steps]
+        self.lowest, self.device = min(layer.layer for layer in layers), samples.device
+        self.hidden = HiddenStates(scratch / f"hidden_rank_{rank()}", host_memory() // 2)
+        self.graphs: dict[tuple[int, int], Graph] = {}
+        self.flowing: dict[int, Tensor] = {}
+        """batch -> ∂L/∂(hidden states), at the block that the backward passes have reached"""
+
+    def shown(self) -> Shown:
+        """Blocks with targets from the last to the first, and steps in order."""
+        try:
+            self._forward()
+            self._head()
+            yield from self._backward()
+        finally:
+            self.hidden.close()
+
+    def _graph(self, index: int, number: int) -> Graph:
+        leaf = self.hidden.get((index, number), self.device).requires_grad_(True)
+        targets = [layer for layer in self.layers if layer.layer == index]
+        with torch.enable_grad(), GradientTaps(self.walk.model, targets) as taps:
+            return leaf, self.walk.run(index, leaf, self.batches[number]), taps.taken
+
+    @torch.no_grad()
+    def _forward(self) -> None:
+        with self.walk.embedding():
+            for number, batch in enumerate(self.batches):
+                self.hidden.put((0, number), self.walk.embed(batch))
+        for index in range(len(self.walk.blocks)):
+            kept = index >= self.lowest and not self.recompute
+            with self.walk.block(index) as parameters:
+                for number, batch in enumerate(self.batches):
+                    if kept:
+                        with saved_by_reference(parameters):
+                            self.graphs[index, number] = self._graph(index, number)
+                        after = self.graphs[index, number][1].detach()
+                    else:
+                        after = self.walk.run(index, self.hidden.get((index, number), self.device), batch)
+                    self.hidden.put((index + 1, number), after)
+                    if index < self.lowest or kept:
+                        self.hidden.drop((index, number))
+
+    def _head(self) -> None:
+        final = len(self.walk.blocks)
+        with self.walk.head(), torch.enable_grad():
+            for number, batch in enumerate(self.batches):
+                leaf = self.hidden.get((final, number), self.device).requires_grad_(True)
+                last = last_positions(batch)
+                self.loss(self.walk.logits(leaf, batch, last), batch, last).backward()
+                assert leaf.grad is not None
+                self.flowing[number] = leaf.grad
+                self.hidden.drop((final, number))
+
+    def _backward(self) -> Shown:
+        for index in range(len(self.walk.blocks) - 1, self.lowest - 1, -1):
+            with self.walk.block(index):
+                for number, (step, batch) in enumerate(zip(self.steps, self.batches, strict=True)):
+                    leaf, after, taken = self._graph(index, number) if self.recompute else self.graphs.pop((index, number))
+                    torch.autograd.backward(after, self.flowing[number])
+                    assert leaf.grad is not None
+                    self.flowing[number] = leaf.grad
+                    del leaf, after
+                    if self.recompute:
+                        self.hidden.drop((index, number))
+                    if taken:
+                        yield step, batch, taken
+
+
+def gradients_with_hooks(
+    model: Any, blocks: Sequence[nn.Module], layers: Sequence[TargetLayer], steps: Sequence[Step], samples: Samples, loss: Loss
+) -> Shown:
+    """The same by whole passes, for models that cannot be walked."""
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, y: y.requires_grad_(True))
+    try:
+        with GradientTaps(model, layers) as taps, FetchHooks(outside(model, blocks), blocks, backward=True):
+            for step in steps:
+                batch = samples.batch(step.parts[rank()])
+                last = last_positions(batch)
+                logits = model(**batch.inputs, use_cache=False, **keep_last(model, last)).logits[:, -last:]
+                loss(logits, batch, last).backward()
+                yield step, batch, taps.taken
+    finally:
+        handle.remove()
+
+
+def steps_at_once(
+    walk: BlockWalk, layers: Sequence[TargetLayer], steps: Sequence[Step], samples: Samples, itemsize: int
+) -> list[Sequence[Step]]:
+    """``steps`` cut into parts whose hidden states fit in a quarter of the host memory of every rank."""
+    budget = min(all_gather_object(host_memory())) // 4
+    depth = len(walk.blocks) - min(layer.layer for layer in layers) + 1
+    width = walk.model.get_input_embeddings().embedding_dim
+    parts: list[list[Step]] = [[]]
+    used = 0
+    for step in steps:
+        longest = max(len(part) * max((samples.counts(i) for i in part if i != EMPTY), default=1) for part in step.parts)
+        size = longest * width * itemsize * depth
+        if parts[-1] and used + size > budget:
+            parts.append([])
+            used = 0
+        parts[-1].append(step)
+        used += size
+    return [part for part in parts if part]

@@ -1,0 +1,434 @@
+"""Where the bases of a model lie, and how the shards of its layers meet them: C = W U and back, on any number of ranks.
+
+Row i of C needs row i of W alone, so where every rank holds the basis each one rotates the rows of its own shard
+(``Replicated``). A basis that is too large for that is either sharded itself, and gathered for the moment of its use
+(``Sharded``), or lies on one rank, and the layer's shards go there and back (``Owner``). Which of them is fastest is
+arithmetic, which each says of itself: ``Placement.cost``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby, zip_longest
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from warp_ds.cluster.dealing import LeastLoaded
+from warp_ds.method.rotation import Rotation
+from warp_ds.store.layers import TargetLayer
+from warp_ds.zero.partition import RowPartition
+from warp_ds.zero.protected_layer import ProtectedLayer, row_chunks
+
+Source = Callable[[ProtectedLayer], Tensor]
+"""Gives a layer's flat local partition; may be asked twice."""
+Apply = Callable[[Rotation, Tensor], Tensor]
+"""``Rotation.rotate`` or ``Rotation.unrotate``."""
+Rotated = Iterator[tuple[ProtectedLayer, Tensor]]
+"""(layer, its local partition rotated: new fp32 tensor [partition.length], padding 0)"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What ``auto`` reckons with: fixed, not measured at the start, so that a resumed run chooses as the first one did."""
+
+    multiply_adds: float
+    """A second and rank, in the products of a rotation."""
+    bandwidth: float
+    """Bytes a second that a rank sends while all do."""
+    overlaps: bool
+    """Whether sending leaves the processor that computes alone."""
+
+
+#: An H100 (half its peak of dense TF32 products) on 200 Gb/s of network a GPU; a few CPU cores on 10 Gb/s.
+GPU, CPU = Machine(1.2e14, 2.5e10, True), Machine(5e10, 1.25e9, False)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a placement costs the rank that it costs most."""
+
+    sent: float
+    """Bytes a step, to other ranks."""
+    held: float
+    """Bytes: bases, and what is brought together to use them."""
+    multiply_adds: float
+    """A step."""
+    ahead: bool = False
+    """Whether what is sent can be sent ahead of its use."""
+
+    def seconds(self, machine: Machine) -> float:
+        """A step's."""
+        parts = self.multiply_adds / machine.multiply_adds, self.sent / machine.bandwidth
+        return max(parts) if self.ahead and machine.overlaps else sum(parts)
+
+
+class BasisShard:
+    """This rank's piece of a rotation that no rank keeps whole."""
+
+    def __init__(self, rotation: Rotation, world_size: int, rank: int):
+        """Copies one of ``world_size`` equal flat pieces of all that ``rotation`` holds, with zeros after its end."""
+        packed = rotation.packed()
+        length = -(-packed.numel() // world_size)
+        mine = packed[rank * length : (rank + 1) * length]
+        self.piece = mine.new_zeros(length)
+        self.piece[: mine.numel()] = mine
+        self.world_size = world_size
+        self.form = rotation.to("meta")
+
+    def gather(self) -> tuple[Tensor, Any]:
+        """Starts bringing the pieces together: the buffer that they come into, and the work to wait for. Collective."""
+        buffer = self.piece.new_empty(self.world_size * self.piece.numel())
+        return buffer, dist.all_gather_into_tensor(buffer, self.piece, async_op=True)
+
+
+@lru_cache(maxsize=1024)
+def _first_piece(m: int, n: int, world_size: int) -> RowPartition:
+    return RowPartition(m, n, world_size, 0)
+
+
+class Placement(ABC):
+    """Where the bases of some layers lie on a number of ranks, and what that costs; once ``keep`` has been given them, how
+    the layers are rotated.
+
+    Args:
+        layers: the masked layers.
+        bases: for each layer's name the key of its basis and the bytes that its fp32 rotation takes, which stand for r
+            too: m rows take m x bytes / 4 multiply-adds, dense or as reflectors.
+        world_size, rank: the ranks, and this one; costs and bytes are those of the rank that has most.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int, rank: int = 0):
+        self.layers, self.bases = list(layers), bases
+        self.world_size, self.rank = world_size, rank
+        self.sizes = dict(bases[layer.name] for layer in self.layers)
+        self.sent = 0
+        """Bytes that this rank has sent to others for rotations (an all-reduce counted as a ring's)."""
+
+    @abstractmethod
+    def kept(self) -> float:
+        """Bytes of bases that a rank keeps."""
+
+    @abstractmethod
+    def holds(self) -> float:
+        """Bytes that a rank holds: ``kept``, and what is brought together to use it."""
+
+    @abstractmethod
+    def cost(self) -> Cost:
+        """What a step costs, by arithmetic from sizes alone. Every step rotates twice."""
+
+    def readers(self, key: str) -> range:
+        """The ranks that read a basis."""
+        return range(self.world_size)
+
+    @abstractmethod
+    def keep(self, key: str, make: Callable[[], Rotation]) -> None:
+        """Keeps this rank's part of a basis; ``make`` reads all of it, and is not called where there is none."""
+
+    def rotate(self, layers: Sequence[ProtectedLayer], source: Source, fast: bool = False) -> Rotated:
+        """C = W U of each layer, in any order. Collective, with the same layers on every rank.
+
+        One layer's whole result, over all ranks, exists at a time. ``fast``: the result is a gradient or is rounded to
+        the weights' dtype, so TF32 products will do where that dtype is coarser (see ``matmul_precision``).
+        """
+        return self.apply(layers, source, Rotation.rotate, fast)
+
+    def rotate_back(self, layers: Sequence[ProtectedLayer], source: Source, fast: bool = False) -> Rotated:
+        """W = C Uᵀ of each layer, as ``rotate``."""
+        return self.apply(layers, source, Rotation.unrotate, fast)
+
+    @abstractmethod
+    def apply(self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool) -> Rotated:
+        """What ``rotate`` and ``rotate_back`` are."""
+
+
+class InPlace(Placement):
+    """Each rank rotates the rows of its own shard; rows that are cut between ranks are brought together on all of them."""
+
+    def _in_place(self) -> tuple[float, float]:
+        """(bytes, multiply-adds) of one rotation: a ring's all-reduce of cut rows, all of which every rank rotates."""
+        joined = multiply_adds = 0.0
+        for layer in self.layers:
+            cut = len(_first_piece(layer.m, layer.n, self.world_size).cut_rows)
+            joined += 2 * 4 * cut * layer.n * (self.world_size - 1) / self.world_size
+            multiply_adds += (layer.m / self.world_size + cut) * self.bases[layer.name][1] / 4
+        return joined, multiply_adds
+
+    @abstractmethod
+    def rotations(self, layers: Sequence[ProtectedLayer]) -> Iterator[Rotation]:
+        """Each layer's whole rotation; the caller drops each before it asks for the next."""
+
+    def apply(self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool) -> Rotated:
+        cuts = self._join_cut_rows(layers, source)
+        rotations = self.rotations(layers)
+        for layer, cut in zip(layers, cuts, strict=True):
+            rotation = next(rotations)
+            flat = source(layer).to(layer.device, torch.float32)
+            result = torch.zeros_like(flat)
+            rows, target = layer.partition.whole_rows(flat), layer.partition.whole_rows(result)
+            with matmul_precision(layer.param.dtype if fast else torch.float32):
+                for chunk in row_chunks(rows.shape[0], layer.target.n):
+                    target[chunk] = apply(rotation, rows[chunk])
+                if layer.partition.fragments:
+                    rotated = apply(rotation, cut)
+                    for fragment in layer.partition.fragments:
+                        result[fragment.local] = rotated[fragment.cut, fragment.columns]
+            del rotation  # Or a gathered one would live on while the next but one is gathered.
+            yield layer, result
+
+    def _join_cut_rows(self, layers: Sequence[ProtectedLayer], source: Source) -> list[Tensor]:
+        """The rows of each layer that are cut between ranks, fp32 [cut rows, n], whole, on every rank.
+
+        One all-reduce for all layers: each rank adds its pieces to zeros, which is exact even for a row on all ranks.
+        """
+        sizes = [len(layer.partition.cut_rows) * layer.target.n for layer in layers]
+        joined = torch.zeros(sum(sizes), device=layers[0].device if layers else None)
+        cuts = [part.view(-1, layer.target.n) for part, layer in zip(joined.split(sizes), layers, strict=True)]
+        for layer, cut in zip(layers, cuts, strict=True):
+            if layer.partition.fragments:
+                flat = source(layer)
+                for fragment in layer.partition.fragments:
+                    cut[fragment.cut, fragment.columns] = flat[fragment.local].to(layer.device, torch.float32)
+        if joined.numel():
+            dist.all_reduce(joined)
+            self.sent += 2 * joined.nbytes * (self.world_size - 1) // self.world_size
+        return cuts
+
+
+class Replicated(InPlace):
+    """Every rank holds every basis: only rows that are cut between ranks are sent."""
+
+    name = "replicated"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.whole: dict[str, Rotation] = {}
+
+    def kept(self) -> float:
+        return sum(self.sizes.values())
+
+    def holds(self) -> float:
+        return self.kept()
+
+    def cost(self) -> Cost:
+        joined, multiply_adds = self._in_place()
+        return Cost(2 * joined, self.holds(), 2 * multiply_adds)
+
+    def keep(self, key: str, make: Callable[[], Rotation]) -> None:
+        self.whole[key] = make()
+
+    def rotations(self, layers: Sequence[ProtectedLayer]) -> Iterator[Rotation]:
+        return (self.whole[layer.basis] for layer in layers)
+
+
+class Sharded(InPlace):
+    """Every rank holds a piece of every basis; they are gathered a layer ahead of use."""
+
+    name = "sharded"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.pieces: dict[str, BasisShard] = {}
+
+    def _piece(self, key: str) -> int:
+        return 4 * -(-self.sizes[key] // (4 * self.world_size))
+
+    def kept(self) -> float:
+        return sum(map(self._piece, self.sizes))
+
+    def holds(self) -> float:
+        return self.kept() + 2 * max(self.sizes.values(), default=0)
+
+    def cost(self) -> Cost:
+        joined, multiply_adds = self._in_place()
+        used = (key for key, _ in groupby(self.bases[layer.name][0] for layer in self.layers))
+        gathered = sum(self._piece(key) * (self.world_size - 1) for key in used)
+        return Cost(2 * (joined + gathered), self.holds(), 2 * multiply_adds, ahead=True)
+
+    def keep(self, key: str, make: Callable[[], Rotation]) -> None:
+        self.pieces[key] = BasisShard(make(), self.world_size, self.rank)
+
+    def rotations(self, layers: Sequence[ProtectedLayer]) -> Iterator[Rotation]:
+        """A basis is gathered while the one before it is used, and dropped after its last use: two whole ones exist at most."""
+        ahead = iter([key for key, _ in groupby(layer.basis for layer in layers)])
+        coming = self._start(next(ahead, None))
+        for key, members in groupby(layers, key=lambda layer: layer.basis):
+            assert coming is not None
+            buffer, work = coming
+            work.wait()
+            whole = self.pieces[key].form.unpacked(buffer)
+            coming = self._start(next(ahead, None))
+            for _ in members:
+                yield whole
+            del whole, buffer, work
+
+    def _start(self, key: str | None) -> tuple[Tensor, Any] | None:
+        if key is None:
+            return None
+        self.sent += self.pieces[key].piece.nbytes * (self.world_size - 1)
+        return self.pieces[key].gather()
+
+
+class Owner(Placement):
+    """Each basis lies on one rank, its owner, to which all ranks send the shards of its layers."""
+
+    name = "owner"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.owners = deal_owners(self.layers, self.bases, self.world_size)
+        """Which rank owns each basis, by its key."""
+        self.own: dict[str, Rotation] = {}
+
+    def readers(self, key: str) -> range:
+        return range(self.owners[key], self.owners[key] + 1)
+
+    def kept(self) -> float:
+        of_owner = [0.0] * self.world_size
+        for key, owner in self.owners.items():
+            of_owner[owner] += self.sizes[key]
+        return max(of_owner)
+
+    def holds(self) -> float:
+        return self.kept() + 2 * 4 * max((layer.m * layer.n for layer in self.layers), default=0)
+
+    def cost(self) -> Cost:
+        ranks = self.world_size
+        everybody, multiply_adds, sent = 0.0, [0.0] * ranks, [0.0] * ranks
+        for layer in self.layers:
+            key, size = self.bases[layer.name]
+            shard = 4 * _first_piece(layer.m, layer.n, ranks).length
+            everybody += shard
+            multiply_adds[self.owners[key]] += layer.m * size / 4
+            # Everybody sends a shard to the owner, which gives all others theirs.
+            sent[self.owners[key]] += shard * (ranks - 2)
+        return Cost(2 * (everybody + max(sent)), self.holds(), 2 * max(multiply_adds))
+
+    def keep(self, key: str, make: Callable[[], Rotation]) -> None:
+        if self.owners[key] == self.rank:
+            self.own[key] = make()
+
+    def apply(self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool) -> Rotated:
+        """In waves of one layer an owner, so that all of them rotate at once.
+
+        Shards are whole in order of rank, so that an owner receives the matrix row after row, and the padding last.
+        """
+        ranks = self.world_size
+        for wave in zip_longest(*([x for x in layers if self.owners[x.basis] == owner] for owner in range(ranks))):
+            lengths = [0 if layer is None else layer.partition.length for layer in wave]
+            mine, own = wave[self.rank], lengths[self.rank]
+            shards = torch.cat([source(layer).to(layer.device, torch.float32) for layer in wave if layer is not None])
+            whole = shards.new_empty(ranks * own)
+            self._exchange(whole, shards, [own] * ranks, lengths)
+            if mine is not None:
+                m, n = mine.target.m, mine.target.n
+                rows = whole[: m * n].view(m, n)
+                with matmul_precision(mine.param.dtype if fast else torch.float32):
+                    for chunk in row_chunks(m, n):
+                        rows[chunk] = apply(self.own[mine.basis], rows[chunk])
+                whole[m * n :] = 0.0
+            self._exchange(shards, whole, lengths, [own] * ranks)
+            del whole
+            for layer, result in zip(wave, shards.split(lengths), strict=True):
+                if layer is not None:
+                    yield layer, result
+
+    def _exchange(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
+        dist.all_to_all_single(received, sent, received_sizes, sent_sizes)
+        self.sent += sent.element_size() * (sum(sent_sizes) - sent_sizes[self.rank])
+
+
+CLASSES: tuple[type[Placement], ...] = (Replicated, Sharded, Owner)
+#: What ``--basis_placement`` may say.
+PLACEMENTS = ("auto", *(each.name for each in CLASSES))
+
+
+def predict_costs(layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int) -> dict[str, Cost]:
+    """The cost of each placement, by its name; arguments as of ``Placement``."""
+    layers = list(layers)
+    return {each.name: each(layers, bases, world_size).cost() for each in CLASSES}
+
+
+def place_bases(
+    placement: str,
+    layers: Iterable[TargetLayer],
+    bases: Mapping[str, tuple[str, int]],
+    world_size: int,
+    machine: Machine = GPU,
+    memory: float | None = None,
+    rank: int = 0,
+) -> tuple[Placement, str]:
+    """(the placement asked for, or for 'auto' the fastest of those that fit into ``memory``; why, in words). The same on
+    every rank.
+
+    ``memory`` is what a rank may spend on bases, in bytes: if not given, as much as on fp32 masters and moments of the
+    masked layers (12 bytes a weight, over world_size). Where none fits, the one that holds least. On one rank all are
+    one. The rest as for ``Placement``. Raises ValueError for another ``placement``.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"basis_placement is {placement!r}: choose one of {', '.join(PLACEMENTS)}")
+    layers = list(layers)
+    all_of_them = {each.name: each(layers, bases, world_size, rank) for each in CLASSES}
+    costs = {name: each.cost() for name, each in all_of_them.items()}
+    room = 12 * sum(layer.m * layer.n for layer in layers) / world_size if memory is None else memory
+    fitting = [name for name, cost in costs.items() if cost.held <= room]
+    if world_size == 1:
+        chosen, why = "replicated", "one rank"
+    elif placement != "auto":
+        chosen, why = placement, "as asked"
+    elif fitting:
+        chosen, why = min(fitting, key=lambda name: costs[name].seconds(machine)), f"fastest within {room / 1e9:.3g} GB"
+    else:
+        chosen, why = min(costs, key=lambda name: costs[name].held), f"holds least; none fits {room / 1e9:.3g} GB"
+    predictions = "; ".join(
+        f"{name} holds {cost.held / 1e9:.3g} GB, sends {cost.sent / 1e9:.3g} GB a step, takes {cost.seconds(machine):.3g} s"
+        for name, cost in costs.items()
+    )
+    return all_of_them[chosen], f"{why}. Predicted for a rank: {predictions}"
+
+
+def deal_owners(layers: list[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int) -> dict[str, int]:
+    """An owner for each basis, by the basis's key: in the order of the layers, whoever has least to rotate.
+
+    Neighbours, which share an optimizer sub-group, then lie on different ranks.
+    """
+    work: dict[str, int] = {}
+    for layer in layers:
+        key, nbytes = bases[layer.name]
+        work[key] = work.get(key, 0) + layer.m * nbytes
+    owners = LeastLoaded(world_size)
+    return {key: owners.next(cost) for key, cost in work.items()}
+
+
+@contextmanager
+def matmul_precision(weights: torch.dtype) -> Iterator[None]:
+    """TF32 products where what they make is rounded to bf16, which keeps 8 bits to TF32's 11; full fp32 elsewhere.
+
+    fp16 keeps 11 bits itself, so TF32's error would be as large as its rounding.
+    """
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if weights == torch.bfloat16 else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    # Asking the older setting would fail where the newer has been used, as transformers' tf32 argument does.
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    befores = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "tf32" if weights == torch.bfloat16 else "ieee"
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, befores, strict=True):
+            backend.fp32_precision = value

@@ -1,0 +1,66 @@
+"""What the masked step works on: rows of one parameter that have one basis and one mask, and this rank's share of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from warp_ds.method.mask import unpack_bits
+from warp_ds.store.layers import TargetLayer
+from warp_ds.zero.partition import RowPartition
+
+#: Rows are rotated in pieces of at most this many elements: bounds temporary memory to 64 MB of fp32 a matrix.
+CHUNK = 1 << 24
+
+
+@dataclass(eq=False)
+class ProtectedLayer:
+    """Rows of one parameter with one basis and one mask: today all rows of a layer's weight [m, n]. Compared by identity.
+
+    Where more is to be said, it goes here, and nothing that takes the step need know:
+
+    - stacked experts: a parameter of many row blocks gives one of these a block, with the block's rows beside ``param``
+      (``partition`` then cuts the parameter, and its whole and cut rows are those of the block);
+    - a left basis, C = Vᵀ W U: the key of V beside ``basis``. V mixes rows, which in-place placements do not have
+      together: ``Owner`` does, so a left basis is placed by it, or by a placement that gathers column blocks;
+    - adapters: the masked parameter is A [r, n], whose mask freezes whole columns of A U: one of these for each A.
+    """
+
+    target: TargetLayer
+    param: nn.Parameter
+    basis: str
+    """The key of its basis in the ``Placement``; layers with one basis have one key."""
+    partition: RowPartition
+    whole_frozen: Tensor
+    """Packed bits uint8 [whole rows here, ceil(n / 8)]."""
+    cut_frozen: Tensor
+    """Packed bits uint8 [rows cut between ranks, ceil(n / 8)], the same on every rank."""
+    frozen_count: int
+    """Frozen entries of the whole layer, all ranks."""
+    device: torch.device
+    """Where it is rotated."""
+
+    @property
+    def real(self) -> slice:
+        """What of the local partition is no padding."""
+        return slice(0, self.partition.stop - self.partition.start)
+
+    def frozen_pieces(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """(slice of the local partition, which of its entries are frozen: bool), a bounded piece at a time."""
+        n, whole = self.target.n, self.partition.whole
+        for rows in row_chunks(len(self.partition.rows), n):
+            bits = unpack_bits(self.whole_frozen[rows].to(device), n)
+            yield slice(whole.start + rows.start * n, whole.start + rows.stop * n), bits.reshape(-1)
+        if self.partition.fragments:
+            cut = unpack_bits(self.cut_frozen.to(device), n)
+            for fragment in self.partition.fragments:
+                yield fragment.local, cut[fragment.cut, fragment.columns]
+
+
+def row_chunks(rows: int, n: int) -> Iterator[slice]:
+    """Slices of at most CHUNK elements of n columns."""
+    step = max(1, CHUNK // n)
+    return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
