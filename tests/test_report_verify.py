@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import warp_ds
 from warp_ds.errors import ArtifactError
-from warp_ds.evaluation.certificate import certify, write_certificate
+from warp_ds.evaluation.certificate import certify
+from warp_ds.evaluation.certificate_output import write_certificate
 from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.launch.cli import main
 from warp_ds.method.rotation import Rotation

@@ -17,9 +17,11 @@ from tiny_models import tiny_tokenizer
 
 import warp_ds
 from warp_ds.errors import ArtifactError
-from warp_ds.evaluation.certificate import Model, certify, print_certificate, still_describes, write_certificate
+from warp_ds.evaluation.certificate import certify, still_describes
+from warp_ds.evaluation.certificate_output import print_certificate, write_certificate
 from warp_ds.evaluation.movement import frozen_drift, movement
 from warp_ds.launch.cli import main
+from warp_ds.models.directory import ModelDirectory
 from warp_ds.store.fingerprints import fingerprint_model
 from warp_ds.store.layers import TargetLayer
 
@@ -135,7 +137,7 @@ def test_it_reads_what_from_pretrained_loads(pairs: dict[str, Any]) -> None:
 
     source, allowed, _, _ = pairs["bfloat16"]
     loaded = AutoModelForCausalLM.from_pretrained(source / "after", dtype="auto").state_dict()
-    model = Model.of(source / "after")
+    model = ModelDirectory.of(source / "after")
     assert all(torch.equal(model.read(f"{name}.weight"), loaded[f"{name}.weight"]) for name in allowed)
 
 
@@ -216,7 +218,7 @@ def test_it_reads_names_as_from_pretrained_maps_them(pairs: dict[str, Any], tmp_
         targets = [TargetLayer(name, 0, "ffn_down", *loaded[f"{name}.weight"].shape) for name in names]
         stored = set(load_file(folder / "model.safetensors"))
         assert not stored & {f"{name}.weight" for name in names}, "else this shows nothing"
-        model = Model.of(folder, targets)
+        model = ModelDirectory.of(folder, targets)
         assert len(model.tensors) == len(stored)
         assert all(torch.equal(model.weight(target), loaded[f"{target.name}.weight"]) for target in targets)
         with pytest.raises(ArtifactError, match="no readable weight"):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from warp_ds.cluster import consensus, processes
 from warp_ds.errors import ArtifactError
-from warp_ds.evaluation.certificate import Model, layer_drift, relative_drift
+from warp_ds.evaluation.drift import layer_drift, relative_drift
+from warp_ds.models.directory import ModelDirectory
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.fingerprints import Contents, fingerprint_model, model_contents
 from warp_ds.store.layers import TargetLayer
@@ -44,7 +45,7 @@ def open_basis(before: Path, after: Path, basis_dir: str | Path) -> BasisStore:
             "needs their covariance, so a basis of phase 1 with --basis activation"
         )
     basis.check(basis.layers, fingerprint_model(before), str(before))
-    Model.of(after, basis.layers).weight(basis.layers[0])
+    ModelDirectory.of(after, basis.layers).weight(basis.layers[0])
     return basis
 
 
@@ -57,7 +58,7 @@ def movement(before: Path, after: Path, basis_dir: str | Path) -> dict[str, floa
     read_together(lambda: [model_contents(before)], "reading the model")
     with consensus.on_every_rank_or_none("opening the basis"):
         basis = open_basis(before, after, basis_dir)
-        old, new = Model.of(before, basis.layers), Model.of(after, basis.layers)
+        old, new = ModelDirectory.of(before, basis.layers), ModelDirectory.of(after, basis.layers)
     moved = layer_by_layer(
         basis.layers,
         lambda layer: relative_movement(old.weight(layer), new.weight(layer), *basis.columns(layer.name)),
@@ -81,7 +82,7 @@ def frozen_drift(before: Path, after: Path, masks_dir: str | Path, basis_dir: st
     with consensus.on_every_rank_or_none("opening the masks"):
         masks, basis = MaskStore(masks_dir), BasisStore(basis_dir)
         masks.check(basis, fingerprint_model(before), str(before))
-        old, new = Model.of(before, masks.layers), Model.of(after, masks.layers)
+        old, new = ModelDirectory.of(before, masks.layers), ModelDirectory.of(after, masks.layers)
     return relative_drift(
         layer_by_layer(masks.layers, lambda layer: layer_drift(layer, old, new, masks, basis), "measuring the drift")
     )
