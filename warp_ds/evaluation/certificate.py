@@ -1,17 +1,10 @@
-"""The freeze certificate: from two model directories alone, how far frozen and free coefficients moved.
-
-One layer is in memory at a time and no model is built. With Δ = (W_after - W_before) U, a frozen coefficient may have
-moved by what rounding W_after to its stored dtype allows and no more. With e_ik the largest rounding error of entry
-(i, k): |Δ_ij| <= Σ_k |U_kj| e_ik in the worst case, and, the errors being independent, at most SIGMAS standard
-deviations, (Σ_k U_kj² e_ik² / 3)^½ each. The smaller of the two is allowed; and C_i (UᵀU - I)_j besides, since the
-stored U is orthonormal to fp32 only. That finds one large move; method/systematic.py finds many small ones.
-"""
+"""The freeze certificate: from two model directories alone, whether frozen coefficients moved further than rounding allows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +17,8 @@ from warp_ds.method.systematic import FALSE_ALARM, Sums
 from warp_ds.models.directory import FLOATS, ModelDirectory
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.checkpoint_index import INDEX
-from warp_ds.store.digests import FileState, digest_parts, is_regular, whole_file
-from warp_ds.store.fingerprints import fingerprint_model, model_contents
+from warp_ds.store.digests import FileState, afresh, is_regular
+from warp_ds.store.fingerprints import Contents, fingerprint_model, model_contents, whole_part
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import phase_of, run_config
 
@@ -35,15 +28,63 @@ EXIT = {KEPT: 0, BROKEN: 1, CANNOT_TELL: 3}
 VERSION = 2
 
 
-def certify(
-    before: str | Path, after: str | Path, masks_dir: str | Path, basis_dir: str | Path | None = None, check_before: bool = True
-) -> dict[str, Any]:
-    """The certificate as a dictionary: ``outcome`` (a key of EXIT), ``kept`` (bool), ``claim``, ``problems``, ``reasons``
-    (why it cannot tell), ``notes``, ``not_claimed``, ``files`` (name -> SHA-256 of every file read), totals and ``layers``.
+@dataclass(frozen=True)
+class Certificate:
+    """What is said of a pair of models and one set of masks."""
 
-    Every byte is read now, whatever earlier runs remember. ``check_before`` refuses a ``before`` that is not the model the
-    masks were made for, such as swapped directories. Raises ArtifactError where a file is missing, does not fit, or changes
-    meanwhile.
+    outcome: str
+    """A key of EXIT."""
+    claim: str
+    problems: list[str]
+    reasons: list[str]
+    """Why it cannot tell."""
+    notes: list[str]
+    not_claimed: list[unmasked.Difference]
+    before: str
+    after: str
+    masks: str
+    basis: str | None
+    before_fingerprint: str
+    after_fingerprint: str
+    masks_fingerprint: str
+    basis_fingerprint: str | None
+    files: dict[str, dict[str, str]]
+    """Whose -> path -> SHA-256 of every file that was read."""
+    layers: list[LayerCertificate]
+
+    @property
+    def kept(self) -> bool:
+        return self.outcome == KEPT
+
+    @property
+    def frozen(self) -> int:
+        return sum(layer.frozen for layer in self.layers)
+
+    @property
+    def free(self) -> int:
+        return sum(layer.free for layer in self.layers)
+
+    @property
+    def frozen_drift(self) -> float:
+        """‖ΔC‖ / ‖C‖ over all frozen coefficients."""
+        return relative_drift([(c.frozen * c.frozen_rms**2, c.frozen * c.coefficient_rms**2) for c in self.layers])
+
+    def values(self) -> dict[str, Any]:
+        """As JSON has it, where what is not finite is null."""
+        said = {key: value for key, value in asdict(self).items() if key != "layers"}
+        return {
+            **{"format": "warp_ds.certificate", "version": VERSION, "kept": self.kept, "false_alarm": FALSE_ALARM, **said},
+            **{"frozen": self.frozen, "free": self.free, "frozen_drift": _finite(self.frozen_drift)},
+            "layers": [{key: _finite(value) for key, value in asdict(layer).items()} for layer in self.layers],
+        }
+
+
+def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_dir: str | Path | None = None) -> Certificate:
+    """The certificate of a pair of model directories.
+
+    Every file is digested now, whatever earlier runs remember, in one pass; masked weights are read once more to be compared.
+    Raises ArtifactError where a file is missing, does not fit (a ``before`` that the masks were not made for, such as swapped
+    directories), or changes meanwhile.
     """
     masks = MaskStore(masks_dir)
     old, new = ModelDirectory.of(Path(before), masks.layers), ModelDirectory.of(Path(after), masks.layers)
@@ -52,53 +93,41 @@ def certify(
     basis = masks.find_basis(basis_dir)
     paths = _read_files(old, new, masks, basis)
     states = _states(paths)
-    fingerprints = {
-        "before": fingerprint_model(old.directory, remember=False),
-        "after": fingerprint_model(new.directory, remember=False),
-    }
-    masks.check(basis, fingerprints["before"] if check_before else None, str(before), remember=False)
-    if basis is not None:
-        basis.check(masks.layers, fingerprints["before"] if check_before else None, str(before))
-    certified = certify_layers(old, new, masks, basis)
-    layers, sums = [c for c, _ in certified], [s for _, s in certified]
-    not_claimed, strange = _rest(old, new, masks)
-    problems, log_tests = _problems(layers, sums)
-    problems += strange
-    reasons = [] if problems else _cannot_tell(layers, sums, log_tests)
-    outcome = BROKEN if problems else CANNOT_TELL if reasons else KEPT
-    files = {kind: _sha256(group) for kind, group in paths.items()}
+    with afresh():
+        files = _digest_all(paths, old, new, masks)
+        fingerprint = fingerprint_model(old.directory)
+        masks.check(basis, fingerprint, str(before))
+        if basis is not None:
+            basis.check(masks.layers, fingerprint, str(before))
+        layers, sums = map(list, zip(*certify_layers(old, new, masks, basis), strict=True))
+        not_claimed, strange = _rest(old, new, masks)
+        moved, log_tests = _problems(layers, sums)
+        problems = moved + strange
+        reasons = [] if problems else _cannot_tell(layers, sums, log_tests)
+        outcome = BROKEN if problems else CANNOT_TELL if reasons else KEPT
+        certificate = Certificate(
+            outcome=outcome,
+            claim=_claim(outcome, layers),
+            problems=problems,
+            reasons=reasons,
+            notes=[*_trained_with(new.directory, masks, bool(problems)), *_notes(old, masks, layers)],
+            not_claimed=not_claimed,
+            before=str(before),
+            after=str(after),
+            masks=str(masks.directory),
+            basis=None if basis is None else str(basis.directory),
+            before_fingerprint=fingerprint,
+            after_fingerprint=fingerprint_model(new.directory),
+            masks_fingerprint=masks.fingerprint(),
+            basis_fingerprint=masks.metadata.basis_fingerprint,
+            files=files,
+            layers=layers,
+        )
     if _states(paths) != states:
         raise ArtifactError(
             f"files of {before}, {after} or the masks changed while they were read: try again when nothing writes to them"
         )
-    frozen = sum(c.frozen for c in layers)
-    return {
-        "format": "warp_ds.certificate",
-        "version": VERSION,
-        "outcome": outcome,
-        "kept": outcome == KEPT,
-        "claim": _claim(outcome, layers),
-        "false_alarm": FALSE_ALARM,
-        "problems": problems,
-        "reasons": reasons,
-        "notes": [*_trained_with(new.directory, masks, bool(problems)), *_notes(old, masks, layers)],
-        "not_claimed": not_claimed,
-        "before": str(before),
-        "after": str(after),
-        "masks": str(masks.directory),
-        "basis": None if basis is None else str(basis.directory),
-        "before_fingerprint": fingerprints["before"],
-        "after_fingerprint": fingerprints["after"],
-        "masks_fingerprint": masks.fingerprint(remember=False),
-        "basis_fingerprint": masks.metadata.basis_fingerprint,
-        "files": files,
-        "frozen": frozen,
-        "free": sum(c.free for c in layers),
-        "frozen_drift": _finite(
-            relative_drift([(c.frozen * c.frozen_rms**2, c.frozen * c.coefficient_rms**2) for c in layers])
-        ),
-        "layers": [{key: _finite(value) for key, value in asdict(c).items()} for c in layers],
-    }
+    return certificate
 
 
 def _read_files(old: ModelDirectory, new: ModelDirectory, masks: MaskStore, basis: BasisStore | None) -> dict[str, list[Path]]:
@@ -116,9 +145,16 @@ def _read_files(old: ModelDirectory, new: ModelDirectory, masks: MaskStore, basi
     return {"before": of_model(old), "after": of_model(new), "masks": of(masks), "basis": [] if basis is None else of(basis)}
 
 
-def _sha256(paths: list[Path]) -> dict[str, str]:
-    digests = digest_parts([whole_file(path) for path in paths], remember=False)
-    return {str(path): digest.sha256 for path, digest in zip(paths, digests, strict=True)}
+def _digest_all(
+    paths: dict[str, list[Path]], old: ModelDirectory, new: ModelDirectory, masks: MaskStore
+) -> dict[str, dict[str, str]]:
+    """Whose -> path -> SHA-256; besides, the digests of the tensors and the masks' bits are known from the same pass."""
+    covered = [model_contents(old.directory), model_contents(new.directory), masks.contents()]
+    parts = [part for contents in covered for part in contents.parts.values()]
+    parts += [whole_part(path) for group in paths.values() for path in group]
+    digests = Contents("", {str(number): part for number, part in enumerate(parts)}).digests()
+    sha256 = {part: digest.sha256 for part, digest in zip(parts, digests, strict=True)}
+    return {kind: {str(path): sha256[whole_part(path)] for path in group} for kind, group in paths.items()}
 
 
 def _states(paths: dict[str, list[Path]]) -> dict[Path, FileState]:
@@ -198,13 +234,12 @@ def _claim(outcome: str, layers: Sequence[LayerCertificate]) -> str:
     }[outcome]
 
 
-def _rest(old: ModelDirectory, new: ModelDirectory, masks: MaskStore) -> tuple[list[dict[str, str]], list[str]]:
+def _rest(old: ModelDirectory, new: ModelDirectory, masks: MaskStore) -> tuple[list[unmasked.Difference], list[str]]:
     """What else changed, which no claim covers; and problems: NaN and infinities where something did."""
     masked = {f"{layer.name}.weight" for layer in masks.layers}
     sides = []
     for model in (old, new):
-        contents = model_contents(model.directory)
-        digests = contents.digests(remember=False)
+        digests = model_contents(model.directory).digests()
         sides.append(
             {
                 name: unmasked.StoredTensor(location.dtype, location.shape, digest.sha256)
@@ -237,7 +272,7 @@ def _trained_with(after: Path, masks: MaskStore, broken: bool) -> list[str]:
         return []
     config = run_config(run)
     inputs, settings = config.get("inputs"), config.get("settings")
-    if not isinstance(inputs, dict) or inputs.get("masks") == masks.fingerprint(remember=False):
+    if not isinstance(inputs, dict) or inputs.get("masks") == masks.fingerprint():
         return []
     used = inputs.get("masks")
     place = settings.get("masks_dir") if isinstance(settings, dict) else None

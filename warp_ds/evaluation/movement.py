@@ -68,7 +68,7 @@ def movement(before: Path, after: Path, basis_dir: str | Path) -> dict[str, floa
 
 
 def frozen_drift(before: Path, after: Path, masks_dir: str | Path, basis_dir: str | Path) -> float:
-    """How far the coefficients that the masks freeze moved, ‖ΔC‖ / ‖C‖, as ``report.verify.certify`` has it. Collective.
+    """How far the coefficients that the masks freeze moved, ‖ΔC‖ / ‖C‖, as ``certify`` has it. Collective.
 
     ``basis_dir`` is the one that the masks were made with, on ``before``; ArtifactError where it is not.
     """

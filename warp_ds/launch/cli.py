@@ -140,7 +140,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output) if arguments.output else certificate_path(Path(arguments.after))
     write_certificate(certificate, output)
     print(f"certificate: {output}")
-    return EXIT[certificate["outcome"]]
+    return EXIT[certificate.outcome]
 
 
 def _shrink(arguments: argparse.Namespace) -> int:

@@ -116,10 +116,9 @@ class BasisStore:
             json.dumps(values, sort_keys=True), {file: whole_part(self.directory / file) for file in self.metadata.bases}
         )
 
-    def fingerprint(self, remember: bool = True) -> str:
-        """64 hex digits over ``contents``; ``remember`` False reads every byte now."""
-        contents = self.contents()
-        return contents.fingerprint(contents.digests(remember))
+    def fingerprint(self) -> str:
+        """64 hex digits over ``contents``."""
+        return self.contents().fingerprint()
 
     @property
     def layers(self) -> list[TargetLayer]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,26 +32,26 @@ class Contents:
     text: str
     parts: dict[str, Part]
 
-    def digests(self, remember: bool = True) -> list[Digest]:
-        """Of ``parts``, in order. ``remember`` False reads every byte now. Raises ArtifactError."""
+    def digests(self) -> list[Digest]:
+        """Of ``parts``, in order. Raises ArtifactError."""
         try:
-            return digest_parts(list(self.parts.values()), remember)
+            return digest_parts(list(self.parts.values()))
         except OSError as error:
             raise ArtifactError(f"{error}: it was removed or changed while it was read; try again") from error
 
-    def fingerprint(self, digests: Iterable[Digest]) -> str:
-        """64 hex digits from ``text`` and the digests of ``parts``."""
-        return combine(self.text, ((name, digest.sha256) for name, digest in zip(self.parts, digests, strict=True)))
+    def fingerprint(self, digests: Sequence[Digest] | None = None) -> str:
+        """64 hex digits from ``text`` and ``digests``, those of ``parts``. Raises ArtifactError."""
+        named = zip(self.parts, self.digests() if digests is None else digests, strict=True)
+        return combine(self.text, ((name, digest.sha256) for name, digest in named))
 
 
-def fingerprint_model(directory: Path, remember: bool = True) -> str:
+def fingerprint_model(directory: Path) -> str:
     """Fingerprint of a model: every byte of its tensors by name, dtype and shape, and its config.json.
 
     The same whatever the directory is called, however the tensors are spread over files, and whatever VOLATILE keys say.
     Pickled weights (*.bin) count as whole files. Raises ArtifactError.
     """
-    contents = model_contents(directory)
-    return contents.fingerprint(contents.digests(remember))
+    return model_contents(directory).fingerprint()
 
 
 def model_contents(directory: Path) -> Contents:

@@ -89,13 +89,10 @@ class MaskStore:
             parts[self.SCORES] = whole_part(self.directory / self.SCORES)
         return Contents(json.dumps(metadata_dict(self.metadata), sort_keys=True), parts)
 
-    def fingerprint(self, remember: bool = True) -> str:
-        """64 hex digits over ``contents``; ``remember`` False reads every byte now.
-
-        ArtifactError where the masks hold other bits than the metadata promise.
-        """
+    def fingerprint(self) -> str:
+        """64 hex digits over ``contents``. ArtifactError where the masks hold other bits than the metadata promise."""
         contents = self.contents()
-        digests = contents.digests(remember)
+        digests = contents.digests()
         for entry, digest in zip(self.metadata.layers.values(), digests, strict=False):
             path = self.directory / entry["file"]
             if digest.bits != entry["frozen"]:
@@ -136,10 +133,10 @@ class MaskStore:
         beside = self.directory.resolve().parent.parent / recorded.parent.name / "basis"
         return [recorded] if recorded == beside else [recorded, beside]
 
-    def check(self, basis: BasisStore | None, model_fingerprint: str | None, model_name: str, remember: bool = True) -> None:
+    def check(self, basis: BasisStore | None, model_fingerprint: str | None, model_name: str) -> None:
         """ArtifactError naming both sides where the masks belong to another model or basis, or are not what they promise."""
         check_model(self.directory, self.metadata, model_fingerprint, model_name, "masks", "phase 2")
-        self.fingerprint(remember)
+        self.fingerprint()
         if basis is None:
             if self.metadata.basis != "identity":
                 raise ArtifactError(
@@ -147,7 +144,7 @@ class MaskStore:
                     f"{self.metadata.basis_dir}, which was not given; use --basis_dir"
                 )
             return
-        found = basis.fingerprint(remember)
+        found = basis.fingerprint()
         if self.metadata.basis_fingerprint != found:
             raise ArtifactError(
                 f"the masks in {self.directory} were made with the basis {str(self.metadata.basis_fingerprint)[:SHOWN]} (in "
