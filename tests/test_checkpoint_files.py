@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
-from warp_ds.store.checkpoint_index import CheckpointError, PickledCheckpoint, resolve_checkpoint
+from warp_ds.errors import CheckpointError, PickledCheckpoint
+from warp_ds.store.checkpoint_index import resolve_checkpoint
 
 INDEX = "model.safetensors.index.json"
 NAME = "model.layers.0.mlp.down_proj.weight"

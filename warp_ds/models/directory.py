@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from warp_ds.errors import ArtifactError
-from warp_ds.store.checkpoint_index import CheckpointError, TensorLocation, resolve_checkpoint
+from warp_ds.store.checkpoint_index import TensorLocation, resolve_checkpoint
 from warp_ds.store.layers import TargetLayer
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,8 +36,8 @@ class ModelDirectory:
         """Raises ArtifactError where the directory is no model, or from_pretrained does not find ``targets`` in it."""
         try:
             tensors = resolve_checkpoint(directory)
-        except (CheckpointError, OSError) as error:
-            raise ArtifactError(f"{error} (read {directory} as a model directory)") from error
+        except OSError as error:
+            raise ArtifactError(f"{directory} cannot be read as a model directory: {error}") from error
         if not all(f"{target.name}.weight" in tensors for target in targets):
             tensors = _by_parameter(directory, tensors)
         return ModelDirectory(directory, tensors)

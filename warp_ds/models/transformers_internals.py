@@ -23,7 +23,8 @@ from transformers.core_model_loading import WeightConverter
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import logging as hf_logging
 
-from warp_ds.store.checkpoint_index import CheckpointError, ReadAhead, TensorLocation, read_header, resolve_checkpoint
+from warp_ds.errors import CheckpointError
+from warp_ds.store.checkpoint_index import ReadAhead, TensorLocation, read_header, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from warp_ds.errors import CheckpointError, PickledCheckpoint
+
 DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
     "F64": torch.float64,
@@ -38,14 +40,6 @@ READ_AHEAD_BYTES = 2 << 30
 """What a rank lets the system read before it is asked for: more could push out what was read ahead first."""
 ADVICE_BYTES = 128 << 10
 """Of one call: Linux reads no more than the disk's own read-ahead (128 KB by default), and drops the rest unsaid."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint file is missing, damaged, not what its header says, or not the only one that could be meant."""
-
-
-class PickledCheckpoint(CheckpointError):
-    """The weights are pickled (pytorch_model.bin), not safetensors."""
 
 
 @dataclass(frozen=True)

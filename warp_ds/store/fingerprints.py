@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warp_ds.errors import ArtifactError
-from warp_ds.store.checkpoint_index import CheckpointError, PickledCheckpoint, TensorLocation, read_header, resolve_checkpoint
+from warp_ds.errors import ArtifactError, CheckpointError, PickledCheckpoint
+from warp_ds.store.checkpoint_index import TensorLocation, read_header, resolve_checkpoint
 from warp_ds.store.digests import Digest, Part, combine, digest_parts, is_regular, whole_file
 from warp_ds.store.files import read_json
 
@@ -66,8 +66,6 @@ def model_contents(directory: Path) -> Contents:
         }
     except PickledCheckpoint:
         parts = {path.name: whole_part(path) for path in sorted(directory.glob("*.bin"))}
-    except CheckpointError as error:
-        raise ArtifactError(str(error)) from error
     kept = {key: value for key, value in config.items() if key not in VOLATILE}
     return Contents(json.dumps(kept, sort_keys=True), parts)
 
