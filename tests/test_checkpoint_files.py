@@ -182,7 +182,7 @@ SAYS = {
     index_leaves_the_directory: "names '../x.safetensors', which is no safetensors file beside it",
     index_of_lists: "has no weight_map",
     index_without_metadata: "has no metadata, without which from_pretrained",
-    index_twice: rf"{NAME} stands there twice",
+    index_twice: rf"{NAME}' stands twice",
     index_not_json: "is not JSON",
     missing_shard: "is missing, though its checkpoint names it",
     no_weights: "has no weights that from_pretrained loads.*download it again",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from warp_ds.method.systematic import FALSE_ALARM, Sums
 from warp_ds.models.directory import FLOATS, ModelDirectory
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.checkpoint_index import INDEX
-from warp_ds.store.digests import FileState, afresh, is_regular
+from warp_ds.store.digests import FileState, afresh
 from warp_ds.store.fingerprints import Contents, fingerprint_model, model_contents, whole_part
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import phase_of, run_config
@@ -139,7 +140,7 @@ def _read_files(old: ModelDirectory, new: ModelDirectory, masks: MaskStore, basi
 
     def of_model(model: ModelDirectory) -> list[Path]:
         names = {*unmasked.config_files(), INDEX}
-        extra = [model.directory / name for name in sorted(names) if is_regular(model.directory / name)]
+        extra = [model.directory / name for name in sorted(names) if os.path.isfile(model.directory / name)]
         return [*sorted({Path(tensor.path) for tensor in model.tensors.values()}), *extra]
 
     return {"before": of_model(old), "after": of_model(new), "masks": of(masks), "basis": [] if basis is None else of(basis)}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warp_ds.store.digests import is_regular
-from warp_ds.store.files import read_json
+from warp_ds.store.digests import digest_parts, whole_file
+from warp_ds.store.files import parse_json, read_json
 from warp_ds.store.fingerprints import VOLATILE
 
 #: The first that matches a tensor's name.
@@ -116,13 +115,12 @@ def compare_files(before: Path, after: Path) -> list[Difference]:
 
 def _content(path: Path) -> Any:
     """What a file says, without what only says who wrote it; None where there is none."""
-    if not is_regular(path):
+    if not os.path.isfile(path):
         return None
-    data = path.read_bytes()
     if path.suffix == ".json":
         try:
-            value = json.loads(data)
+            value = parse_json(path.read_bytes())
             return {k: v for k, v in value.items() if k not in VOLATILE} if isinstance(value, dict) else value
-        except (ValueError, RecursionError):
+        except ValueError:
             pass
-    return hashlib.sha256(data).hexdigest()
+    return digest_parts([whole_file(path)])[0].sha256

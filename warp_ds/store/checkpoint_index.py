@@ -5,7 +5,6 @@ Format: https://huggingface.co/docs/safetensors/index#format (8 bytes of header 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from warp_ds.errors import CheckpointError, PickledCheckpoint
+from warp_ds.store.files import parse_json
 
 DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
@@ -257,24 +257,13 @@ def _what_is_there(directory: Path) -> str:
 
 def _json_object(text: bytes, path: str | os.PathLike) -> dict[str, Any]:
     """A JSON object of which no name stands twice: readers differ in which one they take."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{os.fspath(path)}: {twice} stands there twice: save the model again")
-        return found
-
     try:
-        found = json.loads(text, object_pairs_hook=once)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number of thousands of digits
+        value = parse_json(text)
+    except ValueError as error:  # no UTF-8, no JSON, a name twice, or a number of thousands of digits
         raise CheckpointError(f"{os.fspath(path)} is not JSON ({error}): download or save the model again") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise CheckpointError(f"{os.fspath(path)} holds no JSON object: download or save the model again")
-    return found
+    return value
 
 
 class ReadAhead:

@@ -13,7 +13,6 @@ import os
 import stat
 import threading
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from warp_ds.store.files import read_json, write_text
 
 BLOCK = 8 << 20
 """Bytes that a thread holds."""
@@ -99,14 +100,6 @@ def afresh() -> Iterator[None]:
 
 def whole_file(path: str | os.PathLike) -> Part:
     return Part(os.fspath(path), 0, os.stat(path).st_size)
-
-
-def is_regular(path: str | os.PathLike) -> bool:
-    """Whether reading it comes to an end: no FIFO, device or directory. Symlinks are followed."""
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except (OSError, ValueError):
-        return False
 
 
 def digest_parts(parts: Sequence[Part]) -> list[Digest]:
@@ -252,7 +245,7 @@ def _recall(states: dict[str, FileState]) -> None:
                 continue
             if not state.settled:
                 continue
-            saved = json.loads(entry.read_text())
+            saved = read_json(entry)
             if saved["state"] != vars(state) | {"path": os.path.realpath(path)}:
                 continue
             with _lock:
@@ -285,13 +278,6 @@ def store(found: dict[Part, Digest], states: dict[str, FileState]) -> None:
         try:
             entry = _entry(path)
             entry.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            aside = entry.with_name(f".{entry.name}.{uuid.uuid4().hex[:8]}.tmp")
-            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                with os.fdopen(descriptor, "w") as file:
-                    file.write(text)
-                os.replace(aside, entry)
-            finally:
-                aside.unlink(missing_ok=True)
+            write_text(entry, text, private=True)
         except (OSError, RuntimeError):
             return

@@ -8,40 +8,53 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from warp_ds.errors import ArtifactError
 from warp_ds.secrets import redact
 from warp_ds.store.held import check_there
 
-# ---------------------------------------------------------------- files
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
+    """``write(aside)`` makes the file under another name beside ``path``, which it then takes: whole, or not at all."""
+    check_there(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.warp_ds.tmp")
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, private: bool = False) -> None:
     """Writes ``value`` as indented JSON, whole or not at all; ``private``: for its owner's eyes alone, without secrets."""
-    text = json.dumps(redact(value) if private else value, indent=2) + "\n"
+    write_text(path, json.dumps(redact(value) if private else value, indent=2) + "\n", private)
+
+
+def write_text(path: Path, text: str, private: bool = False) -> None:
+    """Writes a UTF-8 text file, whole or not at all; ``private``: for its owner's eyes alone."""
 
     def write(aside: Path) -> None:
         aside.touch(mode=0o600 if private else 0o666)
-        aside.write_text(text)
+        aside.write_text(text, encoding="utf-8")
 
-    _write_aside(path, write)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file, whole or not at all."""
-    _write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_aside(path, write)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file  # takes seconds, which reading a text file need not wait for
+
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    _write_aside(path, lambda aside: save_file(contiguous, str(aside), metadata=dict(metadata or {})))
+    write_aside(path, lambda aside: save_file(contiguous, str(aside), metadata=dict(metadata or {})))
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -70,7 +83,7 @@ def is_aside(name: str) -> bool:
     return _ASIDE.fullmatch(name) is not None
 
 
-#: What ``_write_aside`` calls the files it writes, and nobody else.
+#: What ``write_aside`` calls the files it writes, and nobody else.
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{8}\.warp_ds\.tmp", re.DOTALL)
 
 
@@ -88,43 +101,34 @@ def append_line(path: Path, line: str, private: bool = False) -> None:
         file.write(f"{line}\n")
 
 
-def _write_aside(path: Path, write: Any) -> None:
-    check_there(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.warp_ds.tmp")
-    try:
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> Any:
-    """Raises ArtifactError where the file is missing, no file (a pipe, a directory) or no JSON."""
-    try:
-        return json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
-
-
-def read_strict_json(path: Path) -> Any:
-    """``read_json`` without what JSON does not have (NaN, Infinity) and without a name that stands twice in one object."""
+def read_json(path: Path, finite: bool = False) -> Any:
+    """Raises ArtifactError where the file is missing, no file (a pipe, a directory) or no JSON (``parse_json``); ``finite``:
+    with NaN and Infinity, which JSON does not have."""
 
     def no_constant(name: str) -> Any:
         raise ValueError(f"{name} is no JSON")
 
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError(f"a name stands twice among {sorted(found)[:5]}")
-        return found
+    try:
+        return parse_json(read_text(path), **({"parse_constant": no_constant} if finite else {}))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
+    """JSON in which no name stands twice in one object (readers differ in which one they take): else ValueError."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {twice!r} stands twice in one object")
+        return value
 
     try:
-        return json.loads(read_text(path), parse_constant=no_constant, object_pairs_hook=no_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
+        return json.loads(text, object_pairs_hook=once, **hooks)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 LONGEST_TEXT = 1 << 30

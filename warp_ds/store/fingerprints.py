@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from warp_ds.errors import ArtifactError, CheckpointError, PickledCheckpoint
 from warp_ds.store.checkpoint_index import TensorLocation, read_header, resolve_checkpoint
-from warp_ds.store.digests import Digest, Part, combine, digest_parts, is_regular, whole_file
+from warp_ds.store.digests import Digest, Part, combine, digest_parts, whole_file
 from warp_ds.store.files import read_json
 
 SHOWN = 16
@@ -73,7 +74,7 @@ def model_contents(directory: Path) -> Contents:
 def header_of(path: Path) -> dict[str, TensorLocation]:
     """The tensors of a safetensors file by name; no tensor is read. ArtifactError where it is missing or broken."""
     try:
-        if not is_regular(path):
+        if not os.path.isfile(path):
             raise CheckpointError(f"{path} is missing, or no regular file")
         return read_header(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -83,7 +84,7 @@ def header_of(path: Path) -> dict[str, TensorLocation]:
 
 
 def whole_part(path: Path) -> Part:
-    if not is_regular(path):
+    if not os.path.isfile(path):
         raise ArtifactError(f"{path} cannot be read: it is missing, or no regular file; run the phase that wrote it again")
     return whole_file(path)
 

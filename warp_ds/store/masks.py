@@ -13,7 +13,7 @@ from warp_ds.errors import ArtifactError
 from warp_ds.method.mask import frozen_count
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.digests import Part
-from warp_ds.store.files import read_strict_json, write_tensors
+from warp_ds.store.files import read_json, write_tensors
 from warp_ds.store.fingerprints import SHOWN, Contents, header_of, whole_part
 from warp_ds.store.layers import TargetLayer
 from warp_ds.store.metadata import (
@@ -63,7 +63,7 @@ class MaskStore:
         path = self.directory / self.SCORES
         if not path.is_file():
             return None
-        found = read_strict_json(path)
+        found = read_json(path, finite=True)
         try:
             check_fields(found, Scores)
             if found["layers"].keys() != self.metadata.layers.keys() or found["bins_per_decade"] < 1:

@@ -1,4 +1,4 @@
-"""The files that phases hand to one another, and the run directories they lie in (section 5 of the design).
+"""The files that phases hand to one another, and the run directories they lie in .
 
 Every file appears under its final name only when whole: written aside, fsynced, renamed. Nothing is unpickled.
 """
@@ -6,6 +6,7 @@ Every file appears under its final name only when whole: written aside, fsynced,
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,8 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from warp_ds.errors import ArtifactError
-from warp_ds.store.digests import is_regular
-from warp_ds.store.files import read_strict_json
+from warp_ds.store.files import read_json
 from warp_ds.store.fingerprints import SHOWN, header_of
 from warp_ds.store.layers import TargetLayer
 from warp_ds.store.schema import SchemaError, check_fields
@@ -176,7 +176,7 @@ def read_metadata(directory: Path, declared: Any, expected: str, kind: str, phas
             f"no {kind} in {directory} (no metadata.json there): run {phase} first, or give its "
             f"directory with --{'basis' if kind == 'basis' else 'masks'}_dir"
         )
-    values = read_strict_json(path)
+    values = read_json(path, finite=True)
     marks = (values.get("format"), values.get("version")) if isinstance(values, dict) else (type(values).__name__, None)
     if marks == (expected, 1) and marks[1] is not True:
         raise ArtifactError(
@@ -199,7 +199,7 @@ def read_metadata(directory: Path, declared: Any, expected: str, kind: str, phas
 
 def open_tensors(path: Path) -> Any:
     try:
-        if not is_regular(path):
+        if not os.path.isfile(path):
             raise OSError("it is missing, or no regular file")
         return safe_open(str(path), framework="pt")
     except (OSError, SafetensorError) as error:
