@@ -237,7 +237,7 @@ def _claim(outcome: str, layers: Sequence[LayerCertificate]) -> str:
 
 def _rest(old: ModelDirectory, new: ModelDirectory, masks: MaskStore) -> tuple[list[unmasked.Difference], list[str]]:
     """What else changed, which no claim covers; and problems: NaN and infinities where something did."""
-    masked = {f"{layer.name}.weight" for layer in masks.layers}
+    masked = {layer.parameter for layer in masks.layers}
     sides = []
     for model in (old, new):
         digests = model_contents(model.directory).digests()

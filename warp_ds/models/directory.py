@@ -38,7 +38,7 @@ class ModelDirectory:
             tensors = resolve_checkpoint(directory)
         except OSError as error:
             raise ArtifactError(f"{directory} cannot be read as a model directory: {error}") from error
-        if not all(f"{target.name}.weight" in tensors for target in targets):
+        if not all(target.parameter in tensors for target in targets):
             tensors = _by_parameter(directory, tensors)
         return ModelDirectory(directory, tensors)
 
@@ -55,7 +55,7 @@ class ModelDirectory:
 
     def weight(self, target: TargetLayer) -> Tensor:
         """W [m, n]; ArtifactError where it is missing, quantised, of another shape, or stored under two names."""
-        name = f"{target.name}.weight"
+        name = target.parameter
         alike = [o for o in self.tensors if o != name and (o.endswith(f".{name}") or name.endswith(f".{o}"))]
         if name not in self.tensors:
             raise ArtifactError(
@@ -77,13 +77,16 @@ class ModelDirectory:
                 f"{location.path}: {name} is stored as {short_dtype(location.dtype)}, which is quantised: certify "
                 "the model before quantising it"
             )
-        if location.shape != (target.m, target.n):
+        if location.shape != target.shape:
             raise ArtifactError(
-                f"{location.path}: {name} is {location.shape}, not {(target.m, target.n)} as the masks or the basis have it"
+                f"{location.path}: {name} is {location.shape}, not {target.shape} as the masks or the basis have it"
             )
         return self.read(name)
 
     def read(self, name: str) -> Tensor:
+        """The tensor called ``name``, in the shape and dtype it is stored in. Raises ArtifactError."""
+        if name not in self.tensors:
+            raise ArtifactError(f"{self.directory} has no parameter {name}: it is another kind of model")
         try:
             with safe_open(self.tensors[name].path, framework="pt") as file:
                 return file.get_tensor(self.tensors[name].name)

@@ -116,7 +116,7 @@ def layers_of(entries: Mapping[str, Mapping[str, Any]]) -> list[TargetLayer]:
 
 def layer_entry(layer: TargetLayer, file: str, **more: Any) -> Any:
     """A layer's entry in either metadata file."""
-    return {"layer": layer.layer, "type": layer.type, "shape": [layer.m, layer.n], "file": file, **more}
+    return {"layer": layer.layer, "type": layer.type, "shape": list(layer.shape), "file": file, **more}
 
 
 def metadata_dict(metadata: BasisMetadata | MasksMetadata) -> dict[str, Any]:
@@ -231,10 +231,10 @@ def check_layers(
                 f"the {kind} in {directory} has no layer {layer.name}: it was made for "
                 f"{summary(entries)}; run {phase} with the layers wanted now"
             )
-        if list(entry["shape"]) != [layer.m, layer.n]:
+        if list(entry["shape"]) != list(layer.shape):
             raise ArtifactError(
                 f"the {kind} in {directory} has {layer.name} as {entry['shape']}, but {model_name} has "
-                f"{[layer.m, layer.n]}: it belongs to another model"
+                f"{list(layer.shape)}: it belongs to another model"
             )
 
 
