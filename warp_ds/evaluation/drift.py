@@ -113,8 +113,8 @@ class _Layer:
             moves, allowances = moved[frozen].abs(), allowed[frozen]
             self.largest["allowed"] = max(self.largest["allowed"], float(allowances.max()))
             most = int((moves / allowances).argmax())
-            found = float(moves[most]), float(allowances[most])
-            self.worst = max(self.worst, found, key=lambda w: w[0] / w[1] if w[1] else 0.0)
+            worst = float(moves[most]), float(allowances[most])
+            self.worst = max(self.worst, worst, key=lambda w: w[0] / w[1] if w[1] else 0.0)
 
     def rms(self, name: str, of: str) -> float:
         return (self.squares[name] / self.counts[of]) ** 0.5 if self.counts[of] else 0.0
@@ -125,7 +125,7 @@ def certify_layers(
 ) -> list[tuple[LayerCertificate, Sums]]:
     """In the masks' order; layers that share a basis file are done one after another, and the last file's is kept."""
     files = {t.name: "" if basis is None else basis.metadata.layers[t.name]["file"] for t in masks.layers}
-    found: dict[str, tuple[LayerCertificate, Sums]] = {}
+    certified: dict[str, tuple[LayerCertificate, Sums]] = {}
     last, complete = "", None
     for target in sorted(masks.layers, key=lambda t: files[t.name]):
         if basis is None:
@@ -133,8 +133,8 @@ def certify_layers(
         elif complete is None or last != files[target.name]:
             complete = None  # frees the last one first
             last, complete = files[target.name], _orthonormal(basis, target)
-        found[target.name] = _certify_layer(target, before, after, masks, complete)
-    return [found[target.name] for target in masks.layers]
+        certified[target.name] = _certify_layer(target, before, after, masks, complete)
+    return [certified[target.name] for target in masks.layers]
 
 
 def _certify_layer(

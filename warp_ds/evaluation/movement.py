@@ -93,15 +93,15 @@ def layer_by_layer(layers: Sequence[TargetLayer], measure: Callable[[TargetLayer
 
     The ranks meet after every layer, so that none waits for another longer than one layer takes.
     """
-    found: list[T] = []
+    measured: list[T] = []
     for first in range(0, len(layers), processes.world_size()):
         mine = layers[first + processes.rank() : first + processes.rank() + 1]
         with consensus.on_every_rank_or_none(what):
             values = [measure(layer) for layer in mine]
-        found += [value for part in processes.all_gather_object(values) for value in part]
-    return found
+        measured += [value for part in processes.all_gather_object(values) for value in part]
+    return measured
 
 
-def mean_movement(found: dict[str, float]) -> float:
+def mean_movement(of_layers: dict[str, float]) -> float:
     """Root mean square over layers."""
-    return float(torch.tensor(list(found.values()), dtype=torch.float64).square().mean().sqrt())
+    return float(torch.tensor(list(of_layers.values()), dtype=torch.float64).square().mean().sqrt())

@@ -45,13 +45,13 @@ class ModelDirectory:
     def others(self) -> str:
         """Other weights beside those that from_pretrained loads, as a message; empty where there are none."""
         loaded = {Path(tensor.path).name for tensor in self.tensors.values()}
-        found = sorted(
+        others = sorted(
             path.name
             for pattern in OTHER_WEIGHTS
             for path in self.directory.glob(pattern)
             if path.name not in loaded and not path.name.startswith(NO_WEIGHTS)
         )
-        return f"{self.directory} holds other weights beside those that from_pretrained loads ({found[0]})" if found else ""
+        return f"{self.directory} holds other weights beside those that from_pretrained loads ({others[0]})" if others else ""
 
     def weight(self, target: TargetLayer) -> Tensor:
         """W [m, n]; ArtifactError where it is missing, quantised, of another shape, or stored under two names."""

@@ -83,10 +83,10 @@ class BasisStore:
             return entry["file"]
         path, of_file = self.directory / entry["file"], self.metadata.bases[entry["file"]]
         n, r = of_file["n"], of_file["rank"]
-        found = shapes_in(path)
-        if found != {"U": (torch.float32, (n, r)), "S": (torch.float32, (r,))}:
+        shapes = shapes_in(path)
+        if shapes != {"U": (torch.float32, (n, r)), "S": (torch.float32, (r,))}:
             raise ArtifactError(
-                f"{path} holds {shown(found)}, where a basis of {n} inputs and rank {r} has U [{n}, {r}] and "
+                f"{path} holds {shown(shapes)}, where a basis of {n} inputs and rank {r} has U [{n}, {r}] and "
                 f"S [{r}] in float32; run phase 1 again"
             )
         if of_file.get("bytes", path.stat().st_size) != path.stat().st_size:

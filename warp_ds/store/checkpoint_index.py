@@ -129,27 +129,27 @@ def resolve_checkpoint(directory: str | os.PathLike) -> dict[str, TensorLocation
         CheckpointError: it is an adapter, has one beside it, names its files in the configuration, has no weights, has two
             sets of them, an index that contradicts its files, a tensor twice, or a damaged file.
     """
-    found: dict[str, TensorLocation] = {}
+    tensors: dict[str, TensorLocation] = {}
     for path in checkpoint_files(directory):
         for name, location in read_header(path).items():
-            if name in found:
+            if name in tensors:
                 raise CheckpointError(
-                    f"{directory}: {name} is stored twice, in {os.path.basename(found[name].path)} and in "
+                    f"{directory}: {name} is stored twice, in {os.path.basename(tensors[name].path)} and in "
                     f"{path.name}, so which one counts depends on the reader: save the model again"
                 )
-            found[name] = location
+            tensors[name] = location
     for name, file in _weight_map(Path(directory)).items():
-        if name not in found or os.path.basename(found[name].path) != file:
+        if name not in tensors or os.path.basename(tensors[name].path) != file:
             where = (
-                f"which holds no such tensor (it is in {os.path.basename(found[name].path)})"
-                if name in found
+                f"which holds no such tensor (it is in {os.path.basename(tensors[name].path)})"
+                if name in tensors
                 else ("which holds no such tensor")
             )
             raise CheckpointError(
                 f"{directory}/{INDEX} puts {name} into {file}, {where}: index and files are not of one "
                 "model; download or save it again"
             )
-    return found
+    return tensors
 
 
 def checkpoint_files(directory: str | os.PathLike) -> list[Path]:

@@ -42,8 +42,8 @@ class FileState:
 
     @staticmethod
     def of(path: str | os.PathLike) -> FileState:
-        found = os.stat(path)
-        return FileState(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        status = os.stat(path)
+        return FileState(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     @property
     def settled(self) -> bool:
@@ -137,14 +137,13 @@ def read(parts: Iterable[Part]) -> dict[Part, Digest]:
     if not within:
         return {}
     with ThreadPoolExecutor(min(THREADS, len(within), len(os.sched_getaffinity(0)) or 1)) as pool:
-        return {
-            part: digest for found in pool.map(_digest, *zip(*within.items(), strict=True)) for part, digest in found.items()
-        }
+        passes = pool.map(_digest, within, within.values())
+        return {part: digest for of_pass in passes for part, digest in of_pass.items()}
 
 
-def learn(found: dict[Part, Digest], states: dict[str, FileState]) -> None:
+def learn(digests: dict[Part, Digest], states: dict[str, FileState]) -> None:
     """Remembers digests of files that were in these states, where they still are, and have settled."""
-    for part, digest in found.items():
+    for part, digest in digests.items():
         state = states.get(part.path)
         if state is not None and (state.settled or not _memory.lasts) and state == _state_or_none(part.path):
             with _lock:
@@ -240,8 +239,8 @@ def _recall(states: dict[str, FileState]) -> None:
     for path, state in states.items():
         try:
             entry = _entry(path)
-            found = os.lstat(entry)
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o600:
+            status = os.lstat(entry)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) != 0o600:
                 continue
             if not state.settled:
                 continue
@@ -255,11 +254,11 @@ def _recall(states: dict[str, FileState]) -> None:
             continue  # no cache, or one that is not ours: the file is read
 
 
-def store(found: dict[Part, Digest], states: dict[str, FileState]) -> None:
+def store(fresh: dict[Part, Digest], states: dict[str, FileState]) -> None:
     """Leaves what was found of settled files to the user's next process; a cache that cannot be written is no loss."""
     if not _memory.lasts:
         return
-    for path in {part.path for part in found}:
+    for path in {part.path for part in fresh}:
         state = states[path]
         known_parts = [
             (part, digest) for (part, of), digest in list(_memory.known.items()) if part.path == path and of == state

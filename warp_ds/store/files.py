@@ -149,7 +149,7 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of one JSON object a line. ArtifactError where it cannot be read."""
-    found = []
+    objects = []
     try:
         lines = read_text(path, errors="replace").split("\n")
     except OSError as error:
@@ -160,5 +160,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue  # empty, or being written when the run was looked at or died
         if isinstance(value, dict):
-            found.append(value)
-    return found
+            objects.append(value)
+    return objects

@@ -63,24 +63,24 @@ class MaskStore:
         path = self.directory / self.SCORES
         if not path.is_file():
             return None
-        found = read_json(path, finite=True)
+        scores = read_json(path, finite=True)
         try:
-            check_fields(found, Scores)
-            if found["layers"].keys() != self.metadata.layers.keys() or found["bins_per_decade"] < 1:
+            check_fields(scores, Scores)
+            if scores["layers"].keys() != self.metadata.layers.keys() or scores["bins_per_decade"] < 1:
                 raise SchemaError("it is of other layers than the masks")
         except SchemaError as error:
             raise ArtifactError(f"{path}: {error}; run phase 2 again, or remove it") from error
-        return found
+        return scores
 
     def contents(self) -> Contents:
         """What ``fingerprint`` covers: every byte of the masks, of the metadata and of the scores that lie beside them."""
         parts = {}
         for name, entry in self.metadata.layers.items():
             path, (m, n) = self.directory / entry["file"], entry["shape"]
-            found = shapes_in(path)
-            if found != {"frozen": (torch.uint8, (m, (n + 7) // 8))}:
+            shapes = shapes_in(path)
+            if shapes != {"frozen": (torch.uint8, (m, (n + 7) // 8))}:
                 raise ArtifactError(
-                    f"{path} holds {shown(found)}, where a mask of {m} x {n} has frozen [{m}, {(n + 7) // 8}] "
+                    f"{path} holds {shown(shapes)}, where a mask of {m} x {n} has frozen [{m}, {(n + 7) // 8}] "
                     "in uint8; run phase 2 again"
                 )
             check_layer_in_header(path, MASKS_FORMAT, name, "phase 2")
@@ -144,11 +144,11 @@ class MaskStore:
                     f"{self.metadata.basis_dir}, which was not given; use --basis_dir"
                 )
             return
-        found = basis.fingerprint()
-        if self.metadata.basis_fingerprint != found:
+        fingerprint = basis.fingerprint()
+        if self.metadata.basis_fingerprint != fingerprint:
             raise ArtifactError(
                 f"the masks in {self.directory} were made with the basis {str(self.metadata.basis_fingerprint)[:SHOWN]} (in "
-                f"{self.metadata.basis_dir}), but {basis.directory} holds {found[:SHOWN]}: give the basis they "
+                f"{self.metadata.basis_dir}), but {basis.directory} holds {fingerprint[:SHOWN]}: give the basis they "
                 "belong to with --basis_dir, or run phase 2 again"
             )
         basis.check(self.layers, None, model_name)

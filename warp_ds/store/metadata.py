@@ -143,11 +143,11 @@ def shapes_in(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in header_of(path).items()}
 
 
-def shown(found: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
+def shown(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
     return (
         ", ".join(
             f"{ascii(name)[1:-1][:40]} {list(shape)} in {str(dtype).removeprefix('torch.')}"
-            for name, (dtype, shape) in list(found.items())[:5]
+            for name, (dtype, shape) in list(tensors.items())[:5]
         )
         or "no tensor"
     )
