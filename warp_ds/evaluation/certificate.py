@@ -183,9 +183,9 @@ def _problems(layers: Sequence[LayerCertificate], sums: Sequence[Sums]) -> tuple
     log_tests = math.log(max(1, total.number + sum(s.number for s in sums)))
     for c, s in zip(layers, sums, strict=True):
         c.together, c.together_allowed = s.whole.moved**0.5, s.whole.allowed(log_tests)
-        problems += [f"{c.layer}: {problem}" for problem in s.found(log_tests) if not c.violations]
+        problems += [f"{c.layer}: {problem}" for problem in s.excesses(log_tests) if not c.violations]
     if not problems:
-        problems = [f"all layers together: {problem}" for problem in total.found(log_tests)]
+        problems = [f"all layers together: {problem}" for problem in total.excesses(log_tests)]
     return problems, log_tests
 
 

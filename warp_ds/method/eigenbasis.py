@@ -136,8 +136,8 @@ def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(symmetric)
         return values, vectors
     # To LAPACK a symmetric matrix is its own transpose, which lies in memory as LAPACK wants it.
-    found = scipy.linalg.eigh(symmetric.numpy().T, driver="evd", check_finite=False)
-    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    values_and_vectors = scipy.linalg.eigh(symmetric.numpy().T, driver="evd", check_finite=False)
+    return torch.from_numpy(values_and_vectors[0]), torch.from_numpy(values_and_vectors[1])
 
 
 def _kept(values: Tensor, count: int, energy: float, max_rank: int) -> int:

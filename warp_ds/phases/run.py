@@ -218,13 +218,13 @@ def _refuse_foreign(directory: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what decides a result."""
-    found = {"python": sys.version.split()[0]}
+    of_packages = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            of_packages[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return of_packages
 
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
