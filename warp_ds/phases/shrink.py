@@ -8,12 +8,9 @@ which acts entry by entry, takes another path in them. So this is a choice, and 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from rich.console import Console
@@ -24,7 +21,7 @@ from warp_ds.errors import ArtifactError
 from warp_ds.method.mask import pack_bits, unpack_bits
 from warp_ds.method.rotation import Rotation
 from warp_ds.store.bases import BasisStore
-from warp_ds.store.files import write_json, write_tensors
+from warp_ds.store.files import write_json, write_tensors, written_aside
 from warp_ds.store.masks import MaskStore, write_mask
 from warp_ds.store.metadata import BASIS_FORMAT, metadata_dict
 from warp_ds.store.runs import find_artifact
@@ -59,13 +56,8 @@ def shrink(masks_dir: str | Path, basis_dir: str | Path | None, output: Path) ->
     basis.check(masks.layers, None, masks.metadata.model_name)
     if output.exists():
         raise ArtifactError(f"{output} exists: remove it, or give another --output")
-    aside = output.with_name(f".{output.name}.{uuid4().hex[:8]}.tmp")
-    try:
-        shrunk = _write(masks, basis, aside, output)
-        os.replace(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return shrunk
+    with written_aside(output) as aside:
+        return _write(masks, basis, aside, output)
 
 
 def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> list[Shrunk]:

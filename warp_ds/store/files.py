@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +22,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
-    """``write(aside)`` makes the file under another name beside ``path``, which it then takes: whole, or not at all."""
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yields another name beside ``path``: what is made under it (a file, a link, a directory of files written like this)
+    then takes its place, whole, or not at all."""
     check_there(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.warp_ds.tmp")
     try:
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
+        yield aside
+        if aside.is_file() and not aside.is_symlink():
+            with open(aside, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, private: bool = False) -> None:
@@ -41,12 +49,9 @@ def write_json(path: Path, value: Any, private: bool = False) -> None:
 
 def write_text(path: Path, text: str, private: bool = False) -> None:
     """Writes a UTF-8 text file, whole or not at all; ``private``: for its owner's eyes alone."""
-
-    def write(aside: Path) -> None:
+    with written_aside(path) as aside:
         aside.touch(mode=0o600 if private else 0o666)
         aside.write_text(text, encoding="utf-8")
-
-    write_aside(path, write)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -54,7 +59,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     from safetensors.torch import save_file  # takes seconds, which reading a text file need not wait for
 
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_aside(path, lambda aside: save_file(contiguous, str(aside), metadata=dict(metadata or {})))
+    with written_aside(path) as aside:
+        save_file(contiguous, str(aside), metadata=dict(metadata or {}))
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -83,7 +89,7 @@ def is_aside(name: str) -> bool:
     return _ASIDE.fullmatch(name) is not None
 
 
-#: What ``write_aside`` calls the files it writes, and nobody else.
+#: What ``written_aside`` calls the files it writes, and nobody else.
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{8}\.warp_ds\.tmp", re.DOTALL)
 
 

@@ -1,6 +1,6 @@
-"""The files that phases hand to one another, and the run directories they lie in .
+"""metadata.json of a basis and of masks: its fields, and what must hold of them.
 
-Every file appears under its final name only when whole: written aside, fsynced, renamed. Nothing is unpickled.
+Nothing is unpickled; a file that was edited or belongs to something else is refused with the cure.
 """
 
 from __future__ import annotations
