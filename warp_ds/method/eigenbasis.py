@@ -1,4 +1,4 @@
-"""Orthonormal bases of a layer's input space: Σ = U Λ Uᵀ (section 2.2 of the method), and others in its place."""
+"""Orthonormal bases of a layer's input space: Σ = U Λ Uᵀ, and others in its place."""
 
 from __future__ import annotations
 

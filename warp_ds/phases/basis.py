@@ -1,4 +1,4 @@
-"""Phase 1: one orthonormal basis per distinct layer input (sections 2.1 and 2.2 of the method)."""
+"""Phase 1: one orthonormal basis per distinct layer input."""
 
 from __future__ import annotations
 

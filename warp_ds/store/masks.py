@@ -218,7 +218,7 @@ def _check_group(meta: MasksMetadata, group: list[str], whole: bool) -> None:
             f"{where} wants {meta.layers[group[0]]['wanted']} coefficients, but keep_ratio {meta.keep_ratio} "
             f"makes {wanted * per_unit[group[0]]}"
         )
-    # An entry of score 0 is never frozen (section 2.5 of the method), and phase 2 notes where that makes fewer.
+    # An entry of score 0 is never frozen, and phase 2 notes where that makes fewer.
     said = any(f"only {got} of {wanted} wanted {meta.unit} units are frozen" in note for note in meta.notes)
     if got > wanted or (got < wanted and not said):
         raise SchemaError(f"{where}: {got} {meta.unit} units are frozen, but keep_ratio {meta.keep_ratio} promises {wanted}")
