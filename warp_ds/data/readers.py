@@ -215,7 +215,7 @@ def table_of(values: Sequence[tuple[int | None, Any]], path: Path, source: str) 
             f"that list alone (jq .{inside[0]} {path.name} > rows.json)"
         )
     lines = [line for line, _ in values if line is not None]
-    columns = list(dict.fromkeys(name for found in rows for name in found))
+    columns = list(dict.fromkeys(name for of_row in rows for name in of_row))
     return Table(source, columns, rows, lines if len(lines) == len(rows) else None)
 
 
