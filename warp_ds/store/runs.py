@@ -51,7 +51,7 @@ def newest_first(runs: Iterable[Path], file: str, key: str) -> list[Path]:
         try:
             recorded = datetime.fromisoformat(read_json(run / file)[key]).astimezone()
             known = recorded <= latest
-        except (ArtifactError, ValueError, TypeError, KeyError, IndexError, OverflowError, OSError):
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError, OSError):
             known = False
         return known, recorded.timestamp() if known else 0.0, run.name
 
