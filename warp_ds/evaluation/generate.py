@@ -113,12 +113,12 @@ def _say_reset(fields: tuple[str, ...]) -> None:
 def changes_tokens(config: GenerationConfig) -> list[str]:
     """ "field=value" of everything in a model's generation_config that would make an answer other than greedy."""
     values = {name: value for name, value in vars(config).items() if name not in KEPT and not name.startswith("_")}
-    changing = {name: value for name, value in values.items() if name not in OURS and value not in RESET.get(name, (None,))}
+    found = {name: value for name, value in values.items() if name not in OURS and value not in RESET.get(name, (None,))}
     if values.get("do_sample"):
-        changing["do_sample"] = True
+        found["do_sample"] = True
     if (values.get("num_beams") or 1) > 1:
-        changing["num_beams"] = values["num_beams"]
-    return [f"{name}={changing[name]!r:.60}" for name in sorted(changing)]
+        found["num_beams"] = values["num_beams"]
+    return [f"{name}={found[name]!r:.60}" for name in sorted(found)]
 
 
 @contextmanager

@@ -74,13 +74,13 @@ class ShardedLM(TemplateLM):  # type: ignore[misc]
         return [(-sum(loss for loss, _ in score), all(best for _, best in score)) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        likelihoods = []
+        found = []
         for request in requests:
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             windows = [ids[i : i + self.context - 1] for i in range(0, len(ids), self.context - 1)]
             scored = self._loglikelihood_tokens([(None, [self.prefix_token_id], window) for window in windows])
-            likelihoods.append(sum(score for score, _ in scored))
-        return likelihoods
+            found.append(sum(score for score, _ in scored))
+        return found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         found = [""] * len(requests)
@@ -132,7 +132,7 @@ def run_tasks(
     fewshot: int | None = None,
 ) -> dict[str, Any]:
     """The harness's results on ``names``: {'results': …, 'samples': …}. Collective; the same on every rank."""
-    evaluated = simple_evaluate(
+    found = simple_evaluate(
         model=ShardedLM(model, tokenizer, batch_size, max_new_tokens),
         tasks=list(names),
         num_fewshot=fewshot,
@@ -141,5 +141,5 @@ def run_tasks(
         bootstrap_iters=0,
         apply_chat_template=bool(tokenizer.chat_template),
     )
-    kept = {} if evaluated is None else {"results": evaluated["results"], "samples": evaluated["samples"]}
+    kept = {} if found is None else {"results": found["results"], "samples": found["samples"]}
     return processes.broadcast_object(kept)

@@ -131,11 +131,11 @@ def number_value(text: str) -> Decimal | None:
     line = (tail if mark else head).strip().split("\n")[0]
     line = "".join(_ODD if unicodedata.category(character) == "No" else character for character in line)
     line = unicodedata.normalize("NFKC", line).translate(_DASHES)
-    match = _VALUE.match(line)
-    if match is None or match["whole"] is None and match["rest"] is None or _GOES_ON.match(line, match.end()):
+    found = _VALUE.match(line)
+    if found is None or found["whole"] is None and found["rest"] is None or _GOES_ON.match(line, found.end()):
         return None
-    digits = re.sub(r"[^\d]", "", match["whole"] or "0") + (match["rest"] or "")
-    return Decimal(digits.rstrip(".")) * (-1 if "-" in (match["sign"], match["sign2"]) else 1)
+    digits = re.sub(r"[^\d]", "", found["whole"] or "0") + (found["rest"] or "")
+    return Decimal(digits.rstrip(".")) * (-1 if "-" in (found["sign"], found["sign2"]) else 1)
 
 
 def same_value(answer: str, gold: str) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from warp_ds import __version__
-from warp_ds.errors import WarpError
 from warp_ds.names import control_character
 
 
@@ -77,11 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     if rest and arguments.command not in ("demo", "doctor"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     arguments.rest = rest
-    try:
-        return int(arguments.run(arguments))
-    except WarpError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    return int(arguments.run(arguments))
 
 
 def underscored(words: Sequence[str]) -> list[str]:
@@ -115,9 +110,14 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    from warp_ds.errors import ConfigError
     from warp_ds.launch.doctor import main as doctor
 
-    return doctor(arguments.rest)
+    try:
+        return doctor(arguments.rest)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _free_port() -> int:
@@ -127,10 +127,15 @@ def _free_port() -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from warp_ds.errors import ArtifactError
     from warp_ds.evaluation.certificate import EXIT, certify
     from warp_ds.evaluation.certificate_output import certificate_path, print_certificate, write_certificate
 
-    certificate = certify(arguments.before, arguments.after, arguments.masks_dir, arguments.basis_dir)
+    try:
+        certificate = certify(arguments.before, arguments.after, arguments.masks_dir, arguments.basis_dir)
+    except ArtifactError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print_certificate(certificate)
     output = Path(arguments.output) if arguments.output else certificate_path(Path(arguments.after))
     write_certificate(certificate, output)
@@ -139,16 +144,26 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _shrink(arguments: argparse.Namespace) -> int:
+    from warp_ds.errors import ArtifactError
     from warp_ds.phases.shrink import print_shrunk, shrink
 
-    print_shrunk(shrink(arguments.masks_dir, arguments.basis_dir, Path(arguments.output)))
+    try:
+        print_shrunk(shrink(arguments.masks_dir, arguments.basis_dir, Path(arguments.output)))
+    except ArtifactError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"train with --masks_dir {Path(arguments.output) / 'masks'}")
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from warp_ds.report.page import run_report
+    from warp_ds.errors import ConfigError
 
+    try:
+        from warp_ds.report.page import run_report
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return run_report(arguments)
 
 

@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from warp_ds import errors
 from warp_ds.cluster import consensus, preemption, processes, slurm
 from warp_ds.cluster.slurm import task_environment
-from warp_ds.errors import ConfigError, WarpError
+from warp_ds.data.datasets import DataError
+from warp_ds.errors import ArtifactError, ConfigError, DirectoryGoneError, UnsupportedSetting
 from warp_ds.flags.arguments import RunArguments
 from warp_ds.flags.parsing import parse_arguments, parse_training
 from warp_ds.launch.doctor import start_checks
@@ -73,8 +75,8 @@ def launch(
                 raise ConfigError(restarts)
         start_checks(arguments, PHASE_OF.get(kind.__name__, ""))
         phase(arguments, passed) if training else phase(arguments)
-    except WarpError as error:
-        _fail(error, error.exit_status, wrong_input=True)
+    except (ConfigError, ArtifactError, DataError, UnsupportedSetting, DirectoryGoneError, errors.OtherRankError) as error:
+        _fail(error, status=2, wrong_input=True)
     except preemption.Preempted as stop:
         assert arguments is not None
         _go_on_later(stop, arguments.max_requeues)

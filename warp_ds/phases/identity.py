@@ -67,48 +67,46 @@ class Identity:
             before = config.get("compared") or in_one_spelling(there)
         except (TypeError, ValueError, AttributeError) as error:
             return [f"its config.json was damaged or edited ({error})"]
-        differences = []
+        found = []
         for name in sorted(self.settings.keys() | before.keys()):
             old, new = (side.get(name, self.defaults.get(name)) for side in (before, self.settings))
             if old != new:
-                differences.append(
-                    f"--{_shown(name)} was {_shown(there.get(name, old))} and is {_shown(self.given.get(name, new))}"
-                )
+                found.append(f"--{_shown(name)} was {_shown(there.get(name, old))} and is {_shown(self.given.get(name, new))}")
         for kind, mine in (("inputs", self.inputs), ("contents", self.contents)):
             others = config.get(kind, mine)
             for name in sorted(mine.keys() | others.keys()):
                 if others.get(name) != mine.get(name):
-                    differences.append(
+                    found.append(
                         f"the contents of {_of(name)} are others ({_shown(others.get(name, 'none'))} and "
                         f"{mine.get(name, 'none')})"
                     )
-        return differences
+        return found
 
     def check(self, run: Path) -> None:
         """ConfigError where ``run``, which was named, is not this one, with all that keeps it apart."""
-        differences = self.differences(run)
-        if differences is None:
+        found = self.differences(run)
+        if found is None:
             other = run_config(run).get("phase")
             raise ConfigError(f"{run} is a run of {_shown(other)}, not of {self.phase}: use another --run_name or --resume")
-        if differences:
+        if found:
             raise ConfigError(
-                f"{run} was started with other settings or data: {'; '.join(differences)}. Give them as they were to "
+                f"{run} was started with other settings or data: {'; '.join(found)}. Give them as they were to "
                 "go on with it, or another --run_name to start anew"
             )
 
     def nearest(self, own: Path) -> str:
         """Which unfinished run beside ``own`` is nearly this one, and what keeps it apart, in words; '' for none."""
         near = [
-            (len(differences), place, run, differences)
+            (len(found), place, run, found)
             for place, run in enumerate(unfinished(own.parent))
-            if run != own and (differences := self.differences(run)) and len(differences) <= NEAR
+            if run != own and (found := self.differences(run)) and len(found) <= NEAR
         ]
         if not near:
             return ""
-        _, _, run, differences = min(near)
+        _, _, run, found = min(near)
         return (
-            f"{run}, unfinished{_progress(run)}, is nearly the same run and is not gone on with: {'; '.join(differences)}. "
-            "Give them as they were to go on with it"
+            f"{run}, unfinished{_progress(run)}, is nearly the same run and is not gone on with: {'; '.join(found)}. Give "
+            "them as they were to go on with it"
         )
 
 
@@ -205,7 +203,7 @@ def _shown(value: Any) -> str:
 
 def _progress(run: Path) -> str:
     try:
-        progress = read_json(run / PROGRESS)
-        return f" ({progress['done']:g} of {progress['total']:g} {ascii(progress['unit'])[1:-1]})"
+        found = read_json(run / PROGRESS)
+        return f" ({found['done']:g} of {found['total']:g} {ascii(found['unit'])[1:-1]})"
     except (ArtifactError, ValueError, KeyError, TypeError, IndexError):
         return ""

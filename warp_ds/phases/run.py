@@ -216,13 +216,13 @@ def _refuse_foreign(directory: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what decides a result."""
-    of_packages = {"python": sys.version.split()[0]}
+    found = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
-            of_packages[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return of_packages
+    return found
 
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"

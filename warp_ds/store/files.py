@@ -56,7 +56,7 @@ def write_text(path: Path, text: str, private: bool = False) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file, whole or not at all."""
-    from safetensors.torch import save_file  # takes seconds, which reading a text file need not wait for
+    from safetensors.torch import save_file  # with torch, which who reads JSON need not wait for
 
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with written_aside(path) as aside:
