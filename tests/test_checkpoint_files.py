@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
-from warp_ds.store.checkpoint_index import CheckpointError, PickledCheckpoint, resolve_checkpoint
+from warp_ds.errors import CheckpointError, PickledCheckpoint
+from warp_ds.store.checkpoint_index import resolve_checkpoint
 
 INDEX = "model.safetensors.index.json"
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -181,7 +182,7 @@ SAYS = {
     index_leaves_the_directory: "names '../x.safetensors', which is no safetensors file beside it",
     index_of_lists: "has no weight_map",
     index_without_metadata: "has no metadata, without which from_pretrained",
-    index_twice: rf"{NAME} stands there twice",
+    index_twice: rf"{NAME}' stands twice",
     index_not_json: "is not JSON",
     missing_shard: "is missing, though its checkpoint names it",
     no_weights: "has no weights that from_pretrained loads.*download it again",

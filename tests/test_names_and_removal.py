@@ -125,14 +125,15 @@ def test_only_what_was_begun_here_is_removed(tmp_path: Path) -> None:
     assert not own.exists() and all(path.exists() for path in kept)
     assert (run / "link").is_symlink()
 
-    def killed(aside: Path) -> None:
-        aside.touch()
-        raise KeyboardInterrupt
-
-    seen: list[str] = []
-    with pytest.raises(KeyboardInterrupt):
-        store_files._write_aside(run / "a.json", lambda aside: (seen.append(aside.name), killed(aside)))
-    assert store_files.is_aside(seen[0])  # the pattern is that of what is written
+    for make in (Path.touch, Path.mkdir, lambda aside: aside.symlink_to("nowhere")):
+        with pytest.raises(KeyboardInterrupt), store_files.written_aside(run / "a.json") as aside:
+            make(aside)
+            raise KeyboardInterrupt
+        assert store_files.is_aside(aside.name)  # the pattern is that of what is written
+        assert not aside.exists() and not aside.is_symlink() and not (run / "a.json").exists()
+        with store_files.written_aside(run / f"{make.__name__}.json") as aside:
+            make(aside)
+        assert not aside.exists() and os.path.lexists(run / f"{make.__name__}.json")
 
 
 def test_only_own_checkpoints_are_removed_or_gone_on_with(tmp_path: Path) -> None:

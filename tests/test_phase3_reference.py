@@ -100,9 +100,9 @@ def test_export_is_an_ordinary_model_and_keeps_the_promise(root: Path, artefacts
     assert torch.isfinite(model(ids).logits).all()
     assert (run / "model" / "README.md").is_file()
     kept = certify(root / "m", run / "model", artefacts / "phase2_latest" / "masks")
-    assert kept["kept"], kept["problems"]
+    assert kept.kept, kept.problems
     unmasked = certify(root / "m", Path(jobs[world]["runs"]["identity"]) / "model", artefacts / "phase2_latest" / "masks")
-    assert not unmasked["kept"]
+    assert not unmasked.kept
 
 
 def test_any_number_of_ranks_does_the_same(jobs: Any) -> None:

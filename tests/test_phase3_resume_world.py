@@ -303,7 +303,7 @@ def test_frozen_coefficients_are_the_same_to_the_bit(root: Path, runs: Any, worl
         frozen = torch.from_numpy(np.unpackbits(bits, axis=1)[:, : entry["shape"][1]].astype(bool))
         assert frozen.any() and torch.equal(resumed[name][frozen], whole[name][frozen]), name
     kept = certify(root / "m", Path(runs[world][kind]) / "model", masks)
-    assert kept["kept"], kept["problems"]
+    assert kept.kept, kept.problems
 
 
 def test_the_batch_has_odd_samples() -> None:

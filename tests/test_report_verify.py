@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -15,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import warp_ds
 from warp_ds.errors import ArtifactError
-from warp_ds.evaluation.certificate import certify, write_certificate
+from warp_ds.evaluation.certificate import certify
+from warp_ds.evaluation.certificate_output import write_certificate
 from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.launch.cli import main
 from warp_ds.method.rotation import Rotation
+from warp_ds.store import digests
 from warp_ds.store.files import write_json
 from warp_ds.store.fingerprints import fingerprint_model
 from warp_ds.store.masks import MaskStore
@@ -58,39 +61,41 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_protected_training_keeps_it(case: dict[str, Any]) -> None:
     found = certify(case["before"], case["protected"], case["artefacts"].masks)
-    assert found["kept"] and found["problems"] == []
-    assert found["frozen"] == sum(int(f.sum()) for f in case["artefacts"].frozen.values())
-    assert found["frozen"] + found["free"] == sum(f.numel() for f in case["artefacts"].frozen.values())
+    assert found.kept and found.problems == []
+    assert found.frozen == sum(int(f.sum()) for f in case["artefacts"].frozen.values())
+    assert found.frozen + found.free == sum(f.numel() for f in case["artefacts"].frozen.values())
     # In fp32, products of 21 terms; in bf16 and fp16, half a unit of the last place of weights of about 0.02.
-    assert found["frozen_drift"] < (1e-6 if case["dtype"] == torch.float32 else 4e-3)
+    assert found.frozen_drift < (1e-6 if case["dtype"] == torch.float32 else 4e-3)
     for model in ("protected", "plain"):  # the same sums in another order
         drift = frozen_drift(case["before"], case[model], case["artefacts"].masks, case["artefacts"].basis)
-        certified = certify(case["before"], case[model], case["artefacts"].masks)["frozen_drift"]
+        certified = certify(case["before"], case[model], case["artefacts"].masks).frozen_drift
         assert drift == pytest.approx(certified, rel=1e-9)
-    for layer in found["layers"]:
-        assert layer["violations"] == 0 and layer["frozen_max"] <= layer["allowed_max"]
-        assert layer["frozen_rms"] <= layer["frozen_max"] and layer["free_rms"] <= layer["free_max"]
-        assert layer["free_max"] > 3 * layer["frozen_max"], "free coefficients should have moved far more"
+    for layer in found.layers:
+        assert layer.violations == 0 and layer.frozen_max <= layer.allowed_max
+        assert layer.frozen_rms <= layer.frozen_max and layer.free_rms <= layer.free_max
+        assert layer.free_max > 3 * layer.frozen_max, "free coefficients should have moved far more"
 
 
 def test_moves_are_what_dense_products_say(case: dict[str, Any]) -> None:
     found = certify(case["before"], case["protected"], case["artefacts"].masks, case["artefacts"].basis)
     old, new = (load_file(case[k] / "model.safetensors") for k in ("before", "protected"))
-    for layer in found["layers"]:
-        name = f"{layer['layer']}.weight"
+    for layer in found.layers:
+        name = f"{layer.layer}.weight"
         u, mask = case["artefacts"].bases[name], case["artefacts"].frozen[name]
         moved = (new[name].double() - old[name].double()) @ complete_basis(u)
         # The stored fp32 U is orthonormal within its rounding.
         for kind, which in (("frozen", mask), ("free", ~mask)):
-            assert layer[f"{kind}_max"] == pytest.approx(float(moved[which].abs().max()), rel=1e-5, abs=1e-9)
-            assert layer[f"{kind}_rms"] == pytest.approx(float(moved[which].square().mean().sqrt()), rel=1e-5, abs=1e-9)
+            assert getattr(layer, f"{kind}_max") == pytest.approx(float(moved[which].abs().max()), rel=1e-5, abs=1e-9)
+            assert getattr(layer, f"{kind}_rms") == pytest.approx(
+                float(moved[which].square().mean().sqrt()), rel=1e-5, abs=1e-9
+            )
 
 
 def test_plain_fine_tuning_fails(case: dict[str, Any]) -> None:
     found = certify(case["before"], case["plain"], case["artefacts"].masks)
-    assert not found["kept"]
-    assert len(found["problems"]) == len(found["layers"]) and "moved further than rounding allows" in found["problems"][0]
-    assert all(layer["violations"] > 0.2 * layer["frozen"] for layer in found["layers"])
+    assert not found.kept
+    assert len(found.problems) == len(found.layers) and "moved further than rounding allows" in found.problems[0]
+    assert all(layer.violations > 0.2 * layer.frozen for layer in found.layers)
 
 
 @pytest.mark.parametrize("layer", ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"])
@@ -101,21 +106,21 @@ def test_one_nudged_coefficient_fails(case: dict[str, Any], layer: str, tmp_path
     tensors = load_file(tmp_path / "nudged" / "model.safetensors")
     row, column = artefacts.frozen[name].nonzero()[7].tolist()
     honest = certify(case["before"], case["protected"], artefacts.masks)
-    allowed = next(c["allowed_max"] for c in honest["layers"] if c["layer"] == layer)
+    allowed = next(c.allowed_max for c in honest.layers if c.layer == layer)
     rotation = Rotation(artefacts.bases[name], tensors[name].shape[1], torch.float64)
     nudge = torch.zeros(tensors[name].shape, dtype=torch.float64)
     nudge[row, column] = 2 * allowed
     tensors[name] = (tensors[name].double() + rotation.unrotate(nudge)).to(case["dtype"])
     save_file(tensors, tmp_path / "nudged" / "model.safetensors", metadata={"format": "pt"})
     found = certify(case["before"], tmp_path / "nudged", artefacts.masks)
-    assert not found["kept"]
-    assert [c["layer"] for c in found["layers"] if c["violations"]] == [layer]
-    assert sum(c["violations"] for c in found["layers"]) == 1
-    assert layer in found["problems"][0] and "1 of" in found["problems"][0]
-    worst = next(c for c in found["layers"] if c["layer"] == layer)
-    assert 0 < worst["worst_allowed"] < worst["worst_move"] == pytest.approx(2 * allowed, rel=0.6)
-    assert worst["worst_allowed"] < worst["allowed_max"], "its own allowance, not the layer's largest"
-    assert f"{worst['worst_move']:.3e}, where rounding allows {worst['worst_allowed']:.3e}" in found["problems"][0]
+    assert not found.kept
+    assert [c.layer for c in found.layers if c.violations] == [layer]
+    assert sum(c.violations for c in found.layers) == 1
+    assert layer in found.problems[0] and "1 of" in found.problems[0]
+    worst = next(c for c in found.layers if c.layer == layer)
+    assert 0 < worst.worst_allowed < worst.worst_move == pytest.approx(2 * allowed, rel=0.6)
+    assert worst.worst_allowed < worst.allowed_max, "its own allowance, not the layer's largest"
+    assert f"{worst.worst_move:.3e}, where rounding allows {worst.worst_allowed:.3e}" in found.problems[0]
 
 
 def test_the_run_behind_a_model_says_which_masks_it_had(
@@ -146,9 +151,9 @@ def test_files_that_are_too_coarse_say_so(case: dict[str, Any], tmp_path: Path) 
         bits[:, 0] ^= 1
     save_file(tensors, tmp_path / "after" / "model.safetensors", metadata={"format": "pt"})
     found = certify(case["before"], tmp_path / "after", case["artefacts"].masks)
-    assert found["outcome"] == "cannot tell" and not found["kept"] and found["problems"] == []
-    assert "too coarse to tell for 6 of 6 layers" in found["reasons"][0]
-    assert certify(case["before"], case["plain"], case["artefacts"].masks)["reasons"] == []
+    assert found.outcome == "cannot tell" and not found.kept and found.problems == []
+    assert "too coarse to tell for 6 of 6 layers" in found.reasons[0]
+    assert certify(case["before"], case["plain"], case["artefacts"].masks).reasons == []
 
 
 def test_the_basis_is_found_after_a_move(case: dict[str, Any], tmp_path: Path) -> None:
@@ -159,7 +164,7 @@ def test_the_basis_is_found_after_a_move(case: dict[str, Any], tmp_path: Path) -
     values = json.loads((masks / "metadata.json").read_text())
     write_json(masks / "metadata.json", values | {"basis_dir": "/before/phase1_a/basis"})
     found = certify(case["before"], case["protected"], masks)
-    assert found["kept"] and found["basis"] == str(tmp_path / "moved" / "phase1_a" / "basis")
+    assert found.kept and found.basis == str(tmp_path / "moved" / "phase1_a" / "basis")
     shutil.rmtree(tmp_path / "moved" / "phase1_a")
     with pytest.raises(ArtifactError, match=f"/before/phase1_a/basis nor in {tmp_path}/moved/phase1_a/basis.*--basis_dir"):
         certify(case["before"], case["protected"], masks)
@@ -172,7 +177,7 @@ def test_swapped_directories_are_refused(case: dict[str, Any]) -> None:
 
 def test_the_same_directory_twice_is_no_training(case: dict[str, Any]) -> None:
     found = certify(case["before"], case["before"], case["artefacts"].masks)
-    assert found["outcome"] == "cannot tell" and "nothing moved at all" in found["reasons"][0]
+    assert found.outcome == "cannot tell" and "nothing moved at all" in found.reasons[0]
 
 
 def test_shards_read_as_one_file(case: dict[str, Any], tmp_path: Path) -> None:
@@ -185,7 +190,7 @@ def test_shards_read_as_one_file(case: dict[str, Any], tmp_path: Path) -> None:
         weight_map.update(dict.fromkeys(part, f"model-{index}.safetensors"))
     (tmp_path / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     whole, sharded = (certify(case["before"], d, case["artefacts"].masks) for d in (case["protected"], tmp_path / "sharded"))
-    assert sharded["kept"] and sharded["layers"] == whole["layers"]
+    assert sharded.kept and sharded.layers == whole.layers
 
 
 def test_other_directories_are_refused(case: dict[str, Any], tmp_path: Path) -> None:
@@ -206,10 +211,10 @@ def test_identity_basis(case: dict[str, Any], tmp_path: Path) -> None:
     artefacts = write_artefacts(tmp_path, odd_model(), basis="identity", model_fingerprint=fingerprint_model(case["before"]))
     after = trained(tmp_path / "after", artefacts, case["dtype"])
     found = certify(case["before"], after, artefacts.masks)
-    assert found["kept"] and found["basis"] is None
+    assert found.kept and found.basis is None
     if case["dtype"] != torch.float16:  # Saved in the dtype it was trained in, nothing was rounded.
-        assert found["frozen_drift"] == 0.0
-    assert not certify(case["before"], case["plain"], artefacts.masks)["kept"]
+        assert found.frozen_drift == 0.0
+    assert not certify(case["before"], case["plain"], artefacts.masks).kept
 
 
 def test_the_certificate_lies_where_the_report_looks(case: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
@@ -229,5 +234,18 @@ def test_the_certificate_lies_where_the_report_looks(case: dict[str, Any], tmp_p
 def test_the_certificate_is_json(case: dict[str, Any], tmp_path: Path) -> None:
     found = certify(case["before"], case["protected"], case["artefacts"].masks)
     write_certificate(found, tmp_path / "certificate.json")
-    assert json.loads((tmp_path / "certificate.json").read_text()) == found
-    assert found["masks_fingerprint"] == MaskStore(case["artefacts"].masks).fingerprint()
+    assert json.loads((tmp_path / "certificate.json").read_text()) == found.values()
+    assert found.masks_fingerprint == MaskStore(case["artefacts"].masks).fingerprint()
+
+
+def test_every_file_is_digested_once_in_one_pass(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[str] = []
+    own = digests._digest
+    monkeypatch.setattr(digests, "_digest", lambda part, within: (passes.append(part.path), own(part, within))[1])
+    for _ in range(2):  # the second time nothing is taken from the first
+        certificate = certify(case["before"], case["protected"], case["artefacts"].masks)
+        sha256 = {path: digest for group in certificate.files.values() for path, digest in group.items()}
+        assert sorted(passes) == sorted(sha256) and len(passes) > 10
+        assert all(hashlib.sha256(Path(path).read_bytes()).hexdigest() == digest for path, digest in sha256.items())
+        assert certificate.after_fingerprint == fingerprint_model(case["protected"])
+        passes.clear()

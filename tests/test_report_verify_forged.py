@@ -17,9 +17,11 @@ from tiny_models import tiny_tokenizer
 
 import warp_ds
 from warp_ds.errors import ArtifactError
-from warp_ds.evaluation.certificate import Model, certify, print_certificate, still_describes, write_certificate
+from warp_ds.evaluation.certificate import certify, still_describes
+from warp_ds.evaluation.certificate_output import print_certificate, write_certificate
 from warp_ds.evaluation.movement import frozen_drift, movement
 from warp_ds.launch.cli import main
+from warp_ds.models.directory import ModelDirectory
 from warp_ds.store.fingerprints import fingerprint_model
 from warp_ds.store.layers import TargetLayer
 
@@ -66,8 +68,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         honest(root / name, dtype)
         train(root / f"plain_{name}", None, dtype)
         certificate = certify(root / name / "before", root / name / "after", root / name / "masks")
-        assert certificate["outcome"] == "kept", certificate["problems"]
-        found[name] = (root / name, {c["layer"]: c["allowed_max"] for c in certificate["layers"]}, root / f"plain_{name}", slow)
+        assert certificate.outcome == "kept", certificate.problems
+        found[name] = (root / name, {c.layer: c.allowed_max for c in certificate.layers}, root / f"plain_{name}", slow)
     return found
 
 
@@ -77,9 +79,9 @@ def outcome(pair: Pair) -> str:
     except ArtifactError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000
         return "refused"
-    json.dumps(certificate, allow_nan=False)
-    assert certificate["kept"] is (certificate["outcome"] == "kept")
-    return str(certificate["outcome"])
+    json.dumps(certificate.values(), allow_nan=False)
+    assert certificate.kept is (certificate.outcome == "kept")
+    return str(certificate.outcome)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,8 +108,8 @@ def test_honest_pairs_are_never_broken(lr: float, tmp_path: Path) -> None:
             folder = tmp_path / f"{name}_{seed}"
             honest(folder, dtype, lr=lr, seed=3 * seed, steps=4)
             found = certify(folder / "before", folder / "after", folder / "masks")
-            assert found["outcome"] in ("kept", "cannot tell"), (name, seed, found["problems"])
-            assert found["outcome"] == "kept" or dtype != torch.float32
+            assert found.outcome in ("kept", "cannot tell"), (name, seed, found.problems)
+            assert found.outcome == "kept" or dtype != torch.float32
 
 
 def test_what_is_not_claimed_is_listed(pairs: dict[str, Any], tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_what_is_not_claimed_is_listed(pairs: dict[str, Any], tmp_path: Path) ->
 
     def listed() -> dict[str, tuple[str, str]]:
         found = certify(pair.before, pair.after, pair.root / "masks", pair.root / "basis")
-        return {part["what"]: (part["state"], part["detail"]) for part in found["not_claimed"]}
+        return {part.what: (part.state, part.detail) for part in found.not_claimed}
 
     untouched = listed()
     assert untouched["tokenizer"][0] == untouched["config.json"][0] == "the same"
@@ -135,7 +137,7 @@ def test_it_reads_what_from_pretrained_loads(pairs: dict[str, Any]) -> None:
 
     source, allowed, _, _ = pairs["bfloat16"]
     loaded = AutoModelForCausalLM.from_pretrained(source / "after", dtype="auto").state_dict()
-    model = Model.of(source / "after")
+    model = ModelDirectory.of(source / "after")
     assert all(torch.equal(model.read(f"{name}.weight"), loaded[f"{name}.weight"]) for name in allowed)
 
 
@@ -216,7 +218,7 @@ def test_it_reads_names_as_from_pretrained_maps_them(pairs: dict[str, Any], tmp_
         targets = [TargetLayer(name, 0, "ffn_down", *loaded[f"{name}.weight"].shape) for name in names]
         stored = set(load_file(folder / "model.safetensors"))
         assert not stored & {f"{name}.weight" for name in names}, "else this shows nothing"
-        model = Model.of(folder, targets)
+        model = ModelDirectory.of(folder, targets)
         assert len(model.tensors) == len(stored)
         assert all(torch.equal(model.weight(target), loaded[f"{target.name}.weight"]) for target in targets)
         with pytest.raises(ArtifactError, match="no readable weight"):
@@ -230,7 +232,7 @@ def test_pickles_beside_the_safetensors_stop_no_measurement(pairs: dict[str, Any
     before, after, masks, basis = (tmp_path / "pair" / name for name in ("before", "after", "masks", "basis"))
     without = frozen_drift(before, after, masks, basis), movement(before, after, basis)
     (before / "pytorch_model.bin").write_bytes(b"x")
-    assert any("pytorch_model.bin" in note for note in certify(before, after, masks, basis)["notes"])
+    assert any("pytorch_model.bin" in note for note in certify(before, after, masks, basis).notes)
     (after / "pytorch_model.bin").write_bytes(b"x")
     assert (frozen_drift(before, after, masks, basis), movement(before, after, basis)) == without
 

@@ -156,7 +156,7 @@ def read_by_this_rank(model: Path) -> dict[str, Any]:
     """The parts that this rank reads for the model's fingerprint, and for a second one; what a file cut short raises."""
     seen: list[Part] = []
     own = digests._digest
-    digests._digest = lambda part: (seen.append(part), own(part))[1]  # type: ignore[func-returns-value]
+    digests._digest = lambda part, within: (seen.append(part), own(part, within))[1]  # type: ignore[func-returns-value]
     digests.SETTLED_SECONDS, shared_reading.ROUND_BYTES = -60.0, 3000  # just written; three turns a rank
     os.environ["XDG_CACHE_HOME"] = str(model / f"cache{rank()}")
     mark, first = shared_reading.model_fingerprint(model), list(seen)
@@ -191,7 +191,8 @@ def test_ranks_of_one_machine_share_its_memory(two_ranks: tuple[Path, list[Any]]
 def test_every_byte_is_read_once_by_one_rank(two_ranks: tuple[Path, list[Any]]) -> None:
     model, found = two_ranks
     ranks = [of_rank for _, of_rank in found]
-    whole = fingerprint_model(model, remember=False)
+    with digests.afresh():
+        whole = fingerprint_model(model)
     assert all(of_rank["mark"] == of_rank["again"] == whole for of_rank in ranks)
     read = [part for of_rank in ranks for part in of_rank["first"]]
     assert len(read) == len(set(read)) == 12 and all(len(of_rank["first"]) == 6 for of_rank in ranks)

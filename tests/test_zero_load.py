@@ -24,9 +24,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from warp_ds.errors import OtherRankError
+from warp_ds.errors import CheckpointError, OtherRankError
 from warp_ds.store import checkpoint_index
-from warp_ds.store.checkpoint_index import CheckpointError, RangeReader, ReadAhead, TensorLocation, read_header
+from warp_ds.store.checkpoint_index import RangeReader, ReadAhead, TensorLocation, read_header
 from warp_ds.zero import partitioned_param
 from warp_ds.zero.load import load_sharded
 from warp_ds.zero.partitioned_param import Partitioner, check_layout, own_range, why_not_by_hand

@@ -17,6 +17,14 @@ class ArtifactError(WarpError, ValueError):
     """A basis, masks or run directory that is missing, broken or made for something else."""
 
 
+class CheckpointError(ArtifactError):
+    """A checkpoint file is missing, damaged, not what its header says, or not the only one that could be meant."""
+
+
+class PickledCheckpoint(CheckpointError):
+    """The weights are pickled (pytorch_model.bin), not safetensors."""
+
+
 class DataError(WarpError, ValueError):
     """A data set, or a row of it, that cannot be used."""
 

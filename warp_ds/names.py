@@ -37,7 +37,7 @@ def control_character(value: Any) -> str:
     elif isinstance(value, Mapping):
         return control_character([*value.keys(), *value.values()])
     elif isinstance(value, list | tuple | set):
-        return next((found for part in value if (found := control_character(part))), "")
+        return next((control for part in value if (control := control_character(part))), "")
     return ""
 
 

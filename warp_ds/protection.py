@@ -133,7 +133,7 @@ def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> di
     by_name = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
     found = {}
     for layer in layers:
-        full = f"{layer.name}.weight"
+        full = layer.parameter
         matches = [name for name in by_name if name == full or name.endswith(f".{full}")]
         if not matches:
             raise ArtifactError(
@@ -141,9 +141,9 @@ def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> di
             )
         param = by_name[min(matches, key=len)]
         shape = tuple(getattr(param, "ds_shape", param.shape))
-        if shape != (layer.m, layer.n):
+        if shape != layer.shape:
             raise ArtifactError(
-                f"the masks in {source} have {layer.name} as {(layer.m, layer.n)}, but this model has "
+                f"the masks in {source} have {layer.name} as {layer.shape}, but this model has "
                 f"{shape}: they belong to another model"
             )
         if not param.requires_grad:

@@ -41,11 +41,11 @@ def redact(value: Any, name: str = "") -> Any:
     if isinstance(value, Mapping):
         return {redact(key): redact(part, str(key)) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        found, flag = [], name
+        parts, flag = [], name
         for part in value:
-            found.append(redact(part, flag))
+            parts.append(redact(part, flag))
             flag = part if isinstance(part, str) and part.startswith("--") and "=" not in part else name
-        return type(value)(found) if type(value) in (list, tuple) else found
+        return type(value)(parts) if type(value) in (list, tuple) else parts
     return value
 
 

@@ -103,8 +103,8 @@ def _forget_peaks() -> bool:
 
 def _host_peak() -> int:
     """Most resident bytes of this process since they were last forgotten."""
-    found = _high_water_mark()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if found is None else found
+    peak = _high_water_mark()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if peak is None else peak
 
 
 def _high_water_mark() -> int | None:

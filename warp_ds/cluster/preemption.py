@@ -110,9 +110,9 @@ def requeue(max_requeues: int) -> str | None:
     error = ""
     for attempt in range(5):
         try:
-            found = slurm.job_fields(job)
-            state, here = found["JobState"], int(found.get("Restarts", restarts))
-            if here == restarts and being_cancelled(found):
+            fields = slurm.job_fields(job)
+            state, here = fields["JobState"], int(fields.get("Restarts", restarts))
+            if here == restarts and being_cancelled(fields):
                 return f"job {job} was cancelled: start the same command again to go on"
             if here > restarts or state in ("PENDING", "REQUEUED", "PREEMPTED"):
                 return None  # by somebody else, or by Slurm: a second time would cost another restart

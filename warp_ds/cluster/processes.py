@@ -169,9 +169,9 @@ def all_gather_object(value: T) -> list[T]:
     """Every rank's (small) value, in rank order, on every rank. Values come from our own ranks only."""
     if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
-    return found
+    of_ranks: list[Any] = [None] * world_size()
+    dist.all_gather_object(of_ranks, value)
+    return of_ranks
 
 
 def broadcast_object(value: T, source: int = 0) -> T:

@@ -45,11 +45,11 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase, goes_on: bool = False) -> list[int]:
     """Ids of `text` without special tokens, and with no token across a CUT; `goes_on`: other text stands before it."""
-    found: list[int] = []
+    ids: list[int] = []
     for piece in text.split(CUT):
-        found += _ids_after(piece, tokenizer) if goes_on else list(tokenizer(piece, add_special_tokens=False)["input_ids"])
+        ids += _ids_after(piece, tokenizer) if goes_on else list(tokenizer(piece, add_special_tokens=False)["input_ids"])
         goes_on = True
-    return found
+    return ids
 
 
 def _ids_after(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

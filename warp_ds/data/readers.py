@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds.errors import DataError
+from warp_ds.store.files import parse_json
 
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -214,29 +215,17 @@ def table_of(values: Sequence[tuple[int | None, Any]], path: Path, source: str) 
             f"that list alone (jq .{inside[0]} {path.name} > rows.json)"
         )
     lines = [line for line, _ in values if line is not None]
-    columns = list(dict.fromkeys(name for found in rows for name in found))
+    columns = list(dict.fromkeys(name for of_row in rows for name in of_row))
     return Table(source, columns, rows, lines if len(lines) == len(rows) else None)
 
 
 def _parse(text: str) -> Any:
     """JSON with numbers as they are written, and no key twice; ValueError."""
-    try:
-        return json.loads(text, object_pairs_hook=_once, parse_int=Number, parse_float=Number, parse_constant=Number)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    return parse_json(text, parse_int=Number, parse_float=Number, parse_constant=Number)
 
 
 class Number(str):
     """A JSON number, as it is written."""
-
-
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return found
 
 
 def _reason(error: ValueError, whole: bool = False) -> str:

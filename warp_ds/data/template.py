@@ -233,7 +233,7 @@ def cut_control(text: str, tokenizer: PreTrainedTokenizerBase, response: bool = 
     known = _controls.get(tokenizer)
     if known is None or known[0] != key:
         _controls[tokenizer] = known = (key, _control_patterns(tokenizer, template))
-    return known[1][response].sub(lambda found: found.group() + CUT, text)
+    return known[1][response].sub(lambda token: token.group() + CUT, text)
 
 
 def _control_patterns(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[re.Pattern[str], re.Pattern[str]]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from warp_ds.cluster import consensus, processes
 from warp_ds.errors import ArtifactError
-from warp_ds.evaluation.certificate import Model, layer_drift, relative_drift
+from warp_ds.evaluation.drift import layer_drift, relative_drift
+from warp_ds.models.directory import ModelDirectory
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.fingerprints import Contents, fingerprint_model, model_contents
 from warp_ds.store.layers import TargetLayer
@@ -44,7 +45,7 @@ def open_basis(before: Path, after: Path, basis_dir: str | Path) -> BasisStore:
             "needs their covariance, so a basis of phase 1 with --basis activation"
         )
     basis.check(basis.layers, fingerprint_model(before), str(before))
-    Model.of(after, basis.layers).weight(basis.layers[0])
+    ModelDirectory.of(after, basis.layers).weight(basis.layers[0])
     return basis
 
 
@@ -57,7 +58,7 @@ def movement(before: Path, after: Path, basis_dir: str | Path) -> dict[str, floa
     read_together(lambda: [model_contents(before)], "reading the model")
     with consensus.on_every_rank_or_none("opening the basis"):
         basis = open_basis(before, after, basis_dir)
-        old, new = Model.of(before, basis.layers), Model.of(after, basis.layers)
+        old, new = ModelDirectory.of(before, basis.layers), ModelDirectory.of(after, basis.layers)
     moved = layer_by_layer(
         basis.layers,
         lambda layer: relative_movement(old.weight(layer), new.weight(layer), *basis.columns(layer.name)),
@@ -67,7 +68,7 @@ def movement(before: Path, after: Path, basis_dir: str | Path) -> dict[str, floa
 
 
 def frozen_drift(before: Path, after: Path, masks_dir: str | Path, basis_dir: str | Path) -> float:
-    """How far the coefficients that the masks freeze moved, ‖ΔC‖ / ‖C‖, as ``report.verify.certify`` has it. Collective.
+    """How far the coefficients that the masks freeze moved, ‖ΔC‖ / ‖C‖, as ``certify`` has it. Collective.
 
     ``basis_dir`` is the one that the masks were made with, on ``before``; ArtifactError where it is not.
     """
@@ -81,7 +82,7 @@ def frozen_drift(before: Path, after: Path, masks_dir: str | Path, basis_dir: st
     with consensus.on_every_rank_or_none("opening the masks"):
         masks, basis = MaskStore(masks_dir), BasisStore(basis_dir)
         masks.check(basis, fingerprint_model(before), str(before))
-        old, new = Model.of(before, masks.layers), Model.of(after, masks.layers)
+        old, new = ModelDirectory.of(before, masks.layers), ModelDirectory.of(after, masks.layers)
     return relative_drift(
         layer_by_layer(masks.layers, lambda layer: layer_drift(layer, old, new, masks, basis), "measuring the drift")
     )
@@ -92,15 +93,15 @@ def layer_by_layer(layers: Sequence[TargetLayer], measure: Callable[[TargetLayer
 
     The ranks meet after every layer, so that none waits for another longer than one layer takes.
     """
-    found: list[T] = []
+    measured: list[T] = []
     for first in range(0, len(layers), processes.world_size()):
         mine = layers[first + processes.rank() : first + processes.rank() + 1]
         with consensus.on_every_rank_or_none(what):
             values = [measure(layer) for layer in mine]
-        found += [value for part in processes.all_gather_object(values) for value in part]
-    return found
+        measured += [value for part in processes.all_gather_object(values) for value in part]
+    return measured
 
 
-def mean_movement(found: dict[str, float]) -> float:
+def mean_movement(of_layers: dict[str, float]) -> float:
     """Root mean square over layers."""
-    return float(torch.tensor(list(found.values()), dtype=torch.float64).square().mean().sqrt())
+    return float(torch.tensor(list(of_layers.values()), dtype=torch.float64).square().mean().sqrt())

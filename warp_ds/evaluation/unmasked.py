@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warp_ds.store.digests import is_regular
-from warp_ds.store.files import read_json
+from warp_ds.store.digests import digest_parts, whole_file
+from warp_ds.store.files import parse_json, read_json
 from warp_ds.store.fingerprints import VOLATILE
 
 #: The first that matches a tensor's name.
@@ -53,29 +52,31 @@ class StoredTensor:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Whether one kind of what no mask covers is the same in both models."""
+
+    what: str
+    state: str
+    """SAME or CHANGED"""
+    detail: str
+
+
 def config_files() -> list[str]:
     """Names of the files that are looked at beside the weights."""
     return [CONFIG, *(name for names in FILES.values() for name in names)]
 
 
-def compare_tensors(before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor], read: Any) -> list[dict[str, str]]:
-    """{what, state, detail} of each kind of tensor; ``read`` (name -> both tensors) where dtypes differ."""
-    found = []
+def compare_tensors(before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor], read: Any) -> list[Difference]:
+    """Of each kind of tensor; ``read`` (name -> both tensors) where dtypes differ."""
+    differences = []
     for kind in KINDS:
         names = [name for name in sorted(before.keys() | after.keys()) if kind_of(name) == kind]
-        if not names:
-            found.append({"what": kind, "state": SAME, "detail": "none in either"})
-            continue
         changed = [_named(name, before, after) for name in names if not _same(name, before, after, read)]
         shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-        found.append(
-            {
-                "what": kind,
-                "state": CHANGED if changed else SAME,
-                "detail": (f"{len(changed)} of {len(names)}: {shown}" if changed else f"{len(names)}"),
-            }
-        )
-    return found
+        detail = f"{len(changed)} of {len(names)}: {shown}" if changed else f"{len(names)}" if names else "none in either"
+        differences.append(Difference(kind, CHANGED if changed else SAME, detail))
+    return differences
 
 
 def kind_of(name: str) -> str:
@@ -99,28 +100,27 @@ def _equal(old: Tensor, new: Tensor) -> bool:
     return old.dtype.is_floating_point == new.dtype.is_floating_point and torch.equal(old.double(), new.double())
 
 
-def compare_files(before: Path, after: Path) -> list[dict[str, str]]:
-    """{what, state, detail} of configuration, tokenizer and chat template."""
+def compare_files(before: Path, after: Path) -> list[Difference]:
+    """Of configuration, tokenizer and chat template."""
     old, new = (read_json(directory / CONFIG) for directory in (before, after))
     keys = [key for key in sorted(old.keys() | new.keys()) if key not in VOLATILE and old.get(key) != new.get(key)]
-    found = [{"what": CONFIG, "state": CHANGED if keys else SAME, "detail": ", ".join(keys)}]
+    differences = [Difference(CONFIG, CHANGED if keys else SAME, ", ".join(keys))]
     for what, names in FILES.items():
-        different = [name for name in names if _content(before / name) != _content(after / name)]
-        state = CHANGED if different else SAME
-        there = [name for name in names if _content(before / name) is not None]
-        found.append({"what": what, "state": state, "detail": ", ".join(different) or ("" if there else "none in either")})
-    return found
+        changed = [name for name in names if _content(before / name) != _content(after / name)]
+        there = any(_content(before / name) is not None for name in names)
+        detail = ", ".join(changed) or ("" if there else "none in either")
+        differences.append(Difference(what, CHANGED if changed else SAME, detail))
+    return differences
 
 
 def _content(path: Path) -> Any:
     """What a file says, without what only says who wrote it; None where there is none."""
-    if not is_regular(path):
+    if not os.path.isfile(path):
         return None
-    data = path.read_bytes()
     if path.suffix == ".json":
         try:
-            value = json.loads(data)
+            value = parse_json(path.read_bytes())
             return {k: v for k, v in value.items() if k not in VOLATILE} if isinstance(value, dict) else value
-        except (ValueError, RecursionError):
+        except ValueError:
             pass
-    return hashlib.sha256(data).hexdigest()
+    return digest_parts([whole_file(path)])[0].sha256

@@ -23,9 +23,9 @@ def refuse_secrets(what: str, value: Any) -> None:
 
 def refuse_control_characters(what: str, value: Any) -> None:
     """ConfigError where ``value`` (of the flag ``what``), or anything in it, holds a line end or another control character."""
-    if found := control_character(value):
+    if character := control_character(value):
         raise ConfigError(
-            f"{what} holds the character {found}, a line end or another control character, which no value of "
+            f"{what} holds the character {character}, a line end or another control character, which no value of "
             f"this program has: {ascii(value)[:120]}"
         )
 

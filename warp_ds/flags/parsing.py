@@ -145,11 +145,11 @@ def names_of(kind: Any) -> list[str]:
 def unknown_flags(words: Sequence[str], known: Iterable[str]) -> ConfigError:
     """The error that names the flags in ``words``, each with the nearest of ``known``."""
     known = list(known)
-    found = []
+    unknown = []
     for name in (word.split("=")[0] for word in words if word.startswith("-")):
         near = difflib.get_close_matches(name.lstrip("-").replace("-", "_").lower(), known, n=1)
-        found.append(f"unknown flag {name}: " + (f"did you mean --{near[0]}?" if near else "--help lists all"))
-    return ConfigError("; ".join(found) or f"{words[0]!r} belongs to no flag: --help lists all")
+        unknown.append(f"unknown flag {name}: " + (f"did you mean --{near[0]}?" if near else "--help lists all"))
+    return ConfigError("; ".join(unknown) or f"{words[0]!r} belongs to no flag: --help lists all")
 
 
 def _with_config_file(argv: list[str] | None, kinds: Sequence[Any]) -> list[str]:

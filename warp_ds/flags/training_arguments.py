@@ -224,31 +224,31 @@ def settle(given: Mapping[str, Any]) -> dict[str, Any]:
 
     --save_steps alone asks for saving by steps, as it does with transformers' own default of --save_strategy.
     """
-    found = {name: getattr(value, "value", value) for name, value in given.items()}
+    settled = {name: getattr(value, "value", value) for name, value in given.items()}
     for name, (good, wanted) in _RANGES.items():
-        value = found.get(name)
+        value = settled.get(name)
         if value is not None and not (math.isfinite(value) and good(value)):
             raise ValueError(f"--{name} is {wanted}, not {value}")
     for kind in ("save", "logging"):
-        strategy = found.get(f"{kind}_strategy")
+        strategy = settled.get(f"{kind}_strategy")
         if strategy == "best":
             raise ValueError(f"--save_strategy best is refused: {_NO_EVALUATION}; use steps or epoch")
-        if f"{kind}_steps" in found:
+        if f"{kind}_steps" in settled:
             if strategy not in (None, "steps"):
                 raise ValueError(f"--{kind}_steps says nothing under --{kind}_strategy {strategy}: leave one of them out")
-            found[f"{kind}_strategy"] = "steps"
-    if found.get("logging_strategy") == "no" and found.get("logging_first_step"):
+            settled[f"{kind}_strategy"] = "steps"
+    if settled.get("logging_strategy") == "no" and settled.get("logging_first_step"):
         raise ValueError("--logging_first_step contradicts --logging_strategy no: leave one of them out")
-    if isinstance(found.get("lr_scheduler_kwargs"), str):
-        found["lr_scheduler_kwargs"] = _mapping("lr_scheduler_kwargs", found["lr_scheduler_kwargs"])
-    check_scheduler(found)
-    if not found.get("dataloader_num_workers"):
+    if isinstance(settled.get("lr_scheduler_kwargs"), str):
+        settled["lr_scheduler_kwargs"] = _mapping("lr_scheduler_kwargs", settled["lr_scheduler_kwargs"])
+    check_scheduler(settled)
+    if not settled.get("dataloader_num_workers"):
         for name in ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"):
-            if found.get(name):
+            if settled.get(name):
                 raise ValueError(f"--{name} needs workers: give --dataloader_num_workers")
-    if "report_to" in found:
-        found["report_to"] = reporters(found["report_to"])
-    return found
+    if "report_to" in settled:
+        settled["report_to"] = reporters(settled["report_to"])
+    return settled
 
 
 _RANGES: dict[str, tuple[Any, str]] = {
@@ -271,12 +271,12 @@ _RANGES: dict[str, tuple[Any, str]] = {
 
 def _mapping(name: str, text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        mapping = json.loads(text)
     except json.JSONDecodeError:
-        found = None
-    if not isinstance(found, dict):
+        mapping = None
+    if not isinstance(mapping, dict):
         raise ValueError(f"--{name} {text!r} is no JSON mapping, such as '{{\"min_lr_rate\": 0.1}}'")
-    return found
+    return mapping
 
 
 def check_scheduler(found: Mapping[str, Any], learning_rate: float = 1.0) -> None:
@@ -316,8 +316,8 @@ def reporters(given: str | Sequence[str]) -> list[str]:
 
 def training_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """What of ``given`` changes the training and is no default: by it a run is known again."""
-    found = {}
+    settings = {}
     for name, value in given.items():
         if name not in CHANGES_NO_TRAINING and value is not None and value != default_of(name):
-            found[name] = getattr(value, "value", value)
-    return found
+            settings[name] = getattr(value, "value", value)
+    return settings

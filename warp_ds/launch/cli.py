@@ -128,7 +128,8 @@ def _free_port() -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from warp_ds.errors import ArtifactError
-    from warp_ds.evaluation.certificate import EXIT, certificate_path, certify, print_certificate, write_certificate
+    from warp_ds.evaluation.certificate import EXIT, certify
+    from warp_ds.evaluation.certificate_output import certificate_path, print_certificate, write_certificate
 
     try:
         certificate = certify(arguments.before, arguments.after, arguments.masks_dir, arguments.basis_dir)
@@ -139,7 +140,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output) if arguments.output else certificate_path(Path(arguments.after))
     write_certificate(certificate, output)
     print(f"certificate: {output}")
-    return EXIT[certificate["outcome"]]
+    return EXIT[certificate.outcome]
 
 
 def _shrink(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Σ = (1/T) Σ_t x_t x_tᵀ of a layer's inputs over T tokens (section 2.1 of the method)."""
+"""Σ = (1/T) Σ_t x_t x_tᵀ of a layer's inputs over T tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Orthonormal bases of a layer's input space: Σ = U Λ Uᵀ (section 2.2 of the method), and others in its place."""
+"""Orthonormal bases of a layer's input space: Σ = U Λ Uᵀ, and others in its place."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(symmetric)
         return values, vectors
     # To LAPACK a symmetric matrix is its own transpose, which lies in memory as LAPACK wants it.
-    found = scipy.linalg.eigh(symmetric.numpy().T, driver="evd", check_finite=False)
-    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    values_and_vectors = scipy.linalg.eigh(symmetric.numpy().T, driver="evd", check_finite=False)
+    return torch.from_numpy(values_and_vectors[0]), torch.from_numpy(values_and_vectors[1])
 
 
 def _kept(values: Tensor, count: int, energy: float, max_rank: int) -> int:

@@ -1,4 +1,4 @@
-"""S = Σ_b |∂L_b/∂C| (section 2.4 of the method) from a layer's inputs and output gradients.
+"""S = Σ_b |∂L_b/∂C| from a layer's inputs and output gradients.
 
 For y = W x and C = W U: ∂L/∂C = (∂L/∂W) U = (Σ_t g_t x_tᵀ) U, with g = ∂L/∂y over the tokens t. Either the tokens are
 rotated, Σ_t g_t (x_tᵀ U), or their sum, (Σ_t g_t x_tᵀ) U: whichever takes fewer products (``tokens_first``). Only the r

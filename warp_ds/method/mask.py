@@ -1,4 +1,4 @@
-"""Which rotated coefficients are frozen: packed bits, 1 = frozen (section 2.5 of the method).
+"""Which rotated coefficients are frozen: packed bits, 1 = frozen.
 
 A mask file holds ``frozen`` uint8 [m, ceil(n / 8)], most significant bit first, as ``numpy.packbits(axis=1)``.
 """

@@ -1,4 +1,4 @@
-"""Which scores are the highest (section 2.5 of the method): exact counts, ties by index, zeros never.
+"""Which scores are the highest: exact counts, ties by index, zeros never.
 
 Scores are fp32 and not negative, so their bits order as integers do: the k-th largest is found by two histograms of
 16 bits each, which add up over blocks (and over ranks) without moving a score.

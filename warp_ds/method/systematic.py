@@ -123,7 +123,7 @@ class Sums:
         for number, pattern in enumerate(patterns):
             self.drifts[number] += _drift(torch.where(frozen, pattern, zero), moved, error, products, basis)
 
-    def found(self, log_tests: float) -> Iterator[str]:
+    def excesses(self, log_tests: float) -> Iterator[str]:
         """What is more than rounding explains, in words; ``log_tests``: the logarithm of how many tests there are in all."""
         if self.whole.moved**0.5 > self.whole.allowed(log_tests):
             yield (

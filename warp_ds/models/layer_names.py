@@ -30,12 +30,12 @@ def parse_target_layers(text: str, depth: int) -> range:
         "last": range(depth - 1, depth),
     }
     if text in named:
-        found = named[text]
+        blocks = named[text]
     else:
         first, _, last = text.partition("-")
         if not first.isdecimal() or (last and not last.isdecimal()) or text.endswith("-"):
             raise ConfigError(f"--target_layers {text!r}: use {', '.join(named)}, a number or a range such as 0-5")
-        found = range(int(first), int(last or first) + 1)
-    if not found or found.stop > depth:
+        blocks = range(int(first), int(last or first) + 1)
+    if not blocks or blocks.stop > depth:
         raise ConfigError(f"--target_layers {text!r} names no layers of this model: it has 0-{depth - 1}")
-    return found
+    return blocks

@@ -54,17 +54,17 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     depth = getattr(config, "num_hidden_layers", None)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     within = {id(m) for m in (decoder if isinstance(decoder, nn.Module) else model).modules()}
-    found = [
+    lists = [
         (name, m)
         for name, m in model.named_modules()
         if isinstance(m, nn.ModuleList) and len(m) == depth and id(m) in within and not _BESIDE & set(name.split("."))
     ]
-    if not found:
+    if not lists:
         raise ConfigError(
             f"{type(model).__name__} has no list of {depth} decoder blocks: this kind of model is not "
             "supported (Llama, Mistral, Qwen 2, Gemma 2 and models built like them are)"
         )
-    return found[0]
+    return lists[0]
 
 
 def find_targets(model: nn.Module, target_layers: str, layer_type: str) -> list[TargetLayer]:

@@ -23,7 +23,8 @@ from transformers.core_model_loading import WeightConverter
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import logging as hf_logging
 
-from warp_ds.store.checkpoint_index import CheckpointError, ReadAhead, TensorLocation, read_header, resolve_checkpoint
+from warp_ds.errors import CheckpointError
+from warp_ds.store.checkpoint_index import ReadAhead, TensorLocation, read_header, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +46,10 @@ class MetaModel:
         Raises:
             CannotMap: the tensor is the result of an operation on checkpoint tensors.
         """
-        found = self._sources.get(tensor.untyped_storage()._cdata)
-        if found is None or found[0].shape != tensor.shape or not tensor.is_contiguous():
+        source = self._sources.get(tensor.untyped_storage()._cdata)
+        if source is None or source[0].shape != tensor.shape or not tensor.is_contiguous():
             raise CannotMap("its tensors are fused, split or converted on the way into the model")
-        return found[1]
+        return source[1]
 
 
 @dataclass

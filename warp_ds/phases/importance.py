@@ -1,4 +1,4 @@
-"""Phase 2: the importance of every rotated coefficient, and which are frozen (sections 2.4 and 2.5 of the method)."""
+"""Phase 2: the importance of every rotated coefficient, and which are frozen."""
 
 from __future__ import annotations
 

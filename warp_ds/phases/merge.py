@@ -7,16 +7,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from warp_ds.cluster import consensus, processes
-from warp_ds.errors import ArtifactError
 from warp_ds.method.baselines import resta, safe_delta, safety_hessian
+from warp_ds.models.directory import ModelDirectory
 from warp_ds.report.card import without_sections
 from warp_ds.store.bases import BasisStore
-from warp_ds.store.files import read_json, write_json, write_tensors, write_text
+from warp_ds.store.files import write_json, write_tensors, write_text
 
 logger = logging.getLogger(__name__)
 Formula = Callable[[str, Tensor, Tensor], Tensor]
@@ -24,43 +23,16 @@ Formula = Callable[[str, Tensor, Tensor], Tensor]
 MARK = "merged.json"
 
 
-class Weights:
-    """Tensors of a model directory by name, whatever file they lie in."""
-
-    def __init__(self, directory: Path):
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            found = read_json(index)
-            files = found.get("weight_map") if isinstance(found, dict) else None
-            if not isinstance(files, dict) or not all(
-                isinstance(file, str) and Path(file).name == file for file in files.values()
-            ):
-                raise ArtifactError(f"{index} is no index of a model's files")
-            self.files: dict[str, str] = files
-        elif (directory / "model.safetensors").is_file():
-            with safe_open(str(directory / "model.safetensors"), framework="pt") as file:
-                self.files = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
-            raise ArtifactError(f"{directory} holds no safetensors model")
-        self.directory = directory
-
-    def get(self, name: str) -> Tensor:
-        if name not in self.files:
-            raise ArtifactError(f"{self.directory} has no parameter {name}: it is another kind of model")
-        with safe_open(str(self.directory / self.files[name]), framework="pt") as file:
-            return file.get_tensor(name)
-
-
 def resta_formula(unaligned: Path, alpha: float) -> Formula:
     """Every parameter of the model: fine-tuned + alpha (aligned - unaligned)."""
-    weights = Weights(unaligned)
-    return lambda name, tuned, aligned: resta(tuned, aligned, weights.get(name), alpha)
+    weights = ModelDirectory.of(unaligned)
+    return lambda name, tuned, aligned: resta(tuned, aligned, weights.read(name), alpha)
 
 
 def safe_delta_formula(basis_dir: Path, s: float) -> Formula:
     """The layers of the basis by Safe Delta; every other parameter stays the aligned one, as in its authors' code."""
     basis = BasisStore(basis_dir)
-    layers = {f"{layer.name}.weight": layer.name for layer in basis.layers}
+    layers = {layer.parameter: layer.name for layer in basis.layers}
 
     def merged(name: str, tuned: Tensor, aligned: Tensor) -> Tensor:
         if name not in layers:
@@ -79,8 +51,9 @@ def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula) -> No
     if consensus.on_rank_0(lambda: (output / MARK).is_file(), "looking for a merged model"):
         return
     with consensus.on_every_rank_or_none("opening the models"):
-        source, before = Weights(fine_tuned), Weights(aligned)
-        files = sorted(set(source.files.values()))
+        source, before = ModelDirectory.of(fine_tuned), ModelDirectory.of(aligned)
+        places = {name: Path(location.path).name for name, location in source.tensors.items()}
+        files = sorted(set(places.values()))
     # A file is written aside and renamed: one that is there is whole.
     left = consensus.on_rank_0(lambda: [file for file in files if not (output / file).is_file()], "looking for merged files")
     world = processes.world_size()
@@ -90,9 +63,9 @@ def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula) -> No
             output.mkdir(parents=True, exist_ok=True)
             for file in left[first : first + world][processes.rank() : processes.rank() + 1]:
                 tensors = {}
-                for name in (name for name, where in source.files.items() if where == file):
-                    tuned = source.get(name)
-                    tensors[name] = formula(name, tuned, before.get(name)).to(tuned.dtype)
+                for name in (name for name, where in places.items() if where == file):
+                    tuned = source.read(name)
+                    tensors[name] = formula(name, tuned, before.read(name)).to(tuned.dtype)
                 write_tensors(output / file, tensors, {"format": "pt"})
 
     def rest() -> None:

@@ -24,7 +24,7 @@ from warp_ds.flags.arguments import RunArguments
 from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
 from warp_ds.phases.identity import Identity, identify, read_named, unfinished
 from warp_ds.secrets import Redacting
-from warp_ds.store.files import is_aside, remove_unfinished, write_json
+from warp_ds.store.files import is_aside, remove_unfinished, write_json, written_aside
 from warp_ds.store.held import check_there, held
 from warp_ds.store.lock import RunLock
 from warp_ds.store.runs import is_run
@@ -73,10 +73,8 @@ def link_latest(phase: str, run: Path) -> None:
     if link.exists() and not link.is_symlink():
         logger.warning("%s is not this program's link, and stays as it is", link)
         return
-    aside = link.with_name(f".{link.name}.{os.getpid()}")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(run.name)
-    os.replace(aside, link)
+    with written_aside(link) as aside:
+        aside.symlink_to(run.name)
 
 
 @contextmanager

@@ -8,12 +8,9 @@ which acts entry by entry, takes another path in them. So this is a choice, and 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from rich.console import Console
@@ -24,7 +21,7 @@ from warp_ds.errors import ArtifactError
 from warp_ds.method.mask import pack_bits, unpack_bits
 from warp_ds.method.rotation import Rotation
 from warp_ds.store.bases import BasisStore
-from warp_ds.store.files import write_json, write_tensors
+from warp_ds.store.files import write_json, write_tensors, written_aside
 from warp_ds.store.masks import MaskStore, write_mask
 from warp_ds.store.metadata import BASIS_FORMAT, metadata_dict
 from warp_ds.store.runs import find_artifact
@@ -59,13 +56,8 @@ def shrink(masks_dir: str | Path, basis_dir: str | Path | None, output: Path) ->
     basis.check(masks.layers, None, masks.metadata.model_name)
     if output.exists():
         raise ArtifactError(f"{output} exists: remove it, or give another --output")
-    aside = output.with_name(f".{output.name}.{uuid4().hex[:8]}.tmp")
-    try:
-        found = _write(masks, basis, aside, output)
-        os.replace(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return found
+    with written_aside(output) as aside:
+        return _write(masks, basis, aside, output)
 
 
 def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> list[Shrunk]:
@@ -74,7 +66,7 @@ def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> li
         by_file.setdefault(basis.metadata.layers[layer.name]["file"], []).append(layer.name)
     layers = {layer.name: layer for layer in masks.layers}
     entries: dict[str, Any] = {}
-    found = []
+    shrunk = []
     for file, names in by_file.items():
         u, s = basis.columns(names[0])
         n, stored = u.shape
@@ -93,7 +85,7 @@ def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> li
         entries[file] = {**basis.metadata.bases[file], "rank": len(kept), "bytes": (aside / "basis" / file).stat().st_size}
         for of_the_whole in ("energy", "residual", "orthogonality_error"):
             entries[file].pop(of_the_whole, None)
-        found.append(Shrunk(file, n, stored, len(kept), Rotation.held_bytes(n, stored), Rotation.held_bytes(n, len(kept))))
+        shrunk.append(Shrunk(file, n, stored, len(kept), Rotation.held_bytes(n, stored), Rotation.held_bytes(n, len(kept))))
     smaller = replace(
         basis.metadata, bases=entries, layers={layer.name: basis.metadata.layers[layer.name] for layer in masks.layers}
     )
@@ -110,7 +102,7 @@ def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> li
             )
         ),
     )
-    return found
+    return shrunk
 
 
 def _moved(frozen: Tensor, kept: Tensor) -> Tensor:
@@ -120,12 +112,12 @@ def _moved(frozen: Tensor, kept: Tensor) -> Tensor:
     return result
 
 
-def print_shrunk(found: list[Shrunk]) -> None:
+def print_shrunk(shrunk: list[Shrunk]) -> None:
     """What was dropped, and what that saves."""
     table = Table(title="Columns in which something is frozen")
     for column in ("basis", "inputs", "stored", "kept", "bytes in training", "of before"):
         table.add_column(column, justify="left" if column == "basis" else "right")
-    for one in found:
+    for one in shrunk:
         table.add_row(
             one.file,
             str(one.n),
@@ -136,5 +128,5 @@ def print_shrunk(found: list[Shrunk]) -> None:
         )
     console = Console(width=120, markup=False)
     console.print(table)
-    before, after = sum(one.held_before for one in found), sum(one.held_after for one in found)
+    before, after = sum(one.held_before for one in shrunk), sum(one.held_after for one in shrunk)
     console.print(f"all bases: {before:,} -> {after:,} bytes ({after / before:.0%}), and a rotation's products with them")

@@ -94,7 +94,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
             if masks_dir is not None
             else find_targets(model, arguments.target_layers, arguments.layer_type)
         )
-        choose_trained(model, [layer.name for layer in layers] if arguments.train_scope == "warp" else None)
+        choose_trained(model, [layer.parameter for layer in layers] if arguments.train_scope == "warp" else None)
         callbacks: list[TrainerCallback] = []
         if masks_dir is not None:
             callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), arguments.basis_placement))
@@ -160,10 +160,9 @@ def _find_masks(arguments: TrainArguments, model_fingerprint: str) -> tuple[Path
     return masks_dir, None if basis is None else basis.directory
 
 
-def choose_trained(model: nn.Module, layers: Sequence[str] | None) -> None:
-    """Lets only the weights of ``layers`` train; None lets every parameter train."""
-    if layers is not None:
-        wanted = {f"{name}.weight" for name in layers}
+def choose_trained(model: nn.Module, wanted: Sequence[str] | None) -> None:
+    """Lets only the parameters of these names train; None lets every parameter train."""
+    if wanted is not None:
         for name, param in model.named_parameters():
             param.requires_grad_(name in wanted)
 

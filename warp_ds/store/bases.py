@@ -83,10 +83,10 @@ class BasisStore:
             return entry["file"]
         path, of_file = self.directory / entry["file"], self.metadata.bases[entry["file"]]
         n, r = of_file["n"], of_file["rank"]
-        found = shapes_in(path)
-        if found != {"U": (torch.float32, (n, r)), "S": (torch.float32, (r,))}:
+        shapes = shapes_in(path)
+        if shapes != {"U": (torch.float32, (n, r)), "S": (torch.float32, (r,))}:
             raise ArtifactError(
-                f"{path} holds {shown(found)}, where a basis of {n} inputs and rank {r} has U [{n}, {r}] and "
+                f"{path} holds {shown(shapes)}, where a basis of {n} inputs and rank {r} has U [{n}, {r}] and "
                 f"S [{r}] in float32; run phase 1 again"
             )
         if of_file.get("bytes", path.stat().st_size) != path.stat().st_size:
@@ -116,10 +116,9 @@ class BasisStore:
             json.dumps(values, sort_keys=True), {file: whole_part(self.directory / file) for file in self.metadata.bases}
         )
 
-    def fingerprint(self, remember: bool = True) -> str:
-        """64 hex digits over ``contents``; ``remember`` False reads every byte now."""
-        contents = self.contents()
-        return contents.fingerprint(contents.digests(remember))
+    def fingerprint(self) -> str:
+        """64 hex digits over ``contents``."""
+        return self.contents().fingerprint()
 
     @property
     def layers(self) -> list[TargetLayer]:

@@ -5,7 +5,6 @@ Format: https://huggingface.co/docs/safetensors/index#format (8 bytes of header 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -16,6 +15,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from warp_ds.errors import CheckpointError, PickledCheckpoint
+from warp_ds.store.files import parse_json
 
 DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
@@ -38,14 +40,6 @@ READ_AHEAD_BYTES = 2 << 30
 """What a rank lets the system read before it is asked for: more could push out what was read ahead first."""
 ADVICE_BYTES = 128 << 10
 """Of one call: Linux reads no more than the disk's own read-ahead (128 KB by default), and drops the rest unsaid."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint file is missing, damaged, not what its header says, or not the only one that could be meant."""
-
-
-class PickledCheckpoint(CheckpointError):
-    """The weights are pickled (pytorch_model.bin), not safetensors."""
 
 
 @dataclass(frozen=True)
@@ -135,27 +129,27 @@ def resolve_checkpoint(directory: str | os.PathLike) -> dict[str, TensorLocation
         CheckpointError: it is an adapter, has one beside it, names its files in the configuration, has no weights, has two
             sets of them, an index that contradicts its files, a tensor twice, or a damaged file.
     """
-    found: dict[str, TensorLocation] = {}
+    tensors: dict[str, TensorLocation] = {}
     for path in checkpoint_files(directory):
         for name, location in read_header(path).items():
-            if name in found:
+            if name in tensors:
                 raise CheckpointError(
-                    f"{directory}: {name} is stored twice, in {os.path.basename(found[name].path)} and in "
+                    f"{directory}: {name} is stored twice, in {os.path.basename(tensors[name].path)} and in "
                     f"{path.name}, so which one counts depends on the reader: save the model again"
                 )
-            found[name] = location
+            tensors[name] = location
     for name, file in _weight_map(Path(directory)).items():
-        if name not in found or os.path.basename(found[name].path) != file:
+        if name not in tensors or os.path.basename(tensors[name].path) != file:
             where = (
-                f"which holds no such tensor (it is in {os.path.basename(found[name].path)})"
-                if name in found
+                f"which holds no such tensor (it is in {os.path.basename(tensors[name].path)})"
+                if name in tensors
                 else ("which holds no such tensor")
             )
             raise CheckpointError(
                 f"{directory}/{INDEX} puts {name} into {file}, {where}: index and files are not of one "
                 "model; download or save it again"
             )
-    return found
+    return tensors
 
 
 def checkpoint_files(directory: str | os.PathLike) -> list[Path]:
@@ -263,24 +257,13 @@ def _what_is_there(directory: Path) -> str:
 
 def _json_object(text: bytes, path: str | os.PathLike) -> dict[str, Any]:
     """A JSON object of which no name stands twice: readers differ in which one they take."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{os.fspath(path)}: {twice} stands there twice: save the model again")
-        return found
-
     try:
-        found = json.loads(text, object_pairs_hook=once)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number of thousands of digits
+        value = parse_json(text)
+    except ValueError as error:  # no UTF-8, no JSON, a name twice, or a number of thousands of digits
         raise CheckpointError(f"{os.fspath(path)} is not JSON ({error}): download or save the model again") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise CheckpointError(f"{os.fspath(path)} holds no JSON object: download or save the model again")
-    return found
+    return value
 
 
 class ReadAhead:

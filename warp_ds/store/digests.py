@@ -13,13 +13,15 @@ import os
 import stat
 import threading
 import time
-import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from warp_ds.store.files import read_json, write_text
 
 BLOCK = 8 << 20
 """Bytes that a thread holds."""
@@ -40,8 +42,8 @@ class FileState:
 
     @staticmethod
     def of(path: str | os.PathLike) -> FileState:
-        found = os.stat(path)
-        return FileState(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        status = os.stat(path)
+        return FileState(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     @property
     def settled(self) -> bool:
@@ -72,57 +74,80 @@ class Digest:
     """Bits that are set after them."""
 
 
-_known: dict[tuple[Part, FileState], Digest] = {}
+class _Memory:
+    """What is known of parts of files in these states."""
+
+    def __init__(self, lasts: bool) -> None:
+        self.known: dict[tuple[Part, FileState], Digest] = {}
+        self.lasts = lasts
+        """Whether it outlives its use, so that a file must have settled to be in it."""
+
+
+_memory = _Memory(lasts=True)
 _lock = threading.Lock()
+
+
+@contextmanager
+def afresh() -> Iterator[None]:
+    """Inside, nothing counts that was found out before: every byte is read now, once, and forgotten at the end."""
+    global _memory
+    outer, _memory = _memory, _Memory(lasts=False)
+    try:
+        yield
+    finally:
+        _memory = outer
 
 
 def whole_file(path: str | os.PathLike) -> Part:
     return Part(os.fspath(path), 0, os.stat(path).st_size)
 
 
-def is_regular(path: str | os.PathLike) -> bool:
-    """Whether reading it comes to an end: no FIFO, device or directory. Symlinks are followed."""
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except (OSError, ValueError):
-        return False
-
-
-def digest_parts(parts: Sequence[Part], remember: bool = True) -> list[Digest]:
-    """The digest of each part, in order. ``remember`` False reads every byte now, whatever is known. Raises OSError."""
+def digest_parts(parts: Sequence[Part]) -> list[Digest]:
+    """The digest of each part, in order, from memory where it is known. Raises OSError."""
     states = {path: FileState.of(path) for path in {part.path for part in parts}}
-    found = recall(parts, states) if remember else {}
-    fresh = read([part for part in parts if part not in found])
-    if remember and fresh:
+    digests = recall(parts, states)
+    fresh = read([part for part in parts if part not in digests])
+    if fresh:
         learn(fresh, states)
         store(fresh, states)
-    found.update(fresh)
-    return [found[part] for part in parts]
+    digests.update(fresh)
+    return [digests[part] for part in parts]
 
 
 def recall(parts: Iterable[Part], states: dict[str, FileState]) -> dict[Part, Digest]:
     """What is known of parts of files in these states, here or from an earlier process of this user."""
-    parts = list(parts)
-    _recall({part.path: states[part.path] for part in parts if (part, states[part.path]) not in _known})
-    return {part: _known[part, states[part.path]] for part in parts if (part, states[part.path]) in _known}
+    parts, known = list(parts), _memory.known
+    _recall({part.path: states[part.path] for part in parts if (part, states[part.path]) not in known})
+    return {part: known[part, states[part.path]] for part in parts if (part, states[part.path]) in known}
 
 
 def read(parts: Iterable[Part]) -> dict[Part, Digest]:
-    """Reads every byte of each part, the longest first, a thread a core. Raises OSError."""
-    left = sorted(set(parts), key=lambda part: -part.nbytes)
-    if not left:
+    """Reads every byte of each part, the longest first, a thread a core; parts of one that begins its file are digested in
+    the same pass as that one. Raises OSError."""
+    within: dict[Part, list[Part]] = {}
+    first: dict[str, Part] = {}
+    for part in sorted(set(parts), key=lambda part: (-part.nbytes, -part.row_bytes)):
+        outer = first.get(part.path)
+        if outer and not part.row_bytes and part.begin + part.nbytes <= outer.nbytes:
+            within[outer].append(part)
+        else:
+            within[part] = []
+            if part.begin == 0:
+                first.setdefault(part.path, part)
+    if not within:
         return {}
-    with ThreadPoolExecutor(min(THREADS, len(left), len(os.sched_getaffinity(0)) or 1)) as pool:
-        return dict(zip(left, pool.map(_digest, left), strict=True))
+    with ThreadPoolExecutor(min(THREADS, len(within), len(os.sched_getaffinity(0)) or 1)) as pool:
+        passes = pool.map(_digest, within, within.values())
+        return {part: digest for of_pass in passes for part, digest in of_pass.items()}
 
 
-def learn(found: dict[Part, Digest], states: dict[str, FileState]) -> None:
+def learn(digests: dict[Part, Digest], states: dict[str, FileState]) -> None:
     """Remembers digests of files that were in these states, where they still are, and have settled."""
-    for part, digest in found.items():
+    for part, digest in digests.items():
         state = states.get(part.path)
-        if state is not None and state.settled and state == _state_or_none(part.path):
+        if state is not None and (state.settled or not _memory.lasts) and state == _state_or_none(part.path):
             with _lock:
-                _known[part, state] = digest
+                _memory.known[part, state] = digest
 
 
 def combine(text: str, digests: Iterable[tuple[str, str]]) -> str:
@@ -133,14 +158,24 @@ def combine(text: str, digests: Iterable[tuple[str, str]]) -> str:
     return total.hexdigest()
 
 
-def _digest(part: Part) -> Digest:
+def _digest(part: Part, within: Sequence[Part] = ()) -> dict[Part, Digest]:
+    """Of ``part``, and of those ``within`` it, in one pass."""
     total, bits, beyond = hashlib.sha256(), 0, 0
+    inner = {each: hashlib.sha256() for each in within}
+
+    def update(data: memoryview | bytes, at: int) -> None:
+        total.update(data)
+        for each, digest in inner.items():
+            first, last = max(each.begin - at, 0), min(each.begin + each.nbytes - at, len(data))
+            if first < last:
+                digest.update(data[first:last])
+
     with open(part.path, "rb", buffering=0) as file:
         file.seek(part.begin)
         left = part.nbytes
         if part.row_bytes:
             head = file.read(part.rows_at - part.begin)
-            total.update(head)
+            update(head, part.begin)
             left -= len(head)
         # Whole rows at a time, so that the last byte of each is where it is looked for.
         size = max(1, BLOCK // part.row_bytes) * part.row_bytes if part.row_bytes else BLOCK
@@ -149,12 +184,12 @@ def _digest(part: Part) -> Digest:
             filled = _fill(file, buffer[: min(left, len(buffer))])
             if not filled:
                 raise OSError(f"{part.path} ended early: it changed while it was read")
-            total.update(buffer[:filled])
+            update(buffer[:filled], part.begin + part.nbytes - left)
             left -= filled
             if part.row_bytes:
                 set_bits, after = _count(np.frombuffer(buffer[:filled], np.uint8), part)
                 bits, beyond = bits + set_bits, beyond + after
-    return Digest(total.hexdigest(), bits, beyond)
+    return {part: Digest(total.hexdigest(), bits, beyond), **{each: Digest(d.hexdigest()) for each, d in inner.items()}}
 
 
 def _fill(file: object, buffer: memoryview) -> int:
@@ -199,29 +234,35 @@ def _state_or_none(path: str) -> FileState | None:
 
 def _recall(states: dict[str, FileState]) -> None:
     """Takes over what an earlier process of this user found out about files that have not changed since."""
+    if not _memory.lasts:
+        return
     for path, state in states.items():
         try:
             entry = _entry(path)
-            found = os.lstat(entry)
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o600:
+            status = os.lstat(entry)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) != 0o600:
                 continue
             if not state.settled:
                 continue
-            saved = json.loads(entry.read_text())
+            saved = read_json(entry)
             if saved["state"] != vars(state) | {"path": os.path.realpath(path)}:
                 continue
             with _lock:
                 for values, digest in saved["parts"]:
-                    _known[Part(path, *map(int, values)), state] = Digest(str(digest[0]), int(digest[1]), int(digest[2]))
+                    _memory.known[Part(path, *map(int, values)), state] = Digest(str(digest[0]), int(digest[1]), int(digest[2]))
         except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, RecursionError):
             continue  # no cache, or one that is not ours: the file is read
 
 
-def store(found: dict[Part, Digest], states: dict[str, FileState]) -> None:
+def store(fresh: dict[Part, Digest], states: dict[str, FileState]) -> None:
     """Leaves what was found of settled files to the user's next process; a cache that cannot be written is no loss."""
-    for path in {part.path for part in found}:
+    if not _memory.lasts:
+        return
+    for path in {part.path for part in fresh}:
         state = states[path]
-        known_parts = [(part, digest) for (part, of), digest in list(_known.items()) if part.path == path and of == state]
+        known_parts = [
+            (part, digest) for (part, of), digest in list(_memory.known.items()) if part.path == path and of == state
+        ]
         if not known_parts:
             continue
         text = json.dumps(
@@ -236,13 +277,6 @@ def store(found: dict[Part, Digest], states: dict[str, FileState]) -> None:
         try:
             entry = _entry(path)
             entry.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            aside = entry.with_name(f".{entry.name}.{uuid.uuid4().hex[:8]}.tmp")
-            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                with os.fdopen(descriptor, "w") as file:
-                    file.write(text)
-                os.replace(aside, entry)
-            finally:
-                aside.unlink(missing_ok=True)
+            write_text(entry, text, private=True)
         except (OSError, RuntimeError):
             return

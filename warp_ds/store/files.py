@@ -6,42 +6,61 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from warp_ds.errors import ArtifactError
 from warp_ds.secrets import redact
 from warp_ds.store.held import check_there
 
-# ---------------------------------------------------------------- files
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yields another name beside ``path``: what is made under it (a file, a link, a directory of files written like this)
+    then takes its place, whole, or not at all."""
+    check_there(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.warp_ds.tmp")
+    try:
+        yield aside
+        if aside.is_file() and not aside.is_symlink():
+            with open(aside, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, private: bool = False) -> None:
     """Writes ``value`` as indented JSON, whole or not at all; ``private``: for its owner's eyes alone, without secrets."""
-    text = json.dumps(redact(value) if private else value, indent=2) + "\n"
+    write_text(path, json.dumps(redact(value) if private else value, indent=2) + "\n", private)
 
-    def write(aside: Path) -> None:
+
+def write_text(path: Path, text: str, private: bool = False) -> None:
+    """Writes a UTF-8 text file, whole or not at all; ``private``: for its owner's eyes alone."""
+    with written_aside(path) as aside:
         aside.touch(mode=0o600 if private else 0o666)
-        aside.write_text(text)
-
-    _write_aside(path, write)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file, whole or not at all."""
-    _write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        aside.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file  # with torch, which who reads JSON need not wait for
+
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    _write_aside(path, lambda aside: save_file(contiguous, str(aside), metadata=dict(metadata or {})))
+    with written_aside(path) as aside:
+        save_file(contiguous, str(aside), metadata=dict(metadata or {}))
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -70,7 +89,7 @@ def is_aside(name: str) -> bool:
     return _ASIDE.fullmatch(name) is not None
 
 
-#: What ``_write_aside`` calls the files it writes, and nobody else.
+#: What ``written_aside`` calls the files it writes, and nobody else.
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{8}\.warp_ds\.tmp", re.DOTALL)
 
 
@@ -88,43 +107,34 @@ def append_line(path: Path, line: str, private: bool = False) -> None:
         file.write(f"{line}\n")
 
 
-def _write_aside(path: Path, write: Any) -> None:
-    check_there(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.warp_ds.tmp")
-    try:
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> Any:
-    """Raises ArtifactError where the file is missing, no file (a pipe, a directory) or no JSON."""
-    try:
-        return json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
-
-
-def read_strict_json(path: Path) -> Any:
-    """``read_json`` without what JSON does not have (NaN, Infinity) and without a name that stands twice in one object."""
+def read_json(path: Path, finite: bool = False) -> Any:
+    """Raises ArtifactError where the file is missing, no file (a pipe, a directory) or no JSON (``parse_json``); ``finite``:
+    with NaN and Infinity, which JSON does not have."""
 
     def no_constant(name: str) -> Any:
         raise ValueError(f"{name} is no JSON")
 
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError(f"a name stands twice among {sorted(found)[:5]}")
-        return found
+    try:
+        return parse_json(read_text(path), **({"parse_constant": no_constant} if finite else {}))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
+    """JSON in which no name stands twice in one object (readers differ in which one they take): else ValueError."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {twice!r} stands twice in one object")
+        return value
 
     try:
-        return json.loads(read_text(path), parse_constant=no_constant, object_pairs_hook=no_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
+        return json.loads(text, object_pairs_hook=once, **hooks)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 LONGEST_TEXT = 1 << 30
@@ -145,7 +155,7 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of one JSON object a line. ArtifactError where it cannot be read."""
-    found = []
+    objects = []
     try:
         lines = read_text(path, errors="replace").split("\n")
     except OSError as error:
@@ -156,5 +166,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue  # empty, or being written when the run was looked at or died
         if isinstance(value, dict):
-            found.append(value)
-    return found
+            objects.append(value)
+    return objects

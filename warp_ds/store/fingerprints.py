@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warp_ds.errors import ArtifactError
-from warp_ds.store.checkpoint_index import CheckpointError, PickledCheckpoint, TensorLocation, read_header, resolve_checkpoint
-from warp_ds.store.digests import Digest, Part, combine, digest_parts, is_regular, whole_file
+from warp_ds.errors import ArtifactError, CheckpointError, PickledCheckpoint
+from warp_ds.store.checkpoint_index import TensorLocation, read_header, resolve_checkpoint
+from warp_ds.store.digests import Digest, Part, combine, digest_parts, whole_file
 from warp_ds.store.files import read_json
 
 SHOWN = 16
@@ -32,26 +33,26 @@ class Contents:
     text: str
     parts: dict[str, Part]
 
-    def digests(self, remember: bool = True) -> list[Digest]:
-        """Of ``parts``, in order. ``remember`` False reads every byte now. Raises ArtifactError."""
+    def digests(self) -> list[Digest]:
+        """Of ``parts``, in order. Raises ArtifactError."""
         try:
-            return digest_parts(list(self.parts.values()), remember)
+            return digest_parts(list(self.parts.values()))
         except OSError as error:
             raise ArtifactError(f"{error}: it was removed or changed while it was read; try again") from error
 
-    def fingerprint(self, digests: Iterable[Digest]) -> str:
-        """64 hex digits from ``text`` and the digests of ``parts``."""
-        return combine(self.text, ((name, digest.sha256) for name, digest in zip(self.parts, digests, strict=True)))
+    def fingerprint(self, digests: Sequence[Digest] | None = None) -> str:
+        """64 hex digits from ``text`` and ``digests``, those of ``parts``. Raises ArtifactError."""
+        named = zip(self.parts, self.digests() if digests is None else digests, strict=True)
+        return combine(self.text, ((name, digest.sha256) for name, digest in named))
 
 
-def fingerprint_model(directory: Path, remember: bool = True) -> str:
+def fingerprint_model(directory: Path) -> str:
     """Fingerprint of a model: every byte of its tensors by name, dtype and shape, and its config.json.
 
     The same whatever the directory is called, however the tensors are spread over files, and whatever VOLATILE keys say.
     Pickled weights (*.bin) count as whole files. Raises ArtifactError.
     """
-    contents = model_contents(directory)
-    return contents.fingerprint(contents.digests(remember))
+    return model_contents(directory).fingerprint()
 
 
 def model_contents(directory: Path) -> Contents:
@@ -66,8 +67,6 @@ def model_contents(directory: Path) -> Contents:
         }
     except PickledCheckpoint:
         parts = {path.name: whole_part(path) for path in sorted(directory.glob("*.bin"))}
-    except CheckpointError as error:
-        raise ArtifactError(str(error)) from error
     kept = {key: value for key, value in config.items() if key not in VOLATILE}
     return Contents(json.dumps(kept, sort_keys=True), parts)
 
@@ -75,7 +74,7 @@ def model_contents(directory: Path) -> Contents:
 def header_of(path: Path) -> dict[str, TensorLocation]:
     """The tensors of a safetensors file by name; no tensor is read. ArtifactError where it is missing or broken."""
     try:
-        if not is_regular(path):
+        if not os.path.isfile(path):
             raise CheckpointError(f"{path} is missing, or no regular file")
         return read_header(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -85,7 +84,7 @@ def header_of(path: Path) -> dict[str, TensorLocation]:
 
 
 def whole_part(path: Path) -> Part:
-    if not is_regular(path):
+    if not os.path.isfile(path):
         raise ArtifactError(f"{path} cannot be read: it is missing, or no regular file; run the phase that wrote it again")
     return whole_file(path)
 

@@ -19,8 +19,8 @@ def held(directory: Path) -> Iterator[None]:
     outer = _held.get(path)
     # Open, so that its number is not given to the next directory that is made.
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    found = os.fstat(descriptor)
-    _held[path] = found.st_dev, found.st_ino
+    status = os.fstat(descriptor)
+    _held[path] = status.st_dev, status.st_ino
     try:
         yield
     finally:
@@ -36,10 +36,10 @@ def check_there(path: Path) -> None:
     for directory, identity in tuple(_held.items()):
         if absolute.is_relative_to(directory):
             try:
-                found = directory.stat()
+                status = directory.stat()
             except (FileNotFoundError, NotADirectoryError):
                 raise DirectoryGoneError(_gone(directory, "was removed or unmounted")) from None
-            if (found.st_dev, found.st_ino) != identity:
+            if (status.st_dev, status.st_ino) != identity:
                 raise DirectoryGoneError(_gone(directory, "was replaced by another directory"))
 
 

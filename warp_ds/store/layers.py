@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """A linear layer y = W x that is rotated."""
+    """A linear layer y = W x that is rotated: where it lies in the model, and nothing of how it is held.
+
+    W is a whole parameter of the model. Rows of a fused projection, or one expert of a stacked parameter, would be named here.
+    """
 
     name: str
     """Module name in the model, such as model.layers.0.mlp.down_proj."""
@@ -19,6 +22,16 @@ class TargetLayer:
     """Outputs: rows of W."""
     n: int
     """Inputs: columns of W."""
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter W [m, n] that it lies in."""
+        return f"{self.name}.weight"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)"""
+        return self.m, self.n
 
     @property
     def stem(self) -> str:

@@ -142,8 +142,8 @@ class RunLock:
 
     def _owner(self) -> dict[str, Any] | None:
         try:
-            found = read_json(self.owner_file)
-            return found if is_owner(found) else None  # written whole, by this program alone
+            owner = read_json(self.owner_file)
+            return owner if is_owner(owner) else None  # written whole, by this program alone
         except ArtifactError:
             return None
 

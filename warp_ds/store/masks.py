@@ -13,7 +13,7 @@ from warp_ds.errors import ArtifactError
 from warp_ds.method.mask import frozen_count
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.digests import Part
-from warp_ds.store.files import read_strict_json, write_tensors
+from warp_ds.store.files import read_json, write_tensors
 from warp_ds.store.fingerprints import SHOWN, Contents, header_of, whole_part
 from warp_ds.store.layers import TargetLayer
 from warp_ds.store.metadata import (
@@ -63,24 +63,24 @@ class MaskStore:
         path = self.directory / self.SCORES
         if not path.is_file():
             return None
-        found = read_strict_json(path)
+        scores = read_json(path, finite=True)
         try:
-            check_fields(found, Scores)
-            if found["layers"].keys() != self.metadata.layers.keys() or found["bins_per_decade"] < 1:
+            check_fields(scores, Scores)
+            if scores["layers"].keys() != self.metadata.layers.keys() or scores["bins_per_decade"] < 1:
                 raise SchemaError("it is of other layers than the masks")
         except SchemaError as error:
             raise ArtifactError(f"{path}: {error}; run phase 2 again, or remove it") from error
-        return found
+        return scores
 
     def contents(self) -> Contents:
         """What ``fingerprint`` covers: every byte of the masks, of the metadata and of the scores that lie beside them."""
         parts = {}
         for name, entry in self.metadata.layers.items():
             path, (m, n) = self.directory / entry["file"], entry["shape"]
-            found = shapes_in(path)
-            if found != {"frozen": (torch.uint8, (m, (n + 7) // 8))}:
+            shapes = shapes_in(path)
+            if shapes != {"frozen": (torch.uint8, (m, (n + 7) // 8))}:
                 raise ArtifactError(
-                    f"{path} holds {shown(found)}, where a mask of {m} x {n} has frozen [{m}, {(n + 7) // 8}] "
+                    f"{path} holds {shown(shapes)}, where a mask of {m} x {n} has frozen [{m}, {(n + 7) // 8}] "
                     "in uint8; run phase 2 again"
                 )
             check_layer_in_header(path, MASKS_FORMAT, name, "phase 2")
@@ -89,13 +89,10 @@ class MaskStore:
             parts[self.SCORES] = whole_part(self.directory / self.SCORES)
         return Contents(json.dumps(metadata_dict(self.metadata), sort_keys=True), parts)
 
-    def fingerprint(self, remember: bool = True) -> str:
-        """64 hex digits over ``contents``; ``remember`` False reads every byte now.
-
-        ArtifactError where the masks hold other bits than the metadata promise.
-        """
+    def fingerprint(self) -> str:
+        """64 hex digits over ``contents``. ArtifactError where the masks hold other bits than the metadata promise."""
         contents = self.contents()
-        digests = contents.digests(remember)
+        digests = contents.digests()
         for entry, digest in zip(self.metadata.layers.values(), digests, strict=False):
             path = self.directory / entry["file"]
             if digest.bits != entry["frozen"]:
@@ -136,10 +133,10 @@ class MaskStore:
         beside = self.directory.resolve().parent.parent / recorded.parent.name / "basis"
         return [recorded] if recorded == beside else [recorded, beside]
 
-    def check(self, basis: BasisStore | None, model_fingerprint: str | None, model_name: str, remember: bool = True) -> None:
+    def check(self, basis: BasisStore | None, model_fingerprint: str | None, model_name: str) -> None:
         """ArtifactError naming both sides where the masks belong to another model or basis, or are not what they promise."""
         check_model(self.directory, self.metadata, model_fingerprint, model_name, "masks", "phase 2")
-        self.fingerprint(remember)
+        self.fingerprint()
         if basis is None:
             if self.metadata.basis != "identity":
                 raise ArtifactError(
@@ -147,11 +144,11 @@ class MaskStore:
                     f"{self.metadata.basis_dir}, which was not given; use --basis_dir"
                 )
             return
-        found = basis.fingerprint(remember)
-        if self.metadata.basis_fingerprint != found:
+        fingerprint = basis.fingerprint()
+        if self.metadata.basis_fingerprint != fingerprint:
             raise ArtifactError(
                 f"the masks in {self.directory} were made with the basis {str(self.metadata.basis_fingerprint)[:SHOWN]} (in "
-                f"{self.metadata.basis_dir}), but {basis.directory} holds {found[:SHOWN]}: give the basis they "
+                f"{self.metadata.basis_dir}), but {basis.directory} holds {fingerprint[:SHOWN]}: give the basis they "
                 "belong to with --basis_dir, or run phase 2 again"
             )
         basis.check(self.layers, None, model_name)
@@ -221,7 +218,7 @@ def _check_group(meta: MasksMetadata, group: list[str], whole: bool) -> None:
             f"{where} wants {meta.layers[group[0]]['wanted']} coefficients, but keep_ratio {meta.keep_ratio} "
             f"makes {wanted * per_unit[group[0]]}"
         )
-    # An entry of score 0 is never frozen (section 2.5 of the method), and phase 2 notes where that makes fewer.
+    # An entry of score 0 is never frozen, and phase 2 notes where that makes fewer.
     said = any(f"only {got} of {wanted} wanted {meta.unit} units are frozen" in note for note in meta.notes)
     if got > wanted or (got < wanted and not said):
         raise SchemaError(f"{where}: {got} {meta.unit} units are frozen, but keep_ratio {meta.keep_ratio} promises {wanted}")

@@ -1,11 +1,12 @@
-"""The files that phases hand to one another, and the run directories they lie in (section 5 of the design).
+"""metadata.json of a basis and of masks: its fields, and what must hold of them.
 
-Every file appears under its final name only when whole: written aside, fsynced, renamed. Nothing is unpickled.
+Nothing is unpickled; a file that was edited or belongs to something else is refused with the cure.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,8 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from warp_ds.errors import ArtifactError
-from warp_ds.store.digests import is_regular
-from warp_ds.store.files import read_strict_json
+from warp_ds.store.files import read_json
 from warp_ds.store.fingerprints import SHOWN, header_of
 from warp_ds.store.layers import TargetLayer
 from warp_ds.store.schema import SchemaError, check_fields
@@ -116,7 +116,7 @@ def layers_of(entries: Mapping[str, Mapping[str, Any]]) -> list[TargetLayer]:
 
 def layer_entry(layer: TargetLayer, file: str, **more: Any) -> Any:
     """A layer's entry in either metadata file."""
-    return {"layer": layer.layer, "type": layer.type, "shape": [layer.m, layer.n], "file": file, **more}
+    return {"layer": layer.layer, "type": layer.type, "shape": list(layer.shape), "file": file, **more}
 
 
 def metadata_dict(metadata: BasisMetadata | MasksMetadata) -> dict[str, Any]:
@@ -143,11 +143,11 @@ def shapes_in(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in header_of(path).items()}
 
 
-def shown(found: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
+def shown(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
     return (
         ", ".join(
             f"{ascii(name)[1:-1][:40]} {list(shape)} in {str(dtype).removeprefix('torch.')}"
-            for name, (dtype, shape) in list(found.items())[:5]
+            for name, (dtype, shape) in list(tensors.items())[:5]
         )
         or "no tensor"
     )
@@ -176,7 +176,7 @@ def read_metadata(directory: Path, declared: Any, expected: str, kind: str, phas
             f"no {kind} in {directory} (no metadata.json there): run {phase} first, or give its "
             f"directory with --{'basis' if kind == 'basis' else 'masks'}_dir"
         )
-    values = read_strict_json(path)
+    values = read_json(path, finite=True)
     marks = (values.get("format"), values.get("version")) if isinstance(values, dict) else (type(values).__name__, None)
     if marks == (expected, 1) and marks[1] is not True:
         raise ArtifactError(
@@ -199,7 +199,7 @@ def read_metadata(directory: Path, declared: Any, expected: str, kind: str, phas
 
 def open_tensors(path: Path) -> Any:
     try:
-        if not is_regular(path):
+        if not os.path.isfile(path):
             raise OSError("it is missing, or no regular file")
         return safe_open(str(path), framework="pt")
     except (OSError, SafetensorError) as error:
@@ -231,10 +231,10 @@ def check_layers(
                 f"the {kind} in {directory} has no layer {layer.name}: it was made for "
                 f"{summary(entries)}; run {phase} with the layers wanted now"
             )
-        if list(entry["shape"]) != [layer.m, layer.n]:
+        if list(entry["shape"]) != list(layer.shape):
             raise ArtifactError(
                 f"the {kind} in {directory} has {layer.name} as {entry['shape']}, but {model_name} has "
-                f"{[layer.m, layer.n]}: it belongs to another model"
+                f"{list(layer.shape)}: it belongs to another model"
             )
 
 

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 def newest(output_dir: str | Path, phase: str) -> Path | None:
     """The newest finished run of ``phase`` ('phase1') under ``output_dir``: itself, not the link that follows runs."""
-    found = (p.parent for p in Path(output_dir).glob("*/finished.json") if not p.parent.is_symlink())
-    finished = [run for run in found if phase_of(run) == phase]
+    finished_runs = (p.parent for p in Path(output_dir).glob("*/finished.json") if not p.parent.is_symlink())
+    finished = [run for run in finished_runs if phase_of(run) == phase]
     return next(iter(newest_first(finished, "finished.json", "finished_at")), None)
 
 
@@ -51,7 +51,7 @@ def newest_first(runs: Iterable[Path], file: str, key: str) -> list[Path]:
         try:
             recorded = datetime.fromisoformat(read_json(run / file)[key]).astimezone()
             known = recorded <= latest
-        except (ArtifactError, ValueError, TypeError, KeyError, IndexError, OverflowError, OSError):
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError, OSError):
             known = False
         return known, recorded.timestamp() if known else 0.0, run.name
 
@@ -72,7 +72,7 @@ def is_run(directory: Path) -> bool:
 def run_config(run: Path) -> dict[str, Any]:
     """A run's config.json; empty where ``run`` is no run's directory, or is another user's, which is said."""
     try:
-        found = read_json(run / "config.json")
+        config = read_json(run / "config.json")
     except ArtifactError as error:
         if isinstance(error.__cause__, PermissionError):
             logger.warning(
@@ -81,7 +81,7 @@ def run_config(run: Path) -> dict[str, Any]:
                 run,
             )
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def find_artifact(given: str | None, kind: str, output_dir: str | Path) -> Path:

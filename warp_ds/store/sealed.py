@@ -20,7 +20,7 @@ def contents(directory: Path, but: str) -> dict[str, list[Any]]:
 
     Raises OSError where something else than files and directories lies there.
     """
-    found = {}
+    files = {}
     for path in sorted(directory.rglob("*")):
         name, status = path.relative_to(directory).as_posix(), path.lstat()
         if stat.S_ISDIR(status.st_mode) or name == but or path.name.startswith(".nfs"):  # removed on NFS while open
@@ -28,8 +28,8 @@ def contents(directory: Path, but: str) -> dict[str, list[Any]]:
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path} is neither a file nor a directory")
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if status.st_size <= SMALL else None
-        found[name] = [status.st_size, digest]
-    return found
+        files[name] = [status.st_size, digest]
+    return files
 
 
 def difference(directory: Path, but: str, sealed: Any, added: bool = True) -> str:

@@ -47,8 +47,8 @@ def check_written(run: Path) -> None:
     if odd := odd_file(run):
         raise ArtifactError(f"{odd}, and {run} is no run to go on with: remove it, or use another --run_name")
     if (run / "finished.json").is_file():
-        found = read_json(run / "finished.json")
-        problem = _problem(found, FINISHED, {}) if isinstance(found, dict) else "it is no object"
+        finished = read_json(run / "finished.json")
+        problem = _problem(finished, FINISHED, {}) if isinstance(finished, dict) else "it is no object"
         if problem:
             raise ArtifactError(
                 f"{run / 'finished.json'} is not what this program writes ({problem}): remove it, and the same "
@@ -56,16 +56,16 @@ def check_written(run: Path) -> None:
             )
 
 
-def is_owner(found: Any) -> bool:
+def is_owner(value: Any) -> bool:
     """Whether that is what a lock's owner.json holds."""
-    return isinstance(found, dict) and not _problem(found, OWNER, {})
+    return isinstance(value, dict) and not _problem(value, OWNER, {})
 
 
-def _problem(found: dict[str, Any], required: dict[str, Any], optional: dict[str, Any]) -> str:
+def _problem(values: dict[str, Any], required: dict[str, Any], optional: dict[str, Any]) -> str:
     try:
         for name, kind in {**required, **optional}.items():
-            if name in found:
-                check_type(found[name], kind, name)
+            if name in values:
+                check_type(values[name], kind, name)
             elif name in required:
                 return f"{name} is missing"
     except SchemaError as error:

@@ -104,27 +104,27 @@ class Traffic:
     bytes: int = 0
 
 
-def deliver(found: LayerInput, owner: int, dtype: torch.dtype, traffic: Traffic) -> tuple[int, Delivered | None]:
+def deliver(shared: LayerInput, owner: int, dtype: torch.dtype, traffic: Traffic) -> tuple[int, Delivered | None]:
     """(tokens of all ranks, the whole input on ``owner`` and None elsewhere); every rank calls it. Frees its part."""
-    counts = all_gather_object(found.tokens)
-    n = found.layers[0].n
+    counts = all_gather_object(shared.tokens)
+    n = shared.layers[0].n
     mine = owner == rank()
     x = sigma = None
-    if found.covariance is not None:
-        total, found.covariance = found.covariance, None
+    if shared.covariance is not None:
+        total, shared.covariance = shared.covariance, None
         total.flush()
         if world_size() > 1:
             _reduce(total, owner, traffic)
         sigma = total.result(sum(counts)) if mine else None
     else:
-        local = torch.cat(found.pieces) if found.pieces else torch.empty(0, n, dtype=dtype)
-        found.pieces.clear()
+        local = torch.cat(shared.pieces) if shared.pieces else torch.empty(0, n, dtype=dtype)
+        shared.pieces.clear()
         x = _send(local, counts, owner, traffic)
-        if x is not None and found.route == SEND:
+        if x is not None and shared.route == SEND:
             total = Covariance(n, x.device)
             total.add(x)
             x, sigma = None, total.result()
-    return sum(counts), Delivered(found.layers, sum(counts), x, sigma) if mine else None
+    return sum(counts), Delivered(shared.layers, sum(counts), x, sigma) if mine else None
 
 
 def _reduce(total: Covariance, owner: int, traffic: Traffic) -> None:
@@ -275,14 +275,14 @@ class InputHooks:
 
     def failure(self) -> tuple[int, str, int] | None:
         """(block, layer name, sample) of the first input since the last call that was not finite."""
-        found: list[tuple[int, str, int]] = []
+        failures: list[tuple[int, str, int]] = []
         for layer, batch, sums in self._sums:
             bad = ~torch.isfinite(sums)
             if bool(bad.any()):
                 samples = [s for s, b in zip(batch.samples, bad.tolist(), strict=True) if b and s != EMPTY]
-                found += [(layer.layer, layer.name, sample) for sample in samples]
+                failures += [(layer.layer, layer.name, sample) for sample in samples]
         self._sums.clear()
-        return min(found, default=None)
+        return min(failures, default=None)
 
     def distinct(self) -> list[LayerInput]:
         """The different inputs, in the order in which they were met."""
@@ -295,9 +295,9 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 def stop_together(failure: tuple[int, str, int] | None, what: str) -> None:
     """NotFinite on every rank where any rank has found one: (block, layer name, sample), the lowest block's first."""
-    found = [f for f in all_gather_object(failure) if f is not None]
-    if found:
-        _, name, sample = min(found)
+    failures = [f for f in all_gather_object(failure) if f is not None]
+    if failures:
+        _, name, sample = min(failures)
         raise NotFinite(f"{what} of {name} are NaN or infinite in sample {sample} of the safety set; {REMEDY}")
 
 

@@ -269,14 +269,14 @@ def refuse_pickles(directory: Path) -> None:
 
 
 def _refusal(path: Any, what: str) -> str:
-    found = what
+    refused = what
     try:
         with torch.serialization.safe_globals(checkpoint_classes()), safe_globals():
-            found = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))) or what
+            refused = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))) or what
     except Exception:  # noqa: BLE001
         pass
     return (
-        f"{path} is not loaded: it holds {' '.join(found.split())[:200]}, and a checkpoint holds tensors and plain values "
+        f"{path} is not loaded: it holds {' '.join(refused.split())[:200]}, and a checkpoint holds tensors and plain values "
         "alone. Was it written by this program? Remove the checkpoint, or start anew with --resume never"
     )
 

@@ -56,13 +56,13 @@ class RowPartition:
     @cached_property
     def fragments(self) -> list[Fragment]:
         """This rank's parts of cut rows."""
-        found = []
+        fragments = []
         for index, row in enumerate(self.cut_rows):
             begin, end = max(row * self.n, self.start), min((row + 1) * self.n, self.stop)
             if begin < end:
                 local = slice(begin - self.start, end - self.start)
-                found.append(Fragment(index, slice(begin - row * self.n, end - row * self.n), local))
-        return found
+                fragments.append(Fragment(index, slice(begin - row * self.n, end - row * self.n), local))
+        return fragments
 
     def whole_rows(self, local: Tensor) -> Tensor:
         """View [len(rows), n] of the whole rows in the flat local piece ``local`` [length]."""

@@ -144,11 +144,11 @@ def check_layout(partitioner: Partitioner) -> None:
 
 def describe(param: Any) -> dict[str, object]:
     """What a partitioned parameter's attributes say, its values and its own id left out."""
-    found: dict[str, object] = {}
+    described: dict[str, object] = {}
     for prefix, thing in (("", param), ("ds_tensor.", param.ds_tensor)):
         for name, value in vars(thing).items():
             plain = isinstance(value, (int, float, str, Enum, torch.Size, torch.dtype, type(None)))
-            found[prefix + name] = value if plain else type(value).__name__
-        found[prefix + "data"] = (tuple(thing.shape), thing.dtype, thing.device, thing.requires_grad)
-    found.pop("ds_id", None)
-    return found
+            described[prefix + name] = value if plain else type(value).__name__
+        described[prefix + "data"] = (tuple(thing.shape), thing.dtype, thing.device, thing.requires_grad)
+    described.pop("ds_id", None)
+    return described

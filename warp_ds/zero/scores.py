@@ -55,18 +55,18 @@ class Finite:
     def failure(self) -> tuple[int, str, int] | None:
         """(order, layer name, sample) of the first that was not finite: an input of the lowest block, else a gradient
         of the highest."""
-        found: list[tuple[int, str, int]] = []
+        failures: list[tuple[int, str, int]] = []
         for layer, batch, sums in self._seen:
             bad = ~torch.isfinite(sums)
             if bool(bad.any()):
                 for kind, order in ((0, layer.layer - 10**6), (1, -layer.layer)):
-                    found += [
+                    failures += [
                         (order, layer.name, s)
                         for s, b in zip(batch.samples, bad[kind].tolist(), strict=True)
                         if b and s != EMPTY
                     ]
         self._seen.clear()
-        return min(found, default=None)
+        return min(failures, default=None)
 
 
 def gather_tokens(local: Tensor, step: Step) -> Tensor:
@@ -76,9 +76,9 @@ def gather_tokens(local: Tensor, step: Step) -> Tensor:
     most = max(step.tokens)
     padded = local.new_zeros(most, local.shape[1], device=collective_device())
     padded[: local.shape[0]] = local
-    found = [torch.empty_like(padded) for _ in step.tokens]
-    dist.all_gather(found, padded)
-    return torch.cat([t[:n] for t, n in zip(found, step.tokens, strict=True)])
+    of_ranks = [torch.empty_like(padded) for _ in step.tokens]
+    dist.all_gather(of_ranks, padded)
+    return torch.cat([t[:n] for t, n in zip(of_ranks, step.tokens, strict=True)])
 
 
 def gather_rows(local: Tensor, step: Step, rows: Rows) -> Tensor:

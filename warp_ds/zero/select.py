@@ -46,10 +46,10 @@ def choose(groups: Sequence[Sequence[Tensor]], wanted: Sequence[int]) -> list[li
     A group is a list of blocks, each this rank's rows of one layer (fp32, not negative; ranks hold ascending rows).
     Ties go by index: block, then row, then column. Scores of 0 are never taken, so a group may give fewer.
     """
-    found: list[list[Chosen]] = []
+    chosen: list[list[Chosen]] = []
     for first in range(0, len(groups), GROUPS_AT_ONCE):
-        found += _choose(groups[first : first + GROUPS_AT_ONCE], wanted[first : first + GROUPS_AT_ONCE])
-    return found
+        chosen += _choose(groups[first : first + GROUPS_AT_ONCE], wanted[first : first + GROUPS_AT_ONCE])
+    return chosen
 
 
 def _choose(groups: Sequence[Sequence[Tensor]], wanted: Sequence[int]) -> list[list[Chosen]]:
@@ -80,7 +80,7 @@ def _share_ties(groups: Sequence[Sequence[Tensor]], thresholds: list[tuple[int, 
     pairs = [(s, t, n) for blocks, (t, n) in zip(groups, thresholds, strict=True) for s in blocks]
     local = torch.tensor([int((score_bits(s) == t).sum()) if n else 0 for s, t, n in pairs], dtype=torch.int64)
     everywhere = _gathered(local)
-    found: list[list[Chosen]] = []
+    of_groups: list[list[Chosen]] = []
     position = 0
     for blocks, (threshold, left) in zip(groups, thresholds, strict=True):
         chosen = []
@@ -91,8 +91,8 @@ def _share_ties(groups: Sequence[Sequence[Tensor]], thresholds: list[tuple[int, 
             chosen.append(Chosen(threshold, max(0, min(equal, left - before)), equal, value, logs[position]))
             left = max(0, left - int(counts.sum()))
             position += 1
-        found.append(chosen)
-    return found
+        of_groups.append(chosen)
+    return of_groups
 
 
 def _zeros(blocks: Sequence[Tensor], bins: int) -> Tensor:
@@ -109,9 +109,9 @@ def _gathered(local: Tensor) -> Tensor:
     if world_size() == 1:
         return local.unsqueeze(0)
     local = local.to(collective_device())
-    found = [torch.empty_like(local) for _ in range(world_size())]
-    dist.all_gather(found, local)
-    return torch.stack(found).cpu()
+    of_ranks = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(of_ranks, local)
+    return torch.stack(of_ranks).cpu()
 
 
 def gather_packed(packed: Tensor, m: int, most: int, writer: int) -> Tensor | None:
@@ -120,6 +120,6 @@ def gather_packed(packed: Tensor, m: int, most: int, writer: int) -> Tensor | No
         return packed
     padded = packed.new_zeros(most, packed.shape[1], device=collective_device())
     padded[: packed.shape[0]] = packed
-    found = [torch.empty_like(padded) for _ in range(world_size())] if rank() == writer else None
-    dist.gather(padded, found, dst=writer)
-    return torch.cat(found)[:m].cpu() if found is not None else None
+    of_ranks = [torch.empty_like(padded) for _ in range(world_size())] if rank() == writer else None
+    dist.gather(padded, of_ranks, dst=writer)
+    return torch.cat(of_ranks)[:m].cpu() if of_ranks is not None else None

@@ -30,9 +30,9 @@ def read_together(covered: Callable[[], Iterable[Contents]], what: str) -> None:
     it is asked for it. Raises ArtifactError where a file cannot be read to its end.
     """
     parts, states = consensus.on_rank_0(lambda: _wanted(covered), what)
-    found = processes.broadcast_object(digests.recall(parts, states) if processes.rank() == 0 else {})
-    digests.learn(found, states)
-    hands = deal([part for part in parts if part not in found], processes.world_size())
+    known = processes.broadcast_object(digests.recall(parts, states) if processes.rank() == 0 else {})
+    digests.learn(known, states)
+    hands = deal([part for part in parts if part not in known], processes.world_size())
     for turn in range(max(map(len, hands))):
         fresh: dict[Part, Digest] = {}
         with consensus.on_every_rank_or_none(what):

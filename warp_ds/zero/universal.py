@@ -256,8 +256,8 @@ def _add_coefficients(source: Path, zero: Path) -> None:
 
 def _optimizer_files(source: Path) -> list[Path]:
     """One a rank, in rank order."""
-    found = list(source.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"))
-    return sorted(found, key=lambda path: int(path.name.split("zero_pp_rank_")[1].split("_")[0]))
+    files = list(source.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"))
+    return sorted(files, key=lambda path: int(path.name.split("zero_pp_rank_")[1].split("_")[0]))
 
 
 def _model_file(source: Path) -> Path:

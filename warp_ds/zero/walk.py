@@ -97,28 +97,28 @@ class BlockWalk:
 
     def embed(self, batch: Batch) -> Tensor:
         """Hidden states [B, L, h] before the first block; inside ``embedding``."""
-        found: list[Tensor] = []
+        taken: list[Tensor] = []
 
         def take(position: int, hidden: Tensor, _: Any) -> Tensor:
-            found.append(hidden)
+            taken.append(hidden)
             raise _Done
 
         self._forward(take, **batch.inputs)
-        return found[0]
+        return taken[0]
 
     def run(self, index: int, hidden: Tensor, batch: Batch) -> Tensor:
         """Hidden states after block ``index``, from those before it; inside ``block(index)``."""
-        found: list[Tensor] = []
+        taken: list[Tensor] = []
 
         def take(position: int, passing: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
             if position < index:
                 return passing
-            found.append(forward(hidden))
+            taken.append(forward(hidden))
             raise _Done
 
         # The embeddings stand for shape and dtype alone: the block is given ``hidden`` itself.
         self._forward(take, inputs_embeds=hidden.detach(), attention_mask=batch.attention_mask)
-        return found[0]
+        return taken[0]
 
     def logits(self, hidden: Tensor, batch: Batch, last: int) -> Tensor:
         """Logits [B, last, V] of the ``last`` positions, from hidden states after the last block; inside ``head``."""

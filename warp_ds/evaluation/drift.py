@@ -1,0 +1,256 @@
+"""How far the coefficients of one layer moved between two models, and how far rounding lets them (the certificate's
+mathematics).
+
+One layer is in memory at a time and no model is built. With Δ = (W_after - W_before) U, a frozen coefficient may have
+moved by what rounding W_after to its stored dtype allows and no more. With e_ik the largest rounding error of entry
+(i, k): |Δ_ij| <= Σ_k |U_kj| e_ik in the worst case, and, the errors being independent, at most SIGMAS standard
+deviations, (Σ_k U_kj² e_ik² / 3)^½ each. The smaller of the two is allowed; and C_i (UᵀU - I)_j besides, since the
+stored U is orthonormal to fp32 only. That finds one large move; method/systematic.py finds many small ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from warp_ds.errors import ArtifactError
+from warp_ds.method.eigenbasis import BAR, orthogonality_error
+from warp_ds.method.mask import unpack_bits
+from warp_ds.method.rotation import Rotation
+from warp_ds.method.systematic import Sums
+from warp_ds.models.directory import ModelDirectory, short_dtype
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.layers import TargetLayer
+from warp_ds.store.masks import MaskStore
+
+SIGMAS = 12.0
+#: The masked step makes W from C by fp32 products of n terms: an error of about n^½ units of 2^-24 of the row's size.
+FP32_PRODUCTS = 2.0**-24
+#: ... and by TF32 products on a GPU where W is stored in 16 bits.
+TF32_PRODUCTS = 2.0**-11
+
+
+@dataclass
+class LayerCertificate:
+    """One layer of the certificate; moves in the units of the weights. NaN where the layer holds no finite numbers."""
+
+    layer: str
+    frozen: int
+    free: int
+    frozen_max: float
+    frozen_rms: float
+    free_max: float
+    free_rms: float
+    coefficient_rms: float
+    """Root mean square of the frozen coefficients before."""
+    allowed_max: float
+    """Largest move of a frozen coefficient that rounding allows in this layer."""
+    violations: int
+    """Frozen coefficients that moved further than rounding allows for them."""
+    worst_move: float
+    """Of the frozen coefficient that moved furthest for what rounding allows it."""
+    worst_allowed: float
+    """What rounding allows that one."""
+    free_beyond: int
+    """Free coefficients that moved further than rounding allows a frozen one in their place."""
+    not_finite: int
+    """NaN and infinities in the layer, before and after."""
+    together: float = 0.0
+    """Length of the move of all its frozen coefficients."""
+    together_allowed: float = 0.0
+    """What rounding allows that."""
+    grid: str = ""
+    """The coarsest dtype that holds every weight after training."""
+
+
+def relative_drift(layers: Sequence[tuple[float, float]]) -> float:
+    """‖ΔC‖ / ‖C‖ over all frozen coefficients, from each layer's ``layer_drift``."""
+    moved, size = (sum(part) for part in zip(*layers, strict=True)) if layers else (0.0, 0.0)
+    return (moved / size) ** 0.5 if size else 0.0
+
+
+def layer_drift(
+    target: TargetLayer, before: ModelDirectory, after: ModelDirectory, masks: MaskStore, basis: BasisStore
+) -> tuple[float, float]:
+    """‖ΔC‖² and ‖C‖² of one layer's frozen coefficients, without what a certificate asks besides."""
+    rotation = basis.rotation(target.name, torch.float64)
+    w_before, w_after = before.weight(target), after.weight(target)
+    moved = size = 0.0
+    for rows in _chunks(target.m, target.n):
+        frozen = unpack_bits(masks.packed(target.name, rows.start, rows.stop), target.n)
+        old = w_before[rows].double()
+        moved += float(rotation.rotate(w_after[rows].double() - old)[frozen].square().sum())
+        size += float(rotation.rotate(old)[frozen].square().sum())
+    return moved, size
+
+
+class _Layer:
+    """Running figures of one layer, a block of rows at a time."""
+
+    def __init__(self) -> None:
+        self.counts = {"frozen": 0, "free": 0, "violations": 0, "free beyond": 0}
+        self.squares = {"frozen": 0.0, "free": 0.0, "size": 0.0}
+        self.largest = {"frozen": 0.0, "free": 0.0, "allowed": 0.0}
+        self.worst = (0.0, 0.0)
+
+    def add(self, moved: Tensor, size: Tensor, allowed: Tensor, frozen: Tensor) -> None:
+        """Δ, C before, what rounding allows Δ, and which are frozen: [k, n] each."""
+        free = ~frozen
+        beyond = moved.abs() > allowed
+        self.counts["violations"] += int(beyond[frozen].sum())
+        self.counts["free beyond"] += int(beyond[free].sum())
+        for name, which in (("frozen", frozen), ("free", free)):
+            self.counts[name] += int(which.sum())
+            if which.any():
+                self.squares[name] += float(moved[which].square().sum())
+                self.largest[name] = max(self.largest[name], float(moved[which].abs().max()))
+        if frozen.any():
+            self.squares["size"] += float(size[frozen].square().sum())
+            moves, allowances = moved[frozen].abs(), allowed[frozen]
+            self.largest["allowed"] = max(self.largest["allowed"], float(allowances.max()))
+            most = int((moves / allowances).argmax())
+            worst = float(moves[most]), float(allowances[most])
+            self.worst = max(self.worst, worst, key=lambda w: w[0] / w[1] if w[1] else 0.0)
+
+    def rms(self, name: str, of: str) -> float:
+        return (self.squares[name] / self.counts[of]) ** 0.5 if self.counts[of] else 0.0
+
+
+def certify_layers(
+    before: ModelDirectory, after: ModelDirectory, masks: MaskStore, basis: BasisStore | None
+) -> list[tuple[LayerCertificate, Sums]]:
+    """In the masks' order; layers that share a basis file are done one after another, and the last file's is kept."""
+    files = {t.name: "" if basis is None else basis.metadata.layers[t.name]["file"] for t in masks.layers}
+    certified: dict[str, tuple[LayerCertificate, Sums]] = {}
+    last, complete = "", None
+    for target in sorted(masks.layers, key=lambda t: files[t.name]):
+        if basis is None:
+            complete = _Complete(Rotation(None, target.n))
+        elif complete is None or last != files[target.name]:
+            complete = None  # frees the last one first
+            last, complete = files[target.name], _orthonormal(basis, target)
+        certified[target.name] = _certify_layer(target, before, after, masks, complete)
+    return [certified[target.name] for target in masks.layers]
+
+
+def _certify_layer(
+    target: TargetLayer, before: ModelDirectory, after: ModelDirectory, masks: MaskStore, basis: _Complete
+) -> tuple[LayerCertificate, Sums]:
+    w_before, w_after = before.weight(target), after.weight(target)
+    not_finite = int((~torch.isfinite(w_before)).sum()) + int((~torch.isfinite(w_after)).sum())
+    if not_finite:
+        count, nan = masks.metadata.layers[target.name]["frozen"], math.nan
+        return LayerCertificate(
+            target.name, count, target.m * target.n - count, nan, nan, nan, nan, nan, nan, 0, nan, nan, 0, not_finite, nan, nan
+        ), Sums()
+    rotation, absolute, squared, skew = basis.rotation, basis.absolute, basis.squared, basis.skew
+    grid = _grid(w_after)
+    low_precision = torch.finfo(grid).eps > 1e-6
+    figures, sums = _Layer(), Sums()
+    for rows in _chunks(target.m, target.n):
+        old, new = w_before[rows].double(), w_after[rows].double()
+        moved, size = rotation.rotate(new - old), rotation.rotate(old)
+        # The start model is exact as stored: only W after training was rounded.
+        row_size = old.square().mean(dim=1, keepdim=True).sqrt()
+        rounding = _half_ulp(new, grid)
+        products = row_size * max(FP32_PRODUCTS * max(16.0, 2 * target.n**0.5), TF32_PRODUCTS if low_precision else 0.0)
+        allowed, variance = rounding + products, rounding.square().div(3)
+        skewed: Tensor | float = 0.0
+        if absolute is not None and squared is not None and skew is not None:
+            variance = _weighted(rounding.square(), squared).div(3)
+            deviation = variance.sqrt() + products / 3**0.5
+            allowed = torch.minimum(_weighted(allowed, absolute), SIGMAS * deviation) + row_size * target.n**0.5 * skew
+            skewed = 2 * row_size * skew.max()
+        frozen = unpack_bits(masks.packed(target.name, rows.start, rows.stop), target.n)
+        figures.add(moved, size, allowed, frozen)
+        typical = row_size * max(FP32_PRODUCTS * max(12.0, 1.5 * target.n**0.5), TF32_PRODUCTS if low_precision else 0.0)
+        typical = typical + skewed
+        sums.add(moved, size, frozen, variance, rounding, typical, basis.matrix)
+    counts = figures.counts
+    return LayerCertificate(
+        target.name,
+        counts["frozen"],
+        counts["free"],
+        figures.largest["frozen"],
+        figures.rms("frozen", "frozen"),
+        figures.largest["free"],
+        figures.rms("free", "free"),
+        figures.rms("size", "frozen"),
+        figures.largest["allowed"],
+        counts["violations"],
+        *figures.worst,
+        counts["free beyond"],
+        0,
+        grid="" if grid == w_after.dtype else f"{short_dtype(grid)} (stored in {short_dtype(w_after.dtype)})",
+    ), sums
+
+
+@dataclass(frozen=True)
+class _Complete:
+    """A complete basis U [n, n] as it is asked for; None for the identity."""
+
+    rotation: Rotation
+    """In fp64."""
+    matrix: Tensor | None = None
+    """U in fp32; so are |U| and U²."""
+    absolute: Tensor | None = None
+    squared: Tensor | None = None
+    skew: Tensor | None = None
+    """Length [n] of each column of UᵀU - I, fp64."""
+
+
+def _orthonormal(basis: BasisStore, target: TargetLayer) -> _Complete:
+    """The layer's basis, every entry of UᵀU - I looked at."""
+    columns, _ = basis.columns(target.name)
+    try:
+        rotation = Rotation(columns, target.n, torch.float64)
+    except ValueError as error:
+        raise ArtifactError(f"{basis.directory}: the basis of {target.name}: {error}; run phase 1 again") from error
+    u = rotation.rotate(torch.eye(target.n, dtype=torch.float64)) if rotation.matrix is None else rotation.matrix
+    gram = u.T @ u
+    gram.diagonal().sub_(1.0)
+    r = columns.shape[1]
+    # Reflectors are orthonormal whatever they were made from; a dense U begins with the stored columns.
+    off = (
+        orthogonality_error(columns.double())
+        if rotation.matrix is None
+        else float(torch.linalg.vector_norm(gram[:r, :r], float("inf")))
+    )
+    if not off <= BAR:
+        raise ArtifactError(
+            f"{basis.directory}: the basis of {target.name} is not orthonormal (an entry of UᵀU - I is "
+            f"{off:.1e}, more than {BAR:g}); run phase 1 again"
+        )
+    skew = torch.linalg.vector_norm(gram, dim=0)
+    del gram
+    return _Complete(rotation, u.float(), u.abs().float(), u.square().float(), skew)
+
+
+def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """values @ weights in fp32, each row first brought to a size that fp32 holds; fp64."""
+    largest = values.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return ((values / largest).float() @ weights).double() * largest * (1 + 1e-5)
+
+
+def _grid(w: Tensor) -> torch.dtype:
+    """The coarsest dtype that holds every entry: of a model that was stored in 16 bits once, those."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if dtype.itemsize < w.dtype.itemsize and torch.equal(w.to(dtype).to(w.dtype), w):
+            return dtype
+    return w.dtype
+
+
+def _half_ulp(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance between neighbours in ``dtype`` of each entry of w (fp64), fp64."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(w)
+    return torch.ldexp(torch.full_like(w, info.eps / 4), exponent).clamp_min(info.tiny * info.eps)
+
+
+def _chunks(rows: int, n: int) -> Iterator[slice]:
+    step = max(1, (1 << 23) // n)
+    return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
