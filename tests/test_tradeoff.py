@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from warp_ds.errors import ConfigError
+from warp_ds.evaluation.sets import EvaluationSets
 from warp_ds.flags.arguments import CompareArguments
 from warp_ds.phases.arms import ARMS, Arm, compose, parse_arms
-from warp_ds.phases.compare import ComparisonData, Point, _needed, merged_from, overlaps
-from warp_ds.phases.evaluate import EvaluationSets
+from warp_ds.phases.comparison_data import ComparisonData, overlaps
+from warp_ds.phases.trials import Trial, is_needed, merged_from
 from warp_ds.report.tradeoff import at_utility, compare, crossing, markdown
 
 
@@ -47,15 +48,15 @@ def test_composition_takes_what_each_part_sets() -> None:
 
 
 def test_a_model_is_kept_while_a_later_point_is_it_or_merges_it() -> None:
-    def points(text: str, seed: int = 1) -> list[Point]:
-        return [Point(arm, 1e-3, seed) for arm in parse_arms(text)]
+    def trials(text: str, seed: int = 1) -> list[Trial]:
+        return [Trial(arm, 1e-3, seed) for arm in parse_arms(text)]
 
-    resta, full = points("resta,full")
+    resta, full = trials("resta,full")
     assert merged_from(resta) == full and merged_from(full) is None
-    assert merged_from(points("original+safedelta@3")[0]) == points("original")[0]
-    assert _needed(full, [full]) and _needed(full, [resta]) and _needed(full, points("safedelta@3"))
-    assert not _needed(full, points("full,resta", seed=2)) and not _needed(full, points("original,original+resta"))
-    assert not _needed(resta, [full])
+    assert merged_from(trials("original+safedelta@3")[0]) == trials("original")[0]
+    assert is_needed(full, [full]) and is_needed(full, [resta]) and is_needed(full, trials("safedelta@3"))
+    assert not is_needed(full, trials("full,resta", seed=2)) and not is_needed(full, trials("original,original+resta"))
+    assert not is_needed(resta, [full])
 
 
 @pytest.mark.parametrize("text, message", [

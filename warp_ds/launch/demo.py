@@ -24,11 +24,13 @@ from warp_ds.data.datasets import load_pairs, load_prompts
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.metrics import extract_number
+from warp_ds.evaluation.sets import SUITES, EvaluationSets
 from warp_ds.flags.arguments import CompareArguments, EvaluateArguments, RunArguments, SafetyTuningArguments, flag
 from warp_ds.launch.launcher import launch
 from warp_ds.phases.arms import parse_arms
-from warp_ds.phases.compare import Bench, ComparisonData, compare, print_tables, spent, write_report
-from warp_ds.phases.evaluate import SUITES, EvaluationSets
+from warp_ds.phases.bench import Bench
+from warp_ds.phases.compare import compare_arms, print_tables, spent, write_report
+from warp_ds.phases.comparison_data import ComparisonData
 from warp_ds.phases.run import log_to_file
 from warp_ds.phases.texts import check_lengths
 from warp_ds.phases.training import run_safety_tuning
@@ -149,7 +151,7 @@ def run_demo(arguments: DemoArguments) -> None:
         arms = parse_arms(settings.arms)
         bench = Bench(settings, safe, root, texts, {}, seconds)
         rates = settings.rates([arm.name for arm in arms])
-        report = compare(bench, arms, rates, settings.seed_list)
+        report = compare_arms(bench, arms, rates, settings.seed_list)
         report["total_seconds"] = round(time.time() - start, 1)
         report["arms"] = [{**point, "name": TITLES.get(point["arm"], point["arm"])} for point in report["points"]]
         consensus.on_rank_0(partial(write_report, root, report), "writing the report")

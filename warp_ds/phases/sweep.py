@@ -14,9 +14,12 @@ from warp_ds.flags.arguments import CompareArguments, flag
 from warp_ds.flags.checks import check_keep_ratio
 from warp_ds.models.layer_names import parse_layer_types
 from warp_ds.phases.arms import ARMS, Arm
-from warp_ds.phases.compare import Bench, Point, compare, load_data, print_tables, training_flags, write_report
+from warp_ds.phases.bench import Bench
+from warp_ds.phases.compare import compare_arms, print_tables, training_flags, write_report
+from warp_ds.phases.comparison_data import load_data
 from warp_ds.phases.run import start_run
-from warp_ds.phases.training import check_training
+from warp_ds.phases.trainer_arguments import check_training
+from warp_ds.phases.trials import Trial
 from warp_ds.report import tradeoff
 from warp_ds.store.fingerprints import fingerprint_rows
 from warp_ds.zero.model import resolve_model_dir
@@ -106,11 +109,11 @@ def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -
             if noise is not None:
                 bench.noise, bench.noise_known = noise, True
             arms = [ARMS["before"], arm] if label == "middle" else [arm]
-            reports.append(compare(bench, arms, {arm.name: a.rate_list}, a.seed_list))
+            reports.append(compare_arms(bench, arms, {arm.name: a.rate_list}, a.seed_list))
             noise = bench.noise
             for row in reports[-1]["points"]:
                 # Where the report looks for the answers.
-                home = Point(arm if row["arm"] == "middle" else ARMS["before"], row["rate"] or 0.0, row["seed"]).name
+                home = Trial(arm if row["arm"] == "middle" else ARMS["before"], row["rate"] or 0.0, row["seed"]).name
                 points.append(row | {"arm": label if row["arm"] == "middle" else row["arm"], "home": f"{slug}/points/{home}"})
         report = reports[0]  # the middle's flags are the sweep's
         found = {
