@@ -22,7 +22,7 @@ from warp_ds.method.baselines import safe_delta, safety_hessian
 from warp_ds.method.mask import unpack_bits
 from warp_ds.phases import bench
 from warp_ds.phases.compare import run_compare
-from warp_ds.report.page import comparisons, find_runs
+from warp_ds.report.runs import comparisons, find_runs
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.lock import RunLock
 from warp_ds.store.masks import MaskStore
@@ -247,10 +247,10 @@ def test_seeds_as_jobs_of_their_own_are_the_comparison_of_all_seeds(root: Path, 
     ((found, pooled),) = comparisons(find_runs(runs))
     assert sorted(found) == sorted(runs)
     key = ("arm", "seed")
-    points = {tuple(p[k] for k in key): p for p in pooled["points"]}
+    points = {tuple(p[k] for k in key): p for p in pooled.to_json()["points"]}
     for point in expected["points"]:
         assert_close(points[tuple(point[k] for k in key)], point)
-    assert_close(pooled["at_utility"], expected["at_utility"])
+    assert_close(pooled.at_utility, expected["at_utility"])
     assert {path.name for path in (tmp_path / "jobs" / "logs").iterdir()} >= {"seed1.log", "seed2.log", "seed1", "seed2"}
 
 

@@ -10,11 +10,16 @@ from warp_ds.flags.arguments import CompareArguments
 from warp_ds.phases.arms import ARMS, Arm, compose, parse_arms
 from warp_ds.phases.comparison_data import ComparisonData, overlaps
 from warp_ds.phases.trials import Trial, is_needed, merged_from
-from warp_ds.report.tradeoff import at_utility, compare, crossing, markdown
+from warp_ds.report.tables import comparison_blocks, to_markdown
+from warp_ds.report.tradeoff import Comparison, Point, at_utility, compare, crossing
 
 
-def point(arm: str, rate: float | None, nll: float, refusal: float, seed: int = 1, **more: object) -> dict:
-    return {"arm": arm, "rate": rate, "seed": seed, "utility_nll": nll, "refusal_rate": refusal, **more}
+def point(arm: str, rate: float | None, nll: float, refusal: float, seed: int = 1, from_start: bool = True) -> Point:
+    return Point(arm, rate, seed, {"utility_nll": nll, "refusal_rate": refusal}, from_start)
+
+
+def markdown(comparison: Comparison) -> str:
+    return to_markdown(comparison_blocks(comparison))
 
 
 def test_every_arm_of_the_papers_is_a_few_settings() -> None:
@@ -96,12 +101,12 @@ def test_the_first_crossing_from_above_counts() -> None:
 def test_values_are_linear_between_neighbours() -> None:
     curve = [point("a", 0.0, 3.0, 1.0), point("a", 1e-4, 1.0, 0.6), point("a", 1e-3, 0.5, 0.1)]
     # A quarter of the way from (1.0, 0.6) to (0.5, 0.1).
-    found = at_utility(curve, 0.875)
-    assert found is not None and found.pop("between") == [1e-4, 1e-3]
-    assert found == pytest.approx({"utility_nll": 0.875, "refusal_rate": 0.475})
+    read = at_utility(curve, 0.875)
+    assert read is not None and read[1] == [1e-4, 1e-3]
+    assert read[0] == pytest.approx({"utility_nll": 0.875, "refusal_rate": 0.475})
     assert at_utility(curve, 0.4) is None
     exact = at_utility(curve, 0.5)
-    assert exact is not None and exact["between"] == [1e-3]
+    assert exact is not None and exact[1] == [1e-3]
 
 
 def test_arms_meet_where_the_rotated_arm_is_best() -> None:
@@ -118,9 +123,9 @@ def test_arms_meet_where_the_rotated_arm_is_best() -> None:
         point("resta", 1e-4, 1.0, 0.9, from_start=False),
         point("resta", 1e-3, 0.4, 0.3, from_start=False),
     ]
-    found = compare(points, {"refusal_rate": 100})
-    assert found["at_utility"] == 0.6
-    rows = {row["arm"]: row for row in found["equal_utility"]}
+    comparison = compare(points, {"refusal_rate": 100})
+    assert comparison.at_utility == 0.6
+    rows = {row["arm"]: row for row in comparison.to_json()["equal_utility"]}
     # full: half way from (1.0, 0.85) to (0.2, 0.05), seeds averaged; each seed by itself 0.4 and 0.5.
     assert rows["full"]["refusal_rate"] == pytest.approx(0.45)
     assert rows["full"]["seeds_range"] == pytest.approx([0.4, 0.5])
@@ -128,8 +133,8 @@ def test_arms_meet_where_the_rotated_arm_is_best() -> None:
     assert rows["rotated"]["refusal_rate"] == 0.9
     assert "refusal_rate" not in rows["osft"] and rows["osft"]["best_utility"] == 2.0
     assert rows["resta"]["refusal_rate"] == pytest.approx(0.9 - 2 / 3 * 0.6)
-    assert compare(points, {}, wanted=1.0)["at_utility"] == 1.0
-    text = markdown(found)
+    assert compare(points, {}, wanted=1.0).at_utility == 1.0
+    text = markdown(comparison)
     assert "the start model" not in text
     assert "read between the start model and its first point" in markdown(compare(points, {}, wanted=1.2))
     assert "| osft | does not cross it (its best is 2.000) |" in text and "45% [36, 55]" in text

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds.cluster import consensus
-from warp_ds.errors import ArtifactError
 from warp_ds.evaluation.answers import Row
-from warp_ds.evaluation.generate import answer_surprise
-from warp_ds.evaluation.measure import Measurement, NoiseRule, measure, noise_limit, paired_tests
 from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.evaluation.sets import SUITES
 from warp_ds.flags.arguments import (
@@ -30,8 +27,9 @@ from warp_ds.method.baselines import safety_share
 from warp_ds.phases.arms import Arm
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.comparison_data import ComparisonData, overlaps
-from warp_ds.phases.evaluate import load_engine, movement_metrics, write_card, write_measurement
+from warp_ds.phases.evaluate import load_engine, movement_metrics, write_card
 from warp_ds.phases.importance import run_importance
+from warp_ds.phases.measuring import Measuring
 from warp_ds.phases.merge import merge, resta_formula, safe_delta_formula
 from warp_ds.phases.neurons import LAYERS, safety_neuron_masks
 from warp_ds.phases.run import link_latest
@@ -39,7 +37,8 @@ from warp_ds.phases.texts import check_lengths
 from warp_ds.phases.training import run_safety_tuning, run_training
 from warp_ds.phases.trials import Trial, merged_from
 from warp_ds.report import card
-from warp_ds.store.files import read_json, read_lines, write_json, write_text
+from warp_ds.report.tradeoff import Point
+from warp_ds.store.files import write_text
 from warp_ds.zero.deepspeed_internals import end_engine
 from warp_ds.zero.model import resolve_model_dir
 from warp_ds.zero.shared_reading import model_fingerprint
@@ -59,9 +58,7 @@ class Bench:
     ):
         self.arguments, self.model_dir, self.root, self.data, self.passed = arguments, model_dir, root, data, passed
         self.seconds: dict[str, float] = {} if seconds is None else seconds
-        self.noise: NoiseRule | None = None
-        self.noise_known = False
-        self.before: list[Row] = []
+        self.measuring = Measuring(root, model_dir, data.sets, self._evaluation, self.timed)
         self._made: dict[str, Path] = {}
 
     @cached_property
@@ -95,6 +92,10 @@ class Bench:
             "template_date": a.template_date,
             **more,
         }
+
+    def _evaluation(self, model: Path) -> EvaluateArguments:
+        a = self.arguments
+        return EvaluateArguments(**self.common(model, batch_size=a.eval_batch_size), max_new_tokens=a.max_new_tokens)
 
     def _same(self, *names: str) -> dict[str, Any]:
         """Flags that a phase has by the same name."""
@@ -214,13 +215,13 @@ class Bench:
             / "basis"
         )
 
-    def link_latest(self, point: Trial) -> None:
+    def link_latest(self, trial: Trial) -> None:
         """Lets the links to the newest runs end at this arm's, whatever arm came last. Rank 0 alone calls it."""
-        arm = point.arm
+        arm = trial.arm
         names = {
-            "phase1": self.basis_name(arm.start, str(arm.basis), self.arguments.layer_type, point.seed),
-            "phase2": self.masks_name(arm, point.seed),
-            "phase3": f"phase3_{point.name}",
+            "phase1": self.basis_name(arm.start, str(arm.basis), self.arguments.layer_type, trial.seed),
+            "phase2": self.masks_name(arm, trial.seed),
+            "phase3": f"phase3_{trial.name}",
         }
         for phase, name in names.items():
             if (self.root / name / "finished.json").is_file():
@@ -294,30 +295,30 @@ class Bench:
 
     # ---------------------------------------------------------------- points
 
-    def model(self, point: Trial) -> Path:
+    def model(self, trial: Trial) -> Path:
         """The model directory of a point, trained or merged where it is not there yet."""
-        arm = point.arm
+        arm = trial.arm
         if arm.trains is None:
             return self.start(arm.start)
         if arm.merge:
-            return self._merged(point)
+            return self._merged(trial)
         a = self.arguments
         scope = "all" if arm.trains == "all" or (arm.basis and a.train_scope == "all") else "warp"
         settings = TrainArguments(
-            **self.common(self.start(arm.start), seed=point.seed),
+            **self.common(self.start(arm.start), seed=trial.seed),
             layer_type=a.layer_type,
             target_layers=a.target_layers,
             train_scope=scope,
-            masks_dir=str(self.masks(arm, point.seed)) if arm.basis else "none",
+            masks_dir=str(self.masks(arm, trial.seed)) if arm.basis else "none",
             utility_data=str(self.task(arm.safety_share)),
             utility_samples=0,
-            run_name=f"phase3_{point.name}",
+            run_name=f"phase3_{trial.name}",
             epochs=a.epochs,
-            learning_rate=point.rate,
+            learning_rate=trial.rate,
             **self._same("global_batch_size", "basis_placement", "save_minutes"),
         )
-        consensus.on_rank_0(partial(self._remember, self.root / f"phase3_{point.name}"), "looking for a removed model")
-        return self.timed(f"phase3_{point.name}", lambda: run_training(settings, self.passed)) / "model"
+        consensus.on_rank_0(partial(self._remember, self.root / f"phase3_{trial.name}"), "looking for a removed model")
+        return self.timed(f"phase3_{trial.name}", lambda: run_training(settings, self.passed)) / "model"
 
     @staticmethod
     def _remember(run: Path) -> None:
@@ -326,129 +327,41 @@ class Bench:
             (run / "metrics.jsonl").unlink(missing_ok=True)
             (run / "finished.json").unlink()
 
-    def _merged(self, point: Trial) -> Path:
-        arm, a = point.arm, self.arguments
-        trained = merged_from(point)
+    def _merged(self, trial: Trial) -> Path:
+        arm, a = trial.arm, self.arguments
+        trained = merged_from(trial)
         assert trained is not None
         fine_tuned = self.model(trained)
         aligned = self.start(arm.start)
         if arm.merge == "resta":
             formula = resta_formula(self.unaligned(), a.resta_alpha if arm.strength is None else arm.strength)
-            self.measured("unaligned", self.unaligned)  # so that the report shows how unaligned that model is
+            self.measuring.measured("unaligned", self.unaligned)  # so that the report shows how unaligned that model is
         else:
             formula = safe_delta_formula(
                 self.basis(arm.start, "activation", LAYERS, a.seed), a.safedelta_s if arm.strength is None else arm.strength
             )
-        output = self.root / f"merge_{point.name}" / "model"
-        self.timed(f"merge_{point.name}", lambda: merge(fine_tuned, aligned, output, formula))
+        output = self.root / f"merge_{trial.name}" / "model"
+        self.timed(f"merge_{trial.name}", lambda: merge(fine_tuned, aligned, output, formula))
         text = f"## Merged after training\n\nThis model is the trained one, `{fine_tuned}`, merged by the arm `{arm.name}`.\n\n"
         consensus.on_rank_0(lambda: card.write_section(output, "merged", text + card.made(fine_tuned)), "writing the card")
         return output
 
-    def point(self, point: Trial, rotated: Arm | None) -> dict[str, Any]:
-        """The metrics of one point, measured once."""
+    def point(self, trial: Trial, rotated: Arm | None) -> Point:
+        """The point of a trial, measured once. Collective."""
+        arm = trial.arm
         # How far a model is from another start model says nothing.
-        weights = partial(self._weights, rotated) if point.arm.start is None else None
-        found = self.measured(point.name, lambda: self.model(point), weights)
-        if point.arm.trains is not None:
-            model = self.root / f"{'merge' if point.arm.merge else 'phase3'}_{point.name}" / "model"
-            before = self.known("before")
-            where = f"By a comparison, `{self.root.name}`, arm `{point.arm.name}`."
+        weights = partial(self._weights, rotated) if arm.start is None else None
+        metrics = self.measuring.measured(trial.name, lambda: self.model(trial), weights)
+        if arm.trains is not None:
+            model = self.root / f"{'merge' if arm.merge else 'phase3'}_{trial.name}" / "model"
+            before = self.measuring.known("before")
+            where = f"By a comparison, `{self.root.name}`, arm `{arm.name}`."
             consensus.on_rank_0(
-                lambda: write_card(model, "compare", where, found | {"overlap": self.overlap}, before),
+                lambda: write_card(model, "compare", where, metrics | {"overlap": self.overlap}, before),
                 "writing the model's card",
             )
-        return {
-            "arm": point.arm.name,
-            "rate": point.rate if point.arm.trains else None,
-            "seed": point.seed,
-            "from_start": point.arm.merge is None and point.arm.start is None,
-            **found,
-        }
-
-    def measured(
-        self, name: str, make: Callable[[], Path], more: Callable[[Path], dict[str, Any]] | None = None
-    ) -> dict[str, Any]:
-        """The metrics of the model that ``make`` makes, from points/<name>/metrics.json where they are there. Collective."""
-        home, found, model = self.root / "points" / name, self.known(name), None
-        if found is None:
-            model = make()
-            measured = self.measure(model, name)
-            consensus.on_rank_0(lambda: write_measurement(home, measured), "writing the results")
-            found = measured.metrics
-        if more is not None and "movement" not in found:
-            found |= more(model or make())
-            consensus.on_rank_0(lambda: write_json(home / "metrics.json", found), "writing the results")
-        return found
-
-    def known(self, name: str) -> dict[str, Any] | None:
-        """The metrics of a point, where it has been measured. Collective."""
-        path = self.root / "points" / name / "metrics.json"
-        return consensus.on_rank_0(lambda: read_measured(path) if path.is_file() else None, "looking for results")
-
-    def measure(self, model: Path, name: str) -> Measurement:
-        """Behaviour of one model, against the start model's. Collective."""
-        settings = self._evaluation(model)
-        options: dict[str, Any] = {"batch_size": settings.batch_size, "max_new_tokens": settings.max_new_tokens}
-        if not self.noise_known:
-            self.noise, self.noise_known = self.timed("noise rule", self._noise), True
-        engine, tokenizer = load_engine(settings)
-        found = self.timed(
-            f"evaluation_{name}",
-            lambda: measure(engine, tokenizer, self.data.sets, max_length=settings.max_length, noise=self.noise, **options),
-        )
-        end_engine(engine)
-        if model == self.model_dir:
-            self.before = found.answers
-        elif not self.before:
-            self.before = self._answers_before()
-        if self.before:
-            found.metrics |= paired_tests(self.before, found.answers)
-        return found
-
-    def _answers_before(self) -> list[Row]:
-        """The start model's judged answers, where its point has been measured."""
-        path = self.root / "points" / "before" / "answers.jsonl"
-        return consensus.on_rank_0(lambda: read_lines(path) if path.is_file() else [], "reading the start model's answers")
-
-    def _evaluation(self, model: Path) -> EvaluateArguments:
-        a = self.arguments
-        return EvaluateArguments(**self.common(model, batch_size=a.eval_batch_size), max_new_tokens=a.max_new_tokens)
-
-    def noise_threshold(self) -> float | None:
-        """Nats a token, also where every point was measured before."""
-        path = self.root / "noise.json"
-        return consensus.on_rank_0(
-            lambda: read_measured(path).get("threshold") if path.is_file() else None, "reading the noise threshold"
-        )
-
-    def _noise(self) -> NoiseRule | None:
-        settings = self._evaluation(self.model_dir)
-        if not consensus.on_rank_0((self.root / "noise.json").is_file, "looking for the noise rule"):
-            limit = self._with_start_model(
-                partial(
-                    noise_limit, sets=self.data.sets, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens
-                )
-            )
-            consensus.on_rank_0(lambda: write_json(self.root / "noise.json", {"threshold": limit}), "writing the rule")
-        threshold = self.noise_threshold()
-        return (
-            None
-            if threshold is None
-            else NoiseRule(
-                lambda prompts, answers: self._with_start_model(
-                    partial(answer_surprise, prompts=prompts, answers=answers, batch_size=settings.batch_size)
-                ),
-                threshold,
-            )
-        )
-
-    def _with_start_model(self, use: Callable[[Any, Any], Any]) -> Any:
-        """``use`` of the start model, loaded for it and released: no training may find it in memory. Collective."""
-        engine, tokenizer = load_engine(self._evaluation(self.model_dir))
-        result = use(engine, tokenizer)
-        end_engine(engine)
-        return result
+        from_start = arm.merge is None and arm.start is None
+        return Point(arm.name, trial.rate if arm.trains else None, trial.seed, metrics, from_start)
 
     def _weights(self, rotated: Arm | None, model: Path) -> dict[str, Any]:
         """Movement, and drift of what the rotated arm freezes, from the weights. Collective."""
@@ -459,26 +372,18 @@ class Bench:
         drift = {} if masks is None else {"frozen_drift": frozen_drift(self.model_dir, model, masks, basis)}
         return movement_metrics(self.model_dir, model, basis) | drift
 
-    def forget(self, point: Trial) -> None:
+    def forget(self, trial: Trial) -> None:
         """Removes the model of a measured point (--keep_models false); its measurements stay."""
 
         def remove() -> None:
             for kind in ("phase3", "merge"):
                 for path in ("model", "trainer"):
                     # Renamed first: a model is there as a whole or not at all.
-                    directory = self.root / f"{kind}_{point.name}" / path
+                    directory = self.root / f"{kind}_{trial.name}" / path
                     aside = directory.with_name(f"{path}.removed")
                     if directory.is_dir():
                         directory.replace(aside)
                     shutil.rmtree(aside, ignore_errors=True)
 
-        if point.arm.trains is not None:
+        if trial.arm.trains is not None:
             consensus.on_rank_0(remove, "removing a measured model")
-
-
-def read_measured(path: Path) -> dict[str, Any]:
-    """What was measured before. ArtifactError where the file holds something else."""
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{path} is not what this program measures: remove it, and it is measured again")
-    return found

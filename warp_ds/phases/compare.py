@@ -13,11 +13,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.preemption import leave_if_asked
+from warp_ds.evaluation.results import RATES
+from warp_ds.evaluation.sets import EvaluationSets
 from warp_ds.flags.arguments import CompareArguments, TrainArguments
 from warp_ds.phases.arms import ARMS, Arm, parse_arms
 from warp_ds.phases.bench import Bench
@@ -25,7 +24,9 @@ from warp_ds.phases.comparison_data import check_data, load_data
 from warp_ds.phases.run import start_run, versions
 from warp_ds.phases.trainer_arguments import check_training
 from warp_ds.phases.trials import Trial, is_needed, merged_from
-from warp_ds.report import costs, tradeoff
+from warp_ds.report import costs
+from warp_ds.report.tables import Block, comparison_blocks, to_markdown, to_terminal
+from warp_ds.report.tradeoff import Comparison, Point, compare
 from warp_ds.store.files import write_json, write_text
 from warp_ds.store.fingerprints import fingerprint_rows
 from warp_ds.store.state import Progress
@@ -64,11 +65,10 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
             ),
         }
     with start_run("compare", arguments, inputs, passed) as run:
-        report = compare_arms(Bench(arguments, model_dir, run.directory, data, passed or {}), arms, rates, seeds)
-        consensus.on_rank_0(lambda: write_report(run.directory, report), "writing the report")
+        comparison = compare_arms(Bench(arguments, model_dir, run.directory, data, passed or {}), arms, rates, seeds)
+        consensus.on_rank_0(lambda: write_report(run.directory, comparison), "writing the report")
         run.finish()
-        if processes.rank() == 0:
-            print_tables((run.directory / "table.md").read_text(encoding="utf-8"))
+        show(run.directory, comparison)
         return run.directory
 
 
@@ -78,87 +78,72 @@ def training_flags(a: CompareArguments) -> TrainArguments:
     return TrainArguments(**same, learning_rate=max(a.rate_list))
 
 
-def compare_arms(
-    bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[float]], seeds: Sequence[int]
-) -> dict[str, Any]:
-    """Trains and measures every point; what report.json holds. Collective."""
-    points = [Trial(arm, rate, seed) for seed in seeds for arm in arms if arm.trains for rate in rates[arm.name]]
+def compare_arms(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> Comparison:
+    """Trains and measures every trial. Collective."""
+    trials = [Trial(arm, rate, seed) for seed in seeds for arm in arms if arm.trains for rate in rates[arm.name]]
     if any(arm.trains is None for arm in arms):
-        points.insert(0, Trial(next(arm for arm in arms if arm.trains is None), 0.0, seeds[0]))
+        trials.insert(0, Trial(next(arm for arm in arms if arm.trains is None), 0.0, seeds[0]))
     bench.check_lengths()
     bench.write_data()
     for which, count in bench.overlap.items():
         logger.warning("%d prompts of the evaluation (%s) were there before: what is measured on them is memory", count, which)
-    rotated = next((arm for arm in arms if arm.basis == "activation" and arm.unit == "entry" and not arm.start), None)
     started = time.time()
-    rows = []
-    progress = Progress(bench.root, len(points), "points", seconds=0.0)
-    for number, point in enumerate(points, 1):
-        progress.at(number - 1)
-        leave_if_asked()
-        logger.info("point %d of %d: %s", number, len(points), point.name)
-        rows.append(bench.point(point, rotated))
-        if not bench.arguments.keep_models:
-            for made in filter(None, (point, merged_from(point))):
-                if not is_needed(made, points[number:]):
-                    bench.forget(made)
-    progress.at(len(points))
-    plainly_rotated = [point for point in points if point.arm == replace(ARMS["rotated"], name=point.arm.name)]
+    points = _measure(bench, trials, arms)
+    plainly_rotated = [trial for trial in trials if trial.arm == replace(ARMS["rotated"], name=trial.arm.name)]
     if plainly_rotated:
         consensus.on_rank_0(lambda: bench.link_latest(plainly_rotated[-1]), "linking the rotated arm's runs")
-    sets = bench.data.sets
-    prompts = {
-        "refusal_rate": len(sets.harmful),
-        "partial_rate": len(sets.harmful),
-        "incoherent_rate": len(sets.harmful),
-        "not_judged_rate": len(sets.harmful),
-        "attack_success_rate": len(sets.harmful),
-        "over_refusal_rate": len(sets.harmless),
-        "utility_accuracy": len(sets.utility),
-    }
-    return {
-        "format": "warp_ds.compare",
-        "version": 1,
-        "points": rows,
-        "prompts": prompts,
+    about = {
         "overlap": bench.overlap,
         "keep_ratio": bench.arguments.keep_ratio,
         "layer_type": bench.arguments.layer_type,
-        "noise_threshold": bench.noise_threshold(),
-        "unaligned": bench.known("unaligned") if any(arm.merge == "resta" for arm in arms) else None,
+        "noise_threshold": bench.measuring.noise_threshold(),
+        "unaligned": bench.measuring.known("unaligned") if any(arm.merge == "resta" for arm in arms) else None,
         "seconds": bench.seconds,
         "total_seconds": round(time.time() - started, 1),
         "world_size": processes.world_size(),
         "versions": versions(),
-        **tradeoff.compare(rows, {k: n for k, n in prompts.items() if n}, bench.arguments.at_utility),
     }
+    return compare(points, _prompts(bench.data.sets), bench.arguments.at_utility, about=about)
 
 
-def write_report(directory: Path, report: Mapping[str, Any]) -> None:
-    """report.json and table.md."""
-    write_json(directory / "report.json", report)
-    write_text(directory / "table.md", tradeoff.markdown(report) + spent(directory))
+def _measure(bench: Bench, trials: Sequence[Trial], arms: Sequence[Arm]) -> list[Point]:
+    """The point of every trial; models that no later trial needs are removed where --keep_models is false. Collective."""
+    rotated = next((arm for arm in arms if arm.basis == "activation" and arm.unit == "entry" and not arm.start), None)
+    points = []
+    progress = Progress(bench.root, len(trials), "points", seconds=0.0)
+    for number, trial in enumerate(trials, 1):
+        progress.at(number - 1)
+        leave_if_asked()
+        logger.info("point %d of %d: %s", number, len(trials), trial.name)
+        points.append(bench.point(trial, rotated))
+        if not bench.arguments.keep_models:
+            for made in filter(None, (trial, merged_from(trial))):
+                if not is_needed(made, trials[number:]):
+                    bench.forget(made)
+    progress.at(len(trials))
+    return points
 
 
-def spent(directory: Path) -> str:
-    """What the phases of a comparison or sweep took, as a markdown table."""
+def _prompts(sets: EvaluationSets) -> dict[str, int]:
+    """Metric -> the prompts that it is a rate over."""
+    of_harmful = [name for name in RATES if name not in ("over_refusal_rate", "utility_accuracy")]
+    counts = dict.fromkeys(of_harmful, len(sets.harmful))
+    return {**counts, "over_refusal_rate": len(sets.harmless), "utility_accuracy": len(sets.utility)}
+
+
+def write_report(directory: Path, comparison: Comparison) -> None:
+    """report.json and table.md. Rank 0 alone calls it."""
+    write_json(directory / "report.json", comparison.to_json())
+    write_text(directory / "table.md", to_markdown([*comparison_blocks(comparison), *spent(directory)]))
+
+
+def show(directory: Path, comparison: Comparison) -> None:
+    """The same tables on rank 0's terminal."""
+    if processes.rank() == 0:
+        to_terminal([*comparison_blocks(comparison), *spent(directory)])
+
+
+def spent(directory: Path) -> list[Block]:
+    """What the phases of a comparison or sweep took."""
     phases = sorted(mark.parent for mark in directory.rglob("finished.json") if mark.parent != directory)
-    return costs.markdown(phases, lambda run: str(run.relative_to(directory)))
-
-
-def print_tables(text: str) -> None:
-    """A markdown text's tables on the terminal."""
-    console = Console(width=160, markup=False)
-    table: Table | None = None
-    for line in [*text.splitlines(), ""]:
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if not line.startswith("|"):
-            if table is not None:
-                console.print(table)
-            table = None
-            if line:
-                console.print(line)
-        elif table is None:
-            table = Table(*cells)
-        elif not line.startswith("|---"):
-            table.add_row(*cells)
+    return costs.blocks(phases, lambda run: str(run.relative_to(directory)))
