@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, combinations
 from pathlib import Path
+from typing import Any
 
 import numpy
 from markupsafe import Markup
@@ -20,6 +21,7 @@ try:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ConfigError(
@@ -88,25 +90,54 @@ def tradeoff(comparison: Comparison) -> Figure:
     arms = list(dict.fromkeys(mean.arm for mean in comparison.raw))
     drawn = [mean for mean in comparison.raw if "refusal_rate" in mean.metrics and UTILITY in mean.metrics]
     figure, axes = pyplot.subplots(figsize=(WIDTH, 5.0 + 0.1 * max(0, len(arms) - 14)))  # the legend grows with them
+    colours = pyplot.get_cmap("tab10" if len(arms) <= 10 else "tab20")
     for number, arm in enumerate(arms):
-        _draw_arm(axes, [mean for mean in drawn if mean.arm == arm], arm, number)
+        _draw_arm(axes, [mean for mean in drawn if mean.arm == arm], arm, colours(number % colours.N), number)
     best = [mean for at in comparison.front for mean in drawn if (mean.arm, mean.rate) == at]
     if best:
         axes.plot(*_at(best), label="the front", color="#bbbbbb", linewidth=6, alpha=0.6, zorder=0, solid_capstyle="round")
     axes.axvline(comparison.at_utility, color="#888888", linewidth=0.8, linestyle=":")
+    axes.text(comparison.at_utility, -0.01, " compared at\n this loss", color="#666666", fontsize=8, va="bottom")
     losses = _at(drawn)[0]
     if losses and max(losses) > 3 * min(losses) > 0:
         # The start model has several times the loss of what was trained: on a linear axis all else would be one line.
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0)))
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
         axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("task loss, nats a token (left is better)")
-    axes.set_ylabel("refused harmful prompts")
+    prompts = comparison.prompts.get("refusal_rate", 0)
+    axes.set_ylabel("refused harmful prompts" + (f" (95 % interval, n = {prompts})" if prompts else ""))
     axes.set_ylim(-0.03, 1.05)
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-    _legend(figure, 10)
+    if len(drawn) == len(arms) <= 8 and not best and _apart(axes, drawn):
+        _name_points(axes, drawn, colours)
+    else:
+        _legend(figure, 10)
     return figure
+
+
+def _apart(axes: Axes, points: Sequence[MeanPoint]) -> bool:
+    """Whether the points' names, right or left of them, would not stand on each other."""
+    places = [axes.transAxes.inverted().transform(axes.transData.transform(at)) for at in zip(*_at(points), strict=True)]
+    return all(abs(a[1] - b[1]) > 0.05 or abs(a[0] - b[0]) > 0.5 for a, b in combinations(places, 2))
+
+
+def _name_points(axes: Axes, points: Sequence[MeanPoint], colours: Colormap) -> None:
+    """In place of a legend, which a reader would have to look up."""
+    for number, (mean, at) in enumerate(zip(points, zip(*_at(points), strict=True), strict=True)):
+        right = axes.transAxes.inverted().transform(axes.transData.transform(at))[0] < 0.6
+        axes.annotate(
+            mean.arm,
+            at,
+            (9 if right else -9, 0),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            va="center",
+            color=colours(number % colours.N),
+            fontsize=11,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
+        )
 
 
 def _at(points: Sequence[MeanPoint]) -> tuple[list[float], list[float]]:
@@ -114,7 +145,7 @@ def _at(points: Sequence[MeanPoint]) -> tuple[list[float], list[float]]:
     return [mean.metrics[UTILITY].value for mean in points], [mean.metrics["refusal_rate"].value for mean in points]
 
 
-def _draw_arm(axes: Axes, points: Sequence[MeanPoint], arm: str, number: int) -> None:
+def _draw_arm(axes: Axes, points: Sequence[MeanPoint], arm: str, colour: Any, number: int) -> None:
     """Its line with the intervals as bars."""
     x, y = _at(points)
     ends = [mean.metrics["refusal_rate"].interval or (rate, rate) for mean, rate in zip(points, y, strict=True)]
@@ -127,9 +158,9 @@ def _draw_arm(axes: Axes, points: Sequence[MeanPoint], arm: str, number: int) ->
         y,
         yerr=bars,
         label=arm,
-        color=pyplot.get_cmap("tab20")(number % 20),
+        color=colour,
         marker=MARKERS[number % len(MARKERS)],
-        markersize=5,
+        markersize=6,
         linewidth=1,
         elinewidth=0.7,
         capsize=2,
