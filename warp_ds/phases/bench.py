@@ -342,7 +342,8 @@ class Bench:
             )
         output = self.root / f"merge_{trial.name}" / "model"
         self.timed(f"merge_{trial.name}", lambda: merge(fine_tuned, aligned, output, formula))
-        text = f"## Merged after training\n\nThis model is the trained one, `{fine_tuned}`, merged by the arm `{arm.name}`.\n\n"
+        merger = f"This model is the trained one, {card.code(fine_tuned)}, merged by the arm {card.code(arm.name)}."
+        text = f"## Merged after training\n\n{merger}\n\n"
         consensus.on_rank_0(lambda: card.write_section(output, "merged", text + card.made(fine_tuned)), "writing the card")
         return output
 
@@ -355,9 +356,11 @@ class Bench:
         if arm.trains is not None:
             model = self.root / f"{'merge' if arm.merge else 'phase3'}_{trial.name}" / "model"
             before = self.measuring.known("before")
-            where = f"By a comparison, `{self.root.name}`, arm `{arm.name}`."
+            where = f"By a comparison, {card.code(self.root.name)}, arm {card.code(arm.name)}."
+            a = self.arguments
+            data = {"harmful": a.harmful_data, "harmless": a.harmless_data, "task": a.utility_heldout or a.utility_data}
             consensus.on_rank_0(
-                lambda: write_card(model, "compare", where, metrics | {"overlap": self.overlap}, before),
+                lambda: write_card(model, "compare", where, metrics | {"overlap": self.overlap}, before, data),
                 "writing the model's card",
             )
         from_start = arm.merge is None and arm.start is None

@@ -131,8 +131,12 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
         if start is not None and basis is not None:
             found.metrics |= movement_metrics(start, model_dir, basis)
         consensus.on_rank_0(lambda: write_measurement(run.directory, found), "writing the results")
-        where, old = f"By `launch/evaluate.py`, run `{run.directory.name}`, data {inputs['data']}.", summarise(before.answers)
-        consensus.on_rank_0(lambda: write_card(model_dir, "evaluate", where, found.metrics, old), "writing the model's card")
+        where = f"By `launch/evaluate.py`, run {card.code(run.directory.name)}, data {inputs['data']}."
+        sources = {"harmful": arguments.harmful_data, "harmless": arguments.harmless_data, "task": arguments.utility_data}
+        old = summarise(before.answers)
+        consensus.on_rank_0(
+            lambda: write_card(model_dir, "evaluate", where, found.metrics, old, sources), "writing the model's card"
+        )
         for name, value in found.metrics.items():
             logger.info("%s: %s", name, value)
         run.finish()
@@ -198,12 +202,23 @@ def write_measurement(directory: Path, found: Measurement, last: bool = True) ->
         partial_file.unlink()
 
 
-def write_card(model_dir: Path, name: str, where: str, metrics: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
-    """What is known of a model that was trained here, on its card. Rank 0 alone calls it."""
+def write_card(
+    model_dir: Path,
+    name: str,
+    where: str,
+    metrics: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
+    data: Mapping[str, str | None],
+) -> None:
+    """What is known of a model that was trained here, on its card. Rank 0 alone calls it.
+
+    ``data``: 'harmful', 'harmless' and 'task' -> where the prompts come from.
+    """
     facts, rows = card.made(model_dir), {"before training": before} if before else {}
     if facts:
         card.write_section(model_dir, "made", facts)
-    card.write_section(model_dir, name, card.evaluation(where, {**rows, "this model": metrics}))
+    results = card.eval_results(metrics, {kind: source for kind, source in data.items() if source})
+    card.write_section(model_dir, name, card.evaluation(where, {**rows, "this model": metrics}), results)
 
 
 def load_engine(arguments: EvaluateArguments) -> tuple[Any, PreTrainedTokenizerBase]:

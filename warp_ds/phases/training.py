@@ -30,6 +30,7 @@ from warp_ds.phases.texts import tokenise
 from warp_ds.phases.trainer import CompleteConverted, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
 from warp_ds.phases.trainer_arguments import check_training, trainer_arguments
 from warp_ds.protection import WarpCallback
+from warp_ds.report import card
 from warp_ds.store.fingerprints import Contents, fingerprint_rows
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import find_artifact
@@ -115,7 +116,12 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
             trainer,
             tokenizer,
             run.directory / "model",
-            f"# Safety-tuned {arguments.model_name}\n\nTrained by warp_ds phase 0 on {arguments.safety_data}.\n",
+            card.new_card(
+                f"Safety-tuned {card.plain(arguments.model_name)}",
+                f"Trained by warp_ds phase 0 on {card.plain(arguments.safety_data)}.",
+                arguments.model_name,
+                arguments.safety_data,
+            ),
         )
         run.finish()
         end_engine(trainer.deepspeed)
@@ -269,12 +275,14 @@ def _model_card(arguments: TrainArguments, masks_dir: Path | None) -> str:
         metadata = MaskStore(masks_dir).metadata
         protection = (
             f"with {metadata.frozen} of {metadata.entries} rotated coefficients frozen (keep_ratio "
-            f"{metadata.keep_ratio}, scope {metadata.scope}, basis {metadata.basis}; masks {masks_dir})"
+            f"{metadata.keep_ratio}, scope {metadata.scope}, basis {metadata.basis}; masks {card.code(masks_dir)})"
         )
-    return (
-        f"# {Path(arguments.model_name).name}, fine-tuned on {arguments.utility_data}\n\n"
+    return card.new_card(
+        f"{card.plain(Path(arguments.model_name).name)}, fine-tuned on {card.plain(arguments.utility_data)}",
         f"Trained by [warp_ds](https://openreview.net/forum?id=kPLzOfPfA2l) phase 3 {protection}.\n\n"
-        f"- base model: `{arguments.model_name}`\n- train_scope: {arguments.train_scope}\n"
+        f"- base model: {card.code(arguments.model_name)}\n- train_scope: {arguments.train_scope}\n"
         f"- epochs: {arguments.epochs}, global batch {arguments.global_batch_size}, learning rate "
-        f"{arguments.learning_rate}, seed {arguments.seed}\n"
+        f"{arguments.learning_rate}, seed {arguments.seed}\n",
+        arguments.model_name,
+        arguments.utility_data,
     )
