@@ -16,7 +16,7 @@ from warp_ds.cluster import consensus
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.data.datasets import load_pairs, load_prompts
 from warp_ds.errors import ConfigError
-from warp_ds.evaluation.answers import AnswerLog, collect_answers
+from warp_ds.evaluation.answers import AnswerLog, Row, collect_answers
 from warp_ds.evaluation.generate import answer_surprise
 from warp_ds.evaluation.judge import Judge
 from warp_ds.evaluation.measure import Measurement, NoiseRule, judge_answers, measure, noise_limit, paired_tests, summarise
@@ -62,85 +62,95 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
     with start_run("evaluate", arguments, inputs) as run:
         if run.done:
             return run.directory
-        overlap = consensus.on_rank_0(
-            lambda: shared_prompts(fitting_sets([model_dir.parent, *([] if basis is None else [basis.parent])]), sets),
-            "looking for prompts of the fitting sets",
-        )
-        for (where, kind), count in overlap.items():
-            logger.warning(
-                "%d %s prompts of the evaluation stand in %s: what is measured on them is memory; give held-out ones",
-                count,
-                kind,
-                where,
-            )
-        options: dict[str, Any] = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
+        fitted_by = [model_dir.parent, *([] if basis is None else [basis.parent])]
+        overlap = consensus.on_rank_0(lambda: _overlap(fitted_by, sets), "looking for prompts of the fitting sets")
         for model in (arguments, *([] if start is None else [replace(arguments, model_name=str(start))])):
-            check_lengths(
-                model, sets.generated(suites), {"loss": sets.utility} if "loss" in suites else {}, arguments.max_new_tokens
-            )
-        judge = None
-        if judge_dir is not None:
-            with consensus.on_every_rank_or_none("loading the judge"):
-                judge = Judge(str(judge_dir), arguments.resolved_device, arguments.torch_dtype)
-        rule, before = None, Measurement()
-        if start is not None:
-            reference, reference_tokenizer = load_engine(replace(arguments, model_name=str(start)))
-            log = AnswerLog(run.directory / "reference_answers.partial.jsonl")
-            before.answers = collect_answers(reference, reference_tokenizer, sets, suites=suites, log=log, **options)
-            if sets.refusal_prompts(suites):
-                limit = noise_limit(reference, reference_tokenizer, sets, own=before.answers, **options)
-                rule = (
-                    None
-                    if limit is None
-                    else NoiseRule(
-                        partial(answer_surprise, reference, reference_tokenizer, batch_size=arguments.batch_size), limit
-                    )
-                )
-            judge_answers(before.answers, rule)
+            _check_lengths(model, sets, suites)
+        judge = None if judge_dir is None else _load_judge(judge_dir, arguments)
+        rule, before = (None, []) if start is None else _reference(start, arguments, sets, suites, run.directory)
         engine, tokenizer = load_engine(arguments)
-        found = measure(
-            engine,
-            tokenizer,
-            sets,
-            max_length=arguments.max_length,
-            suites=suites,
-            noise=rule,
-            judge=judge,
-            log=AnswerLog(run.directory / "answers.partial.jsonl"),
-            **options,
-        )
-        found.metrics |= paired_tests(before.answers, found.answers)
-        if overlap:
-            found.metrics["overlap"] = {f"{kind} in {where}": count for (where, kind), count in overlap.items()}
+        log = AnswerLog(run.directory / "answers.partial.jsonl")
+        sizes = {**_sizes(arguments), "max_length": arguments.max_length}
+        measured = measure(engine, tokenizer, sets, **sizes, suites=suites, noise=rule, judge=judge, log=log)
+        measured.metrics |= paired_tests(before, measured.answers) | ({"overlap": overlap} if overlap else {})
         # What follows may fail, or be cut off: the answers stay, and a run that goes on makes none again.
-        consensus.on_rank_0(lambda: write_measurement(run.directory, found, last=False), "writing the results")
+        consensus.on_rank_0(lambda: write_measurement(run.directory, measured, last=False), "writing the results")
         if tasks:
-            from warp_ds.evaluation.lm_eval_tasks import run_tasks
-
-            leave_if_asked()  # the harness cannot be stopped between its requests
-            harness = run_tasks(
-                engine, tokenizer, tasks, include=arguments.lm_eval_include, limit=arguments.lm_eval_limit, **options
-            )
-            found.metrics["lm_eval"] = harness["results"]
-            consensus.on_rank_0(
-                lambda: write_text(
-                    run.directory / "lm_eval_samples.json", json.dumps(harness["samples"], ensure_ascii=False, default=str)
-                ),
-                "writing the harness's samples",
-            )
+            measured.metrics["lm_eval"] = _run_tasks(engine, tokenizer, tasks, arguments, run.directory)
         if start is not None and basis is not None:
-            found.metrics |= movement_metrics(start, model_dir, basis)
-        consensus.on_rank_0(lambda: write_measurement(run.directory, found), "writing the results")
+            measured.metrics |= movement_metrics(start, model_dir, basis)
+        consensus.on_rank_0(lambda: write_measurement(run.directory, measured), "writing the results")
         where = f"By `launch/evaluate.py`, run {card.code(run.directory.name)}, data {inputs['data']}."
-        sources = {"harmful": arguments.harmful_data, "harmless": arguments.harmless_data, "task": arguments.utility_data}
-        old = summarise(before.answers)
-        consensus.on_rank_0(
-            lambda: write_card(model_dir, "evaluate", where, found.metrics, old, sources), "writing the model's card"
-        )
-        for name, value in found.metrics.items():
+        _write_card(model_dir, arguments, where, measured.metrics, summarise(before))
+        for name, value in measured.metrics.items():
             logger.info("%s: %s", name, value)
         run.finish()
         return run.directory
+
+
+def _sizes(arguments: EvaluateArguments) -> dict[str, Any]:
+    return {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
+
+
+def _check_lengths(arguments: EvaluateArguments, sets: EvaluationSets, suites: Sequence[str]) -> None:
+    """DataError for texts that are too long for the model. Collective."""
+    losses = {"loss": sets.utility} if "loss" in suites else {}
+    check_lengths(arguments, sets.generated(suites), losses, arguments.max_new_tokens)
+
+
+def _write_card(
+    model_dir: Path, arguments: EvaluateArguments, where: str, metrics: Mapping[str, Any], before: Mapping[str, Any]
+) -> None:
+    data = {"harmful": arguments.harmful_data, "harmless": arguments.harmless_data, "task": arguments.utility_data}
+    consensus.on_rank_0(lambda: write_card(model_dir, "evaluate", where, metrics, before, data), "writing the model's card")
+
+
+def _overlap(runs: Sequence[Path], sets: EvaluationSets) -> dict[str, int]:
+    """'harmful in safety.jsonl' -> how many prompts of the evaluation stand there, with a warning; of what ``runs`` were
+    fitted on. Rank 0 alone calls it."""
+    shared = shared_prompts(fitting_sets(runs), sets)
+    for (where, kind), count in shared.items():
+        logger.warning(
+            "%d %s prompts of the evaluation stand in %s: what is measured on them is memory; give held-out ones",
+            count,
+            kind,
+            where,
+        )
+    return {f"{kind} in {where}": count for (where, kind), count in shared.items()}
+
+
+def _load_judge(model_dir: Path, arguments: EvaluateArguments) -> Judge:
+    with consensus.on_every_rank_or_none("loading the judge"):
+        return Judge(str(model_dir), arguments.resolved_device, arguments.torch_dtype)
+
+
+def _reference(
+    start: Path, arguments: EvaluateArguments, sets: EvaluationSets, suites: Sequence[str], directory: Path
+) -> tuple[NoiseRule | None, list[Row]]:
+    """The rule for noise, and the judged answers, of the model before training. Collective."""
+    model, tokenizer = load_engine(replace(arguments, model_name=str(start)))
+    log = AnswerLog(directory / "reference_answers.partial.jsonl")
+    sizes = _sizes(arguments)
+    answers = collect_answers(model, tokenizer, sets, suites=suites, log=log, **sizes)
+    limit = noise_limit(model, tokenizer, sets, own=answers, **sizes) if sets.refusal_prompts(suites) else None
+    surprise = partial(answer_surprise, model, tokenizer, batch_size=arguments.batch_size)
+    rule = None if limit is None else NoiseRule(surprise, limit)
+    judge_answers(answers, rule)
+    return rule, answers
+
+
+def _run_tasks(
+    engine: Any, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], arguments: EvaluateArguments, directory: Path
+) -> dict[str, Any]:
+    """The results of lm-evaluation-harness's ``tasks``; its samples go to lm_eval_samples.json. Collective."""
+    from warp_ds.evaluation.lm_eval_tasks import run_tasks
+
+    leave_if_asked()  # the harness cannot be stopped between its requests
+    include, limit = arguments.lm_eval_include, arguments.lm_eval_limit
+    harness = run_tasks(engine, tokenizer, tasks, include=include, limit=limit, **_sizes(arguments))
+    samples = json.dumps(harness["samples"], ensure_ascii=False, default=str)
+    consensus.on_rank_0(lambda: write_text(directory / "lm_eval_samples.json", samples), "writing the harness's samples")
+    return harness["results"]
 
 
 def _suites(arguments: EvaluateArguments) -> tuple[list[str], list[str]]:
@@ -190,14 +200,14 @@ def _sets(arguments: EvaluateArguments, suites: Sequence[str]) -> EvaluationSets
 
 def movement_metrics(before: Path, after: Path, basis_dir: Path) -> dict[str, Any]:
     """Collective."""
-    found = movement(before, after, basis_dir)
-    return {"movement": mean_movement(found), "movement_by_layer": found}
+    by_layer = movement(before, after, basis_dir)
+    return {"movement": mean_movement(by_layer), "movement_by_layer": by_layer}
 
 
-def write_measurement(directory: Path, found: Measurement, last: bool = True) -> None:
+def write_measurement(directory: Path, measured: Measurement, last: bool = True) -> None:
     """answers.jsonl and metrics.json; the ``last`` time, what was kept for a run that goes on is removed."""
-    write_text(directory / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.answers))
-    write_json(directory / "metrics.json", found.metrics)
+    write_text(directory / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in measured.answers))
+    write_json(directory / "metrics.json", measured.metrics)
     for partial_file in directory.glob("*answers.partial.jsonl") if last else ():
         partial_file.unlink()
 

@@ -149,7 +149,45 @@ def importance_scores(
     ``scratch``: where finished importance batches are saved, and found again by a run that goes on.
     """
     samples = Samples(dataset, tokenizer, arguments.resolved_device)
-    batches, silent = importance_batches(samples, arguments.importance_batch_size)
+    batches = _batches(samples, arguments.importance_batch_size, notes)
+    inputs = _scored_inputs(layers, basis, samples.tokens / len(batches))
+    scores, saved = RowScores(inputs, samples.device), SavedScores(scratch / "scores")
+    done = saved.load(scores)
+    if done:
+        logger.info("%d of %d importance batches were done before", done, len(batches))
+    columns = _Columns(basis, samples.device)
+    # fp16 gradients of a mean over many tokens would underflow.
+    scale = 2.0**12 if arguments.dtype == "float16" else 1.0
+    loss = _batch_loss(batches, samples, scale)
+    last_save, progress = time.monotonic(), Progress(scratch, len(batches), "batches")
+    with (
+        frozen_model(model),
+        tqdm(total=len(batches), initial=done, desc="importance", unit="batch", disable=rank() != 0) as bar,
+    ):
+        for steps, shown in _passes(model, layers, batches[done:], samples, loss, arguments, scratch):
+            finite = Finite()
+            for step, batch, taken in shown:
+                for scored in inputs:
+                    if scored.layers[0].name in taken:
+                        for layer in scored.layers:
+                            finite.watch(layer, batch, taken[layer.name])
+                        scores.add(scored, taken, batch, step, columns.get(scored.layers[0].name), 1.0 / scale)
+            stop_together(finite.failure(), "inputs or output gradients")
+            finished = sum(last for step in steps for _, _, last in step.segments)
+            done += finished
+            bar.update(finished)
+            progress.at(done)
+            if scores.complete and done < len(batches) and broadcast_object(time.monotonic() - last_save > SAVE_SECONDS):
+                saved.save(scores, done)
+                last_save = time.monotonic()
+            if scores.complete and done < len(batches):
+                leave_if_asked(partial(saved.save, scores, done))
+    return scores.sums
+
+
+def _batches(samples: Samples, size: int, notes: list[str]) -> list[range]:
+    """The importance batches that have a response token; ConfigError where none has, a note on those left out."""
+    batches, silent = importance_batches(samples, size)
     if silent:
         notes.append(f"{len(silent)} importance batches have no response token and add nothing")
         logger.warning(
@@ -162,44 +200,18 @@ def importance_scores(
         raise ConfigError(
             "no sample has a response token, so there is no importance: raise --max_length, or give a safety set with responses"
         )
-    inputs = _scored_inputs(layers, basis, samples.tokens / len(batches))
-    scores, saved = RowScores(inputs, samples.device), SavedScores(scratch / "scores")
-    done = saved.load(scores)
-    if done:
-        logger.info("%d of %d importance batches were done before", done, len(batches))
-    columns = _Columns(basis, samples.device)
-    # fp16 gradients of a mean over many tokens would underflow.
-    scale = 2.0**12 if arguments.dtype == "float16" else 1.0
+    return batches
+
+
+def _batch_loss(batches: Sequence[range], samples: Samples, scale: float) -> Loss:
+    """``scale`` L_b: the mean cross-entropy over the response tokens of a sample's importance batch."""
     weights = loss_weights(batches, samples)
 
     def loss(logits: Tensor, batch: Batch, last: int) -> Tensor:
         of_rows = torch.tensor([[weights.get(i, 0.0)] for i in batch.samples], device=logits.device)
         return scale * response_loss(logits, batch.labels[:, -last:], of_rows.expand(-1, last))
 
-    last_save, progress = time.monotonic(), Progress(scratch, len(batches), "batches")
-    with (
-        frozen_model(model),
-        tqdm(total=len(batches), initial=done, desc="importance", unit="batch", disable=rank() != 0) as bar,
-    ):
-        for steps, shown in _passes(model, layers, batches[done:], samples, loss, arguments, scratch):
-            finite = Finite()
-            for step, batch, taken in shown:
-                for found in inputs:
-                    if found.layers[0].name in taken:
-                        for layer in found.layers:
-                            finite.watch(layer, batch, taken[layer.name])
-                        scores.add(found, taken, batch, step, columns.get(found.layers[0].name), 1.0 / scale)
-            stop_together(finite.failure(), "inputs or output gradients")
-            finished = sum(last for step in steps for _, _, last in step.segments)
-            done += finished
-            bar.update(finished)
-            progress.at(done)
-            if scores.complete and done < len(batches) and broadcast_object(time.monotonic() - last_save > SAVE_SECONDS):
-                saved.save(scores, done)
-                last_save = time.monotonic()
-            if scores.complete and done < len(batches):
-                leave_if_asked(partial(saved.save, scores, done))
-    return scores.sums
+    return loss
 
 
 def _passes(

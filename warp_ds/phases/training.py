@@ -205,23 +205,12 @@ def fit(
 
     Raises Preempted, with a checkpoint saved, where a rank was asked to leave.
     """
-    sampler = GlobalBatchSampler(
-        len(samples),
-        arguments.global_batch_size,
-        arguments.batch_size,
-        processes.world_size(),
-        shuffle=True,
-        seed=arguments.seed,
-    )
+    sizes = (len(samples), arguments.global_batch_size, arguments.batch_size, processes.world_size())
+    sampler = GlobalBatchSampler(*sizes, shuffle=True, seed=arguments.seed)
     passed = {**training_arguments.DEFAULTS, **(passed or {})}
     keep = passed.pop("save_total_limit", None)
-    training = trainer_arguments(
-        arguments,
-        passed,
-        directory,
-        sampler.accumulation_steps,
-        converted=checkpoint is not None and universal.is_converted(checkpoint),
-    )
+    converted = checkpoint is not None and universal.is_converted(checkpoint)
+    training = trainer_arguments(arguments, passed, directory, sampler.accumulation_steps, converted)
     metrics = MetricsFile(directory / "metrics.jsonl")
     whole = WholeCheckpoints(arguments.save_minutes, keep or 1)
     trainer = GlobalBatchTrainer(
@@ -232,28 +221,17 @@ def fit(
         sampler=sampler,
         callbacks=[*callbacks, metrics, whole],
     )
-    for callback in callbacks:
-        if isinstance(callback, WarpCallback):
-            callback.before_reporters(trainer)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            callback.logging_dir = str(directory / "tensorboard")  # one curve, however often the run goes on
-    if processes.rank() > 0:
-        trainer.remove_callback(PrinterCallback)  # rank 0's lines are enough
+    _arrange_reporters(trainer, callbacks, directory)
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
         consensus.on_rank_0(lambda: metrics.keep_until(checkpoint.name), "trimming the metrics")
-        if universal.is_converted(checkpoint):
+        if converted:
             trainer.callback_handler.callbacks.insert(0, CompleteConverted(trainer, checkpoint))  # before the WarpCallback
     steps = training.max_steps if training.max_steps > 0 else math.ceil(arguments.epochs * sampler.steps)
     logger.info(
         "training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %d)",
-        len(samples),
-        steps,
-        arguments.global_batch_size,
-        processes.world_size(),
-        sampler.accumulation_steps,
-        arguments.batch_size,
+        *(len(samples), steps, arguments.global_batch_size),
+        *(processes.world_size(), sampler.accumulation_steps, arguments.batch_size),
     )
     consensus.on_rank_0(lambda: checkpoints.refuse_foreign(directory / "trainer", steps), "looking for foreign checkpoints")
     with nullcontext() if checkpoint is None else nothing_unpickled():
@@ -262,6 +240,18 @@ def fit(
         raise preemption.Preempted(whole.stopped_by)
     consensus.on_rank_0(lambda: universal.remove_converted(directory / "trainer"), "removing a converted checkpoint")
     return trainer
+
+
+def _arrange_reporters(trainer: Trainer, callbacks: Sequence[TrainerCallback], directory: Path) -> None:
+    """Reports come after the masked step's numbers, into one curve, and on the terminal from rank 0 alone."""
+    for callback in callbacks:
+        if isinstance(callback, WarpCallback):
+            callback.before_reporters(trainer)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(directory / "tensorboard")  # one curve, however often the run goes on
+    if processes.rank() > 0:
+        trainer.remove_callback(PrinterCallback)  # rank 0's lines are enough
 
 
 def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, directory: Path, model_card: str) -> None:
