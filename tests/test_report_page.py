@@ -23,7 +23,7 @@ from warp_ds.report import page as page_module
 from warp_ds.report.page import write_report
 from warp_ds.report.runs import comparisons, find_runs
 from warp_ds.report.tables import Table, to_markdown, to_terminal
-from warp_ds.report.tradeoff import Point, compare
+from warp_ds.report.tradeoff import Point, compare_points
 from warp_ds.store.files import write_json, write_tensors
 from warp_ds.store.fingerprints import fingerprint_model
 from warp_ds.store.masks import MaskStore
@@ -45,7 +45,7 @@ NAME = "model.layers.0.mlp.down_proj"
 
 def compared(points: list[dict[str, Any]], prompts: dict[str, int], wanted: float = 0.0) -> dict[str, Any]:
     """What report.json holds of a comparison of ``points``."""
-    return compare([Point.from_json(point) for point in points], prompts, wanted).to_json()
+    return compare_points([Point.from_json(point) for point in points], prompts, wanted).to_json()
 
 
 def run_of(root: Path, phase: str, name: str) -> Path:

@@ -11,7 +11,7 @@ from warp_ds.phases.arms import ARMS, Arm, compose, parse_arms
 from warp_ds.phases.comparison_data import ComparisonData, overlaps
 from warp_ds.phases.trials import Trial, is_needed, merged_from
 from warp_ds.report.tables import comparison_blocks, to_markdown
-from warp_ds.report.tradeoff import Comparison, Point, at_utility, compare, crossing
+from warp_ds.report.tradeoff import Comparison, Point, at_utility, compare_points, crossing
 
 
 def point(arm: str, rate: float | None, nll: float, refusal: float, seed: int = 1, from_start: bool = True) -> Point:
@@ -123,7 +123,7 @@ def test_arms_meet_where_the_rotated_arm_is_best() -> None:
         point("resta", 1e-4, 1.0, 0.9, from_start=False),
         point("resta", 1e-3, 0.4, 0.3, from_start=False),
     ]
-    comparison = compare(points, {"refusal_rate": 100})
+    comparison = compare_points(points, {"refusal_rate": 100})
     assert comparison.at_utility == 0.6
     rows = {row["arm"]: row for row in comparison.to_json()["equal_utility"]}
     # full: half way from (1.0, 0.85) to (0.2, 0.05), seeds averaged; each seed by itself 0.4 and 0.5.
@@ -133,10 +133,10 @@ def test_arms_meet_where_the_rotated_arm_is_best() -> None:
     assert rows["rotated"]["refusal_rate"] == 0.9
     assert "refusal_rate" not in rows["osft"] and rows["osft"]["best_utility"] == 2.0
     assert rows["resta"]["refusal_rate"] == pytest.approx(0.9 - 2 / 3 * 0.6)
-    assert compare(points, {}, wanted=1.0).at_utility == 1.0
+    assert compare_points(points, {}, wanted=1.0).at_utility == 1.0
     text = markdown(comparison)
     assert "the start model" not in text
-    assert "read between the start model and its first point" in markdown(compare(points, {}, wanted=1.2))
+    assert "read between the start model and its first point" in markdown(compare_points(points, {}, wanted=1.2))
     assert "| osft | does not cross it (its best is 2.000) |" in text and "45% [36, 55]" in text
 
 

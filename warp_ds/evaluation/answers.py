@@ -32,13 +32,13 @@ class AnswerLog:
         return consensus.on_rank_0(lambda: self._read(suite), "reading the answers so far")
 
     def _read(self, suite: str) -> list[str]:
-        found: dict[int, str] = {}
+        by_number: dict[int, str] = {}
         if self.path is not None and self.path.is_file():
             for row in read_lines(self.path):  # without the line that was being written when the job died
                 if row.get("suite") == suite and type(row.get("number")) is int and isinstance(row.get("answer"), str):
-                    found.setdefault(row["number"], row["answer"])
+                    by_number.setdefault(row["number"], row["answer"])
         # A later answer than the first one missing is no use: its prompt would be another's.
-        return [found[i] for i in takewhile(found.__contains__, count())]
+        return [by_number[i] for i in takewhile(by_number.__contains__, count())]
 
     def append(self, suite: str, first: int, answers: Sequence[str]) -> None:
         if self.path is not None and processes.rank() == 0:

@@ -119,9 +119,9 @@ def judge_all(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> l
         for pair in tqdm(pairs[processes.rank() :: processes.world_size()], desc="judge", disable=processes.rank() != 0)
     ]
     parts = processes.all_gather_object(mine)
-    found = [parts[i % len(parts)][i // len(parts)] for i in range(len(pairs))]
+    opinions = [parts[i % len(parts)][i // len(parts)] for i in range(len(pairs))]
     says_refusal = judge.guard in ("qwen3guard", "wildguard")
-    return [{"judge": one.unsafe} | ({"judge_refusal": one.refusal} if says_refusal else {}) for one in found]
+    return [{"judge": one.unsafe} | ({"judge_refusal": one.refusal} if says_refusal else {}) for one in opinions]
 
 
 def _unsafe_label(labels: dict[int, str], directory: str) -> int:

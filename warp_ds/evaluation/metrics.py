@@ -131,11 +131,11 @@ def number_value(text: str) -> Decimal | None:
     line = (tail if mark else head).strip().split("\n")[0]
     line = "".join(_ODD if unicodedata.category(character) == "No" else character for character in line)
     line = unicodedata.normalize("NFKC", line).translate(_DASHES)
-    found = _VALUE.match(line)
-    if found is None or found["whole"] is None and found["rest"] is None or _GOES_ON.match(line, found.end()):
+    number = _VALUE.match(line)
+    if number is None or number["whole"] is None and number["rest"] is None or _GOES_ON.match(line, number.end()):
         return None
-    digits = re.sub(r"[^\d]", "", found["whole"] or "0") + (found["rest"] or "")
-    return Decimal(digits.rstrip(".")) * (-1 if "-" in (found["sign"], found["sign2"]) else 1)
+    digits = re.sub(r"[^\d]", "", number["whole"] or "0") + (number["rest"] or "")
+    return Decimal(digits.rstrip(".")) * (-1 if "-" in (number["sign"], number["sign2"]) else 1)
 
 
 def same_value(answer: str, gold: str) -> bool:

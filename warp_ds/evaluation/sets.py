@@ -26,8 +26,8 @@ class EvaluationSets:
 
     def refusal_prompts(self, suites: Sequence[str]) -> dict[str, Sequence[str]]:
         """Suite -> the prompts whose answers get a verdict."""
-        found = {"refusal": self.harmful, "over_refusal": self.harmless}
-        chosen = {suite: prompts for suite, prompts in found.items() if suite in suites and prompts}
+        by_suite = {"refusal": self.harmful, "over_refusal": self.harmless}
+        chosen = {suite: prompts for suite, prompts in by_suite.items() if suite in suites and prompts}
         return chosen | {f"attack_{name}": prompts for name, prompts in self.attacks.items()}
 
     def generated(self, suites: Sequence[str]) -> dict[str, Sequence[str]]:

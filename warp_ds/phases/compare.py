@@ -21,12 +21,12 @@ from warp_ds.flags.arguments import CompareArguments, TrainArguments
 from warp_ds.phases.arms import ARMS, Arm, parse_arms
 from warp_ds.phases.bench import Bench
 from warp_ds.phases.comparison_data import check_data, load_data
-from warp_ds.phases.run import start_run, versions
+from warp_ds.phases.run import package_versions, start_run
 from warp_ds.phases.trainer_arguments import check_training
 from warp_ds.phases.trials import Trial, is_needed, merged_from
 from warp_ds.report import costs
 from warp_ds.report.tables import Block, comparison_blocks, to_markdown, to_terminal
-from warp_ds.report.tradeoff import Comparison, Point, compare
+from warp_ds.report.tradeoff import Comparison, Point, compare_points
 from warp_ds.store.files import write_json, write_text
 from warp_ds.store.fingerprints import fingerprint_rows
 from warp_ds.store.state import Progress
@@ -101,9 +101,9 @@ def compare_arms(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence
         "seconds": bench.seconds,
         "total_seconds": round(time.time() - started, 1),
         "world_size": processes.world_size(),
-        "versions": versions(),
+        "versions": package_versions(),
     }
-    return compare(points, _prompts(bench.data.sets), bench.arguments.at_utility, about=about)
+    return compare_points(points, _prompts(bench.data.sets), bench.arguments.at_utility, about=about)
 
 
 def _measure(bench: Bench, trials: Sequence[Trial], arms: Sequence[Arm]) -> list[Point]:

@@ -19,7 +19,7 @@ def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
 
     From each run's config.json; a directory that is no run, or data that are no longer there, are passed over.
     """
-    found: dict[str, list[str]] = {}
+    prompts: dict[str, list[str]] = {}
     queue = [run.resolve() for run in runs]
     for run in queue:  # grows
         if phase_of(run) is None:
@@ -56,5 +56,5 @@ def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
                 error,
             )
             continue
-        found.setdefault(name, []).extend(pairs["prompt"])
-    return found
+        prompts.setdefault(name, []).extend(pairs["prompt"])
+    return prompts

@@ -30,8 +30,8 @@ class Weights:
     def __init__(self, directory: Path):
         index = directory / "model.safetensors.index.json"
         if index.is_file():
-            found = read_json(index)
-            files = found.get("weight_map") if isinstance(found, dict) else None
+            listed = read_json(index)
+            files = listed.get("weight_map") if isinstance(listed, dict) else None
             if not isinstance(files, dict) or not all(
                 isinstance(file, str) and Path(file).name == file for file in files.values()
             ):

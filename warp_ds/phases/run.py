@@ -148,7 +148,7 @@ def _open(
             **identity.record,
             "settings": {**dataclasses.asdict(arguments), **passed},
             "started_at": now(),
-            "versions": versions(),
+            "versions": package_versions(),
             "command": sys.argv,
             "world_size": processes.world_size(),
             "working_directory": os.getcwd(),
@@ -220,7 +220,7 @@ def _refuse_foreign(directory: Path) -> None:
         raise ConfigError(f"{directory} is there already, and no run of this program: use another --run_name")
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions of what decides a result."""
     known = {"python": sys.version.split()[0]}
     for package in PACKAGES:

@@ -61,11 +61,11 @@ def shrink(masks_dir: str | Path, basis_dir: str | Path | None, output: Path) ->
         raise ArtifactError(f"{output} exists: remove it, or give another --output")
     aside = output.with_name(f".{output.name}.{uuid4().hex[:8]}.tmp")
     try:
-        found = _write(masks, basis, aside, output)
+        shrunk = _write(masks, basis, aside, output)
         os.replace(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return found
+    return shrunk
 
 
 def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> list[Shrunk]:
@@ -74,7 +74,7 @@ def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> li
         by_file.setdefault(basis.metadata.layers[layer.name]["file"], []).append(layer.name)
     layers = {layer.name: layer for layer in masks.layers}
     entries: dict[str, Any] = {}
-    found = []
+    shrunk = []
     for file, names in by_file.items():
         u, s = basis.columns(names[0])
         n, stored = u.shape
@@ -93,7 +93,7 @@ def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> li
         entries[file] = {**basis.metadata.bases[file], "rank": len(kept), "bytes": (aside / "basis" / file).stat().st_size}
         for of_the_whole in ("energy", "residual", "orthogonality_error"):
             entries[file].pop(of_the_whole, None)
-        found.append(Shrunk(file, n, stored, len(kept), Rotation.held_bytes(n, stored), Rotation.held_bytes(n, len(kept))))
+        shrunk.append(Shrunk(file, n, stored, len(kept), Rotation.held_bytes(n, stored), Rotation.held_bytes(n, len(kept))))
     smaller = replace(
         basis.metadata, bases=entries, layers={layer.name: basis.metadata.layers[layer.name] for layer in masks.layers}
     )
@@ -110,7 +110,7 @@ def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> li
             )
         ),
     )
-    return found
+    return shrunk
 
 
 def _moved(frozen: Tensor, kept: Tensor) -> Tensor:
@@ -120,12 +120,12 @@ def _moved(frozen: Tensor, kept: Tensor) -> Tensor:
     return result
 
 
-def print_shrunk(found: list[Shrunk]) -> None:
+def print_shrunk(shrunk: list[Shrunk]) -> None:
     """What was dropped, and what that saves."""
     table = Table(title="Columns in which something is frozen")
     for column in ("basis", "inputs", "stored", "kept", "bytes in training", "of before"):
         table.add_column(column, justify="left" if column == "basis" else "right")
-    for one in found:
+    for one in shrunk:
         table.add_row(
             one.file,
             str(one.n),
@@ -136,5 +136,5 @@ def print_shrunk(found: list[Shrunk]) -> None:
         )
     console = Console(width=120, markup=False)
     console.print(table)
-    before, after = sum(one.held_before for one in found), sum(one.held_after for one in found)
+    before, after = sum(one.held_before for one in shrunk), sum(one.held_after for one in shrunk)
     console.print(f"all bases: {before:,} -> {after:,} bytes ({after / before:.0%}), and a rotation's products with them")

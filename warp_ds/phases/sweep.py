@@ -21,7 +21,7 @@ from warp_ds.phases.comparison_data import ComparisonData, load_data
 from warp_ds.phases.run import start_run
 from warp_ds.phases.trainer_arguments import check_training
 from warp_ds.phases.trials import Trial
-from warp_ds.report.tradeoff import Comparison, compare, front
+from warp_ds.report.tradeoff import Comparison, compare_points, front
 from warp_ds.store.fingerprints import fingerprint_rows
 from warp_ds.zero.model import resolve_model_dir
 from warp_ds.zero.shared_reading import model_fingerprint
@@ -103,7 +103,7 @@ def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -
         points = [point for part in parts for point in part.points]
         total = round(sum(part.about["total_seconds"] for part in parts), 1)
         about = {**parts[0].about, "total_seconds": total}  # the middle's flags are the sweep's
-        whole = compare(points, parts[0].prompts, arguments.at_utility, "middle", about)
+        whole = compare_points(points, parts[0].prompts, arguments.at_utility, "middle", about)
         comparison = replace(whole, front=front(points))
         consensus.on_rank_0(lambda: write_report(run.directory, comparison), "writing the report")
         run.finish()

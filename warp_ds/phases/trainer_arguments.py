@@ -61,9 +61,9 @@ def check_training(arguments: TrainingFlags, passed: Mapping[str, Any] | None) -
             made = trainer_arguments(arguments, given, Path(arguments.output_dir) / "run", sampler.accumulation_steps)
         except (ValueError, TypeError, OSError, ImportError) as error:
             raise ConfigError(f"these flags do not go together: {error}") from error
-        found = made.hf_deepspeed_config.mismatches  # which Trainer would find once the model is loaded
-        if found:
-            said = "; ".join(line.strip(" -") for line in found)
+        mismatches = made.hf_deepspeed_config.mismatches  # which Trainer would find once the model is loaded
+        if mismatches:
+            said = "; ".join(line.strip(" -") for line in mismatches)
             raise ConfigError(
                 f"--deepspeed {arguments.deepspeed} contradicts the flags ({said}): set these values of the file "
                 "to 'auto', and give the flags"

@@ -163,12 +163,12 @@ def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
 
     Raises ConfigError where that cannot be done.
     """
-    found = consensus.on_rank_0(lambda: checkpoints.newest_whole(directory / "trainer"), "looking for a checkpoint")
-    if found is None:
+    newest = consensus.on_rank_0(lambda: checkpoints.newest_whole(directory / "trainer"), "looking for a checkpoint")
+    if newest is None:
         if (directory / "trainer").is_dir():
             logger.warning("%s holds no whole checkpoint: its training begins at the first step", directory)
         return None
-    checkpoint = Path(found)
+    checkpoint = Path(newest)
     wrote = consensus.on_rank_0(lambda: checkpoints.world_size_of(checkpoint), "reading a checkpoint")
     consensus.on_rank_0(lambda: check_checkpoint(checkpoint), "checking the checkpoint")
     if wrote == processes.world_size():

@@ -9,7 +9,7 @@ from typing import Any
 
 from warp_ds.errors import ArtifactError
 from warp_ds.names import printable
-from warp_ds.report.tradeoff import Comparison, compare
+from warp_ds.report.tradeoff import Comparison, compare_points
 from warp_ds.store import files, runs
 
 
@@ -97,5 +97,5 @@ def _pool(parts: Sequence[Comparison]) -> Comparison:
     if len(parts) == 1:
         return parts[0]
     points = {(p.arm, p.rate, p.seed): p for part in reversed(parts) for p in reversed(part.points)}
-    pooled = compare(list(reversed(points.values())), parts[0].prompts, about=parts[0].about)
+    pooled = compare_points(list(reversed(points.values())), parts[0].prompts, about=parts[0].about)
     return replace(pooled, front=parts[0].front)

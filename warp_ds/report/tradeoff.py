@@ -215,7 +215,7 @@ def common_utility(curves: Mapping[str, Sequence[MeanPoint]], wanted: float, ref
 # ---------------------------------------------------------------- the comparison
 
 
-def compare(
+def compare_points(
     points: Sequence[Point],
     prompts: Mapping[str, int],
     wanted: float = 0.0,
