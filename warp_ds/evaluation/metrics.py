@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
-from scipy.stats import binomtest
-
 from warp_ds.evaluation.verdicts import VERDICTS
 
 STRICT_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
@@ -69,6 +67,8 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> dict[str, float]:
 
     Under the null each discordant pair falls either way with probability 1/2; p is 1 without discordant pairs.
     """
+    from scipy.stats import binomtest  # takes a second, and most of this module needs none of it
+
     if len(before) != len(after):
         raise ValueError(f"{len(before)} outcomes before, {len(after)} after: pairs are needed")
     lost = sum(b and not a for b, a in zip(before, after, strict=True))

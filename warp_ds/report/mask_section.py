@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from warp_ds.method.mask import unpack_bits
 from warp_ds.report import figures
 from warp_ds.report.runs import Runs
 from warp_ds.report.sections import Bullets, Note, Picture, Section
 from warp_ds.report.tables import Table
-from warp_ds.store.masks import MaskStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from warp_ds.store.masks import MaskStore
 
 BINS, MASKS = 50, 3
 """Ranges of eigen-directions in a picture, and most masks that are drawn."""
@@ -23,6 +25,8 @@ def masks(runs: Runs, pictures: Path) -> list[Section]:
     rotated = []
     for run in runs.of_start("phase2"):
         if (run / "masks" / "metadata.json").is_file():
+            from warp_ds.store.masks import MaskStore  # torch takes seconds, and most of a report needs none
+
             store = MaskStore(run / "masks")
             store.fingerprint()  # counts the bits that are drawn
             if (store.metadata.basis, store.metadata.unit, store.metadata.score) == ("activation", "entry", "importance"):
@@ -36,6 +40,10 @@ def masks(runs: Runs, pictures: Path) -> list[Section]:
 
 
 def _of_mask(name: str, store: MaskStore, pictures: Path, number: str) -> list[Picture | Table | Bullets | Note]:
+    import torch
+
+    from warp_ds.method.mask import unpack_bits
+
     by_column = {layer.stem: unpack_bits(store.packed(layer.name), layer.n).float().mean(0) for layer in store.layers}
     shares = {
         stem: [float(part.mean()) for part in torch.tensor_split(columns, min(BINS, len(columns)))]
@@ -80,7 +88,7 @@ def _scores(store: MaskStore, pictures: Path, name: str) -> list[Picture]:
     return [Picture(figures.save(figures.scores(types), pictures, name), caption)]
 
 
-def _thresholds(store: MaskStore, by_column: dict[str, torch.Tensor]) -> Table:
+def _thresholds(store: MaskStore, by_column: dict[str, Tensor]) -> Table:
     """How much is frozen, and what a coefficient had to score for it, layer by layer."""
     rows, kept = [], (store.scores() or {}).get("layers")
     for layer in store.layers:

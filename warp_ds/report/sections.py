@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from warp_ds.errors import ArtifactError
-from warp_ds.evaluation.certificate import still_describes
 from warp_ds.evaluation.results import read_metric
 from warp_ds.report import costs, figures
 from warp_ds.report.runs import Runs, comparisons, read_json, read_lines, run_config
 from warp_ds.report.tables import Block, Table, comparison_blocks
 from warp_ds.secrets import redact
-from warp_ds.store.bases import BasisStore
 from warp_ds.store.runs import path_of_run
 
 CURVES, ANSWERS = 16, 20
@@ -176,6 +174,8 @@ def bases(runs: Runs, pictures: Path) -> list[Section]:
     for run in runs.of_start("phase1"):
         if not (run / "basis" / "metadata.json").is_file():
             continue
+        from warp_ds.store.bases import BasisStore  # torch takes seconds, and most of a report needs none
+
         basis = BasisStore(run / "basis")
         if basis.metadata.basis != "activation":
             continue
@@ -240,6 +240,8 @@ def certificates(runs: Runs, pictures: Path) -> list[Section]:
 
 def _of_the_model_there_now(certificate: dict[str, Any], run: Path) -> bool:
     """Whether the certificate in ``run`` is of the weights that lie there now, by their fingerprint."""
+    from warp_ds.evaluation.certificate import still_describes
+
     after = Path(str(certificate.get("after")))
     for directory in dict.fromkeys((run / "model", path_of_run(run_config(run), str(after)))):
         if directory.is_dir():
