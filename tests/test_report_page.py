@@ -497,6 +497,29 @@ def test_no_value_of_any_type_is_more_than_text(
         path.write_text(held)
 
 
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_the_comparison_is_drawn_alone_with_the_names_where_its_points_lie(runs: Path, tmp_path: Path, suffix: str) -> None:
+    """--picture: the same file from the same numbers, as the documentation shows one."""
+    drawn = []
+    for name in ("a", "b"):
+        picture = tmp_path / f"{name}.{suffix}"
+        assert main(["report", str(runs), "--output", str(tmp_path / "x.html"), "--picture", str(picture)]) == 0
+        drawn.append(picture.read_bytes())
+    assert drawn[0] == drawn[1] and len(drawn[0]) > 5000
+    one_rate = [Point(arm, 1e-3, 1, {"utility_nll": x, "refusal_rate": y}) for arm, x, y in (("a", 1, 0.1), ("b", 1, 0.9))]
+    near = [*one_rate, Point("c", 1e-3, 1, {"utility_nll": 1, "refusal_rate": 0.91})]
+    for points, named in ((one_rate, ["a", "b"]), (near, [])):
+        (axes,) = figures.tradeoff(compare_points(points, {"refusal_rate": 100})).axes
+        assert [text.get_text() for text in axes.texts if text.get_text() in "abc"] == named, "else the legend has them"
+
+
+def test_a_picture_of_no_comparison_or_kind_is_refused(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    for run, name, said in ((runs, "x.pdf", "ends in .svg or .png"), (runs / "phase2_start", "x.svg", "no comparison to draw")):
+        words = ["report", str(run), "--output", str(tmp_path / "x.html"), "--picture", str(tmp_path / name)]
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_a_hundred_arms_of_any_name_are_drawn(tmp_path: Path) -> None:
     run_of(tmp_path, "compare", "c")
     points = [

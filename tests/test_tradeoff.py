@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from warp_ds.errors import ConfigError
@@ -134,7 +136,10 @@ def test_arms_meet_where_the_rotated_arm_is_best() -> None:
     assert "refusal_rate" not in rows["osft"] and rows["osft"]["best_utility"] == 2.0
     assert rows["resta"]["refusal_rate"] == pytest.approx(0.9 - 2 / 3 * 0.6)
     assert compare_points(points, {}, wanted=1.0).at_utility == 1.0
+    as_written = json.loads(json.dumps(comparison.to_json()))
+    assert Comparison.from_json(as_written).to_json() == as_written and as_written["points"][-1]["from_start"] is False
     text = markdown(comparison)
+    assert markdown(Comparison.from_json(as_written)) == text
     assert "the start model" not in text
     assert "read between the start model and its first point" in markdown(compare_points(points, {}, wanted=1.2))
     assert "| osft | does not cross it (its best is 2.000) |" in text and "45% [36, 55]" in text

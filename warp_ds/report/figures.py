@@ -117,22 +117,27 @@ def tradeoff(comparison: Comparison) -> Figure:
     return figure
 
 
+def _places(axes: Axes, points: Sequence[MeanPoint]) -> list[tuple[float, float]]:
+    """Where the points lie, as shares of the axes' width and height."""
+    axes.get_xlim()  # settles the limits
+    to_axes = axes.transData + axes.transAxes.inverted()
+    return [tuple(to_axes.transform(at)) for at in zip(*_at(points), strict=True)]
+
+
 def _apart(axes: Axes, points: Sequence[MeanPoint]) -> bool:
     """Whether the points' names, right or left of them, would not stand on each other."""
-    places = [axes.transAxes.inverted().transform(axes.transData.transform(at)) for at in zip(*_at(points), strict=True)]
-    return all(abs(a[1] - b[1]) > 0.05 or abs(a[0] - b[0]) > 0.5 for a, b in combinations(places, 2))
+    return all(abs(a[1] - b[1]) > 0.05 or abs(a[0] - b[0]) > 0.5 for a, b in combinations(_places(axes, points), 2))
 
 
 def _name_points(axes: Axes, points: Sequence[MeanPoint], colours: Colormap) -> None:
     """In place of a legend, which a reader would have to look up."""
-    for number, (mean, at) in enumerate(zip(points, zip(*_at(points), strict=True), strict=True)):
-        right = axes.transAxes.inverted().transform(axes.transData.transform(at))[0] < 0.6
+    for number, (mean, (across, _)) in enumerate(zip(points, _places(axes, points), strict=True)):
         axes.annotate(
             mean.arm,
-            at,
-            (9 if right else -9, 0),
+            (mean.metrics[UTILITY].value, mean.metrics["refusal_rate"].value),
+            (9 if across < 0.6 else -9, 0),
             textcoords="offset points",
-            ha="left" if right else "right",
+            ha="left" if across < 0.6 else "right",
             va="center",
             color=colours(number % colours.N),
             fontsize=11,

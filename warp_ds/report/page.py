@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from warp_ds import __version__
-from warp_ds.errors import ArtifactError
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.names import printable
 from warp_ds.report import figures, mask_section, sections
 from warp_ds.report.runs import Runs, comparisons, find_runs
@@ -97,10 +97,10 @@ def run_report(arguments: Any) -> int:
     import sys
 
     try:
-        print(write_report(arguments.runs, Path(arguments.output)))
         if arguments.picture:
             print(write_picture(arguments.runs, Path(arguments.picture)))
-    except (ArtifactError, OSError) as error:
+        print(write_report(arguments.runs, Path(arguments.output)))
+    except (ArtifactError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
