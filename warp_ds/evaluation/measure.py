@@ -14,7 +14,8 @@ from warp_ds.data.formats import encode
 from warp_ds.evaluation.answers import AnswerLog, Row, collect_answers
 from warp_ds.evaluation.generate import loss_per_token, noise_threshold, pad_token
 from warp_ds.evaluation.judge import Judge, judge_all
-from warp_ds.evaluation.metrics import agreement, exact_match, mcnemar, same_value, wilson
+from warp_ds.evaluation.metrics import agreement, exact_match, mcnemar, same_value
+from warp_ds.evaluation.results import rate
 from warp_ds.evaluation.sets import SUITES, EvaluationSets
 from warp_ds.evaluation.verdicts import verdict
 
@@ -118,8 +119,10 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _rate(name: str, outcomes: Sequence[bool]) -> dict[str, Any]:
-    n, count = len(outcomes), sum(outcomes)
-    return {f"{name}_rate" if name[:7] != "utility" else name: count / n, f"{name}_interval": wilson(count, n)} if n else {}
+    if not outcomes:
+        return {}
+    metric = rate(sum(outcomes), len(outcomes))
+    return {name if name.startswith("utility") else f"{name}_rate": metric.value, f"{name}_interval": metric.interval}
 
 
 def _second_opinion(rows: Sequence[Row]) -> dict[str, Any]:
