@@ -77,21 +77,9 @@ class Bench:
         a = self.arguments
         # Two comparisons have phases of the same names: their logs lie apart, as their runs do.
         here = self.root.relative_to(a.output_dir) if self.root.is_relative_to(a.output_dir) else self.root.name
-        return {
-            "model_name": str(model),
-            "dtype": a.dtype,
-            "device": a.device,
-            "deepspeed": a.deepspeed,
-            "output_dir": str(self.root),
-            "log_dir": str(Path(a.log_dir) / here),
-            "seed": a.seed,
-            "max_length": a.max_length,
-            "batch_size": a.batch_size,
-            "gradient_checkpointing": a.gradient_checkpointing,
-            "timeout": a.timeout,
-            "template_date": a.template_date,
-            **more,
-        }
+        places = {"model_name": str(model), "output_dir": str(self.root), "log_dir": str(Path(a.log_dir) / here)}
+        machine = self._same("dtype", "device", "deepspeed", "batch_size", "gradient_checkpointing", "timeout")
+        return {**places, **machine, **self._same("seed", "max_length", "template_date"), **more}
 
     def _evaluation(self, model: Path) -> EvaluateArguments:
         a = self.arguments
@@ -128,8 +116,11 @@ class Bench:
 
         consensus.on_rank_0(write, "writing the texts")
 
+    def _texts(self, name: str) -> str:
+        return str(self.root / "data" / f"{name}.jsonl")
+
     def _write_rows(self, name: str, rows: Sequence[Row]) -> Path:
-        path = self.root / "data" / f"{name}.jsonl"
+        path = Path(self._texts(name))
         if rows:
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return path
@@ -164,56 +155,35 @@ class Bench:
         a, masks = self.arguments, self.root / f"neurons_{kind}" / "masks"
         if not consensus.on_rank_0(lambda: (masks / "metadata.json").is_file(), "looking for the neurons"):
             engine, tokenizer = load_engine(EvaluateArguments(**self.common(self.model_dir)))
+            prompts = [row["prompt"] for row in self.data.safety]
             foundation = list(self.data.foundation) if kind == "rsn-tune" else None
-            safety_neuron_masks(
-                engine,
-                tokenizer,
-                [row["prompt"] for row in self.data.safety],
-                foundation,
-                a.neuron_share,
-                masks,
-                str(self.model_dir),
-                model_fingerprint(self.model_dir),
-            )
+            model = (str(self.model_dir), model_fingerprint(self.model_dir))
+            safety_neuron_masks(engine, tokenizer, prompts, foundation, a.neuron_share, masks, *model)
             end_engine(engine)
-        return (
-            run_training(
-                TrainArguments(
-                    **self.common(self.model_dir),
-                    masks_dir=str(masks),
-                    utility_data=str(self.root / "data" / "safety.jsonl"),
-                    utility_samples=0,
-                    run_name=f"phase3_{kind}",
-                    epochs=1,
-                    learning_rate=a.neuron_rate,
-                    **self._same("global_batch_size", "basis_placement", "save_minutes"),
-                ),
-                self.passed,
-            )
-            / "model"
+        settings = TrainArguments(
+            **self.common(self.model_dir),
+            masks_dir=str(masks),
+            utility_data=self._texts("safety"),
+            utility_samples=0,
+            run_name=f"phase3_{kind}",
+            epochs=1,
+            learning_rate=a.neuron_rate,
+            **self._same("global_batch_size", "basis_placement", "save_minutes"),
         )
+        return run_training(settings, self.passed) / "model"
 
     def basis(self, start: str | None, kind: str, layer_type: str, seed: int) -> Path:
         name = self.basis_name(start, kind, layer_type, seed)
-        seed = seed if kind == "random" else self.arguments.seed
-        return (
-            self.once(
-                name,
-                lambda: run_basis(
-                    BasisArguments(
-                        **self.common(self.start(start), seed=seed),
-                        layer_type=layer_type,
-                        target_layers=self.arguments.target_layers,
-                        safety_data=str(self.root / "data" / "safety.jsonl"),
-                        safety_samples=0,
-                        basis=kind,
-                        run_name=name,
-                        **self._same("token_scope", "energy", "max_rank", "collect", "svd_placement"),
-                    )
-                ),
-            )
-            / "basis"
+        settings = BasisArguments(
+            **self.common(self.start(start), seed=seed if kind == "random" else self.arguments.seed),
+            layer_type=layer_type,
+            safety_data=self._texts("safety"),
+            safety_samples=0,
+            basis=kind,
+            run_name=name,
+            **self._same("target_layers", "token_scope", "energy", "max_rank", "collect", "svd_placement"),
         )
+        return self.once(name, lambda: run_basis(settings)) / "basis"
 
     def link_latest(self, trial: Trial) -> None:
         """Lets the links to the newest runs end at this arm's, whatever arm came last. Rank 0 alone calls it."""
@@ -239,59 +209,36 @@ class Bench:
 
     def masks(self, arm: Arm, seed: int) -> Path:
         """The masks of an arm; its basis is the one that they name."""
-        a = self.arguments
-        name = self.masks_name(arm, seed)
-        if "random" not in (arm.basis, arm.score):
-            seed = a.seed
+        a, name = self.arguments, self.masks_name(arm, seed)
+        seed = seed if "random" in (arm.basis, arm.score) else a.seed
         identity = arm.basis == "identity"
-        basis = None if identity else str(self.basis(arm.start, str(arm.basis), a.layer_type, seed))
-        return (
-            self.once(
-                name,
-                lambda: run_importance(
-                    ImportanceArguments(
-                        **self.common(self.start(arm.start), seed=seed),
-                        layer_type=a.layer_type,
-                        target_layers=a.target_layers,
-                        safety_data=str(self.root / "data" / "safety.jsonl"),
-                        safety_samples=a.importance_samples,
-                        run_name=name,
-                        basis_dir=basis,
-                        basis="identity" if identity else "auto",
-                        keep_ratio=a.keep_ratio,
-                        mask_scope=a.mask_scope,
-                        mask_unit=arm.unit,
-                        score=arm.score,
-                        importance_batch_size=a.importance_batch_size,
-                    )
-                ),
-            )
-            / "masks"
+        settings = ImportanceArguments(
+            **self.common(self.start(arm.start), seed=seed),
+            safety_data=self._texts("safety"),
+            safety_samples=a.importance_samples,
+            run_name=name,
+            basis_dir=None if identity else str(self.basis(arm.start, str(arm.basis), a.layer_type, seed)),
+            basis="identity" if identity else "auto",
+            mask_unit=arm.unit,
+            score=arm.score,
+            **self._same("layer_type", "target_layers", "keep_ratio", "mask_scope", "importance_batch_size"),
         )
+        return self.once(name, lambda: run_importance(settings)) / "masks"
 
     def unaligned(self) -> Path:
         """The start model with its alignment undone: given, or trained on the examples given."""
         a = self.arguments
         if a.unaligned_model is not None:
             return resolve_model_dir(a.unaligned_model, "--unaligned_model")
-        return (
-            self.once(
-                "phase0_unaligned",
-                lambda: run_safety_tuning(
-                    SafetyTuningArguments(
-                        **self.common(self.model_dir),
-                        safety_data=str(self.root / "data" / "unaligned.jsonl"),
-                        safety_samples=0,
-                        run_name="phase0_unaligned",
-                        epochs=a.epochs,
-                        learning_rate=a.unaligned_rate or max(a.rate_list),
-                        **self._same("global_batch_size", "save_minutes"),
-                    ),
-                    self.passed,
-                ),
-            )
-            / "model"
+        settings = SafetyTuningArguments(
+            **self.common(self.model_dir),
+            safety_data=self._texts("unaligned"),
+            safety_samples=0,
+            run_name="phase0_unaligned",
+            learning_rate=a.unaligned_rate or max(a.rate_list),
+            **self._same("epochs", "global_batch_size", "save_minutes"),
         )
+        return self.once("phase0_unaligned", lambda: run_safety_tuning(settings, self.passed)) / "model"
 
     # ---------------------------------------------------------------- points
 
@@ -306,15 +253,13 @@ class Bench:
         scope = "all" if arm.trains == "all" or (arm.basis and a.train_scope == "all") else "warp"
         settings = TrainArguments(
             **self.common(self.start(arm.start), seed=trial.seed),
-            layer_type=a.layer_type,
-            target_layers=a.target_layers,
             train_scope=scope,
             masks_dir=str(self.masks(arm, trial.seed)) if arm.basis else "none",
             utility_data=str(self.task(arm.safety_share)),
             utility_samples=0,
             run_name=f"phase3_{trial.name}",
-            epochs=a.epochs,
             learning_rate=trial.rate,
+            **self._same("layer_type", "target_layers", "epochs"),
             **self._same("global_batch_size", "basis_placement", "save_minutes"),
         )
         consensus.on_rank_0(partial(self._remember, self.root / f"phase3_{trial.name}"), "looking for a removed model")
