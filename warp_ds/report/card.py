@@ -187,7 +187,7 @@ def eval_results(metrics: Mapping[str, Any], data: Mapping[str, str]) -> list[Ev
                 dataset_type=source if source is not None and _on_hub(source) else kind,
                 dataset_name=printable(redact(called)),
                 metric_type=name,
-                metric_name=COLUMNS[name],
+                metric_name=name.replace("_", " "),
                 metric_value=round(metric.value, 4),
             )
         )
