@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from warp_ds.phases.arms import Arm
+from warp_ds.report.tradeoff import point_name
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        if self.arm.trains is None:
-            return self.arm.name
-        return f"{self.arm.name}_lr{self.rate:g}_seed{self.seed}"
+        return point_name(self.arm.name, None if self.arm.trains is None else self.rate, self.seed)
 
 
 def merged_from(trial: Trial) -> Trial | None:

@@ -13,6 +13,7 @@ from warp_ds.evaluation.results import read_metric
 from warp_ds.report import costs, figures
 from warp_ds.report.runs import Runs, comparisons, read_json, read_lines, run_config
 from warp_ds.report.tables import Block, Table, comparison_blocks
+from warp_ds.report.tradeoff import Comparison
 from warp_ds.secrets import redact
 from warp_ds.store.runs import path_of_run
 
@@ -153,17 +154,16 @@ def _answer_files(runs: Runs) -> dict[str, Path]:
     compared = comparisons(runs)
     for homes, _ in compared:
         above = f"{runs.name(homes[0])}: " if len(compared) > 1 else ""
-        points = [(run, point) for run in homes for point in read_json(run / "report.json")["points"]]
-        for run, point in sorted(points, key=lambda p: (-(p[1]["rate"] or 0), p[1]["seed"])):
-            name = point["arm"] if point["rate"] is None else f"{point['arm']}_lr{point['rate']:g}_seed{point['seed']}"
-            path = Path(os.path.abspath(run / str(point.get("home", Path("points") / str(name))) / "answers.jsonl"))
+        points = [(run, point) for run in homes for point in Comparison.from_json(read_json(run / "report.json")).points]
+        for run, point in sorted(points, key=lambda p: (-(p[1].rate or 0), p[1].seed)):
+            path = Path(os.path.abspath(run / str(point.home or Path("points") / point.name) / "answers.jsonl"))
             if not path.is_relative_to(os.path.abspath(run)):
                 raise ArtifactError(
-                    f"{run / 'report.json'} names answers that do not lie beside it ({ascii(name)[:80]}): run "
+                    f"{run / 'report.json'} names answers that do not lie beside it ({ascii(point.name)[:80]}): run "
                     "the comparison again under its --run_name, which measures nothing twice"
                 )
             if path.is_file():
-                sources.setdefault(f"{above}{point['arm']}", path)
+                sources.setdefault(f"{above}{point.arm}", path)
     for run in runs.of("evaluate"):
         if (run / "answers.jsonl").is_file():
             sources.setdefault(runs.name(run), run / "answers.jsonl")

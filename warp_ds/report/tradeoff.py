@@ -16,6 +16,11 @@ from typing import Any
 from warp_ds.evaluation.results import UTILITY, Metric, flat, rate, read_metrics
 
 
+def point_name(arm: str, rate: float | None, seed: int) -> str:
+    """The directory of a point under points/, and what its runs are called by."""
+    return arm if rate is None else f"{arm}_lr{rate:g}_seed{seed}"
+
+
 @dataclass(frozen=True)
 class Point:
     """One measured model."""
@@ -30,6 +35,10 @@ class Point:
     """Whether at rate 0 the arm is the start model: false where it changes weights without training."""
     home: str | None = None
     """Where its answers lie, from the report's directory; None: points/<name>."""
+
+    @property
+    def name(self) -> str:
+        return point_name(self.arm, self.rate, self.seed)
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
