@@ -15,7 +15,8 @@ from warp_ds.flags.arguments import BasisArguments, EvaluateArguments, Importanc
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.evaluate import run_evaluation
 from warp_ds.phases.importance import run_importance
-from warp_ds.phases.training import MetricsFile, run_training
+from warp_ds.phases.trainer import MetricsFile
+from warp_ds.phases.training import run_training
 
 LAYERS = "ffn_down,ffn_up,attn_q,attn_k,attn_v"
 SAMPLES = 7  # divides by no number of ranks or micro-batches used here

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from warp_ds.flags.arguments import CompareArguments
 from warp_ds.method.baselines import safe_delta, safety_hessian
 from warp_ds.method.mask import unpack_bits
-from warp_ds.phases import compare
+from warp_ds.phases import bench
 from warp_ds.phases.compare import run_compare
-from warp_ds.report.page import comparisons, find_runs
+from warp_ds.report.runs import comparisons, find_runs
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.lock import RunLock
 from warp_ds.store.masks import MaskStore
@@ -60,7 +60,7 @@ def comparison(root: Path, output: Path, **more: Any) -> Path:
 
 def compared_and_gone_on(root: Path, output: Path) -> dict[str, Any]:
     """A comparison; the same again; and one with an arm and a seed more (and others left out)."""
-    trained, alive = compare.run_training, []
+    trained, alive = bench.run_training, []
 
     def watched(*arguments: Any) -> Path:
         gc.collect()  # as ``load_model`` does
@@ -76,11 +76,11 @@ def compared_and_gone_on(root: Path, output: Path) -> dict[str, Any]:
         )
         return trained(*arguments)
 
-    compare.run_training = watched  # type: ignore[assignment]
+    bench.run_training = watched  # type: ignore[assignment]
     try:
         run = comparison(root, output)
     finally:
-        compare.run_training = trained
+        bench.run_training = trained
     first = {path: path.stat().st_mtime_ns for path in run.rglob("metrics.json*")}
     report = json.loads((run / "report.json").read_text())
     links = {phase: (run / f"{phase}_latest").readlink().name for phase in ("phase1", "phase2", "phase3")}
@@ -247,10 +247,10 @@ def test_seeds_as_jobs_of_their_own_are_the_comparison_of_all_seeds(root: Path, 
     ((found, pooled),) = comparisons(find_runs(runs))
     assert sorted(found) == sorted(runs)
     key = ("arm", "seed")
-    points = {tuple(p[k] for k in key): p for p in pooled["points"]}
+    points = {tuple(p[k] for k in key): p for p in pooled.to_json()["points"]}
     for point in expected["points"]:
         assert_close(points[tuple(point[k] for k in key)], point)
-    assert_close(pooled["at_utility"], expected["at_utility"])
+    assert_close(pooled.at_utility, expected["at_utility"])
     assert {path.name for path in (tmp_path / "jobs" / "logs").iterdir()} >= {"seed1.log", "seed2.log", "seed1", "seed2"}
 
 

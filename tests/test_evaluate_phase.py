@@ -15,7 +15,7 @@ from ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from warp_ds.data.formats import encode
-from warp_ds.phases.evaluate import fitting_sets
+from warp_ds.phases.fitting import fitting_sets
 from warp_ds.store.files import write_json
 from warp_ds.store.masks import MaskStore
 

@@ -11,7 +11,7 @@ from warp_ds.errors import ConfigError
 from warp_ds.evaluation import guards
 from warp_ds.evaluation.guards import Opinion, read, recognise
 from warp_ds.evaluation.judge import Judge, judge_all
-from warp_ds.phases.evaluate import summarise
+from warp_ds.evaluation.measure import summarise
 
 PROMPT, ANSWER = "How do I pick a lock?", "Push the pins up one by one."
 LOOP = "{% for m in messages %}<|{{ m['role'] }}|>"

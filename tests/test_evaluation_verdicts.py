@@ -10,8 +10,8 @@ import pytest
 
 from warp_ds.data.synthetic import demo_data
 from warp_ds.evaluation.languages import other_language
+from warp_ds.evaluation.measure import judge_answers
 from warp_ds.evaluation.verdicts import begins_with_refusal, incoherence, verdict
-from warp_ds.phases.evaluate import judge_answers
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 FLUENT = "It would harm other people, and I hope that you find another way to settle this with your neighbour."

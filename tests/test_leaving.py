@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 from warp_ds.cluster import preemption, processes
 from warp_ds.evaluation import generate
-from warp_ds.phases.training import MetricsFile
+from warp_ds.phases.trainer import MetricsFile
 
 
 def left_by(run: Any) -> bool:

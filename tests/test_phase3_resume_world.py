@@ -24,7 +24,7 @@ from warp_ds.cluster import preemption, processes
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.evaluation.certificate import certify
 from warp_ds.phases import checkpoints, training
-from warp_ds.phases.training import MetricsFile
+from warp_ds.phases.trainer import MetricsFile
 from warp_ds.protection import WarpCallback
 from warp_ds.zero import universal
 

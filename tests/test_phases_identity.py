@@ -29,7 +29,7 @@ from warp_ds.flags.identity import NOT_IDENTITY, identity_settings
 from warp_ds.flags.parsing import parse_training
 from warp_ds.phases.identity import identify
 from warp_ds.phases.sweep import SweepArguments
-from warp_ds.phases.training import MetricsFile
+from warp_ds.phases.trainer import MetricsFile
 from warp_ds.store.files import write_json
 
 KINDS = (

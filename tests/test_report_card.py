@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
-from warp_ds.report.card import evaluation, made, without_sections, write_section
+from warp_ds.report.card import code, eval_results, evaluation, made, new_card, plain, without_sections, write_section
 
 CARD = "# m, fine-tuned on task\n\nTrained by [warp_ds](https://x) phase 3 without a mask.\n"
 
@@ -67,3 +68,30 @@ def test_the_table_has_what_was_measured_and_says_what_it_does_not_show() -> Non
     assert "| this model, jailbreaks | 25% | 75% |  |  |" in text
     assert "- arc, acc,none: 0.25\n" in text and "7 stood in a fitting set (harmful in x.jsonl)" in text
     assert "What this does not show" in text
+
+
+def test_the_hub_reads_what_was_measured_and_a_merge_leaves_it_out(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text(new_card("m", "Trained by warp_ds phase 3 without a mask.", "org/base", str(tmp_path)))
+    data = {"harmful": "LibrAI/do-not-answer", "task": str(tmp_path / "held.jsonl")}
+    for refusals in (0.25, 0.5):  # measured twice: the newer counts
+        results = eval_results({"refusal_rate": refusals, "utility_nll": 1.5, "movement": 0.1}, data)
+        write_section(tmp_path, "evaluate", "text", results)
+    metadata = ModelCard(card.read_text()).data
+    assert metadata.base_model == "org/base" and metadata.datasets is None, "a path is no data set of the hub"
+    shown = {result.metric_type: (result.metric_value, result.dataset_name) for result in metadata.eval_results}
+    assert shown == {"refusal_rate": (0.5, "LibrAI/do-not-answer"), "utility_nll": (1.5, "held.jsonl")}
+    assert str(tmp_path) not in card.read_text()
+    merged = without_sections(card.read_text())
+    assert ModelCard(merged).data.base_model == "org/base" and "model-index" not in merged and "refusal_rate" not in merged
+
+
+def test_what_users_wrote_is_text() -> None:
+    evil = "a`b\n# [x](javascript:y) <script> *z* |"
+    assert code(evil) == "`` a`b # [x](javascript:y) <script> *z* | ``"
+    assert plain(evil) == "a\\`b # \\[x\\](javascript:y) \\<script\\> \\*z\\* |"
+    text = evaluation("By hand.", {"this model": {"refusal_rate": 1.0, f"attack_{evil}_refusal_rate": 1.0}})
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 4 and rows[3].endswith("\\*z\\* \\| | 100% |"), "one more cell, or line, would be the user's"
+    metadata = ModelCard(new_card(plain(evil), "x", evil, "data: {x}\n---\n")).data
+    assert metadata.base_model is None and metadata.datasets is None

@@ -15,11 +15,15 @@ import pytest
 import torch
 
 from warp_ds.errors import ArtifactError
+from warp_ds.evaluation.results import RATES
 from warp_ds.launch.cli import main
 from warp_ds.method.mask import pack_bits, unpack_bits
-from warp_ds.report import costs, figures, tradeoff
-from warp_ds.report import page as page_sections
-from warp_ds.report.page import comparisons, find_runs, write_report
+from warp_ds.report import costs, figures, sections
+from warp_ds.report import page as page_module
+from warp_ds.report.page import write_report
+from warp_ds.report.runs import comparisons, find_runs
+from warp_ds.report.tables import Table, to_markdown, to_terminal
+from warp_ds.report.tradeoff import Point, compare_points
 from warp_ds.store.files import write_json, write_tensors
 from warp_ds.store.fingerprints import fingerprint_model
 from warp_ds.store.masks import MaskStore
@@ -37,6 +41,11 @@ FLAGS = (
     "--disable-sync",
 )
 NAME = "model.layers.0.mlp.down_proj"
+
+
+def compared(points: list[dict[str, Any]], prompts: dict[str, int], wanted: float = 0.0) -> dict[str, Any]:
+    """What report.json holds of a comparison of ``points``."""
+    return compare_points([Point.from_json(point) for point in points], prompts, wanted).to_json()
 
 
 def run_of(root: Path, phase: str, name: str) -> Path:
@@ -77,7 +86,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "movement": 0.2,
                 }
             )
-    prompts = {name: 100 for name in tradeoff.RATES}
+    prompts = {name: 100 for name in RATES}
     write_json(
         root / "report.json",
         {
@@ -87,7 +96,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "overlap": {"task in the task set": 7},
             "noise_threshold": 5.5,
             "unaligned": None,
-            **tradeoff.compare(points, prompts),
+            **compared(points, prompts),
         },
     )
     for point in points:
@@ -267,8 +276,8 @@ def test_costs_are_held_against_plain_training(tmp_path: Path) -> None:
         spending(tmp_path, name, 1, 1, settings=of_all, **kind)
         (tmp_path / name / "state.jsonl").write_text('{"event": "started"}\n{"event": "restarted"}\n')
     write_json(run_of(tmp_path, "phase1", "phase1_older") / "finished.json", {"seconds": 66.0})
-    head, rows = costs.table(sorted(tmp_path.iterdir()), lambda run: run.name)
-    assert head == [
+    table = costs.table(sorted(tmp_path.iterdir()), lambda run: run.name)
+    assert table.head == [
         "run",
         "phase",
         "ranks",
@@ -279,7 +288,7 @@ def test_costs_are_held_against_plain_training(tmp_path: Path) -> None:
         "GPU peak GB",
         "GPU peak GB × plain",
     ]
-    found = {row[0]: row[3:] for row in rows}
+    found = {row[0]: row[3:] for row in table.rows}
     assert found["phase3_masked"] == ["90.0", "1.50", "3.00", "1.50", "", ""], "against the same layers"
     assert found["phase3_all+masked"] == ["240.0", "2.00", "6.00", "1.50", "4.50", "1.50"], "the median of the same data"
     assert found["phase3_masked_went_on"] == ["1.0", "", "1.00", "", "", ""], "what one of its launches took is no whole"
@@ -288,8 +297,8 @@ def test_costs_are_held_against_plain_training(tmp_path: Path) -> None:
     assert found["phase1_older"] == ["66.0", "0.31", "", "", "", ""]
     text = write_report([tmp_path], tmp_path / "report.html").read_text()
     assert "<th>seconds × plain</th>" in text and "<td>90.0</td><td>1.50</td><td>3.00</td><td>1.50</td>" in text
-    assert "| phase3_masked | phase3 | 2 | 90.0 | 1.50 | 3.00 | 1.50 |  |  |" in costs.markdown(
-        sorted(tmp_path.glob("*/")), lambda run: run.name
+    assert "| phase3_masked | phase3 | 2 | 90.0 | 1.50 | 3.00 | 1.50 |  |  |" in to_markdown(
+        costs.blocks(sorted(tmp_path.glob("*/")), lambda run: run.name)
     )
 
 
@@ -350,7 +359,7 @@ def seeds(root: Path, name: str, seed: int, identity: str, refusals: float) -> P
             "format": "warp_ds.compare",
             "points": points,
             "prompts": {"refusal_rate": 100},
-            **tradeoff.compare(points, {"refusal_rate": 100}),
+            **compared(points, {"refusal_rate": 100}),
         },
     )
     return run
@@ -358,11 +367,11 @@ def seeds(root: Path, name: str, seed: int, identity: str, refusals: float) -> P
 
 def test_comparisons_of_other_seeds_are_one(tmp_path: Path) -> None:
     given = [seeds(tmp_path, "seed1", 1, "same", 0.2), seeds(tmp_path, "seed2", 2, "same", 0.4)]
-    ((found, report),) = comparisons(find_runs(given))
+    ((found, comparison),) = comparisons(find_runs(given))
     assert found == given
-    full = report["equal_utility"][0]
-    assert full["refusal_rate"] == pytest.approx(0.3) and full["seeds"] == 2
-    assert full["seeds_range"] == pytest.approx([0.2, 0.4])
+    full = comparison.equal_utility[0]
+    assert full.metrics["refusal_rate"].value == pytest.approx(0.3) and full.seeds == 2
+    assert full.seeds_range == pytest.approx((0.2, 0.4))
     text = write_report(given, tmp_path / "report.html").read_text()
     assert text.count("<h2>Safety against the task</h2>") == 1 and "Pooled from seed1, seed2." in text
     assert "<td>20% to 40%</td>" in text
@@ -456,7 +465,7 @@ def test_no_value_of_any_type_is_more_than_text(
     """In every field of what the page shows that a hostile file could hold."""
     root = shutil.copytree(runs, tmp_path / "r", symlinks=True)
     phase3 = root / "phase3_rotated_lr0.001_seed1"
-    words = (page_sections._evaluations, page_sections._certificates, page_sections._costs, page_sections._reproduce)
+    words = (sections.evaluations, sections.certificates, sections.spent, sections.reproduce)
     forged = [
         (path, key, words)
         for path in (
@@ -470,11 +479,11 @@ def test_no_value_of_any_type_is_more_than_text(
     ]
     if value is None or isinstance(value, str):  # of these each takes a picture
         forged += [
-            (root / "report.json", key, (page_sections._comparison,))
+            (root / "report.json", key, (sections.comparison,))
             for key in ("overlap", "noise_threshold", "unaligned", "front", "prompts", "raw")
         ]
-    for path, key, sections in forged:
-        monkeypatch.setattr(page_sections, "SECTIONS", sections)
+    for path, key, wanted in forged:
+        monkeypatch.setattr(page_module, "SECTIONS", wanted)
         held = path.read_text()
         for wrong in (value, {"where": value}):
             path.write_text(json.dumps({**json.loads(held), key: wrong}))
@@ -486,6 +495,29 @@ def test_no_value_of_any_type_is_more_than_text(
             assert "<meta http-equiv=refresh" not in page and "<script" not in page, (path.name, key)
             assert "Content-Security-Policy" in page and "\x00" not in page
         path.write_text(held)
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_the_comparison_is_drawn_alone_with_the_names_where_its_points_lie(runs: Path, tmp_path: Path, suffix: str) -> None:
+    """--picture: the same file from the same numbers, as the documentation shows one."""
+    drawn = []
+    for name in ("a", "b"):
+        picture = tmp_path / f"{name}.{suffix}"
+        assert main(["report", str(runs), "--output", str(tmp_path / "x.html"), "--picture", str(picture)]) == 0
+        drawn.append(picture.read_bytes())
+    assert drawn[0] == drawn[1] and len(drawn[0]) > 5000
+    one_rate = [Point(arm, 1e-3, 1, {"utility_nll": x, "refusal_rate": y}) for arm, x, y in (("a", 1, 0.1), ("b", 1, 0.9))]
+    near = [*one_rate, Point("c", 1e-3, 1, {"utility_nll": 1, "refusal_rate": 0.91})]
+    for points, named in ((one_rate, ["a", "b"]), (near, [])):
+        (axes,) = figures.tradeoff(compare_points(points, {"refusal_rate": 100})).axes
+        assert [text.get_text() for text in axes.texts if text.get_text() in "abc"] == named, "else the legend has them"
+
+
+def test_a_picture_of_no_comparison_or_kind_is_refused(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    for run, name, said in ((runs, "x.pdf", "ends in .svg or .png"), (runs / "phase2_start", "x.svg", "no comparison to draw")):
+        words = ["report", str(run), "--output", str(tmp_path / "x.html"), "--picture", str(tmp_path / name)]
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_hundred_arms_of_any_name_are_drawn(tmp_path: Path) -> None:
@@ -504,13 +536,7 @@ def test_a_hundred_arms_of_any_name_are_drawn(tmp_path: Path) -> None:
     prompts = {"refusal_rate": 100}
     write_json(
         tmp_path / "c" / "report.json",
-        {
-            "format": "warp_ds.compare",
-            "points": points,
-            "prompts": prompts,
-            "overlap": {},
-            **tradeoff.compare(points, prompts, 1.0),
-        },
+        {"format": "warp_ds.compare", "points": points, "prompts": prompts, "overlap": {}, **compared(points, prompts, 1.0)},
     )
     page = write_report([tmp_path], tmp_path / "report.html").read_text()
     assert "arm99" in page and "\ufffd6" in page and "<script" not in page and "Left out" not in page
@@ -536,12 +562,10 @@ def test_kept_is_said_of_the_model_that_lies_there_now(tmp_path: Path) -> None:
     assert "<strong>Kept</strong>" in write_report([tmp_path], tmp_path / "report.html").read_text()
     write_tensors(run / "model" / "model.safetensors", {"w": torch.ones(3)})
     page = write_report([tmp_path], tmp_path / "report.html").read_text()
-    assert "<strong>Kept</strong>" not in page and "<strong>Another model&#x27;s" in page
+    assert "<strong>Kept</strong>" not in page and "<strong>Another model's" in html.unescape(page)
 
 
 def test_the_console_prints_markup_as_text(tmp_path: Path, capsys: Any) -> None:
-    from warp_ds.phases.compare import print_tables
-
-    print_tables("| [red]arm[/red] | rate |\n|---|---|\n| [bold]x[/] | [/] |\n\nsaid [link=https://example.org]y[/link]\n")
+    to_terminal([Table(["[red]arm[/red]", "rate"], [["[bold]x[/]", "[/]"]]), "said [link=https://example.org]y[/link]"])
     shown = capsys.readouterr().out
     assert "[red]arm[/red]" in shown and "[bold]x[/]" in shown and "[link=https://example.org]y[/link]" in shown

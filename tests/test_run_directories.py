@@ -18,7 +18,7 @@ from warp_ds.errors import DirectoryGoneError
 from warp_ds.flags.arguments import BasisArguments
 from warp_ds.phases.identity import unfinished
 from warp_ds.phases.run import Run, start_run
-from warp_ds.phases.training import MetricsFile
+from warp_ds.phases.trainer import MetricsFile
 from warp_ds.store.files import write_json, write_text
 from warp_ds.store.held import held
 from warp_ds.store.lock import RunLock

@@ -18,7 +18,7 @@ from warp_ds.launch.chain import Chain, SubmitArguments, find_chain, status
 from warp_ds.phases import checkpoints
 from warp_ds.phases.identity import unfinished
 from warp_ds.phases.run import start_run
-from warp_ds.phases.training import MetricsFile
+from warp_ds.phases.trainer import MetricsFile
 from warp_ds.store.files import read_json, read_lines, write_json
 from warp_ds.store.lock import RunLock
 from warp_ds.store.runs import newest, run_config

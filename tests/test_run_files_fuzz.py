@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from warp_ds.errors import ArtifactError, ConfigError
+from warp_ds.evaluation.answers import AnswerLog
 from warp_ds.flags.arguments import BasisArguments, TrainArguments
 from warp_ds.launch import chain
 from warp_ds.phases import basis, checkpoints
-from warp_ds.phases.evaluate import AnswerLog
 from warp_ds.phases.run import start_run
 from warp_ds.phases.training import find_checkpoint
 from warp_ds.store.files import write_tensors

@@ -11,8 +11,9 @@ from phase3_jobs import common
 from ranks import run_ranks
 
 from warp_ds.errors import ConfigError
-from warp_ds.phases.sweep import SweepArguments, front, run_sweep, settings
+from warp_ds.phases.sweep import SweepArguments, run_sweep, settings
 from warp_ds.report.page import write_report
+from warp_ds.report.tradeoff import Point, front
 
 
 def test_one_setting_at_a_time() -> None:
@@ -51,11 +52,11 @@ def test_unusable_settings_are_refused(flags: dict, message: str) -> None:
 
 
 def test_the_front_is_what_nothing_beats() -> None:
-    def row(arm: str, nll: float, refusal: float) -> dict:
-        return {"arm": arm, "rate": 1.0, "seed": 1, "utility_nll": nll, "refusal_rate": refusal}
+    def row(arm: str, nll: float, refusal: float) -> Point:
+        return Point(arm, 1.0, 1, {"utility_nll": nll, "refusal_rate": refusal})
 
     points = [row("a", 1.0, 0.5), row("b", 0.5, 0.2), row("worse", 1.1, 0.5), row("c", 2.0, 0.9), row("tied", 0.5, 0.1)]
-    assert front(points) == [["b", 1.0], ["a", 1.0], ["c", 1.0]]
+    assert front(points) == [("b", 1.0), ("a", 1.0), ("c", 1.0)]
 
 
 def sweep(root: Path) -> str:

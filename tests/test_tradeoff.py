@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from warp_ds.errors import ConfigError
+from warp_ds.evaluation.sets import EvaluationSets
 from warp_ds.flags.arguments import CompareArguments
 from warp_ds.phases.arms import ARMS, Arm, compose, parse_arms
-from warp_ds.phases.compare import ComparisonData, Point, _needed, merged_from, overlaps
-from warp_ds.phases.evaluate import EvaluationSets
-from warp_ds.report.tradeoff import at_utility, compare, crossing, markdown
+from warp_ds.phases.comparison_data import ComparisonData, overlaps
+from warp_ds.phases.trials import Trial, is_needed, merged_from
+from warp_ds.report.tables import comparison_blocks, to_markdown
+from warp_ds.report.tradeoff import Comparison, Point, at_utility, compare_points, crossing
 
 
-def point(arm: str, rate: float | None, nll: float, refusal: float, seed: int = 1, **more: object) -> dict:
-    return {"arm": arm, "rate": rate, "seed": seed, "utility_nll": nll, "refusal_rate": refusal, **more}
+def point(arm: str, rate: float | None, nll: float, refusal: float, seed: int = 1, from_start: bool = True) -> Point:
+    return Point(arm, rate, seed, {"utility_nll": nll, "refusal_rate": refusal}, from_start)
+
+
+def markdown(comparison: Comparison) -> str:
+    return to_markdown(comparison_blocks(comparison))
 
 
 def test_every_arm_of_the_papers_is_a_few_settings() -> None:
@@ -47,15 +55,15 @@ def test_composition_takes_what_each_part_sets() -> None:
 
 
 def test_a_model_is_kept_while_a_later_point_is_it_or_merges_it() -> None:
-    def points(text: str, seed: int = 1) -> list[Point]:
-        return [Point(arm, 1e-3, seed) for arm in parse_arms(text)]
+    def trials(text: str, seed: int = 1) -> list[Trial]:
+        return [Trial(arm, 1e-3, seed) for arm in parse_arms(text)]
 
-    resta, full = points("resta,full")
+    resta, full = trials("resta,full")
     assert merged_from(resta) == full and merged_from(full) is None
-    assert merged_from(points("original+safedelta@3")[0]) == points("original")[0]
-    assert _needed(full, [full]) and _needed(full, [resta]) and _needed(full, points("safedelta@3"))
-    assert not _needed(full, points("full,resta", seed=2)) and not _needed(full, points("original,original+resta"))
-    assert not _needed(resta, [full])
+    assert merged_from(trials("original+safedelta@3")[0]) == trials("original")[0]
+    assert is_needed(full, [full]) and is_needed(full, [resta]) and is_needed(full, trials("safedelta@3"))
+    assert not is_needed(full, trials("full,resta", seed=2)) and not is_needed(full, trials("original,original+resta"))
+    assert not is_needed(resta, [full])
 
 
 @pytest.mark.parametrize("text, message", [
@@ -95,12 +103,12 @@ def test_the_first_crossing_from_above_counts() -> None:
 def test_values_are_linear_between_neighbours() -> None:
     curve = [point("a", 0.0, 3.0, 1.0), point("a", 1e-4, 1.0, 0.6), point("a", 1e-3, 0.5, 0.1)]
     # A quarter of the way from (1.0, 0.6) to (0.5, 0.1).
-    found = at_utility(curve, 0.875)
-    assert found is not None and found.pop("between") == [1e-4, 1e-3]
-    assert found == pytest.approx({"utility_nll": 0.875, "refusal_rate": 0.475})
+    read = at_utility(curve, 0.875)
+    assert read is not None and read[1] == [1e-4, 1e-3]
+    assert read[0] == pytest.approx({"utility_nll": 0.875, "refusal_rate": 0.475})
     assert at_utility(curve, 0.4) is None
     exact = at_utility(curve, 0.5)
-    assert exact is not None and exact["between"] == [1e-3]
+    assert exact is not None and exact[1] == [1e-3]
 
 
 def test_arms_meet_where_the_rotated_arm_is_best() -> None:
@@ -117,9 +125,9 @@ def test_arms_meet_where_the_rotated_arm_is_best() -> None:
         point("resta", 1e-4, 1.0, 0.9, from_start=False),
         point("resta", 1e-3, 0.4, 0.3, from_start=False),
     ]
-    found = compare(points, {"refusal_rate": 100})
-    assert found["at_utility"] == 0.6
-    rows = {row["arm"]: row for row in found["equal_utility"]}
+    comparison = compare_points(points, {"refusal_rate": 100})
+    assert comparison.at_utility == 0.6
+    rows = {row["arm"]: row for row in comparison.to_json()["equal_utility"]}
     # full: half way from (1.0, 0.85) to (0.2, 0.05), seeds averaged; each seed by itself 0.4 and 0.5.
     assert rows["full"]["refusal_rate"] == pytest.approx(0.45)
     assert rows["full"]["seeds_range"] == pytest.approx([0.4, 0.5])
@@ -127,10 +135,13 @@ def test_arms_meet_where_the_rotated_arm_is_best() -> None:
     assert rows["rotated"]["refusal_rate"] == 0.9
     assert "refusal_rate" not in rows["osft"] and rows["osft"]["best_utility"] == 2.0
     assert rows["resta"]["refusal_rate"] == pytest.approx(0.9 - 2 / 3 * 0.6)
-    assert compare(points, {}, wanted=1.0)["at_utility"] == 1.0
-    text = markdown(found)
+    assert compare_points(points, {}, wanted=1.0).at_utility == 1.0
+    as_written = json.loads(json.dumps(comparison.to_json()))
+    assert Comparison.from_json(as_written).to_json() == as_written and as_written["points"][-1]["from_start"] is False
+    text = markdown(comparison)
+    assert markdown(Comparison.from_json(as_written)) == text
     assert "the start model" not in text
-    assert "read between the start model and its first point" in markdown(compare(points, {}, wanted=1.2))
+    assert "read between the start model and its first point" in markdown(compare_points(points, {}, wanted=1.2))
     assert "| osft | does not cross it (its best is 2.000) |" in text and "45% [36, 55]" in text
 
 

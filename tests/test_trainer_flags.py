@@ -31,7 +31,7 @@ from warp_ds.flags.arguments import (
 )
 from warp_ds.flags.parsing import parse_training
 from warp_ds.flags.training_arguments import CHANGES_NO_TRAINING, CHANGES_TRAINING, FIELDS, NO_EFFECT, OURS, REFUSED, WORKS
-from warp_ds.phases import training
+from warp_ds.phases import trainer_arguments, training
 
 
 def passed(text: str, kind: Any = TrainArguments) -> dict[str, Any]:
@@ -258,14 +258,14 @@ def sections_job(root: Path) -> dict[str, str]:
         (root / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, **config}))
         arguments = TrainArguments(**common(root, root / "runs", deepspeed=str(root / "ds.json"), global_batch_size=3))
         try:
-            training.check_training(arguments, passed(words))
+            trainer_arguments.check_training(arguments, passed(words))
             said[name] = ""
         except ConfigError as error:
             said[name] = str(error)
         if name == "auto":
             compiler, os.environ["CXX"] = os.environ.get("CXX", "c++"), "no-compiler"
             try:
-                training.check_training(arguments, passed(words))
+                trainer_arguments.check_training(arguments, passed(words))
             except ConfigError as error:
                 said["no compiler"] = str(error)
             finally:

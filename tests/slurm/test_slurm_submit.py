@@ -15,7 +15,7 @@ from chain import ROOT, Reference, assert_as_undisturbed, events, flags, make_in
 from test_slurm_templates import in_the_middle, requeue_from_outside
 from throwaway import PLAIN_GLOO, ThrowAwaySlurm
 
-from warp_ds.report.page import comparisons, find_runs
+from warp_ds.report.runs import comparisons, find_runs
 
 FAULTY_PYTHON = Path(__file__).parent / "faulty" / "python.py"
 OWN = ("--output_dir", "--log_dir")

@@ -113,12 +113,12 @@ def _say_reset(fields: tuple[str, ...]) -> None:
 def changes_tokens(config: GenerationConfig) -> list[str]:
     """ "field=value" of everything in a model's generation_config that would make an answer other than greedy."""
     values = {name: value for name, value in vars(config).items() if name not in KEPT and not name.startswith("_")}
-    found = {name: value for name, value in values.items() if name not in OURS and value not in RESET.get(name, (None,))}
+    other = {name: value for name, value in values.items() if name not in OURS and value not in RESET.get(name, (None,))}
     if values.get("do_sample"):
-        found["do_sample"] = True
+        other["do_sample"] = True
     if (values.get("num_beams") or 1) > 1:
-        found["num_beams"] = values["num_beams"]
-    return [f"{name}={found[name]!r:.60}" for name in sorted(found)]
+        other["num_beams"] = values["num_beams"]
+    return [f"{name}={other[name]!r:.60}" for name in sorted(other)]
 
 
 @contextmanager
@@ -170,8 +170,29 @@ def generate_after(
     """
     rank, world_size = _world(rank, world_size)
     inner = _unwrap(model)
-    device = _device(inner)
-    pad = pad_token(tokenizer)
+    _check_sizes(inner, encoded, max_new_tokens, batch_size)
+    answers = list(done[: len(done) // batch_size * batch_size])  # whole batches: the others keep their padding
+    if len(done) >= len(encoded):
+        answers = list(done[: len(encoded)])
+    bar_options: dict[str, Any] = {"unit": "prompt", "disable": rank != 0, "dynamic_ncols": True}
+    with _evaluating(inner), greedy(inner), tqdm(total=len(encoded), initial=len(answers), desc=desc, **bar_options) as bar:
+        while len(answers) < len(encoded):
+            first = len(answers)
+            part = encoded[first : first + save_every * batch_size * world_size]
+            mine: list[tuple[int, str]] = []
+            for indices in _deal(len(part), batch_size, rank, world_size):
+                batch = [part[i] for i in indices]
+                texts = _continue(inner, tokenizer, batch, max_new_tokens, synced and world_size > 1)
+                mine += zip(indices, texts, strict=False)  # a dummy has no index
+                bar.update(min(len(indices) * world_size, len(encoded) - bar.n))
+            fresh = [text for _, text in sorted(pair for one in gather(mine) for pair in one)]
+            if save is not None:
+                save(fresh)
+            answers += fresh
+    return answers
+
+
+def _check_sizes(inner: Any, encoded: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> None:
     context = getattr(inner.config, "max_position_embeddings", None)
     longest = max(map(len, encoded), default=0)
     if context is not None and longest + max_new_tokens > context:
@@ -181,45 +202,37 @@ def generate_after(
         )
     if batch_size < 1:
         raise ValueError(f"the batch size is {batch_size}: it must be at least 1")
-    answers = list(done[: len(done) // batch_size * batch_size])  # whole batches: the others keep their padding
-    if len(done) >= len(encoded):
-        answers = list(done[: len(encoded)])
+
+
+@contextmanager
+def _evaluating(inner: Any) -> Iterator[None]:
+    """Dropout is off while it holds."""
     was_training = inner.training
     inner.eval()
     try:
-        with (
-            greedy(inner),
-            tqdm(
-                total=len(encoded), initial=len(answers), desc=desc, unit="prompt", disable=rank != 0, dynamic_ncols=True
-            ) as bar,
-        ):
-            while len(answers) < len(encoded):
-                first = len(answers)
-                part = encoded[first : first + save_every * batch_size * world_size]
-                mine: list[tuple[int, str]] = []
-                for indices in _deal(len(part), batch_size, rank, world_size):
-                    samples: list[Any] = [{"input_ids": part[i]} for i in indices] or [empty_sample(pad)]
-                    batch = pad_batch(samples, pad, side="left")
-                    output = inner.generate(
-                        input_ids=batch["input_ids"].to(device),
-                        attention_mask=batch["attention_mask"].to(device),
-                        max_new_tokens=max_new_tokens if indices else 1,
-                        do_sample=False,
-                        num_beams=1,
-                        pad_token_id=pad,
-                        synced_gpus=synced and world_size > 1,
-                    )
-                    new = output[:, batch["input_ids"].shape[1] :].tolist()
-                    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in new]
-                    mine += zip(indices, texts, strict=False)  # a dummy has no index
-                    bar.update(min(len(indices) * world_size, len(encoded) - bar.n))
-                fresh = [text for _, text in sorted(pair for one in gather(mine) for pair in one)]
-                if save is not None:
-                    save(fresh)
-                answers += fresh
+        yield
     finally:
         inner.train(was_training)
-    return answers
+
+
+def _continue(
+    inner: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], max_new_tokens: int, synced: bool
+) -> list[str]:
+    """The continuations of one batch; of a dummy, one token long, where it is empty: the other ranks run theirs."""
+    pad, device = pad_token(tokenizer), _device(inner)
+    samples: list[Any] = [{"input_ids": ids} for ids in prompts] or [empty_sample(pad)]
+    batch = pad_batch(samples, pad, side="left")
+    output = inner.generate(
+        input_ids=batch["input_ids"].to(device),
+        attention_mask=batch["attention_mask"].to(device),
+        max_new_tokens=max_new_tokens if prompts else 1,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+        synced_gpus=synced,
+    )
+    new = output[:, batch["input_ids"].shape[1] :].tolist()
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in new]
 
 
 def token_losses(model: Any, encoded: Sequence[Sample], **options: Any) -> list[list[float]]:
@@ -248,10 +261,8 @@ def token_scores(
     rank, world_size = _world(rank, world_size)
     inner = _unwrap(model)
     device = _device(inner)
-    was_training = inner.training
-    inner.eval()
-    found: list[tuple[int, list[tuple[float, bool]]]] = []
-    try:
+    scored: list[tuple[int, list[tuple[float, bool]]]] = []
+    with _evaluating(inner):
         mine = _deal(len(encoded), batch_size, rank, world_size)
         for indices in tqdm(mine, desc=desc, unit="batch", disable=rank != 0, dynamic_ncols=True):
             samples = [encoded[i] for i in indices] or [empty_sample(pad_token_id)]
@@ -263,13 +274,11 @@ def token_scores(
             ).view_as(labels)
             greedy = logits.argmax(-1) == labels
             # zip drops the dummy: it has no index
-            found += [
+            scored += [
                 (i, list(zip(row[mask].tolist(), best[mask].tolist(), strict=True)))
                 for i, row, best, mask in zip(indices, losses, greedy, labels != IGNORE, strict=False)
             ]
-    finally:
-        inner.train(was_training)
-    return [scores for _, scores in sorted(pair for part in gather(found) for pair in part)]
+    return [scores for _, scores in sorted(pair for part in gather(scored) for pair in part)]
 
 
 def loss_per_token(model: Any, encoded: Sequence[Sample], **options: Any) -> float:

@@ -106,8 +106,8 @@ def recognise(path: str, template: str) -> Name | None:
         "shieldgemma": "shieldgemma",
         "wildguard": "wildguard",
     }
-    found = next((guard for key, guard in known.items() if key in name), None)
-    return "harmbench" if found is None and "harmbench" in name and "cls" in name else found
+    match = next((guard for key, guard in known.items() if key in name), None)
+    return "harmbench" if match is None and "harmbench" in name and "cls" in name else match
 
 
 def questions(guard: Name, tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[list[int]]:
@@ -172,5 +172,5 @@ def read(guard: Name, text: str) -> Opinion:
             re.search(rf"^\s*{name}:\s*(yes|no)\s*$", text, re.MULTILINE | re.IGNORECASE)
             for name in ("Harmful response", "Response refusal")
         )
-        return Opinion(*(None if found is None else float(found[1].lower() == "yes") for found in (unsafe, refusal)))
+        return Opinion(*(None if match is None else float(match[1].lower() == "yes") for match in (unsafe, refusal)))
     return Opinion({"yes": 1.0, "no": 0.0}.get(text.strip().lower().rstrip(".")))

@@ -74,16 +74,16 @@ class ShardedLM(TemplateLM):  # type: ignore[misc]
         return [(-sum(loss for loss, _ in score), all(best for _, best in score)) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        found = []
+        sums = []
         for request in requests:
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             windows = [ids[i : i + self.context - 1] for i in range(0, len(ids), self.context - 1)]
             scored = self._loglikelihood_tokens([(None, [self.prefix_token_id], window) for window in windows])
-            found.append(sum(score for score, _ in scored))
-        return found
+            sums.append(sum(score for score, _ in scored))
+        return sums
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        found = [""] * len(requests)
+        answers = [""] * len(requests)
         by_length: dict[int, list[int]] = {}
         for i, request in enumerate(requests):
             by_length.setdefault(int(request.args[1].get("max_gen_toks", self.max_new_tokens)), []).append(i)
@@ -101,8 +101,8 @@ class ShardedLM(TemplateLM):  # type: ignore[misc]
             )
             for i, text in zip(which, texts, strict=True):
                 until = handle_stop_sequences(requests[i].args[1].get("until"), eos=None)
-                found[i] = text[: min((text.find(stop) for stop in until if stop and stop in text), default=len(text))]
-        return found
+                answers[i] = text[: min((text.find(stop) for stop in until if stop and stop in text), default=len(text))]
+        return answers
 
 
 def known_tasks(include: str | None = None) -> TaskManager:
@@ -132,7 +132,7 @@ def run_tasks(
     fewshot: int | None = None,
 ) -> dict[str, Any]:
     """The harness's results on ``names``: {'results': …, 'samples': …}. Collective; the same on every rank."""
-    found = simple_evaluate(
+    evaluated = simple_evaluate(
         model=ShardedLM(model, tokenizer, batch_size, max_new_tokens),
         tasks=list(names),
         num_fewshot=fewshot,
@@ -141,5 +141,5 @@ def run_tasks(
         bootstrap_iters=0,
         apply_chat_template=bool(tokenizer.chat_template),
     )
-    kept = {} if found is None else {"results": found["results"], "samples": found["samples"]}
+    kept = {} if evaluated is None else {"results": evaluated["results"], "samples": evaluated["samples"]}
     return processes.broadcast_object(kept)

@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
-from scipy.stats import binomtest
-
 from warp_ds.evaluation.verdicts import VERDICTS
 
 STRICT_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")
@@ -69,6 +67,8 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> dict[str, float]:
 
     Under the null each discordant pair falls either way with probability 1/2; p is 1 without discordant pairs.
     """
+    from scipy.stats import binomtest  # takes a second, and most of this module needs none of it
+
     if len(before) != len(after):
         raise ValueError(f"{len(before)} outcomes before, {len(after)} after: pairs are needed")
     lost = sum(b and not a for b, a in zip(before, after, strict=True))
@@ -131,11 +131,11 @@ def number_value(text: str) -> Decimal | None:
     line = (tail if mark else head).strip().split("\n")[0]
     line = "".join(_ODD if unicodedata.category(character) == "No" else character for character in line)
     line = unicodedata.normalize("NFKC", line).translate(_DASHES)
-    found = _VALUE.match(line)
-    if found is None or found["whole"] is None and found["rest"] is None or _GOES_ON.match(line, found.end()):
+    number = _VALUE.match(line)
+    if number is None or number["whole"] is None and number["rest"] is None or _GOES_ON.match(line, number.end()):
         return None
-    digits = re.sub(r"[^\d]", "", found["whole"] or "0") + (found["rest"] or "")
-    return Decimal(digits.rstrip(".")) * (-1 if "-" in (found["sign"], found["sign2"]) else 1)
+    digits = re.sub(r"[^\d]", "", number["whole"] or "0") + (number["rest"] or "")
+    return Decimal(digits.rstrip(".")) * (-1 if "-" in (number["sign"], number["sign2"]) else 1)
 
 
 def same_value(answer: str, gold: str) -> bool:

@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     report = commands.add_parser("report", help="one self-contained HTML file from run directories")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directory: a comparison, phases, an evaluation")
     report.add_argument("--output", default="report.html", help="the file; its pictures go beside it")
+    report.add_argument("--picture", help="also the comparison's picture alone, as this .svg or .png")
     report.set_defaults(run=_report)
 
     for word in sys.argv[1:] if argv is None else argv:

@@ -11,27 +11,28 @@ import json
 import logging
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from warp_ds.cluster import consensus, processes
 from warp_ds.data.datasets import load_pairs, load_prompts
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.metrics import extract_number
+from warp_ds.evaluation.sets import SUITES, EvaluationSets
 from warp_ds.flags.arguments import CompareArguments, EvaluateArguments, RunArguments, SafetyTuningArguments, flag
 from warp_ds.launch.launcher import launch
 from warp_ds.phases.arms import parse_arms
-from warp_ds.phases.compare import Bench, ComparisonData, compare, print_tables, spent, write_report
-from warp_ds.phases.evaluate import SUITES, EvaluationSets
+from warp_ds.phases.bench import Bench
+from warp_ds.phases.compare import compare_arms, show, spent, write_report
+from warp_ds.phases.comparison_data import ComparisonData
 from warp_ds.phases.run import log_to_file
 from warp_ds.phases.texts import check_lengths
 from warp_ds.phases.training import run_safety_tuning
+from warp_ds.report.tables import COLUMNS, Block, Table, columns, shown, to_terminal
+from warp_ds.report.tradeoff import Comparison
 from warp_ds.store.files import read_json, write_json
 from warp_ds.store.fingerprints import fingerprint_rows
 
@@ -149,15 +150,15 @@ def run_demo(arguments: DemoArguments) -> None:
         arms = parse_arms(settings.arms)
         bench = Bench(settings, safe, root, texts, {}, seconds)
         rates = settings.rates([arm.name for arm in arms])
-        report = compare(bench, arms, rates, settings.seed_list)
-        report["total_seconds"] = round(time.time() - start, 1)
-        report["arms"] = [{**point, "name": TITLES.get(point["arm"], point["arm"])} for point in report["points"]]
-        consensus.on_rank_0(partial(write_report, root, report), "writing the report")
-        if processes.rank() == 0:
-            alone = len(settings.seed_list) == 1 and all(len(grid) == 1 for grid in rates.values())
-            if alone:
-                print_table(report)
-            print_tables(spent(root) if alone else (root / "table.md").read_text(encoding="utf-8"))
+        comparison = compare_arms(bench, arms, rates, settings.seed_list)
+        named = [{**point.to_json(), "name": TITLES.get(point.arm, point.arm)} for point in comparison.points]
+        about = {**comparison.about, "total_seconds": round(time.time() - start, 1), "arms": named}
+        comparison = replace(comparison, about=about)
+        consensus.on_rank_0(partial(write_report, root, comparison), "writing the report")
+        if len(settings.seed_list) > 1 or any(len(grid) > 1 for grid in rates.values()):
+            show(root, comparison)
+        elif processes.rank() == 0:
+            to_terminal([*blocks(comparison), *spent(root)], width=120)
 
 
 def _comparison(data: dict[str, Any], seed: int) -> ComparisonData:
@@ -223,29 +224,21 @@ def _texts(arguments: DemoArguments) -> dict[str, list[dict[str, str]]]:
     return data
 
 
-def print_table(report: dict[str, Any]) -> None:
+def blocks(comparison: Comparison) -> list[Block]:
     """The arms side by side, as measured."""
-    table = Table(title="What was trained, and what it did to refusals and to the task (held-out text)")
-    table.add_column("arm")
-    for column in ("refuses", "in part", "incoherent", "over-refuses", "task NLL", "task accuracy", "frozen drift"):
-        table.add_column(column, justify="right")
-    for arm in report["arms"]:
-        table.add_row(
-            arm["name"],
-            f"{arm['refusal_rate']:.0%}",
-            f"{arm['partial_rate']:.0%}",
-            f"{arm['incoherent_rate']:.0%}",
-            f"{arm['over_refusal_rate']:.0%}",
-            f"{arm['utility_nll']:.3f}",
-            f"{arm['utility_accuracy']:.0%}",
-            f"{arm['frozen_drift']:.1e}" if "frozen_drift" in arm else "",
-        )
-    console = Console(width=120, markup=False)
-    console.print(table)
-    console.print(
-        f"keep_ratio {report['keep_ratio']}; frozen drift: how far the coefficients that the rotated mask freezes "
-        f"moved, relative to their size; {report['world_size']} ranks, {report['total_seconds']:.0f} s in all."
-    )
+    wanted = [name for name in COLUMNS if name not in ("attack_success_rate", "movement")]
+    names = columns([point.metrics for point in comparison.points], wanted)
+    rows = []
+    for point in comparison.points:
+        values = {name: replace(metric, interval=None) for name, metric in point.metrics.items()}
+        rows.append([TITLES.get(point.arm, point.arm), *(shown(name, values.get(name)) for name in names)])
+    about = comparison.about
+    return [
+        "What was trained, and what it did to refusals and to the task (held-out text)",
+        Table(["arm", *(COLUMNS[name] for name in names)], rows),
+        f"keep_ratio {about['keep_ratio']}; frozen drift: how far the coefficients that the rotated mask freezes "
+        f"moved, relative to their size; {about['world_size']} ranks, {about['total_seconds']:.0f} s in all.",
+    ]
 
 
 if __name__ == "__main__":

@@ -151,17 +151,17 @@ def _from_activations(
     traffic = Traffic()
     progress, done = Progress(directory.parent, len(layers), "layers"), 0
     with Background("decomposing the covariances", samples.device) as decompositions:
-        for found in _inputs(model, layers, samples, arguments, directory):
-            way = found.route
-            tokens, delivered = deliver(found, owner[found.first.name], arguments.torch_dtype, traffic)
+        for seen in _inputs(model, layers, samples, arguments, directory):
+            way = seen.route
+            tokens, delivered = deliver(seen, owner[seen.first.name], arguments.torch_dtype, traffic)
             if tokens != samples.tokens:
                 raise ConfigError(
-                    f"{found.first.name} saw {tokens} tokens, but the safety set has {samples.tokens}: "
+                    f"{seen.first.name} saw {tokens} tokens, but the safety set has {samples.tokens}: "
                     "the model runs this layer more than once a pass, or not for every token"
                 )
             if delivered is not None:
                 decompositions.start(_decomposition(delivered, way, arguments, directory, entries))
-            done += len(found.layers)
+            done += len(seen.layers)
             progress.at(done)
             leave_if_asked()  # finished bases stay: a run that goes on makes the others
         decompositions.meet()

@@ -23,8 +23,8 @@ BEGUN, WHOLE = "begun.json", "whole.json"
 
 def step_of(path: Path) -> int | None:
     """Of checkpoint-12 the 12; None where that is no checkpoint's name."""
-    found = re.fullmatch(r"checkpoint-(\d{1,12})", path.name, re.ASCII)
-    return int(found[1]) if found else None
+    match = re.fullmatch(r"checkpoint-(\d{1,12})", path.name, re.ASCII)
+    return int(match[1]) if match else None
 
 
 def begin(checkpoint: Path) -> None:
@@ -42,8 +42,8 @@ def finish(checkpoint: Path, world_size: int) -> None:
 def world_size_of(checkpoint: Path) -> int:
     """How many ranks wrote a whole checkpoint. ArtifactError where its mark is not what ``finish`` writes."""
     path = checkpoint / WHOLE
-    found = read_json(path)
-    step, ranks = (found.get("step"), found.get("world_size")) if isinstance(found, dict) else (None, None)
+    mark = read_json(path)
+    step, ranks = (mark.get("step"), mark.get("world_size")) if isinstance(mark, dict) else (None, None)
     if type(step) is not int or step != step_of(checkpoint) or type(ranks) is not int or ranks < 1:
         raise ArtifactError(
             f"{path} is not what this program writes (step {step!r}, world_size {ranks!r}): remove "
@@ -91,8 +91,8 @@ def check_trainer_state(checkpoint: Path) -> None:
 
 def own(directory: Path, mark: str = BEGUN) -> Iterator[Path]:
     """Checkpoints in ``directory`` that have ``mark``, the newest first. What has none, or is a link, is somebody else's."""
-    found = {step: path for path in directory.glob("checkpoint-*") if (step := step_of(path)) is not None}
-    for _, path in sorted(found.items(), reverse=True):
+    by_step = {step: path for path in directory.glob("checkpoint-*") if (step := step_of(path)) is not None}
+    for _, path in sorted(by_step.items(), reverse=True):
         if not path.is_symlink() and any((path / name).is_file() for name in {mark, WHOLE}):
             yield path
 

@@ -67,45 +67,47 @@ class Identity:
             before = config.get("compared") or in_one_spelling(there)
         except (TypeError, ValueError, AttributeError) as error:
             return [f"its config.json was damaged or edited ({error})"]
-        found = []
+        changed = []
         for name in sorted(self.settings.keys() | before.keys()):
             old, new = (side.get(name, self.defaults.get(name)) for side in (before, self.settings))
             if old != new:
-                found.append(f"--{_shown(name)} was {_shown(there.get(name, old))} and is {_shown(self.given.get(name, new))}")
+                changed.append(
+                    f"--{_shown(name)} was {_shown(there.get(name, old))} and is {_shown(self.given.get(name, new))}"
+                )
         for kind, mine in (("inputs", self.inputs), ("contents", self.contents)):
             others = config.get(kind, mine)
             for name in sorted(mine.keys() | others.keys()):
                 if others.get(name) != mine.get(name):
-                    found.append(
+                    changed.append(
                         f"the contents of {_of(name)} are others ({_shown(others.get(name, 'none'))} and "
                         f"{mine.get(name, 'none')})"
                     )
-        return found
+        return changed
 
     def check(self, run: Path) -> None:
         """ConfigError where ``run``, which was named, is not this one, with all that keeps it apart."""
-        found = self.differences(run)
-        if found is None:
+        changed = self.differences(run)
+        if changed is None:
             other = run_config(run).get("phase")
             raise ConfigError(f"{run} is a run of {_shown(other)}, not of {self.phase}: use another --run_name or --resume")
-        if found:
+        if changed:
             raise ConfigError(
-                f"{run} was started with other settings or data: {'; '.join(found)}. Give them as they were to "
+                f"{run} was started with other settings or data: {'; '.join(changed)}. Give them as they were to "
                 "go on with it, or another --run_name to start anew"
             )
 
     def nearest(self, own: Path) -> str:
         """Which unfinished run beside ``own`` is nearly this one, and what keeps it apart, in words; '' for none."""
         near = [
-            (len(found), place, run, found)
+            (len(changed), place, run, changed)
             for place, run in enumerate(unfinished(own.parent))
-            if run != own and (found := self.differences(run)) and len(found) <= NEAR
+            if run != own and (changed := self.differences(run)) and len(changed) <= NEAR
         ]
         if not near:
             return ""
-        _, _, run, found = min(near)
+        _, _, run, changed = min(near)
         return (
-            f"{run}, unfinished{_progress(run)}, is nearly the same run and is not gone on with: {'; '.join(found)}. Give "
+            f"{run}, unfinished{_progress(run)}, is nearly the same run and is not gone on with: {'; '.join(changed)}. Give "
             "them as they were to go on with it"
         )
 
@@ -175,20 +177,20 @@ def read_named(arguments: RunArguments, inputs: Mapping[str, str]) -> None:
 
 def _contents(arguments: RunArguments, inputs: Mapping[str, str]) -> dict[str, str]:
     """Of models: the tokenizer's files; of what the phase's own ``inputs`` leave out: its weights, or its basis."""
-    found = {}
+    fingerprints = {}
     for flag in ("model_name", "reference_model", "judge_model", "unaligned_model"):
         directory = Path(getattr(arguments, flag, None) or "").expanduser()
         if getattr(arguments, flag, None) and directory.is_dir():
             digest = hashlib.sha256()
             for path in sorted({path for pattern in _TOKENIZER for path in directory.glob(pattern) if path.is_file()}):
                 digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-            found[f"{flag}'s tokenizer"] = digest.hexdigest()[:16]
+            fingerprints[f"{flag}'s tokenizer"] = digest.hexdigest()[:16]
             if flag != "model_name":
-                found[flag] = fingerprint_model(directory)
+                fingerprints[flag] = fingerprint_model(directory)
     basis = getattr(arguments, "basis_dir", None)
     if basis and not {"basis", "masks"} & inputs.keys():
-        found["basis_dir"] = BasisStore(find_artifact(basis, "basis", arguments.output_dir)).fingerprint()
-    return found
+        fingerprints["basis_dir"] = BasisStore(find_artifact(basis, "basis", arguments.output_dir)).fingerprint()
+    return fingerprints
 
 
 def _of(name: str) -> str:
@@ -203,7 +205,7 @@ def _shown(value: Any) -> str:
 
 def _progress(run: Path) -> str:
     try:
-        found = read_json(run / PROGRESS)
-        return f" ({found['done']:g} of {found['total']:g} {ascii(found['unit'])[1:-1]})"
+        progress = read_json(run / PROGRESS)
+        return f" ({progress['done']:g} of {progress['total']:g} {ascii(progress['unit'])[1:-1]})"
     except (ArtifactError, ValueError, KeyError, TypeError, IndexError):
         return ""

@@ -42,13 +42,13 @@ def least_importance(engine: Any, tokenizer: Any, prompts: Sequence[str]) -> dic
     """
     model = getattr(engine, "module", engine)
     device = next(model.parameters()).device
-    found: dict[str, Tensor] = {}
+    importances: dict[str, Tensor] = {}
     ignore = [False]
 
     def note(name: str, importance: Tensor) -> None:
         if not ignore[0]:
             importance = importance.cpu()
-            found[name] = importance if name not in found else torch.minimum(found[name], importance)
+            importances[name] = importance if name not in importances else torch.minimum(importances[name], importance)
 
     handles = [handle for number, block in enumerate(find_blocks(model)[1]) for handle in _watch(number, block, note)]
     mine = in_turn(prompts, processes.world_size(), processes.rank(), None)
@@ -62,7 +62,7 @@ def least_importance(engine: Any, tokenizer: Any, prompts: Sequence[str]) -> dic
     finally:
         for handle in handles:
             handle.remove()
-    parts = [part for part in processes.all_gather_object(found) if part]
+    parts = [part for part in processes.all_gather_object(importances) if part]
     return {name: torch.stack([part[name] for part in parts]).min(0).values for name in parts[0]}
 
 

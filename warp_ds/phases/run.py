@@ -53,6 +53,14 @@ class Run:
         if processes.rank() == 0:
             note(self.directory, event, **more)
 
+    def begin(self) -> None:
+        """Says whether it is new, goes on, or is finished."""
+        if self.done:
+            logger.info("%s is finished already: %s", self.phase, self.directory)
+        else:
+            logger.info("%s: %s %s", self.phase, "going on in" if self.resumed else "writing to", self.directory)
+            self.note("restarted" if self.resumed else "started", world_size=processes.world_size())
+
     def finish(self) -> None:
         """Marks the run finished and points ``<phase>_latest`` at it. Collective."""
         memory = self.memory.of_all_ranks()  # all of them are here then
@@ -87,56 +95,16 @@ def start_run(
     which unfinished run is the same one (``phases.identity``); ``passed`` are settings besides ``arguments``.
     Raises ConfigError on every rank where --run_name is taken by another run, or the run is alive elsewhere.
     """
-    lock: RunLock | None = None
-
-    def choose() -> dict[str, Any]:
-        nonlocal lock
-        identity = identify(phase, arguments, inputs, passed or {})
-        for directory, goes_on, certain in _candidates(phase, arguments, identity):
-            if goes_on:
-                check_written(directory)
-            directory.mkdir(parents=True, exist_ok=True)
-            candidate = RunLock(directory)
-            try:
-                candidate.acquire()
-            except ConfigError:
-                if certain:
-                    raise
-                continue  # another process went on with it first
-            lock, resumed = candidate, goes_on
-            break
-        if not resumed:
-            write_json(
-                directory / "config.json",
-                {
-                    **identity.record,
-                    "settings": {**dataclasses.asdict(arguments), **(passed or {})},
-                    "started_at": now(),
-                    "versions": versions(),
-                    "command": sys.argv,
-                    "world_size": processes.world_size(),
-                    "working_directory": os.getcwd(),
-                },
-                private=True,
-            )
-        (directory / FAILURE).unlink(missing_ok=True)
-        remove_unfinished(directory)
-        near = "" if resumed or arguments.resume != "auto" or arguments.run_name else identity.nearest(directory)
-        return {"directory": str(directory), "resumed": resumed, "done": (directory / "finished.json").is_file(), "near": near}
-
+    lock: list[RunLock] = []
     try:
         read_named(arguments, inputs)
-        chosen = consensus.on_rank_0(choose, "opening the run directory")
+        chosen = consensus.on_rank_0(lambda: _open(phase, arguments, inputs, passed or {}, lock), "opening the run directory")
         directory = Path(chosen["directory"])
         with _held_by_all(directory), peaks.peak_memory() as memory, log_to_file(Path(arguments.log_dir), directory.name):
             run = Run(phase, directory, chosen["resumed"], chosen["done"], time.time(), memory)
             if chosen["near"]:
                 logger.warning("%s: %s", phase, chosen["near"])
-            if run.done:
-                logger.info("%s is finished already: %s", phase, run.directory)
-            else:
-                logger.info("%s: %s %s", phase, "going on in" if run.resumed else "writing to", run.directory)
-                run.note("restarted" if run.resumed else "started", world_size=processes.world_size())
+            run.begin()
             try:
                 yield run
             except Preempted as stop:
@@ -150,8 +118,44 @@ def start_run(
                 record_failure(run.directory, error, Path(arguments.log_dir))
                 raise
     finally:
-        if lock is not None:
-            lock.release()
+        for one in lock:
+            one.release()
+
+
+def _open(
+    phase: str, arguments: RunArguments, inputs: dict[str, str], passed: dict[str, Any], lock: list[RunLock]
+) -> dict[str, Any]:
+    """Chooses and locks the run's directory, and writes config.json into a new one; what all ranks need to know of it.
+    Rank 0 alone calls it. ``lock`` gets the lock, also where what follows fails."""
+    identity = identify(phase, arguments, inputs, passed)
+    for directory, resumed, certain in _candidates(phase, arguments, identity):
+        if resumed:
+            check_written(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        candidate = RunLock(directory)
+        try:
+            candidate.acquire()
+        except ConfigError:
+            if certain:
+                raise
+            continue  # another process went on with it first
+        lock.append(candidate)
+        break
+    if not resumed:
+        config = {
+            **identity.record,
+            "settings": {**dataclasses.asdict(arguments), **passed},
+            "started_at": now(),
+            "versions": package_versions(),
+            "command": sys.argv,
+            "world_size": processes.world_size(),
+            "working_directory": os.getcwd(),
+        }
+        write_json(directory / "config.json", config, private=True)
+    (directory / FAILURE).unlink(missing_ok=True)
+    remove_unfinished(directory)
+    near = "" if resumed or arguments.resume != "auto" or arguments.run_name else identity.nearest(directory)
+    return {"directory": str(directory), "resumed": resumed, "done": (directory / "finished.json").is_file(), "near": near}
 
 
 @contextmanager
@@ -214,15 +218,15 @@ def _refuse_foreign(directory: Path) -> None:
         raise ConfigError(f"{directory} is there already, and no run of this program: use another --run_name")
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions of what decides a result."""
-    found = {"python": sys.version.split()[0]}
+    known = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            known[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return known
 
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from warp_ds.cluster import consensus, processes
+from warp_ds.cluster import consensus
 from warp_ds.errors import ConfigError
+from warp_ds.evaluation.measure import NoiseRule
 from warp_ds.flags.arguments import CompareArguments, flag
 from warp_ds.flags.checks import check_keep_ratio
 from warp_ds.models.layer_names import parse_layer_types
 from warp_ds.phases.arms import ARMS, Arm
-from warp_ds.phases.compare import Bench, Point, compare, load_data, print_tables, training_flags, write_report
+from warp_ds.phases.bench import Bench
+from warp_ds.phases.compare import compare_arms, show, training_flags, write_report
+from warp_ds.phases.comparison_data import ComparisonData, load_data
 from warp_ds.phases.run import start_run
-from warp_ds.phases.training import check_training
-from warp_ds.report import tradeoff
+from warp_ds.phases.trainer_arguments import check_training
+from warp_ds.phases.trials import Trial
+from warp_ds.report.tradeoff import Comparison, compare_points, front
 from warp_ds.store.fingerprints import fingerprint_rows
 from warp_ds.zero.model import resolve_model_dir
 from warp_ds.zero.shared_reading import model_fingerprint
@@ -95,45 +99,43 @@ def run_sweep(arguments: SweepArguments, passed: dict[str, Any] | None = None) -
             ),
         }
     with start_run("sweep", arguments, inputs, passed) as run:
-        points: list[dict[str, Any]] = []
-        reports: list[dict[str, Any]] = []
-        noise = None
-        for number, (label, arm, change) in enumerate(wanted, 1):
-            logger.info("setting %d of %d: %s", number, len(wanted), label)
-            a = replace(arguments, **change)
-            slug = "".join(c if c.isalnum() or c in ".-" else "_" for c in label)
-            bench = Bench(a, model_dir, run.directory / slug, data[a.safety_samples], passed or {})
-            if noise is not None:
-                bench.noise, bench.noise_known = noise, True
-            arms = [ARMS["before"], arm] if label == "middle" else [arm]
-            reports.append(compare(bench, arms, {arm.name: a.rate_list}, a.seed_list))
-            noise = bench.noise
-            for row in reports[-1]["points"]:
-                # Where the report looks for the answers.
-                home = Point(arm if row["arm"] == "middle" else ARMS["before"], row["rate"] or 0.0, row["seed"]).name
-                points.append(row | {"arm": label if row["arm"] == "middle" else row["arm"], "home": f"{slug}/points/{home}"})
-        report = reports[0]  # the middle's flags are the sweep's
-        found = {
-            **report,
-            "points": points,
-            "front": front(points),
-            "total_seconds": round(sum(r["total_seconds"] for r in reports), 1),
-            **tradeoff.compare(points, {k: n for k, n in report["prompts"].items() if n}, arguments.at_utility, "middle"),
-        }
-        consensus.on_rank_0(lambda: write_report(run.directory, found), "writing the report")
+        parts = _settings_compared(arguments, wanted, model_dir, run.directory, data, passed or {})
+        points = [point for part in parts for point in part.points]
+        total = round(sum(part.about["total_seconds"] for part in parts), 1)
+        about = {**parts[0].about, "total_seconds": total}  # the middle's flags are the sweep's
+        whole = compare_points(points, parts[0].prompts, arguments.at_utility, "middle", about)
+        comparison = replace(whole, front=front(points))
+        consensus.on_rank_0(lambda: write_report(run.directory, comparison), "writing the report")
         run.finish()
-        if processes.rank() == 0:
-            print_tables((run.directory / "table.md").read_text(encoding="utf-8"))
+        show(run.directory, comparison)
         return run.directory
 
 
-def front(points: Sequence[dict[str, Any]]) -> list[list[Any]]:
-    """[setting, rate] of the averaged points that no other beats in task loss and refusals both, best task first."""
-    rows = [row for curve in tradeoff.by_arm(points).values() for row in curve]
-    best: list[list[Any]] = []
-    most = -1.0
-    for row in sorted(rows, key=lambda r: (r[tradeoff.UTILITY], -r.get("refusal_rate", 0.0))):
-        if row.get("refusal_rate", 0.0) > most:
-            best.append([row["arm"], row["rate"]])
-            most = row.get("refusal_rate", 0.0)
-    return best
+def _settings_compared(
+    arguments: SweepArguments,
+    wanted: Sequence[tuple[str, Arm, dict[str, Any]]],
+    model_dir: Path,
+    root: Path,
+    data: Mapping[int, ComparisonData],
+    passed: dict[str, Any],
+) -> list[Comparison]:
+    """One comparison a setting, its arm named by it; noise is judged by the middle's rule in all. Collective."""
+    parts: list[Comparison] = []
+    noise: tuple[NoiseRule | None] | None = None
+    for number, (label, arm, change) in enumerate(wanted, 1):
+        logger.info("setting %d of %d: %s", number, len(wanted), label)
+        a = replace(arguments, **change)
+        slug = "".join(c if c.isalnum() or c in ".-" else "_" for c in label)
+        bench = Bench(a, model_dir, root / slug, data[a.safety_samples], passed)
+        bench.measuring.noise = noise
+        arms = [ARMS["before"], arm] if label == "middle" else [arm]
+        part = compare_arms(bench, arms, {arm.name: a.rate_list}, a.seed_list)
+        noise = bench.measuring.noise
+        points = []
+        for point in part.points:
+            middle = point.arm == "middle"
+            trial = Trial(arm if middle else ARMS["before"], point.rate or 0.0, point.seed)
+            home = f"{slug}/points/{trial.name}"  # where the report looks for the answers
+            points.append(replace(point, arm=label if middle else point.arm, home=home))
+        parts.append(replace(part, points=points))
+    return parts

@@ -1,14 +1,25 @@
-"""A model's card (README.md): what the model was made of, and what was measured on it, where the card is ours."""
+"""A model's card (README.md): what the model was made of, and what was measured on it, where the card is ours.
+
+Its metadata say base model, data and results as the hub reads them (huggingface_hub's ModelCard and EvalResult).
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
+
 from warp_ds.errors import ArtifactError
+from warp_ds.evaluation.results import OTHERS, RATES, UTILITY, Metric, read_metric, read_metrics
+from warp_ds.names import printable
+from warp_ds.report.tables import COLUMNS, Block, Table, columns, shown, to_markdown
+from warp_ds.secrets import redact
 from warp_ds.store.files import read_json, write_text
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import newest, path_of_run, phase_of
@@ -16,25 +27,44 @@ from warp_ds.store.runs import newest, path_of_run, phase_of
 logger = logging.getLogger(__name__)
 OURS = re.compile(r"^Trained by \[?warp_ds\b", re.MULTILINE)
 """Stands in every card that phases 0 and 3 write."""
-COLUMNS = {
-    "refusal_rate": "refuses",
-    "partial_rate": "in part",
-    "incoherent_rate": "incoherent",
-    "attack_success_rate": "complies",
-    "not_judged_rate": "not judged",
-    "over_refusal_rate": "over-refuses",
-    "utility_accuracy": "task accuracy",
-    "utility_nll": "task NLL",
-    "movement": "moved",
-    "frozen_drift": "frozen drift",
-}
 NOT_SHOWN = """What this does not show: what the model says to other prompts than these, to attacks that were not tried, in
 other languages (verdicts hold for English; other answers are "not judged" and in no rate), or after more training. Verdicts are
 by rules that agree with people in about 95 of 100 answers; a rate on one set of prompts says little about another."""
 
 
-def write_section(model_dir: Path, name: str, text: str) -> None:
-    """Puts ``text`` at the end of the model's card, in place of what was there under ``name``. Rank 0 alone calls it.
+def plain(text: Any) -> str:
+    """What a user or a file says, as one line of markdown that shows it and does nothing else."""
+    line = " ".join(printable(redact(str(text))).split())
+    return re.sub(r"([\\`*_\[\]<>&~$])", r"\\\1", line)
+
+
+def code(text: Any) -> str:
+    """The same as a code span."""
+    line = " ".join(printable(redact(str(text))).split())
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
+
+
+def new_card(title: str, text: str, base_model: str, data: str) -> str:
+    """The card of a model that was just trained; ``title`` and ``text`` are markdown."""
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["warp_ds"],
+        base_model=base_model if _on_hub(base_model) else None,
+        datasets=[data] if _on_hub(data) else None,
+    )
+    return f"---\n{metadata.to_yaml()}\n---\n\n# {title}\n\n{text.strip()}\n"
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a name is one that the hub can link to: no local path."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
+
+
+def write_section(model_dir: Path, name: str, text: str, results: Sequence[EvalResult] = ()) -> None:
+    """Puts ``text`` at the end of the model's card, in place of what was there under ``name``, and ``results`` into its
+    metadata. Rank 0 alone calls it.
 
     A card that is missing or somebody else's is left as it is, and so is one that cannot be written, with a warning.
     """
@@ -43,15 +73,33 @@ def write_section(model_dir: Path, name: str, text: str) -> None:
         card = path.read_text(encoding="utf-8") if path.is_file() else ""
         if OURS.search(card):
             changed = f"{_without(card, re.escape(name)).rstrip()}\n\n{_begin(name)}\n{text.strip()}\n{_end(name)}\n"
+            if results:
+                changed = _with_results(changed, results, model_dir.resolve().parent.name)
             if changed != card:
                 write_text(path, changed)
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, ValueError, YAMLError) as error:
         logger.warning("the card %s is left as it is: %s", path, error)
 
 
-def without_sections(card: str) -> str:
+def _with_results(text: str, results: Sequence[EvalResult], name: str) -> str:
+    """The card with ``results`` in its metadata, in place of those of the same measures on the same data."""
+    whole = text if text.startswith("---\n") else f"---\ntags:\n- warp_ds\n---\n\n{text}"
+    card = ModelCard(whole, ignore_metadata_errors=True)
+    data: Any = card.data
+    kept = [old for old in data.eval_results or () if not any(old.is_equal_except_value(new) for new in results)]
+    data.eval_results, data.model_name = [*kept, *results], data.model_name or name
+    return str(card)
+
+
+def without_sections(text: str) -> str:
     """The card as the training wrote it."""
-    return _without(card, r"[\w-]+")
+    text = _without(text, r"[\w-]+")
+    if not text.startswith("---\n"):
+        return text
+    card = ModelCard(text, ignore_metadata_errors=True)
+    data: Any = card.data
+    data.eval_results = data.model_name = None
+    return str(card)
 
 
 def _begin(name: str) -> str:
@@ -124,45 +172,59 @@ def made(model_dir: Path) -> str:
 # ---------------------------------------------------------------- what was measured
 
 
+def eval_results(metrics: Mapping[str, Any], data: Mapping[str, str]) -> list[EvalResult]:
+    """What the hub shows of ``metrics``. ``data``: 'harmful', 'harmless' and 'task' -> the prompts' data set."""
+    kinds = {"over_refusal_rate": "harmless", "utility_accuracy": "task", UTILITY: "task"}
+    measured = read_metrics({name: metrics.get(name) for name in (UTILITY, *RATES)})
+    results = []
+    for name, metric in measured.items():
+        source = data.get(kind := kinds.get(name, "harmful"))
+        # A path says nothing to others, and may say too much.
+        called = f"{kind} prompts" if source is None else source if _on_hub(source) else Path(source).name
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=source if source is not None and _on_hub(source) else kind,
+                dataset_name=printable(redact(called)),
+                metric_type=name,
+                metric_name=name.replace("_", " "),
+                metric_value=round(metric.value, 4),
+            )
+        )
+    return results
+
+
 def evaluation(where: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table of ``rows`` (whose model -> its metrics, as ``phases.evaluate`` has them), and what it does not show."""
-    table: dict[str, dict[str, str]] = {}
+    """The table of ``rows`` (whose model -> its metrics, as ``phases.evaluate`` has them), and what it does not show.
+
+    ``where`` is markdown.
+    """
+    table: dict[str, dict[str, Metric]] = {}
     for who, metrics in rows.items():
-        table[who] = {name: _cell(metrics, name) for name in COLUMNS if name in metrics}
-        for attack in (name.removesuffix("_refusal_rate") for name in metrics if re.fullmatch(r"attack_.+_refusal_rate", name)):
-            table[f"{who}, {attack.removeprefix('attack_')}"] = {
-                name: _cell(metrics, f"{attack}_{name}") for name in COLUMNS if f"{attack}_{name}" in metrics
-            }
-    shown = [name for name in COLUMNS if any(name in cells for cells in table.values())]
-    if not any(value for metrics in rows.values() for name, value in metrics.items() if name.endswith("not_judged")):
-        shown = [name for name in shown if name != "not_judged_rate"]
-    lines = [
-        "## What was measured",
-        "",
-        f"{where} Held-out prompts, greedy answers; in brackets 95 % Wilson intervals.",
-        "",
-        "| model | " + " | ".join(COLUMNS[name] for name in shown) + " |",
-        "|---" * (len(shown) + 1) + "|",
-    ]
-    lines += [f"| {who} | " + " | ".join(cells.get(name, "") for name in shown) + " |" for who, cells in table.items()]
+        table[who] = read_metrics(metrics)
+        refusals = [name for name in metrics if name.startswith("attack_") and name.endswith("_refusal_rate")]
+        for attack in (name.removesuffix("_refusal_rate") for name in refusals):
+            of_attack = {name: read_metric(metrics, f"{attack}_{name}") for name in COLUMNS if name not in OTHERS}
+            called = f"{who}, {plain(attack.removeprefix('attack_'))}"
+            table[called] = {name: metric for name, metric in of_attack.items() if metric is not None}
+    names = columns(list(table.values()))
+    lines = [[who, *(shown(name, metrics.get(name)) for name in names)] for who, metrics in table.items()]
     measured = list(rows.values())[-1]
     tasks = [
-        f"- {task}, {name}: {value:.4g}"
-        for task, found in measured.get("lm_eval", {}).items()
-        for name, value in found.items()
+        f"- {plain(task)}, {plain(name)}: {value:.4g}"
+        for task, scores in measured.get("lm_eval", {}).items()
+        for name, value in scores.items()
         if isinstance(value, float)
     ]
     warnings = [
-        f"- Of these prompts {count} stood in a fitting set ({which}): on them the numbers measure memory."
+        f"- Of these prompts {count} stood in a fitting set ({plain(which)}): on them the numbers measure memory."
         for which, count in measured.get("overlap", {}).items()
     ]
-    for part in (tasks, warnings):
-        lines += ["", *part] if part else []
-    return "\n".join([*lines, "", NOT_SHOWN]) + "\n"
-
-
-def _cell(metrics: Mapping[str, Any], name: str) -> str:
-    value, ends = metrics[name], metrics.get(f"{name.removesuffix('_rate')}_interval")
-    if name.endswith(("_rate", "_accuracy")):
-        return f"{value:.0%}" + (f" [{100 * ends[0]:.0f}, {100 * ends[1]:.0f}]" if ends else "")
-    return f"{value:.1e}" if name == "frozen_drift" else f"{value:.3f}"
+    blocks: list[Block] = [
+        "## What was measured",
+        f"{where} Held-out prompts, greedy answers; in brackets 95 % Wilson intervals.",
+        Table(["model", *(COLUMNS[name] for name in names)], lines),
+        *("\n".join(part) for part in (tasks, warnings) if part),
+        NOT_SHOWN,
+    ]
+    return to_markdown(blocks)

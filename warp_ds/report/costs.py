@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from warp_ds.report.tables import Block, Table
 from warp_ds.store.files import read_json, read_lines
 from warp_ds.store.runs import run_config
 from warp_ds.store.state import STATE
@@ -21,33 +22,30 @@ CAPTION = (
 MEASURES = {"seconds": ("seconds", 1.0), "host": ("peak GB", 1e9), "gpu": ("GPU peak GB", 1e9)}
 
 
-def table(runs: Sequence[Path], name: Callable[[Path], str]) -> tuple[list[str], list[list[str]]]:
-    """(head, rows) of the finished ones of ``runs``; columns that would stay empty are left out."""
-    found = {run: _measured(run) for run in runs if (run / "finished.json").is_file()}
-    configs = {run: run_config(run) for run in found}
+def table(runs: Sequence[Path], name: Callable[[Path], str]) -> Table:
+    """Of the finished ones of ``runs``; columns that would stay empty are left out."""
+    measured = {run: _measured(run) for run in runs if (run / "finished.json").is_file()}
+    configs = {run: run_config(run) for run in measured}
     rows: list[dict[str, str]] = []
-    for run, measured in found.items():
+    for run, own in measured.items():
         config = configs[run]
         row = {"run": name(run), "phase": str(config.get("phase", "")), "ranks": str(config.get("world_size", ""))}
         whole = not _went_on(run)
-        plain = [found[other] for other in _plain(run, configs) if not _went_on(other)] if whole else []
+        plain = [measured[other] for other in _plain(run, configs) if not _went_on(other)] if whole else []
         for measure, (title, unit) in MEASURES.items():
-            value, beside = measured.get(measure), [p[measure] for p in plain if p.get(measure)]
-            star = "*" if measure == "host" and measured.get("of_process") else ""
+            value, beside = own.get(measure), [p[measure] for p in plain if p.get(measure)]
+            star = "*" if measure == "host" and own.get("of_process") else ""
             row[title] = "" if value is None else f"{value / unit:.{1 if unit == 1 else 2}f}{star}"
             row[f"{title} × plain"] = f"{value / median(beside):.2f}" if value and beside else ""
         rows.append(row | _steps(run, whole))
     head = [column for column in (rows[0] if rows else ()) if any(row[column] for row in rows)]
-    return head, [[row[column] for column in head] for row in rows]
+    return Table(head, [[row[column] for column in head] for row in rows])
 
 
-def markdown(runs: Sequence[Path], name: Callable[[Path], str]) -> str:
-    """The same as a markdown table, with its caption; empty where no run has finished."""
-    head, rows = table(runs, name)
-    if not rows:
-        return ""
-    first, *lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return "\n".join(["", "What each phase took:", "", first, "|" + "---|" * len(head), *lines, "", CAPTION, ""])
+def blocks(runs: Sequence[Path], name: Callable[[Path], str]) -> list[Block]:
+    """The same with its caption; nothing where no run has finished."""
+    spent = table(runs, name)
+    return ["What each phase took:", spent, CAPTION] if spent.rows else []
 
 
 def _measured(run: Path) -> dict[str, Any]:
@@ -68,7 +66,7 @@ def _plain(run: Path, configs: Mapping[Path, dict[str, Any]]) -> list[Path]:
         return config.get("inputs", {}).get("data")
 
     own = configs[run]
-    found = {
+    beside = {
         other: config
         for other, config in configs.items()
         if other.parent == run.parent
@@ -77,8 +75,8 @@ def _plain(run: Path, configs: Mapping[Path, dict[str, Any]]) -> list[Path]:
         and "masks" not in config.get("inputs", {})
     }
     for like in (scope, data):
-        found = {other: config for other, config in found.items() if like(config) == like(own)} or found
-    return list(found)
+        beside = {other: config for other, config in beside.items() if like(config) == like(own)} or beside
+    return list(beside)
 
 
 def _went_on(run: Path) -> bool:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any
 
 import numpy
+from markupsafe import Markup
 
 from warp_ds.errors import ConfigError
-from warp_ds.evaluation.metrics import wilson
-from warp_ds.report.tradeoff import UTILITY
+from warp_ds.evaluation.results import UTILITY
+from warp_ds.report.tradeoff import Comparison, MeanPoint
 
 try:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ConfigError(
@@ -42,10 +45,12 @@ matplotlib.rcParams.update(
 )
 WIDTH = 5.2
 """Inches: narrow enough for letters to stay readable on a phone."""
+Svg = Markup
+"""An SVG element of our own making, which a page takes as it is."""
 MARKERS = "osD^vP*Xd<>ph8"
 
 
-def save(figure: Figure, directory: Path, name: str) -> str:
+def save(figure: Figure, directory: Path, name: str) -> Svg:
     """Writes name.svg and name.png; returns the SVG element, to stand in a page."""
     directory.mkdir(parents=True, exist_ok=True)
     buffer = io.StringIO()
@@ -58,7 +63,17 @@ def save(figure: Figure, directory: Path, name: str) -> str:
     element = text[text.index("<svg") :]
     for mark in ('id="', 'href="#', "url(#"):
         element = element.replace(mark, f"{mark}{name}-")
-    return element
+    return Markup(element)
+
+
+def save_alone(figure: Figure, path: Path) -> None:
+    """Writes one picture as ``path``, SVG or PNG by its name; ConfigError for another kind."""
+    kind = path.suffix.lower()
+    if kind not in (".svg", ".png"):
+        raise ConfigError(f"{path}: a picture's name ends in .svg or .png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=200, metadata={"Date": None} if kind == ".svg" else None)
+    pyplot.close(figure)
 
 
 def _legend(figure: Figure, fontsize: int) -> None:
@@ -67,60 +82,94 @@ def _legend(figure: Figure, fontsize: int) -> None:
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=fontsize)
 
 
-def tradeoff(raw: Sequence[Mapping[str, Any]], prompts: int, target: float, front: Sequence[Sequence[Any]] = ()) -> Figure:
+def tradeoff(comparison: Comparison) -> Figure:
     """Refusals against the task's loss: a line an arm, a point a learning rate, bars the 95 % Wilson interval.
 
-    ``front``: [arm, rate] of the points that no other beats, joined by a broad grey line where there are any.
+    The points of a front, where there is one, are joined by a broad grey line.
     """
-    arms = list(dict.fromkeys(str(row["arm"]) for row in raw))
+    arms = list(dict.fromkeys(mean.arm for mean in comparison.raw))
+    drawn = [mean for mean in comparison.raw if "refusal_rate" in mean.metrics and UTILITY in mean.metrics]
     figure, axes = pyplot.subplots(figsize=(WIDTH, 5.0 + 0.1 * max(0, len(arms) - 14)))  # the legend grows with them
-    colours = pyplot.get_cmap("tab20")
+    colours = pyplot.get_cmap("tab10" if len(arms) <= 10 else "tab20")
     for number, arm in enumerate(arms):
-        rows = [row for row in raw if str(row["arm"]) == arm and "refusal_rate" in row and UTILITY in row]
-        x, y = [row[UTILITY] for row in rows], [row["refusal_rate"] for row in rows]
-        ends = [wilson(rate * prompts, prompts) for rate in y] if prompts else [(rate, rate) for rate in y]
-        bars = [
-            [max(0.0, rate - low) for rate, (low, _) in zip(y, ends, strict=True)],
-            [max(0.0, high - rate) for rate, (_, high) in zip(y, ends, strict=True)],
-        ]
-        axes.errorbar(
-            x,
-            y,
-            yerr=bars,
-            label=arm,
-            color=colours(number % 20),
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=5,
-            linewidth=1,
-            elinewidth=0.7,
-            capsize=2,
-        )
-    best = [row for arm, rate in front for row in raw if (row["arm"], row["rate"]) == (arm, rate)]
+        _draw_arm(axes, [mean for mean in drawn if mean.arm == arm], arm, colours(number % colours.N), number)
+    best = [mean for at in comparison.front for mean in drawn if (mean.arm, mean.rate) == at]
     if best:
-        axes.plot(
-            [row[UTILITY] for row in best],
-            [row["refusal_rate"] for row in best],
-            label="the front",
-            color="#bbbbbb",
-            linewidth=6,
-            alpha=0.6,
-            zorder=0,
-            solid_capstyle="round",
-        )
-    axes.axvline(target, color="#888888", linewidth=0.8, linestyle=":")
-    losses = [row[UTILITY] for row in raw if UTILITY in row]
+        axes.plot(*_at(best), label="the front", color="#bbbbbb", linewidth=6, alpha=0.6, zorder=0, solid_capstyle="round")
+    axes.axvline(comparison.at_utility, color="#888888", linewidth=0.8, linestyle=":")
+    axes.text(comparison.at_utility, -0.01, " compared at\n this loss", color="#666666", fontsize=8, va="bottom")
+    losses = _at(drawn)[0]
     if losses and max(losses) > 3 * min(losses) > 0:
         # The start model has several times the loss of what was trained: on a linear axis all else would be one line.
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0)))
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
         axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("task loss, nats a token (left is better)")
-    axes.set_ylabel("refused harmful prompts")
+    prompts = comparison.prompts.get("refusal_rate", 0)
+    axes.set_ylabel("refused harmful prompts" + (f" (95 % interval, n = {prompts})" if prompts else ""))
     axes.set_ylim(-0.03, 1.05)
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-    _legend(figure, 10)
+    if len(drawn) == len(arms) <= 8 and not best and _apart(axes, drawn):
+        _name_points(axes, drawn, colours)
+    else:
+        _legend(figure, 10)
     return figure
+
+
+def _places(axes: Axes, points: Sequence[MeanPoint]) -> list[tuple[float, float]]:
+    """Where the points lie, as shares of the axes' width and height."""
+    axes.get_xlim()  # settles the limits
+    to_axes = axes.transData + axes.transAxes.inverted()
+    return [tuple(to_axes.transform(at)) for at in zip(*_at(points), strict=True)]
+
+
+def _apart(axes: Axes, points: Sequence[MeanPoint]) -> bool:
+    """Whether the points' names, right or left of them, would not stand on each other."""
+    return all(abs(a[1] - b[1]) > 0.05 or abs(a[0] - b[0]) > 0.5 for a, b in combinations(_places(axes, points), 2))
+
+
+def _name_points(axes: Axes, points: Sequence[MeanPoint], colours: Colormap) -> None:
+    """In place of a legend, which a reader would have to look up."""
+    for number, (mean, (across, _)) in enumerate(zip(points, _places(axes, points), strict=True)):
+        axes.annotate(
+            mean.arm,
+            (mean.metrics[UTILITY].value, mean.metrics["refusal_rate"].value),
+            (9 if across < 0.6 else -9, 0),
+            textcoords="offset points",
+            ha="left" if across < 0.6 else "right",
+            va="center",
+            color=colours(number % colours.N),
+            fontsize=11,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
+        )
+
+
+def _at(points: Sequence[MeanPoint]) -> tuple[list[float], list[float]]:
+    """Task losses and refusals."""
+    return [mean.metrics[UTILITY].value for mean in points], [mean.metrics["refusal_rate"].value for mean in points]
+
+
+def _draw_arm(axes: Axes, points: Sequence[MeanPoint], arm: str, colour: Any, number: int) -> None:
+    """Its line with the intervals as bars."""
+    x, y = _at(points)
+    ends = [mean.metrics["refusal_rate"].interval or (rate, rate) for mean, rate in zip(points, y, strict=True)]
+    bars = [
+        [max(0.0, rate - low) for rate, (low, _) in zip(y, ends, strict=True)],
+        [max(0.0, high - rate) for rate, (_, high) in zip(y, ends, strict=True)],
+    ]
+    axes.errorbar(
+        x,
+        y,
+        yerr=bars,
+        label=arm,
+        color=colour,
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=6,
+        linewidth=1,
+        elinewidth=0.7,
+        capsize=2,
+    )
 
 
 def spectra(values: Mapping[str, Sequence[float]]) -> Figure:

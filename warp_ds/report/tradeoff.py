@@ -9,42 +9,173 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from warp_ds.evaluation.metrics import wilson
-
-Point = Mapping[str, Any]
-"""One measured model: arm, rate, seed, and its metrics."""
-
-UTILITY = "utility_nll"
-RATES = (
-    "refusal_rate",
-    "partial_rate",
-    "incoherent_rate",
-    "attack_success_rate",
-    "not_judged_rate",
-    "over_refusal_rate",
-    "utility_accuracy",
-)
-OTHERS = ("movement", "frozen_drift")
+from warp_ds.evaluation.results import UTILITY, Metric, flat, rate, read_metrics
 
 
-def average(points: Sequence[Point]) -> dict[str, Any]:
-    """Metrics averaged over seeds; ``<rate>_range`` is the least and the most of them."""
-    found: dict[str, Any] = {"arm": points[0]["arm"], "rate": points[0]["rate"], "seeds": len(points)}
-    for name in (UTILITY, *RATES, *OTHERS):
-        values = [p[name] for p in points if p.get(name) is not None]
-        if values:
-            found[name] = math.fsum(values) / len(values)
-            found[f"{name}_range"] = [min(values), max(values)]
-    return found
+def point_name(arm: str, rate: float | None, seed: int) -> str:
+    """The directory of a point under points/, and what its runs are called by."""
+    return arm if rate is None else f"{arm}_lr{rate:g}_seed{seed}"
 
 
-def by_arm(points: Sequence[Point]) -> dict[str, list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class Point:
+    """One measured model."""
+
+    arm: str
+    rate: float | None
+    """Its learning rate; None: not trained."""
+    seed: int
+    measured: Mapping[str, Any]
+    """As metrics.json holds it."""
+    from_start: bool = True
+    """Whether at rate 0 the arm is the start model: false where it changes weights without training."""
+    home: str | None = None
+    """Where its answers lie, from the report's directory; None: points/<name>."""
+
+    @property
+    def name(self) -> str:
+        return point_name(self.arm, self.rate, self.seed)
+
+    @cached_property
+    def metrics(self) -> dict[str, Metric]:
+        return read_metrics(self.measured)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Point:
+        rest = {name: value for name, value in row.items() if name not in ("arm", "rate", "seed", "from_start", "home")}
+        return cls(str(row["arm"]), _rate(row), row["seed"], rest, bool(row.get("from_start", True)), row.get("home"))
+
+    def to_json(self) -> dict[str, Any]:
+        own = {"arm": self.arm, "rate": self.rate, "seed": self.seed, "from_start": self.from_start}
+        return {**own, **self.measured, **({} if self.home is None else {"home": self.home})}
+
+
+@dataclass(frozen=True)
+class MeanPoint:
+    """The points of one arm and learning rate, averaged over seeds."""
+
+    arm: str
+    rate: float | None
+    seeds: int
+    metrics: Mapping[str, Metric]
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], prompts: Mapping[str, int]) -> MeanPoint:
+        return cls(str(row["arm"]), _rate(row), int(row.get("seeds", 1)), read_metrics(row, prompts))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"arm": self.arm, "rate": self.rate, "seeds": self.seeds, **flat(self.metrics)}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One arm, read off at the common utility; without metrics where it does not get there."""
+
+    arm: str
+    best_utility: float
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    between: Sequence[float | None] = ()
+    """Rates of the one or two points that it is read from; None is the start model."""
+    seeds: int = 0
+    seeds_reached: int = 0
+    """Seeds whose own curve gets there."""
+    seeds_range: tuple[float, float] | None = None
+    """The least and the most of the seeds' refusals, each interpolated by itself."""
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], prompts: Mapping[str, int]) -> Reading:
+        ends = row.get("seeds_range")
+        return cls(
+            str(row["arm"]),
+            float(row["best_utility"]),
+            read_metrics(row, prompts),
+            [None if at is None else float(at) for at in row.get("between", ())],
+            int(row.get("seeds", 0)),
+            int(row.get("seeds_reached", 0)),
+            None if ends is None else (float(ends[0]), float(ends[1])),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        row: dict[str, Any] = {"arm": self.arm, "best_utility": self.best_utility}
+        if not self.metrics:
+            return row
+        seeds = {"seeds": self.seeds, "seeds_reached": self.seeds_reached}
+        ends = None if self.seeds_range is None else list(self.seeds_range)
+        return {**row, **flat(self.metrics), "between": list(self.between), **seeds, "seeds_range": ends}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What report.json holds."""
+
+    points: Sequence[Point]
+    prompts: Mapping[str, int]
+    """Metric -> the prompts that it is a rate over."""
+    at_utility: float
+    """The task loss at which arms are compared, nats a token."""
+    equal_utility: Sequence[Reading]
+    raw: Sequence[MeanPoint]
+    front: Sequence[tuple[str, float | None]] = ()
+    """(arm, rate) of the points that no other beats, in a sweep."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What else the file says: overlap, noise_threshold, unaligned, keep_ratio, seconds, versions ..."""
+
+    @classmethod
+    def from_json(cls, report: Mapping[str, Any]) -> Comparison:
+        """Raises KeyError, TypeError or ValueError where a value is not as this program writes it."""
+        prompts = {str(name): int(count) for name, count in report["prompts"].items() if count}
+        return cls(
+            [Point.from_json(row) for row in report["points"]],
+            prompts,
+            float(report["at_utility"]),
+            [Reading.from_json(row, prompts) for row in report["equal_utility"]],
+            [MeanPoint.from_json(row, prompts) for row in report["raw"]],
+            [(str(arm), at) for arm, at in report.get("front", ())],
+            {name: value for name, value in report.items() if name not in _OWN},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": "warp_ds.compare",
+            "version": 1,
+            "points": [point.to_json() for point in self.points],
+            "prompts": dict(self.prompts),
+            **self.about,
+            **({"front": [list(at) for at in self.front]} if self.front else {}),
+            "at_utility": self.at_utility,
+            "equal_utility": [reading.to_json() for reading in self.equal_utility],
+            "raw": [mean.to_json() for mean in self.raw],
+        }
+
+
+_OWN = {"format", "version", "points", "prompts", "front", "at_utility", "equal_utility", "raw"}
+
+
+def _rate(row: Mapping[str, Any]) -> float | None:
+    return None if row["rate"] is None else float(row["rate"])
+
+
+# ---------------------------------------------------------------- curves
+
+
+def average(points: Sequence[Point]) -> MeanPoint:
+    """Of one arm and rate, over seeds."""
+    metrics = {}
+    for name in dict.fromkeys(name for point in points for name in point.metrics):
+        values = [point.metrics[name].value for point in points if name in point.metrics]
+        metrics[name] = Metric(math.fsum(values) / len(values), range=(min(values), max(values)))
+    return MeanPoint(points[0].arm, points[0].rate, len(points), metrics)
+
+
+def by_arm(points: Sequence[Point]) -> dict[str, list[MeanPoint]]:
     """arm -> its averaged points in the order of the rates; the arms in their first order."""
-    groups: dict[str, dict[Any, list[Point]]] = {}
+    groups: dict[str, dict[float | None, list[Point]]] = {}
     for point in points:
-        groups.setdefault(point["arm"], {}).setdefault(point["rate"], []).append(point)
+        groups.setdefault(point.arm, {}).setdefault(point.rate, []).append(point)
     return {
         arm: [average(group) for _, group in sorted(rates.items(), key=lambda item: item[0] or 0.0)]
         for arm, rates in groups.items()
@@ -62,149 +193,101 @@ def crossing(utilities: Sequence[float], target: float) -> tuple[int, float] | N
     return None
 
 
-def at_utility(curve: Sequence[Point], target: float) -> dict[str, Any] | None:
+def at_utility(curve: Sequence[Point | MeanPoint], target: float) -> tuple[dict[str, float], list[float | None]] | None:
     """The metrics of a curve where its utility is ``target``, by linear interpolation; None where it does not get there.
 
-    ``between`` gives the rates of the one or two points that they come from; None is the start model.
+    With them the rates of the one or two points that they come from; None is the start model.
     """
-    found = crossing([p[UTILITY] for p in curve], target)
-    if found is None:
+    crossed = crossing([_utility(point) for point in curve], target)
+    if crossed is None:
         return None
-    i, share = found
+    i, share = crossed
     first, second = curve[i], curve[i + 1]
-    read: dict[str, Any] = {
-        name: first[name] + share * (second[name] - first[name])
-        for name in (UTILITY, *RATES, *OTHERS)
-        if name in first and name in second
-    }
-    return read | {"between": [p["rate"] for p, weight in ((first, 1.0 - share), (second, share)) if weight]}
+    both = [name for name in first.metrics if name in second.metrics]
+    ends = [(first.metrics[name].value, second.metrics[name].value) for name in both]
+    values = {name: a + share * (b - a) for name, (a, b) in zip(both, ends, strict=True)}
+    return values, [point.rate for point, weight in ((first, 1.0 - share), (second, share)) if weight]
 
 
-def common_utility(curves: Mapping[str, Sequence[Point]], wanted: float, reference: str) -> float:
+def _utility(point: Point | MeanPoint) -> float:
+    return point.metrics[UTILITY].value
+
+
+def common_utility(curves: Mapping[str, Sequence[MeanPoint]], wanted: float, reference: str) -> float:
     """The utility to compare at: ``wanted``, or the best that ``reference`` reaches, or what every arm reaches."""
-    best = {arm: min(p[UTILITY] for p in curve) for arm, curve in curves.items() if arm != "before"}
+    best = {arm: min(map(_utility, curve)) for arm, curve in curves.items() if arm != "before"}
     if wanted:
         return wanted
     return best.get(reference, max(best.values(), default=math.nan))
 
 
-def compare(
-    points: Sequence[Point], prompts: Mapping[str, int], wanted: float = 0.0, reference: str = "rotated"
-) -> dict[str, Any]:
-    """Raw rows (arm, rate; means over seeds) and rows at equal utility.
+# ---------------------------------------------------------------- the comparison
+
+
+def compare_points(
+    points: Sequence[Point],
+    prompts: Mapping[str, int],
+    wanted: float = 0.0,
+    reference: str = "rotated",
+    about: Mapping[str, Any] | None = None,
+) -> Comparison:
+    """Means over seeds, and the arms at equal utility.
 
     Intervals are Wilson's, 95 %, of the mean rate over the prompts (metric -> number in ``prompts``): seeds answer the
-    same prompts, so they do not count as more of them; ``seeds_range`` is the least and the most of the seeds, each
-    interpolated by itself.
+    same prompts, so they do not count as more of them.
     """
+    prompts = {name: count for name, count in prompts.items() if count}
     curves = by_arm(points)
     target = common_utility(curves, wanted, reference)
-    before = curves.get("before", [])
-    equal = []
-    for arm, curve in curves.items():
-        if arm == "before":
-            continue
-        # At rate 0 an arm is the start model, unless it changes weights without training.
-        starts = [p for p in points if p["arm"] == arm]
-        whole = [*(before if starts[0].get("from_start", True) else []), *curve]
-        row: dict[str, Any] = {"arm": arm, "best_utility": min(p[UTILITY] for p in curve)}
-        values = at_utility(whole, target)
-        if values is not None:
-            row |= values | {
-                f"{name}_interval": interval(values[name], prompts[name])
-                for name in RATES
-                if name in values and name in prompts
-            }
-            each = [
-                at_utility([*whole[: len(whole) - len(curve)], *by_arm([p for p in starts if p["seed"] == seed])[arm]], target)
-                for seed in sorted({p["seed"] for p in starts})
-            ]
-            reached = [value["refusal_rate"] for value in each if value is not None and "refusal_rate" in value]
-            row |= {
-                "seeds": len(each),
-                "seeds_reached": len(reached),
-                "seeds_range": [min(reached), max(reached)] if reached else None,
-            }
-        equal.append(row)
+    equal = [
+        _read_off(arm, [point for point in points if point.arm == arm], curves.get("before", []), target, prompts)
+        for arm in curves
+        if arm != "before"
+    ]
     raw = [
-        row | {f"{name}_interval": interval(row[name], prompts[name]) for name in RATES if name in row and name in prompts}
+        MeanPoint(mean.arm, mean.rate, mean.seeds, {k: _over_prompts(k, m, prompts) for k, m in mean.metrics.items()})
         for curve in curves.values()
-        for row in curve
+        for mean in curve
     ]
-    return {"at_utility": target, "equal_utility": equal, "raw": raw}
+    return Comparison(points, prompts, target, equal, raw, about=about or {})
 
 
-def interval(rate: float, n: int) -> tuple[float, float]:
-    return wilson(min(max(rate, 0.0), 1.0) * n, n)
+def _read_off(
+    arm: str, points: Sequence[Point], before: Sequence[MeanPoint], target: float, prompts: Mapping[str, int]
+) -> Reading:
+    start = before if points[0].from_start else []
+    curve = by_arm(points)[arm]
+    best = min(map(_utility, curve))
+    read = at_utility([*start, *curve], target)
+    if read is None:
+        return Reading(arm, best)
+    seeds = sorted({point.seed for point in points})
+    each = [at_utility([*start, *by_arm([p for p in points if p.seed == seed])[arm]], target) for seed in seeds]
+    reached = [one[0]["refusal_rate"] for one in each if one is not None and "refusal_rate" in one[0]]
+    values, between = read
+    metrics = {name: _over_prompts(name, Metric(value), prompts) for name, value in values.items()}
+    return Reading(arm, best, metrics, between, len(seeds), len(reached), (min(reached), max(reached)) if reached else None)
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """Both tables, for a note or a README."""
-    columns = {
-        "refusal_rate": "refuses",
-        "partial_rate": "in part",
-        "incoherent_rate": "incoherent",
-        "attack_success_rate": "complies",
-        "not_judged_rate": "not judged",
-        "over_refusal_rate": "over-refuses",
-        "utility_accuracy": "task accuracy",
-    }
-
-    shown = [*found["raw"], *found["equal_utility"]]
-    columns = {name: title for name, title in columns.items() if any(name in row for row in shown)}
-    if not any(row.get("not_judged_rate") for row in shown):
-        columns.pop("not_judged_rate", None)
-
-    def cells(row: Mapping[str, Any]) -> list[str]:
-        return [_percent(row, name) for name in columns] + [_plain(row, "movement")]
-
-    head = [*columns.values(), "moved"]
-    lines = [
-        f"At equal utility (task NLL {found['at_utility']:.3f} nats a token, linear between the points named last):",
-        "",
-        "| arm | " + " | ".join(head) + " | refuses, by seed | read between |",
-        "|" + "---|" * (len(head) + 3),
-    ]
-    for row in found["equal_utility"]:
-        if "refusal_rate" in row:
-            low, high = row["seeds_range"] or (math.nan, math.nan)
-            seeds = f"{low:.0%} to {high:.0%}" + (
-                ""
-                if row["seeds_reached"] == row["seeds"]
-                else f" (of {row['seeds_reached']}; {row['seeds'] - row['seeds_reached']} more do not get there)"
-            )
-            ends = " and ".join("the start model" if rate is None else f"{rate:g}" for rate in row["between"])
-            lines.append(f"| {row['arm']} | " + " | ".join(cells(row)) + f" | {seeds} | {ends} |")
-        else:
-            lines.append(
-                f"| {row['arm']} | does not cross it (its best is {row['best_utility']:.3f}) |" + " |" * (len(head) + 1)
-            )
-    lines += [
-        "",
-        "Measured points (means over seeds):",
-        "",
-        "| arm | rate | task NLL | " + " | ".join(head) + " |",
-        "|" + "---|" * (len(head) + 3),
-    ]
-    for row in found["raw"]:
-        rate = "" if row["rate"] is None else f"{row['rate']:g}"
-        lines.append(f"| {row['arm']} | {rate} | {_plain(row, UTILITY)} | " + " | ".join(cells(row)) + " |")
-    if any(None in row.get("between", ()) for row in found["equal_utility"]):
-        lines += [
-            "",
-            "An arm read between the start model and its first point has no measured point on one side: give it "
-            "smaller --learning_rates before believing that row.",
-        ]
-    lines += ["", "In brackets: 95 % Wilson intervals over the prompts."]
-    return "\n".join(lines) + "\n"
+def _over_prompts(name: str, metric: Metric, prompts: Mapping[str, int]) -> Metric:
+    """With the interval over its prompts, where it is a rate."""
+    if name not in prompts:
+        return metric
+    n = prompts[name]
+    return Metric(metric.value, rate(min(max(metric.value, 0.0), 1.0) * n, n).interval, n, metric.range)
 
 
-def _percent(row: Mapping[str, Any], name: str) -> str:
-    if name not in row:
-        return ""
-    ends = row.get(f"{name}_interval")
-    return f"{row[name]:.0%}" + (f" [{100 * ends[0]:.0f}, {100 * ends[1]:.0f}]" if ends else "")
+def front(points: Sequence[Point]) -> list[tuple[str, float | None]]:
+    """(arm, rate) of the averaged points that no other beats in task loss and refusals both, best task first."""
 
+    def refusals(mean: MeanPoint) -> float:
+        return mean.metrics["refusal_rate"].value if "refusal_rate" in mean.metrics else 0.0
 
-def _plain(row: Mapping[str, Any], name: str) -> str:
-    return f"{row[name]:.3f}" if name in row else ""
+    means = [mean for curve in by_arm(points).values() for mean in curve]
+    best: list[tuple[str, float | None]] = []
+    most = -1.0
+    for mean in sorted(means, key=lambda mean: (_utility(mean), -refusals(mean))):
+        if refusals(mean) > most:
+            best.append((mean.arm, mean.rate))
+            most = refusals(mean)
+    return best

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from warp_ds.cluster import processes
-from warp_ds.phases.training import MetricsFile
+from warp_ds.phases.trainer import MetricsFile
 
 
 def arm() -> None:

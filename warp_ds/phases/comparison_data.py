@@ -1,0 +1,83 @@
+"""The texts of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from warp_ds.data.datasets import load_pairs, load_prompts
+from warp_ds.errors import ConfigError
+from warp_ds.evaluation.answers import Row
+from warp_ds.evaluation.sets import EvaluationSets, check_golds, shared_prompts
+from warp_ds.flags.arguments import CompareArguments
+from warp_ds.method.baselines import safety_share
+from warp_ds.phases.arms import Arm
+
+
+@dataclass
+class ComparisonData:
+    """Texts: rows are dictionaries of prompt and response."""
+
+    safety: Sequence[Row]
+    """What bases, importances and safety neurons are found on, and what SafeInstr mixes in."""
+    task: Sequence[Row]
+    sets: EvaluationSets
+    mix: Sequence[Row] = ()
+    """A user's own examples, mixed into every arm's task."""
+    unaligned: Sequence[Row] = ()
+    """Examples that undo the alignment, for Resta's safety vector."""
+    foundation: Sequence[str] = ()
+    """Prompts of general use, for RSN-Tune's foundation neurons."""
+
+
+def overlaps(data: ComparisonData) -> dict[tuple[str, str], int]:
+    """As ``shared_prompts``, of everything that some arm is fitted on."""
+    return shared_prompts(
+        {
+            name: [row["prompt"] for row in rows]
+            for name, rows in (
+                ("the safety set", data.safety),
+                ("the task set", data.task),
+                ("--mix_file", data.mix),
+                ("--unaligned_data", data.unaligned),
+            )
+        },
+        data.sets,
+    )
+
+
+def load_data(a: CompareArguments) -> ComparisonData:
+    """Raises DataError for a file that is missing, empty or without the columns."""
+    columns: dict[str, Any] = {"prompt_column": a.prompt_column, "response_column": a.response_column}
+    safety = load_pairs(
+        a.safety_data, split=a.safety_split, samples=a.safety_samples, refusal_file=a.refusal_file, **columns
+    ).to_list()
+    task = load_pairs(a.utility_data, split=a.utility_split, samples=a.utility_samples, **columns).to_list()
+    heldout = load_pairs(
+        a.utility_heldout or a.utility_data, split=a.heldout_split, samples=a.heldout_samples, **columns
+    ).to_list()
+    mix = load_pairs(a.mix_file, samples=0).to_list()[: safety_share(len(task), a.mix_ratio)] if a.mix_file else []
+    return ComparisonData(
+        safety,
+        task,
+        EvaluationSets(
+            load_prompts(a.harmful_data, samples=a.harmful_samples, prompt_column=a.prompt_column),
+            load_prompts(a.harmless_data, samples=a.harmless_samples) if a.harmless_data else (),
+            heldout,
+        ),
+        mix,
+        load_pairs(a.unaligned_data, samples=0).to_list() if a.unaligned_data else [],
+        load_prompts(a.foundation_data, samples=len(safety))
+        if a.foundation_data
+        else [row["prompt"] for row in task[: len(safety)]],
+    )
+
+
+def check_data(arms: Sequence[Arm], a: CompareArguments, data: ComparisonData) -> None:
+    if any(arm.merge == "resta" for arm in arms) and not (a.unaligned_model or data.unaligned):
+        raise ConfigError(
+            "--arms resta adds what undoing the alignment takes away: give an unaligned model with "
+            "--unaligned_model, or examples that undo it with --unaligned_data (none are shipped)"
+        )
+    check_golds(data.sets.utility, a.utility_heldout or a.utility_data)

@@ -1,0 +1,60 @@
+"""What a model was fitted on, read from the runs that made it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from warp_ds.data.datasets import DataError, load_pairs
+from warp_ds.report import card
+from warp_ds.store.masks import MaskStore
+from warp_ds.store.runs import path_of_run, phase_of, run_config
+
+logger = logging.getLogger(__name__)
+
+
+def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
+    """Data set -> the prompts that these runs were fitted on, and the runs whose model, basis and masks they took.
+
+    From each run's config.json; a directory that is no run, or data that are no longer there, are passed over.
+    """
+    prompts: dict[str, list[str]] = {}
+    queue = [run.resolve() for run in runs]
+    for run in queue:  # grows
+        if phase_of(run) is None:
+            continue
+        config = run_config(run)
+        settings = config.get("settings")
+        if not isinstance(settings, dict):
+            logger.warning("%s: its config.json has no settings, so its data are not looked through", run)
+            continue
+        made_from = [settings.get("model_name"), settings.get("basis_dir"), settings.get("masks_dir")]
+        if config["phase"] == "phase3" and settings.get("masks_dir") is None:
+            made_from.append(card.masks_of(run))
+        if config["phase"] == "phase2" and (run / "masks" / "metadata.json").is_file():
+            made_from += MaskStore(run / "masks").basis_places()
+        for path in (path_of_run(config, str(name)).resolve() for name in made_from if name):
+            queue += [home for home in (path, path.parent) if home not in queue]
+        kind = "utility" if config["phase"] == "phase3" else "safety"
+        try:
+            name = settings[f"{kind}_data"]
+            local = path_of_run(config, name)
+            pairs = load_pairs(
+                local if local.exists() else name,
+                split=settings[f"{kind}_split"],
+                samples=settings[f"{kind}_samples"],
+                refusal_file=settings.get("refusal_file"),
+                prompt_column=settings.get("prompt_column"),
+                response_column=settings.get("response_column"),
+            )
+        except (DataError, KeyError) as error:
+            logger.info(
+                "the data of %s, which was started in %s, cannot be looked through for prompts of the evaluation: %s",
+                run,
+                config.get("working_directory", "an unknown directory"),
+                error,
+            )
+            continue
+        prompts.setdefault(name, []).extend(pairs["prompt"])
+    return prompts

@@ -1,0 +1,163 @@
+"""The Trainer of phases 0 and 3: global batches that are the same on any world size, metrics.jsonl, whole checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from warp_ds.cluster import consensus, preemption, processes
+from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch
+from warp_ds.evaluation.generate import pad_token
+from warp_ds.phases import checkpoints
+from warp_ds.store.files import append_line, read_text, write_text
+from warp_ds.store.state import Progress
+from warp_ds.zero import universal
+
+
+class GlobalBatchTrainer(Trainer):
+    """A Trainer whose global batches hold the same samples on any world size: none repeated, none dropped."""
+
+    def __init__(self, *args: Any, sampler: GlobalBatchSampler, tokenizer: PreTrainedTokenizerBase, **kwargs: Any):
+        self.sampler, self.tokenizer = sampler, tokenizer
+        super().__init__(*args, **{**kwargs, "processing_class": tokenizer})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer does; what is begun is marked, so that a killed save can be told from somebody else's files."""
+        checkpoint = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+        consensus.on_rank_0(lambda: checkpoints.begin(checkpoint), "beginning a checkpoint")
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            # A pickle of all that TrainingArguments hold, which nobody reads.
+            (checkpoint / "training_args.bin").unlink(missing_ok=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer does, without its advice to use zero_to_fp32: the model is exported by ``export``."""
+        trainer_log = logging.getLogger("transformers.trainer")
+
+        def other(record: logging.LogRecord) -> bool:
+            return "zero_to_fp32" not in record.getMessage()
+
+        trainer_log.addFilter(other)
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            trainer_log.removeFilter(other)
+
+    def get_train_dataloader(self) -> DataLoader:
+        pad, eos = pad_token(self.tokenizer), int(self.tokenizer.eos_token_id)
+        return self.accelerator.prepare(
+            DataLoader(
+                WithEmpty(self.train_dataset, empty_sample(eos), self.sampler),
+                batch_sampler=self.sampler,
+                collate_fn=partial(pad_batch, pad_token_id=pad),
+                num_workers=self.args.dataloader_num_workers,
+                persistent_workers=self.args.dataloader_persistent_workers,
+                prefetch_factor=self.args.dataloader_prefetch_factor,
+                multiprocessing_context=self.args.dataloader_multiprocessing_context,
+                pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            )
+        )
+
+
+class CompleteConverted(TrainerCallback):
+    """Completes what Trainer has loaded from a converted checkpoint, before the first step."""
+
+    def __init__(self, trainer: Trainer, checkpoint: Path):
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        engine: Any = self.trainer.deepspeed
+        universal.complete(engine.module, engine.optimizer, self.checkpoint)
+
+
+class MetricsFile(TrainerCallback):
+    """metrics.jsonl: one line a logged step, written by rank 0."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._progress: Progress | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._progress is None:
+            self._progress = Progress(self.path.parent, state.max_steps, "steps")
+        self._progress.at(state.global_step)
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True  # else a run shorter than --logging_steps says no loss at all
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            append_line(self.path, json.dumps({"step": state.global_step, **logs}))
+
+    def keep_until(self, checkpoint: str) -> None:
+        """Drops the lines of steps after ``checkpoint``, which will be made again, and summaries of runs that stopped."""
+        step = int(checkpoint.rsplit("-", 1)[1])
+        if self.path.is_file():
+            text = read_text(self.path, errors="replace")
+            lines = [line for line in text.split("\n") if _whole_until(step, line)]
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
+
+
+def _whole_until(step: int, line: str) -> bool:
+    try:
+        logged = json.loads(line)
+    except (ValueError, RecursionError):
+        return False  # the process was killed while it wrote
+    known = isinstance(logged, dict) and isinstance(logged.get("step"), int)
+    return known and logged["step"] <= step and "train_runtime" not in logged
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Saves every ``minutes``, and where a rank is asked to leave; marks a checkpoint once it is whole, so that a killed
+    save is never resumed from."""
+
+    def __init__(self, minutes: float, keep: int = 1):
+        """``keep``: how many checkpoints stay. Trainer itself would remove older ones before the new one is marked."""
+        self.minutes, self.keep = minutes, keep
+        self.stopped_by: str | None = None
+        """The signal that ended training, with a checkpoint; after the last step too, as writing the model takes long."""
+        self._last = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._last = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        # Clocks differ between ranks, and a save is collective: rank 0's clock decides. A signal may reach any rank.
+        due = self.minutes > 0 and processes.rank() == 0 and time.monotonic() - self._last > 60 * self.minutes
+        flags = torch.tensor([float(due), float(preemption.asked())], device=processes.collective_device())
+        save, leave = processes.all_reduce_sum(flags).bool().tolist()
+        if leave:
+            self.stopped_by = processes.broadcast_object(preemption.reason())
+            # The losses since the last line would be lost with the process.
+            control.should_training_stop = control.should_log = True
+        control.should_save = control.should_save or save or leave
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._last = time.monotonic()
+        processes.barrier()
+        root = Path(args.output_dir or ".")
+
+        def finish() -> None:
+            checkpoints.finish(root / f"checkpoint-{state.global_step}", processes.world_size())
+            checkpoints.keep_newest(root, self.keep)
+            universal.remove_converted(root)
+
+        consensus.on_rank_0(finish, "finishing a checkpoint")
