@@ -54,8 +54,12 @@ def default(field: dataclasses.Field[Any]) -> str:
 
 
 def flag_table(fields: list[dataclasses.Field[Any]]) -> list[str]:
-    rows = [f"| `--{f.name}` | {cell(default(f))} | {cell(f.metadata.get('help', ''))} |" for f in fields]
-    return ["| flag | default | |", "|---|---|---|", *rows, ""]
+    """Two columns, which a phone can show: the flag; what it is, and its default."""
+    says = {
+        f.name: f"{f.metadata.get('help', '')}. Default: {default(f)}" if default(f) else f.metadata.get("help", "")
+        for f in fields
+    }
+    return ["| flag | |", "|---|---|", *(f"| `--{name}` | {cell(text)} |" for name, text in says.items()), ""]
 
 
 def flags() -> None:
