@@ -35,6 +35,7 @@ except ImportError:  # before there was a registry of phases
     PHASES = {phase.name: phase for phase in _all}
 
 ROOT = Path(__file__).parent.parent
+ORDER = "method zero store models data flags phases evaluation report cluster launch".split()
 
 
 def cell(text: object) -> str:
@@ -99,13 +100,13 @@ def modules() -> None:
         if "__main__" in parts or "templates" in parts or parts == ("warp_ds", "__init__"):
             continue
         rooms.setdefault(parts[1] if len(parts) > 2 else "", []).append(".".join(p for p in parts if p != "__init__"))
-    for room, names in rooms.items():
+    for room, names in sorted(rooms.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER)):
         title = f"warp_ds.{room}" if room else "warp_ds"
         lines = [f"# {title}", ""]
         for name in names:
             source = ROOT / (name.replace(".", "/") + ".py")
             if source.exists():
-                lines += [f"## {name.rsplit('.', 1)[-1]}", "", f"::: {name}", "    options: {show_root_heading: false}", ""]
+                lines += [f"::: {name}", "    options: {heading_level: 2}", ""]
             elif doc := ast.get_docstring(ast.parse((source.with_suffix("") / "__init__.py").read_text())):
                 lines += [doc, ""]
         write(f"reference/python/{room or 'warp_ds'}.md", lines)
