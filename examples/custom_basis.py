@@ -5,6 +5,7 @@ python examples/custom_basis.py writes a basis/ that --basis_dir takes, and mask
 
 import json
 import re
+from pathlib import Path
 
 import tiny
 import torch
@@ -40,7 +41,9 @@ def covariances(prompts: list[str]) -> dict[str, torch.Tensor]:
 
 
 asked, answered = covariances(harmful), covariances([row["prompt"] for row in start.task])
-metadata = BasisMetadata("activation", fingerprint_model(start.model), fingerprint_rows(harmful), "prompt", start.model, 0)
+metadata = BasisMetadata(
+    "activation", fingerprint_model(Path(start.model)), fingerprint_rows(harmful), "prompt", start.model, 0
+)
 for name, module in modules.items():
     layer = TargetLayer(name, int(name.split(".")[2]), "ffn_down", module.out_features, module.in_features)
     usual = covariance_basis(answered[name], max_rank=LEFT_OUT).columns.double()

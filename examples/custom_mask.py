@@ -4,6 +4,7 @@ python examples/custom_mask.py writes masks that every phase, `protect` and `War
 """
 
 import re
+from pathlib import Path
 
 import tiny
 import torch
@@ -22,7 +23,7 @@ start = tiny.from_command_line("custom_mask")
 model = AutoModelForCausalLM.from_pretrained(start.model)
 metadata = MasksMetadata(
     keep_ratio=SHARE, scope="layer", unit="entry", score="magnitude", basis="identity", basis_dir=None, basis_fingerprint=None,
-    model_fingerprint=fingerprint_model(start.model), data_fingerprint="none", model_name=start.model,
+    model_fingerprint=fingerprint_model(Path(start.model)), data_fingerprint="none", model_name=start.model,
 )  # fmt: skip
 frozen = {}
 for name, weight in model.named_parameters():
