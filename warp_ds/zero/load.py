@@ -62,7 +62,9 @@ def load_sharded(
         ds_config: DeepSpeed's config as a dict, stage 3; None: stage 3 with DeepSpeed's defaults.
         dtype: of the parameters; the files' dtype is converted in passing. Buffers keep their own, as ever.
         device: "cpu" or "cuda", the one that DeepSpeed's accelerator drives.
-        trust_remote_code, revision, attn_implementation: as in ``from_pretrained``.
+        trust_remote_code: as in ``from_pretrained``, like the next two.
+        revision: of a hub model.
+        attn_implementation: how attention is computed.
         progress: a bar in bytes on rank 0.
 
     Raises:

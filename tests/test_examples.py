@@ -1,0 +1,66 @@
+"""Every example runs on the tiny model that examples/tiny.py makes; what was trained keeps what its masks freeze."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+
+from warp_ds.launch.cli import main as warp_ds
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run_example(name: str, directory: str) -> None:
+    """As a script of its own would: in a fresh process, its directory first on the path."""
+    sys.path.insert(0, str(EXAMPLES))
+    sys.argv = [name, directory] if name == "tiny.py" else [name, "--directory", directory]
+    if name in ("trainer.py", "trl_sft.py"):
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("examples")
+    run_ranks(1, run_example, "tiny.py", str(found))
+    return found
+
+
+def kept(directory: Path, model: str, masks: str) -> int:
+    found = ["--before", directory / "model", "--after", directory / model, "--masks_dir", directory / masks]
+    return warp_ds(["verify", *map(str, found), "--output", str(directory / f"{model}.json")])
+
+
+@pytest.mark.parametrize("name", ["trainer", "trl_sft", "torch_loop", "deepspeed_loop"])
+def test_training_keeps_what_is_frozen(directory: Path, name: str) -> None:
+    if name == "trl_sft" and importlib.util.find_spec("trl") is None:
+        pytest.skip("trl is not installed")
+    run_ranks(1, run_example, f"{name}.py", str(directory))
+    assert kept(directory, name, "phase2/masks") == 0
+    certificate = json.loads((directory / f"{name}.json").read_text())
+    assert certificate["outcome"] == "kept"
+
+
+def test_artefacts_of_ones_own(directory: Path) -> None:
+    """custom_mask.py asserts that its frozen entries stayed; phase 2 took custom_basis.py's basis."""
+    run_ranks(1, run_example, "custom_mask.py", str(directory))
+    run_ranks(1, run_example, "custom_basis.py", str(directory))
+    masks = json.loads((directory / "custom_basis" / "phase2" / "masks" / "metadata.json").read_text())
+    assert masks["frozen"] == round(0.1 * masks["entries"]) and Path(masks["basis_dir"]).parent.name == "custom_basis"
+
+
+def test_the_notebook_reads_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = json.loads((EXAMPLES / "read_report.ipynb").read_text())["cells"]
+    names: dict[str, object] = {"__file__": str(EXAMPLES / "read_report.ipynb")}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "read_report.ipynb", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "rotated" in printed and "99 %" in printed
