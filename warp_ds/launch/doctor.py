@@ -257,7 +257,8 @@ def data(name: str, given: str) -> Finding:
 
 def needs(arguments: Any, directory: Path, nodes: int, ranks_per_node: int, phase: str | None = None) -> Iterator[Finding]:
     """Free disk and memory against what ``warp-ds plan`` counts; of one phase ('phase3'), or of the greediest."""
-    from warp_ds.launch import plan as planning
+    from warp_ds.launch.planning.fit import estimate_phases
+    from warp_ds.launch.planning.job import Job, choose_sharding, read_shape
 
     gpu = torch.cuda.is_available() and arguments.resolved_device == "cuda"
     try:
@@ -265,7 +266,7 @@ def needs(arguments: Any, directory: Path, nodes: int, ranks_per_node: int, phas
         offloaded = [
             part for part in ("offload_param", "offload_optimizer") if zero.get(part, {}).get("device", "none") != "none"
         ]
-        job = planning.Job(
+        job = Job(
             nodes=nodes,
             gpus_per_node=ranks_per_node,
             dtype=arguments.dtype,
@@ -279,8 +280,8 @@ def needs(arguments: Any, directory: Path, nodes: int, ranks_per_node: int, phas
                 if hasattr(arguments, name)
             },
         )
-        shape = planning.read_shape(str(directory), job.layer_type, job.target_layers)
-        counted = planning.needs(shape, job, planning._sharding(shape, job))
+        shape = read_shape(str(directory), job.layer_type, job.target_layers)
+        counted = estimate_phases(shape, job, choose_sharding(shape, job))
     except (ConfigError, ValueError, OSError, KeyError, AttributeError) as error:
         yield Finding("needs", f"not counted: {error}", "see warp-ds plan", fatal=False)
         return
