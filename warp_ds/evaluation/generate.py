@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from warp_ds.data.collate import empty_sample, pad_batch
+from warp_ds.data.collate import empty_sample, pad_batch, pad_token
 from warp_ds.data.formats import IGNORE, Sample, encode, encode_prompt
+from warp_ds.models.context import context_length
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +101,6 @@ def _device(inner: Any) -> torch.device:
     return torch.device(next(inner.parameters()).device)
 
 
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: the end of the text where the tokenizer has no padding token (padding is masked anyway)."""
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-
-
 @cache
 def _say_reset(fields: tuple[str, ...]) -> None:
     logger.info("greedy: these settings of the model's generation_config.json are not used: %s", ", ".join(fields))
@@ -172,7 +168,7 @@ def generate_after(
     inner = _unwrap(model)
     device = _device(inner)
     pad = pad_token(tokenizer)
-    context = getattr(inner.config, "max_position_embeddings", None)
+    context = context_length(inner.config)
     longest = max(map(len, encoded), default=0)
     if context is not None and longest + max_new_tokens > context:
         raise ValueError(
@@ -296,7 +292,7 @@ def answer_surprise(
     it has fewer): a refusal that runs into noise is as surprising as noise alone. 0 for an empty answer. The end of
     the text is not counted, since generation may have been cut. Options as for `token_scores`.
     """
-    context = getattr(_unwrap(reference).config, "max_position_embeddings", None)
+    context = context_length(_unwrap(reference).config)
     encoded: list[Sample] = []
     for prompt, answer in zip(prompts, answers, strict=True):
         sample = encode(prompt, answer, tokenizer, context)

@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.preemption import leave_if_asked
+from warp_ds.data.collate import pad_token
 from warp_ds.data.datasets import DataError, load_pairs, load_prompts
 from warp_ds.data.formats import encode
 from warp_ds.errors import ConfigError
-from warp_ds.evaluation.generate import answer_surprise, generate_greedy, loss_per_token, noise_threshold, pad_token
+from warp_ds.evaluation.generate import answer_surprise, generate_greedy, loss_per_token, noise_threshold
 from warp_ds.evaluation.judge import Judge, judge_all
 from warp_ds.evaluation.metrics import agreement, exact_match, mcnemar, number_value, same_value, wilson
 from warp_ds.evaluation.movement import mean_movement, movement, open_basis

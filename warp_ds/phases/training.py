@@ -33,10 +33,9 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from warp_ds.cluster import consensus, preemption, processes
-from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch
+from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch, pad_token
 from warp_ds.data.datasets import load_pairs
 from warp_ds.errors import ArtifactError, ConfigError
-from warp_ds.evaluation.generate import pad_token
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import RunArguments, SafetyTuningArguments, TrainArguments, TrainingFlags
 from warp_ds.models.targets import check_targets, find_targets

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from warp_ds.flags.arguments import DTYPES, BasisArguments, ImportanceArguments, TrainArguments
+from warp_ds.models.context import text_config
 from warp_ds.models.targets import find_blocks, find_targets
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.fetch import outside
@@ -108,7 +109,7 @@ def read_shape(model_name: str, layer_type: str, target_layers: str) -> Shape:
     config = read_config(directory)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    text = config.get_text_config()
+    text = text_config(config)
     blocks = list(find_blocks(model)[1])
     embedding = model.get_input_embeddings()
     rest = {id(p): p for m in outside(model, blocks) if m is not embedding for p in m.parameters(recurse=False)}
