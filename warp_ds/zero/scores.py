@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from warp_ds.cluster.consensus import on_every_rank_or_none, on_rank_0
+from warp_ds.cluster.memory import host_memory
 from warp_ds.cluster.processes import all_gather_object, collective_device, rank, world_size
 from warp_ds.data.collate import EMPTY
 from warp_ds.data.formats import IGNORE
@@ -28,7 +29,7 @@ from warp_ds.store.layers import TargetLayer
 from warp_ds.store.sealed import contents, difference
 from warp_ds.zero.batches import Batch, Samples, sample_sums
 from warp_ds.zero.fetch import FetchHooks, outside, saved_by_reference
-from warp_ds.zero.walk import BlockWalk, HiddenStates, host_memory, keep_last
+from warp_ds.zero.walk import BlockWalk, HiddenStates, keep_last
 
 
 @dataclass(frozen=True)
