@@ -85,12 +85,22 @@ def test_the_machine_is_asked_where_no_group_is_tighter(tmp_path: Path) -> None:
 def test_the_doctor_and_the_checks_at_the_start_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaConfig
 
-    from warp_ds.launch.doctor import DoctorArguments, needs
+    from warp_ds.launch.doctor import DoctorArguments
+    from warp_ds.launch.resources import check_resources
 
     LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8).save_pretrained(tmp_path / "m")
     arguments = DoctorArguments(device="cpu", output_dir=str(tmp_path))
     for name, limit, cure in (("roomy", 60 * GB, False), ("tight", GB // 2, True)):
         root = tree(tmp_path / name, "0::/job\n", v2("job/", limit, 0))
         monkeypatch.setattr(memory, "available", lambda root=root: available(root, FREE))
-        (finding,) = [f for f in needs(arguments, tmp_path / "m", 1, 1) if f.name == "memory"]
+        (finding,) = [f for f in check_resources(arguments, tmp_path / "m", 1, 1) if f.name == "memory"]
         assert finding.found.startswith(f"{limit / 1e9:.1f} GB") and bool(finding.cure) is cure
+
+
+def test_a_directory_that_is_not_there_yet_has_the_disk_it_will_be_on(tmp_path: Path) -> None:
+    from warp_ds.launch.planning.estimate import Estimate
+    from warp_ds.launch.resources import _disk
+
+    for needed, cure in ((1.0, False), (1e18, True)):
+        finding = _disk(str(tmp_path / "not" / "yet"), [Estimate("phase 1"), Estimate("phase 3", disk=needed)])
+        assert "needed by phase 3" in finding.found and bool(finding.cure) is cure

@@ -56,9 +56,10 @@ from warp_ds.phases.evaluate import (
 from warp_ds.phases.importance import run_importance
 from warp_ds.phases.merge import merge, resta_formula, safe_delta_formula
 from warp_ds.phases.neurons import LAYERS, safety_neuron_masks
-from warp_ds.phases.run import link_latest, start_run, versions
+from warp_ds.phases.run import link_latest, start_run
 from warp_ds.phases.texts import check_lengths
 from warp_ds.phases.training import check_training, run_safety_tuning, run_training
+from warp_ds.phases.versions import installed_versions
 from warp_ds.report import card, costs, tradeoff
 from warp_ds.store.files import read_json, read_lines, write_json, write_text
 from warp_ds.store.fingerprints import fingerprint_rows
@@ -193,7 +194,7 @@ def compare(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence[floa
         "seconds": bench.seconds,
         "total_seconds": round(time.time() - started, 1),
         "world_size": processes.world_size(),
-        "versions": versions(),
+        "versions": installed_versions(),
         **tradeoff.compare(rows, {k: n for k, n in prompts.items() if n}, bench.arguments.at_utility),
     }
 
