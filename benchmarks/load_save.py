@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 SHARD_BYTES = 400_000_000
@@ -184,7 +186,7 @@ def seconds_to_read(files: list[Path]) -> float:
 
 
 def memory_gb() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return psutil.virtual_memory().total / 1e9
 
 
 def generate(root: Path, gigabytes: float) -> None:

@@ -449,13 +449,14 @@ def scaling(arguments: Any) -> dict[str, Any]:
 
 def planned_memory(arguments: Any, ranks: int) -> dict[str, float]:
     """Bytes that a rank needs beyond its shard of the weights, by phase."""
-    from warp_ds.launch import plan
+    from warp_ds.launch.planning.fit import estimate_phases
+    from warp_ds.launch.planning.job import SHARDINGS, Job, read_shape
 
     with tempfile.TemporaryDirectory() as folder:
         make_model(argparse.Namespace(**{**vars(arguments), "device": "cpu"}), arguments.layers).config.save_pretrained(folder)
-        shape = plan.read_shape(folder, FIVE, "all")
+        shape = read_shape(folder, FIVE, "all")
     samples = max(1, arguments.tokens // arguments.length)
-    job = plan.Job(
+    job = Job(
         nodes=1,
         gpus_per_node=ranks,
         dtype="float32",
@@ -467,7 +468,7 @@ def planned_memory(arguments: Any, ranks: int) -> dict[str, float]:
         importance_batch_size=arguments.batch_size,
         on_gpu=arguments.device == "cuda",
     )
-    _, basis, importance, _ = plan.needs(shape, job, plan.SHARDINGS[0])
+    _, basis, importance, _ = estimate_phases(shape, job, SHARDINGS[0])
     return {
         name: need.gpu_total + need.host_total - need.gpu["weights"]
         for name, need in (("basis", basis), ("importance", importance))
@@ -699,7 +700,7 @@ def scaling_job(arguments: Any) -> dict[str, Any]:
 
 def layer(arguments: Any) -> dict[str, Any]:
     """Covariance or Gram matrix, decomposition, scores of one importance batch, and mask, of one m x n layer."""
-    from warp_ds.launch.plan import _decomposition
+    from warp_ds.launch.planning.estimate import decomposition_peak
     from warp_ds.method.covariance import Covariance, covariance_flops
     from warp_ds.method.eigenbasis import covariance_basis, token_basis
     from warp_ds.method.importance import add_importance, importance_flops
@@ -748,7 +749,7 @@ def layer(arguments: Any) -> dict[str, Any]:
         return pack_bits(torch.nn.functional.pad(chosen.mask(total), (0, n - basis.rank)))
 
     timed("mask", mask)
-    says = max(_decomposition(tokens, n, basis.rank, 2, REDUCE) - few * x.nbytes, 4.0 * n * n)  # x was there before
+    says = max(decomposition_peak(tokens, n, basis.rank, 2, REDUCE) - few * x.nbytes, 4.0 * n * n)  # x was there before
     return {
         **found,
         "layer_rank": basis.rank,

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,13 @@ def compare(arguments: argparse.Namespace) -> None:
 def judge(
     root: Path, measured: dict[str, dict[str, float]], tokens: dict[str, int], arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    from warp_ds.launch import plan
+    from warp_ds.launch.planning.fit import estimate_phases
+    from warp_ds.launch.planning.job import SHARDINGS, Job, read_shape
+    from warp_ds.launch.planning.training import TRAINER_SAVES
 
     ratios: dict[str, Any] = {}
     for phase, of_run in measured.items():
-        job = plan.Job(
+        job = Job(
             nodes=1,
             gpus_per_node=arguments.ranks,
             tokens=tokens["utility" if phase == "phase 3" else "safety"],
@@ -92,15 +95,15 @@ def judge(
             on_gpu=False,
         )
         if phase == "phase 3":  # whose bases come from the safety set
-            job = plan.replace(job, max_rank=SAMPLES * tokens["safety"])
-        shape = plan.read_shape(str(root / "model"), job.layer_type, job.target_layers)
-        needed = next(n for n in plan.needs(shape, job, plan.SHARDINGS[0]) if n.phase == phase)
+            job = replace(job, max_rank=SAMPLES * tokens["safety"])
+        shape = read_shape(str(root / "model"), job.layer_type, job.target_layers)
+        needed = next(n for n in estimate_phases(shape, job, SHARDINGS[0]) if n.phase == phase)
         predicted = {
             "memory": needed.gpu_total + needed.host_total,
             "read": needed.read,
             "sent": needed.sent,
             # The run saves twice.
-            "written": needed.written + plan.TRAINER_SAVES * needed.checkpoint,
+            "written": needed.written + TRAINER_SAVES * needed.checkpoint,
             "disk": needed.disk,
         }
         for figure, value in predicted.items():

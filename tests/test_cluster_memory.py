@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from warp_ds.cluster import memory
@@ -14,13 +15,9 @@ FREE = 64 * 1024**3
 UNLIMITED = 9223372036854771712
 
 
-def tree(root: Path, own: str, files: dict[str, str], free: int = FREE) -> Path:
-    """/proc and /sys/fs/cgroup of a machine with ``free`` bytes."""
-    everything = {
-        "proc/self/cgroup": own,
-        "proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {free // 1024} kB\n",
-        **{f"sys/fs/cgroup/{name}": text for name, text in files.items()},
-    }
+def tree(root: Path, own: str, files: dict[str, str]) -> Path:
+    """/proc and /sys/fs/cgroup of a process in the group ``own``."""
+    everything = {"proc/self/cgroup": own, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}}
     for name, text in everything.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -72,22 +69,38 @@ CASES: dict[str, tuple[str, dict[str, str], int]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_tightest_limit_counts(tmp_path: Path, case: str) -> None:
     own, files, expected = CASES[case]
-    assert available(tree(tmp_path, own, files)) == expected
+    assert available(tree(tmp_path, own, files), FREE) == expected
 
 
 def test_a_system_without_proc(tmp_path: Path) -> None:
-    assert available(tmp_path) > 0
+    assert available(tmp_path) > 0 and available(tmp_path, FREE) == FREE
+
+
+def test_the_machine_is_asked_where_no_group_is_tighter(tmp_path: Path) -> None:
+    """Other processes change what psutil says between two calls, but hardly by a twentieth of the machine."""
+    before = psutil.virtual_memory()
+    assert abs(available(tree(tmp_path, "0::/a\n", v2("a/", "max", 0))) - before.available) < before.total / 20
 
 
 def test_the_doctor_and_the_checks_at_the_start_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaConfig
 
-    from warp_ds.launch.doctor import DoctorArguments, needs
+    from warp_ds.launch.doctor import DoctorArguments
+    from warp_ds.launch.resources import check_resources
 
     LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8).save_pretrained(tmp_path / "m")
     arguments = DoctorArguments(device="cpu", output_dir=str(tmp_path))
     for name, limit, cure in (("roomy", 60 * GB, False), ("tight", GB // 2, True)):
         root = tree(tmp_path / name, "0::/job\n", v2("job/", limit, 0))
-        monkeypatch.setattr(memory, "available", lambda root=root: available(root))
-        (finding,) = [f for f in needs(arguments, tmp_path / "m", 1, 1) if f.name == "memory"]
+        monkeypatch.setattr(memory, "available", lambda root=root: available(root, FREE))
+        (finding,) = [f for f in check_resources(arguments, tmp_path / "m", 1, 1) if f.name == "memory"]
         assert finding.found.startswith(f"{limit / 1e9:.1f} GB") and bool(finding.cure) is cure
+
+
+def test_a_directory_that_is_not_there_yet_has_the_disk_it_will_be_on(tmp_path: Path) -> None:
+    from warp_ds.launch.planning.estimate import Estimate
+    from warp_ds.launch.resources import _disk
+
+    for needed, cure in ((1.0, False), (1e18, True)):
+        finding = _disk(str(tmp_path / "not" / "yet"), [Estimate("phase 1"), Estimate("phase 3", disk=needed)])
+        assert "needed by phase 3" in finding.found and bool(finding.cure) is cure

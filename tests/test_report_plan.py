@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
 from warp_ds.errors import ConfigError
-from warp_ds.launch import plan as module
-from warp_ds.launch.plan import USABLE, Job, needs, plan, read_shape
+from warp_ds.launch import plan
+from warp_ds.launch.planning.fit import USABLE, estimate_phases, make_plan
+from warp_ds.launch.planning.job import SHARDINGS, Job, read_shape
 
 SIZES = {
     "70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
@@ -29,7 +31,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_from_a_config_alone(configs: Path) -> None:
     """Nothing but config.json is there, and nothing of 810 GB is allocated."""
-    made = plan(str(configs / "405b" / "config.json"), nodes=32, max_rank=512)
+    made = make_plan(str(configs / "405b" / "config.json"), nodes=32, max_rank=512)
     assert made.shape.parameters == 405_853_388_800
     assert made.ds_config == "zero3_70b.json"
     assert all(phase.gpu_total > made.shape.parameters * 2 / made.job.ranks for phase in made.phases)
@@ -40,7 +42,7 @@ def test_figures_that_are_exact(configs: Path) -> None:
     assert shape.parameters == 70_553_706_496 and len(shape.targets) == 320
     for world_size in (8, 16, 24, 64, 512):
         job = Job(nodes=world_size // 8, tokens=128, max_rank=1024, layer_type="ffn_down,attn_q,attn_k,attn_v")
-        _, basis, importance, training = needs(shape, job, module.SHARDINGS[1])
+        _, basis, importance, training = estimate_phases(shape, job, SHARDINGS[1])
         # Every byte of the checkpoint is read once, and the shards hold every element once and their padding.
         assert world_size * basis.read == 2 * 70_553_706_496
         assert 0 <= world_size * shape.shard(world_size) - 70_553_706_496 < world_size * 723
@@ -57,13 +59,13 @@ def test_hidden_states_take_a_quarter_of_what_is_free(configs: Path) -> None:
     found = {}
     for samples in (100, 100_000):
         job = Job(nodes=1, gpus_per_node=8, gpu_memory=100e9, tokens=512, basis_samples=samples, max_rank=64)
-        found[samples] = needs(shape, job, module.SHARDINGS[0])[1]
+        found[samples] = estimate_phases(shape, job, SHARDINGS[0])[1]
     small, large = found[100], found[100_000]
     assert small.gpu["hidden states"] == 13 * 512 * 8192 * 2 and small.host["hidden states"] == 0
     before = sum(large.gpu[part] for part in ("weights", "context", "gathered"))
     assert large.gpu["hidden states"] == pytest.approx((100e9 - before) / 4)
     assert large.gpu["hidden states"] + large.host["hidden states"] == 12_500 * 512 * 8192 * 2
-    on_cpu = needs(shape, module.replace(job, on_gpu=False), module.SHARDINGS[0])[1]
+    on_cpu = estimate_phases(shape, replace(job, on_gpu=False), SHARDINGS[0])[1]
     assert "hidden states" not in on_cpu.gpu and on_cpu.host["hidden states"] == 12_500 * 512 * 8192 * 2
 
 
@@ -71,28 +73,28 @@ def test_hidden_states_take_a_quarter_of_what_is_free(configs: Path) -> None:
 def test_smallest_machine(configs: Path, offload: str) -> None:
     """Fits as said, and on fewer nodes does not."""
     settings = dict(max_rank=256, tokens=256, gradient_checkpointing=True, offload=offload, gpu_memory=80e9)
-    made = plan(str(configs / "70b"), nodes=1, **settings)
+    made = make_plan(str(configs / "70b"), nodes=1, **settings)
     least = made.smallest[offload]
     assert least is not None
     nodes, config = least
-    fitting = plan(str(configs / "70b"), nodes=nodes, **settings)
+    fitting = make_plan(str(configs / "70b"), nodes=nodes, **settings)
     assert fitting.fits and fitting.ds_config == config
     assert all(phase.gpu_total <= USABLE * 80e9 for phase in fitting.phases)
     if nodes > 1:
-        assert not plan(str(configs / "70b"), nodes=nodes - 1, **settings).fits
+        assert not make_plan(str(configs / "70b"), nodes=nodes - 1, **settings).fits
 
 
 def test_what_does_not_fit_is_named_with_a_cure(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
+    plan.add_arguments(parser)
     everywhere = ["--basis_placement", "replicated"]
-    status = module.run(parser.parse_args(["--model_name", str(configs / "70b"), "--nodes", "2", *everywhere]))
+    status = plan.run(parser.parse_args(["--model_name", str(configs / "70b"), "--nodes", "2", *everywhere]))
     printed = " ".join(capsys.readouterr().out.split())
     assert status == 1
     assert "does not fit: phase 3" in printed and "lower --max_rank" in printed
     assert "smallest with offload" in printed
     small = ["--max_rank", "256", "--gradient_checkpointing", "--max_length", "128", "--batch_size", "1"]
-    status = module.run(parser.parse_args(["--model_name", str(configs / "70b"), "--nodes", "8", *small]))
+    status = plan.run(parser.parse_args(["--model_name", str(configs / "70b"), "--nodes", "8", *small]))
     assert status == 0 and "off by" in capsys.readouterr().out
 
 
@@ -100,7 +102,7 @@ def test_memory_falls_with_more_ranks(configs: Path) -> None:
     shape = read_shape(str(configs / "70b"), "ffn_down", "all")
     before: list[float] | None = None
     for nodes in (1, 2, 4, 16, 64):
-        found = [phase.gpu_total for phase in needs(shape, Job(nodes=nodes), module.SHARDINGS[1])]
+        found = [phase.gpu_total for phase in estimate_phases(shape, Job(nodes=nodes), SHARDINGS[1])]
         assert before is None or all(now <= then for now, then in zip(found, before, strict=True))
         before = found
 
@@ -111,13 +113,13 @@ def test_full_bases_of_70b_fit_at_their_owners(configs: Path) -> None:
     basis = 4.0 * 28672**2
     for placement, nodes, at_most in (("replicated", 8, 80), ("owner", 8, 2), ("owner", 3, 4), ("auto", 8, 2)):
         job = Job(nodes=nodes, basis_placement=placement)
-        training = needs(shape, job, module.SHARDINGS[1])[3]
+        training = estimate_phases(shape, job, SHARDINGS[1])[3]
         assert training.gpu["bases"] == at_most * basis
 
 
 def test_wrong_questions() -> None:
     with pytest.raises(ConfigError, match="--offload"):
-        plan("anything", offload="nvme")
+        make_plan("anything", offload="nvme")
 
 
 @pytest.mark.parametrize(
@@ -132,8 +134,8 @@ def test_a_model_that_is_not_there(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    assert module.run(parser.parse_args(["--model_name", name])) == 2
+    plan.add_arguments(parser)
+    assert plan.run(parser.parse_args(["--model_name", name])) == 2
     assert message in capsys.readouterr().err
 
 
@@ -142,7 +144,7 @@ def test_the_record_of_runs() -> None:
 
     The bar is wide where data decides: a basis has at most as many columns as tokens, and repeated ones make it fewer.
     """
-    checked = json.loads(module.CHECKED.read_text())
+    checked = json.loads(plan.CHECKED.read_text())
     assert sorted(checked) == ["phase 0", "phase 1", "phase 2", "phase 3"]
     for phase in checked.values():
         assert phase.pop("where")

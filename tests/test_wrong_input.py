@@ -273,7 +273,7 @@ def test_message_on_every_rank(messages: list[dict[str, str]], case: str) -> Non
 def path_job(root: Path) -> list[str]:
     """What is said of a model that rank 0 alone sees, of one that no rank sees, and of one that all do."""
     from warp_ds.cluster import processes
-    from warp_ds.launch.doctor import _check_model_path
+    from warp_ds.launch.start_checks import _check_model_path
 
     here, messages = os.getcwd(), []
     folder = root / f"of_rank_{processes.rank()}"
@@ -381,7 +381,8 @@ def test_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
     import importlib.metadata
 
     import warp_ds
-    from warp_ds.launch import doctor
+    from warp_ds.launch import machine
+    from warp_ds.phases.versions import shown_versions
 
     found = importlib.metadata.distribution
 
@@ -391,6 +392,6 @@ def test_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
         return found(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", without)
-    assert f"warp_ds {warp_ds.__version__}, torch " in doctor._versions_of_results()
-    (finding,) = doctor.versions()
+    assert f"warp_ds {warp_ds.__version__}, torch " in shown_versions("warp_ds", "torch")
+    finding = machine.packages()
     assert "warp_ds is not installed" in finding.found and "pip install" in finding.cure

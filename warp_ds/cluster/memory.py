@@ -1,24 +1,45 @@
-"""Host memory that a process may still take: of the machine, or of a control group's limit above it, whichever is less.
+"""Memory that is left, in one reading for all: of the host, under the limits of its control groups, and of a GPU.
 
 Slurm's jobs, containers and systemd's units set such limits (cgroup v1 and v2, kernel documentation cgroup-v2.rst,
-cgroup-v1/memory.rst); /proc/meminfo knows none of them.
+cgroup-v1/memory.rst), of which psutil and /proc/meminfo know nothing.
 """
 
 from __future__ import annotations
 
-import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    import torch
 
 
-def available(root: Path = Path("/")) -> int:
-    """Bytes of host memory that are left for this process. ``root``: where /proc and /sys are looked for."""
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return min([found, *left_in_groups(root)])
+def available(root: Path = Path("/"), machine: int | None = None) -> int:
+    """Bytes of host memory that are left for this process: the machine's, or what the tightest control group leaves.
+
+    ``root``: where /proc and /sys are looked for. ``machine``: bytes that the machine has left; asked of psutil if None.
+    """
+    return min([psutil.virtual_memory().available if machine is None else machine, *left_in_groups(root)])
+
+
+def host_memory() -> int:
+    """Bytes of host memory for this rank: what is ``available``, shared evenly with this machine's other ranks. Collective."""
+    from warp_ds.cluster.processes import all_gather_object
+
+    left = available()
+    hosts = all_gather_object(socket.gethostname())
+    return left // hosts.count(socket.gethostname())
+
+
+def free_gpu_memory(device: torch.device) -> int:
+    """Bytes that torch can still give out on a GPU: the driver's, and its own that are not in use."""
+    import torch
+
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def left_in_groups(root: Path = Path("/")) -> Iterator[int]:

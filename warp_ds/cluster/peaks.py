@@ -14,8 +14,7 @@ import torch
 from warp_ds.cluster.processes import all_gather_object
 
 LARGE_PIECE = 8 << 20
-"""Bytes from which ``returning_large_pieces`` gives each piece of memory back by itself. (Passes that are cut to half as much
-take a tenth longer, at 1,024 to 2,816 units; phase 1's memory is as flat.)"""
+"""Bytes from which ``returning_large_pieces`` gives each piece of memory back by itself; a smaller limit costs page faults."""
 
 
 @contextmanager
@@ -23,8 +22,8 @@ def returning_large_pieces() -> Iterator[None]:
     """Lets the C library (glibc) take pieces of LARGE_PIECE and more from the system one by one, and give them back.
 
     Else it moves that limit up to 32 MB once such a piece is freed, and keeps the smaller ones in an arena a thread, where
-    activations and bases that come and go leave holes between the hidden states that stay: phase 1 held up to twice as
-    much, and more the longer it ran. Each such piece costs page faults, so what comes and goes often should be smaller
+    activations and bases that come and go leave holes between the hidden states that stay, and phase 1
+    holds more the longer it runs. Each such piece costs page faults, so what comes and goes often should be smaller
     (``collect.in_small_pieces``), and what comes after the block has the limits that the library would have found.
     """
     trim_threshold, mmap_threshold = -1, -3

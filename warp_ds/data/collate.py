@@ -25,6 +25,11 @@ def empty_sample(eos_token_id: int) -> Sample:
     return {"input_ids": [eos_token_id], "attention_mask": [1], "labels": [IGNORE]}
 
 
+def pad_token(tokenizer: Any) -> int:
+    """The id that fills a batch: the tokenizer's own, else its end of text, which the attention mask hides all the same."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
 def pad_batch(samples: Sequence[Any], pad_token_id: int, side: str = "right") -> dict[str, torch.Tensor]:
     """Pads samples to the longest: LongTensors `input_ids`, `attention_mask` and `labels`, each [batch, tokens].
 

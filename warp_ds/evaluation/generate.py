@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from warp_ds.cluster.dealing import in_turn
-from warp_ds.data.collate import empty_sample, pad_batch
+from warp_ds.data.collate import empty_sample, pad_batch, pad_token
 from warp_ds.data.formats import IGNORE, Sample, encode, encode_prompt
+from warp_ds.models.context import context_length
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +99,6 @@ def _unwrap(model: Any) -> Any:
 
 def _device(inner: Any) -> torch.device:
     return torch.device(next(inner.parameters()).device)
-
-
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: the end of the text where the tokenizer has no padding token (padding is masked anyway)."""
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 @cache
@@ -193,7 +189,7 @@ def generate_after(
 
 
 def _check_sizes(inner: Any, encoded: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> None:
-    context = getattr(inner.config, "max_position_embeddings", None)
+    context = context_length(inner.config)
     longest = max(map(len, encoded), default=0)
     if context is not None and longest + max_new_tokens > context:
         raise ValueError(
@@ -305,7 +301,7 @@ def answer_surprise(
     it has fewer): a refusal that runs into noise is as surprising as noise alone. 0 for an empty answer. The end of
     the text is not counted, since generation may have been cut. Options as for `token_scores`.
     """
-    context = getattr(_unwrap(reference).config, "max_position_embeddings", None)
+    context = context_length(_unwrap(reference).config)
     encoded: list[Sample] = []
     for prompt, answer in zip(prompts, answers, strict=True):
         sample = encode(prompt, answer, tokenizer, context)

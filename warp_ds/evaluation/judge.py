@@ -22,11 +22,13 @@ from transformers import (
 )
 
 from warp_ds.cluster import processes
+from warp_ds.data.collate import pad_token
 from warp_ds.data.formats import encode_prompt
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation import guards
-from warp_ds.evaluation.generate import greedy, pad_token
+from warp_ds.evaluation.generate import greedy
 from warp_ds.evaluation.guards import Opinion
+from warp_ds.models.context import context_length
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class Judge:
             asked = guards.questions(self.guard, self.tokenizer, prompt, answer)
         except ValueError:  # a template that drops or rewrites part of this answer
             return Opinion()
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(self.model.config)
         if context is not None and max(map(len, asked)) + guards.NEW_TOKENS[self.guard] > context:
             return Opinion()
         if self.guard == "shieldgemma":

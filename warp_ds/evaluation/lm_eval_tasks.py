@@ -12,10 +12,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from warp_ds.cluster import processes
+from warp_ds.data.collate import pad_token
 from warp_ds.data.formats import IGNORE, Sample, opening_ids
 from warp_ds.data.template import chat_text, render
 from warp_ds.errors import ConfigError
-from warp_ds.evaluation.generate import generate_after, pad_token, token_scores
+from warp_ds.evaluation.generate import generate_after, token_scores
+from warp_ds.models.context import context_length
 
 try:
     from lm_eval import simple_evaluate
@@ -35,7 +37,7 @@ class ShardedLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.context = int(getattr(getattr(model, "module", model).config, "max_position_embeddings", 2**30))
+        self.context = context_length(getattr(model, "module", model).config) or 2**30
 
     @property
     def eot_token_id(self) -> int:

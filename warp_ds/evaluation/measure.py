@@ -10,9 +10,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from warp_ds.cluster.preemption import leave_if_asked
+from warp_ds.data.collate import pad_token
 from warp_ds.data.formats import encode
 from warp_ds.evaluation.answers import AnswerLog, Row, collect_answers
-from warp_ds.evaluation.generate import loss_per_token, noise_threshold, pad_token
+from warp_ds.evaluation.generate import loss_per_token, noise_threshold
 from warp_ds.evaluation.judge import Judge, judge_all
 from warp_ds.evaluation.metrics import agreement, exact_match, mcnemar, same_value
 from warp_ds.evaluation.results import rate

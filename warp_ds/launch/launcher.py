@@ -22,8 +22,8 @@ from warp_ds.data.datasets import DataError
 from warp_ds.errors import ArtifactError, ConfigError, DirectoryGoneError, UnsupportedSetting
 from warp_ds.flags.arguments import RunArguments
 from warp_ds.flags.parsing import parse_arguments, parse_training
-from warp_ds.launch.doctor import start_checks
 from warp_ds.launch.inputs import check_inputs, on_one_machine
+from warp_ds.launch.start_checks import start_checks
 from warp_ds.phases.failures import explain, is_later
 from warp_ds.phases.run import log_to_terminal
 from warp_ds.secrets import redact

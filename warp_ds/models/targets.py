@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from warp_ds.errors import ConfigError
+from warp_ds.models.context import text_config
 from warp_ds.models.layer_names import LAYER_TYPES, parse_layer_types, parse_target_layers
 from warp_ds.models.transformers_internals import zero3_hidden_from_transformers
 from warp_ds.store.layers import TargetLayer
@@ -50,7 +51,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     ConfigError where it has no list of blocks of the text configuration's depth.
     """
-    config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config  # type: ignore
+    config = text_config(model.config)
     depth = getattr(config, "num_hidden_layers", None)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     within = {id(m) for m in (decoder if isinstance(decoder, nn.Module) else model).modules()}

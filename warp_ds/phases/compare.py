@@ -21,9 +21,10 @@ from warp_ds.flags.arguments import CompareArguments, TrainArguments
 from warp_ds.phases.arms import ARMS, Arm, parse_arms
 from warp_ds.phases.bench import Bench
 from warp_ds.phases.comparison_data import check_data, load_data
-from warp_ds.phases.run import package_versions, start_run
+from warp_ds.phases.run import start_run
 from warp_ds.phases.trainer_arguments import check_training
 from warp_ds.phases.trials import Trial, is_needed, merged_from
+from warp_ds.phases.versions import installed_versions
 from warp_ds.report import costs
 from warp_ds.report.tables import Block, comparison_blocks, to_markdown, to_terminal
 from warp_ds.report.tradeoff import Comparison, Point, compare_points
@@ -101,7 +102,7 @@ def compare_arms(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence
         "seconds": bench.seconds,
         "total_seconds": round(time.time() - started, 1),
         "world_size": processes.world_size(),
-        "versions": package_versions(),
+        "versions": installed_versions(),
     }
     return compare_points(points, _prompts(bench.data.sets), bench.arguments.at_utility, about=about)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from warp_ds.cluster.consensus import on_every_rank_or_none, on_rank_0
+from warp_ds.cluster.memory import free_gpu_memory
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.cluster.processes import all_reduce_sum, broadcast_object, collective_device, init_distributed, rank, world_size
 from warp_ds.errors import ConfigError
@@ -44,7 +45,7 @@ from warp_ds.zero.scores import Finite, Rows, RowScores, ScoredInput
 from warp_ds.zero.select import Chosen, choose, gather_packed
 from warp_ds.zero.settings import zero3_config
 from warp_ds.zero.shared_reading import model_fingerprint, read_together
-from warp_ds.zero.walk import BlockWalk, free_gpu_memory
+from warp_ds.zero.walk import BlockWalk
 
 logger = logging.getLogger(__name__)
 SAVE_SECONDS = 300.0

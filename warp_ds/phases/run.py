@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import RunArguments
 from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
 from warp_ds.phases.identity import Identity, identify, read_named, unfinished
+from warp_ds.phases.versions import installed_versions
 from warp_ds.secrets import Redacting
 from warp_ds.store.files import is_aside, remove_unfinished, write_json, written_aside
 from warp_ds.store.held import check_there, held
@@ -32,7 +32,6 @@ from warp_ds.store.state import STATE, note, now
 from warp_ds.store.written import check_written
 
 logger = logging.getLogger(__name__)
-PACKAGES = ("warp_ds", "torch", "transformers", "deepspeed", "accelerate", "datasets", "safetensors")
 
 
 @dataclass
@@ -146,7 +145,7 @@ def _open(
             **identity.record,
             "settings": {**dataclasses.asdict(arguments), **passed},
             "started_at": now(),
-            "versions": package_versions(),
+            "versions": installed_versions(),
             "command": sys.argv,
             "world_size": processes.world_size(),
             "working_directory": os.getcwd(),
@@ -216,17 +215,6 @@ def _refuse_foreign(directory: Path) -> None:
     )
     if (directory.exists() or directory.is_symlink()) and (directory.is_symlink() or not (begun or is_run(directory))):
         raise ConfigError(f"{directory} is there already, and no run of this program: use another --run_name")
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    known = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            known[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return known
 
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"

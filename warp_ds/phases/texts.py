@@ -12,7 +12,8 @@ from warp_ds.cluster import consensus
 from warp_ds.data.datasets import DataError
 from warp_ds.data.formats import encode_dataset, encode_prompt, too_long
 from warp_ds.flags.arguments import RunArguments
-from warp_ds.zero.model import check_ids, context_length, load_tokenizer
+from warp_ds.models.context import context_length
+from warp_ds.zero.model import check_ids, load_tokenizer
 
 logger = logging.getLogger(__name__)
 Pairs = Sequence[Mapping[str, str]]

@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from warp_ds.cluster import consensus, preemption, processes
-from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch
-from warp_ds.evaluation.generate import pad_token
+from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch, pad_token
 from warp_ds.phases import checkpoints
 from warp_ds.store.files import append_line, read_text, write_text
 from warp_ds.store.state import Progress

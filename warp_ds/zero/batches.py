@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from warp_ds.cluster.dealing import in_turn
-from warp_ds.data.collate import EMPTY, empty_sample, pad_batch
+from warp_ds.data.collate import EMPTY, empty_sample, pad_batch, pad_token
 from warp_ds.data.formats import IGNORE
 
 
@@ -62,7 +62,7 @@ class Samples:
         """``dataset``: rows of input_ids and labels. ``token_scope``: 'response' counts those alone, others all."""
         eos = tokenizer.eos_token_id
         self.device = device
-        self.pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos)
+        self.pad = pad_token(tokenizer)
         self.empty = empty_sample(int(eos))
         self.rows: list[Any] = [
             {"input_ids": row["input_ids"], "attention_mask": [1] * len(row["input_ids"]), "labels": row["labels"]}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from warp_ds.cluster.consensus import on_every_rank_or_none
+from warp_ds.cluster.memory import host_memory
 from warp_ds.cluster.peaks import LARGE_PIECE, return_freed_memory
 from warp_ds.cluster.processes import all_gather_object, collective_device, rank, world_size
 from warp_ds.data.collate import EMPTY
@@ -27,7 +28,7 @@ from warp_ds.models.layer_names import LAYER_TYPES
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.batches import Batch, Samples, sample_sums
 from warp_ds.zero.fetch import FetchHooks, outside
-from warp_ds.zero.walk import BlockWalk, HiddenStates, host_memory
+from warp_ds.zero.walk import BlockWalk, HiddenStates
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from warp_ds.cluster.memory import host_memory
 from warp_ds.cluster.processes import all_gather_object, rank
 from warp_ds.data.collate import EMPTY
 from warp_ds.data.formats import IGNORE
@@ -17,7 +18,7 @@ from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.fetch import FetchHooks, outside, saved_by_reference
 from warp_ds.zero.importance_steps import Step
-from warp_ds.zero.walk import BlockWalk, HiddenStates, host_memory, keep_last
+from warp_ds.zero.walk import BlockWalk, HiddenStates, keep_last
 
 
 @dataclass

@@ -20,6 +20,7 @@ from warp_ds.data.datasets import DataError
 from warp_ds.data.formats import check_length
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import RunArguments
+from warp_ds.models.context import context_length, embedding_rows
 from warp_ds.store.checkpoint_index import CheckpointError, how_to_merge, resolve_checkpoint
 from warp_ds.zero.load import load_sharded
 
@@ -104,11 +105,6 @@ def read_tokenizer(directory: Path, config: Any, flag: str = "--model_name") -> 
         raise ConfigError(f"{flag} {directory}: its configuration or tokenizer cannot be read: {error}") from error
     check_special_ids(tokenizer, embedding_rows(config), flag, directory)
     return tokenizer
-
-
-def embedding_rows(config: Any) -> int | None:
-    """Rows of the input embedding: the ids below it are those that the model can read."""
-    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def check_special_ids(tokenizer: PreTrainedTokenizerBase, rows: int | None, flag: str, directory: Path) -> None:
@@ -233,9 +229,3 @@ def load_model(arguments: RunArguments, ds_config: dict[str, Any]) -> tuple[Any,
         raise ConfigError(f"--model_name: {error}") from error
     model.eval()
     return model, tokenizer
-
-
-def context_length(config: Any) -> int | None:
-    """Tokens that the model can read, where its configuration says so."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "max_position_embeddings", None)

@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from warp_ds.cluster import consensus, preemption, processes
+from warp_ds.cluster.memory import host_memory
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.store.files import read_json, write_json
 from warp_ds.store.sealed import contents, difference
 from warp_ds.zero import deepspeed_internals
-from warp_ds.zero.walk import host_memory
 from warp_ds.zero.zero3_step import COEFFICIENTS
 
 logger = logging.getLogger(__name__)

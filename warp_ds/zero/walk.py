@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import mmap
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from warp_ds.cluster import memory
+from warp_ds.cluster.memory import free_gpu_memory
 from warp_ds.cluster.processes import all_gather_object
 from warp_ds.store.files import remove_own
 from warp_ds.zero.batches import Batch
@@ -229,17 +228,3 @@ class HiddenStates:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._made += 1
         return self.directory / f"{self._made}.bin"
-
-
-def free_gpu_memory(device: torch.device) -> int:
-    """Bytes that torch can still give out on a GPU: the driver's, and its own that are not in use."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
-def host_memory() -> int:
-    """Bytes of host memory that are available to this rank: of the machine, or of its control group (a Slurm job's, a
-    container's), shared evenly with the other ranks of this machine. Collective."""
-    found = memory.available()
-    hosts = all_gather_object(socket.gethostname())
-    return found // hosts.count(socket.gethostname())

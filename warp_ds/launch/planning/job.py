@@ -1,0 +1,139 @@
+"""What is to be run and on what: the job's flags, a model's sizes, and the DeepSpeed config that serves them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from warp_ds.flags.arguments import DTYPES, BasisArguments, ImportanceArguments, TrainArguments
+from warp_ds.models.context import text_config
+from warp_ds.models.targets import find_blocks, find_targets
+from warp_ds.store.layers import TargetLayer
+from warp_ds.zero.fetch import outside
+from warp_ds.zero.model import local_model_dir, read_config, snapshot
+from warp_ds.zero.partition import RowPartition
+
+OFFLOADS = ("none", "optimizer", "all")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """The settings of a DeepSpeed config that decide memory (elements, DeepSpeed's names)."""
+
+    config: str
+    offload: str
+    reduce_bucket_size: int = 500_000_000
+    max_live_parameters: int = 1_000_000_000
+    sub_group_size: int = 1_000_000_000
+
+
+SHARDINGS = [
+    Sharding("zero3.json", "none"),
+    Sharding("zero3_70b.json", "none", 100_000_000, 1_000_000_000, 100_000_000),
+    Sharding("zero3_offload_optimizer.json", "optimizer"),
+    Sharding("zero3_offload.json", "all"),
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be run: the flags of the phases that change what they need, and the machines."""
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    gpu_memory: float = 80e9
+    """Bytes of one GPU."""
+    host_memory: float | None = None
+    """Bytes of one node; None: not checked."""
+    offload: str = "none"
+    dtype: str = "bfloat16"
+    layer_type: str = BasisArguments.layer_type
+    target_layers: str = BasisArguments.target_layers
+    tokens: int = BasisArguments.max_length
+    """Of a sample, on average; --max_length is the most that it can be."""
+    basis_samples: int = BasisArguments.safety_samples
+    importance_samples: int = ImportanceArguments.safety_samples
+    utility_samples: int = TrainArguments.utility_samples
+    batch_size: int = BasisArguments.batch_size
+    train_batch_size: int = TrainArguments.batch_size
+    global_batch_size: int = TrainArguments.global_batch_size
+    importance_batch_size: int = ImportanceArguments.importance_batch_size
+    epochs: float = TrainArguments.epochs
+    max_rank: int = BasisArguments.max_rank
+    basis_placement: str = TrainArguments.basis_placement
+    train_scope: str = TrainArguments.train_scope
+    gradient_checkpointing: bool = TrainArguments.gradient_checkpointing
+    on_gpu: bool = True
+    """False for a CPU, where buffers that are reserved but not filled take no memory."""
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes, in elements."""
+
+    name: str
+    parameters: int
+    numels: dict[int, int]
+    """elements of a parameter -> how many such parameters"""
+    blocks: list[int]
+    embedding: int
+    head: int
+    """All that is neither block nor input embedding."""
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    stored_itemsize: int
+    targets: list[TargetLayer]
+
+    def shard(self, ranks: int) -> int:
+        """Elements of all parameters on one rank, padding included."""
+        return sum(RowPartition(numel, 1, ranks, 0).length * count for numel, count in self.numels.items())
+
+
+def read_shape(model_name: str, layer_type: str, target_layers: str) -> Shape:
+    """A model's sizes from its config; builds it on meta. ConfigError where there is none."""
+    name = str(Path(model_name).parent) if Path(model_name).name == "config.json" else model_name
+    directory = local_model_dir(name) or snapshot(name, files=["config.json"])
+    config = read_config(directory)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    text = text_config(config)
+    blocks = list(find_blocks(model)[1])
+    embedding = model.get_input_embeddings()
+    rest = {id(p): p for m in outside(model, blocks) if m is not embedding for p in m.parameters(recurse=False)}
+    numels = [p.numel() for p in model.parameters()]
+    stored = getattr(config, "dtype", None) or torch.bfloat16
+    return Shape(
+        name=model_name,
+        parameters=sum(numels),
+        numels=dict(Counter(numels)),
+        blocks=[sum(p.numel() for p in block.parameters()) for block in blocks],
+        embedding=embedding.weight.numel(),
+        head=sum(p.numel() for p in rest.values()),
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        vocabulary=text.vocab_size,
+        stored_itemsize=(getattr(torch, stored) if isinstance(stored, str) else stored).itemsize,
+        targets=find_targets(model, target_layers, layer_type),
+    )
+
+
+# Choosing ---------------------------------------------------------------------------------------------------------
+
+
+def choose_sharding(shape: Shape, job: Job) -> Sharding:
+    """The ds_config for the offload asked for; large models take the one with small buckets."""
+    fitting = [sharding for sharding in SHARDINGS if sharding.offload == job.offload]
+    return fitting[-1] if shape.parameters > 30e9 else fitting[0]

@@ -1,0 +1,108 @@
+"""Estimates of the phases that walk the model layer by layer: bases (1) and importance (2)."""
+
+from __future__ import annotations
+
+import math
+
+from warp_ds.launch.planning.estimate import (
+    Estimate,
+    after_loading,
+    basis_rank,
+    decomposition_peak,
+    forward_activations,
+    keep_hidden_states,
+    logits,
+    micro_batch,
+    others_share,
+    quarter_of_free,
+    saved_activations,
+)
+from warp_ds.launch.planning.job import Job, Shape, Sharding
+from warp_ds.method.covariance import kept_entries
+from warp_ds.method.importance import tokens_first
+from warp_ds.models.targets import shared_inputs
+from warp_ds.zero.collect import REDUCE, route
+
+
+def basis(shape: Shape, job: Job, sharding: Sharding) -> Estimate:
+    """Phase 1, layer by layer (zero/collect.py, ``collect_by_walk``)."""
+    need, n_ranks, b = after_loading("phase 1", shape, job, sharding), job.ranks, job.itemsize
+    mine = math.ceil(job.basis_samples / n_ranks) * job.tokens
+    tokens = job.basis_samples * job.tokens
+    last = max(layer.layer for layer in shape.targets)
+    # The embedding is gathered to find out whether the model can be walked, and to walk it.
+    fetched = 2 * shape.embedding + sum(shape.blocks[: last + 1])
+    need.gpu["gathered"] = max(shape.embedding, *shape.blocks) * b
+    keep_hidden_states(need, mine * shape.hidden * b, job)
+    need.gpu["activations"] = forward_activations(shape, micro_batch(job.batch_size, mine, job), b)
+    need.sent = fetched * b * others_share(n_ranks)
+    by_block: dict[int, float] = {}
+    decomposing = 0.0
+    for group in shared_inputs(shape.targets):
+        first, r = group[0], basis_rank(group[0].n, job)
+        n = first.n
+        if route(tokens, n, n_ranks, b) == REDUCE:
+            kept, sent = 4.0 * n * n, 4.0 * kept_entries(n, "cuda" if job.on_gpu else "cpu") * others_share(n_ranks)
+        else:
+            kept, sent = float(mine * n * b), mine * n * b * others_share(n_ranks)
+        by_block[first.layer] = by_block.get(first.layer, 0.0) + kept
+        decomposing = max(decomposing, decomposition_peak(tokens, n, r, b, route(tokens, n, n_ranks, b)))
+        need.sent += sent
+        need.disk += 4.0 * (n * r + r)
+    need.gpu["inputs"] = max(by_block.values())
+    need.gpu["decomposition"] = decomposing
+    need.written = need.disk
+    return need
+
+
+def importance(shape: Shape, job: Job, sharding: Sharding) -> Estimate:
+    """Phase 2 (zero/scores.py, ``gradients_by_walk``)."""
+    need, n_ranks, b = after_loading("phase 2", shape, job, sharding), job.ranks, job.itemsize
+    batches = math.ceil(job.importance_samples / job.importance_batch_size)
+    capacity = job.batch_size * n_ranks
+    together = max(1, capacity // job.importance_batch_size)
+    # As plan_steps: whole importance batches in a step wherever one fits.
+    held = together * job.importance_batch_size
+    steps = math.ceil(batches / together) * math.ceil(held / capacity)
+    of_rank = math.ceil(min(held, capacity, job.importance_samples) / n_ranks) * job.tokens
+    lowest = min(layer.layer for layer in shape.targets)
+    parts = 1 if job.gradient_checkpointing else steps
+    walked = sum(shape.blocks[:lowest]) + 2 * sum(shape.blocks[lowest:])
+    fetched = shape.embedding * (parts + 1) + parts * (shape.head + walked)
+    need.sent = fetched * b * others_share(n_ranks)
+    need.gpu["gathered"] = max(shape.embedding, shape.head, *shape.blocks) * b
+    deep = len(shape.blocks) - lowest + 1
+    kept = deep * (steps if job.gradient_checkpointing else 0) + 2
+    bases = _scores(need, shape, job, steps, of_rank)
+    if job.on_gpu:
+        need.gpu["bases"] = min(bases, quarter_of_free(need, job))
+    keep_hidden_states(need, kept * of_rank * shape.hidden * b, job)
+    # Bases and hidden states took their quarters before any pass ran: what passes need comes on top.
+    traced = 1 if job.gradient_checkpointing else len(shape.blocks) - lowest
+    need.gpu["activations"] = traced * saved_activations(shape, of_rank, b) + forward_activations(shape, of_rank, b)
+    need.gpu["logits"] = logits(shape, of_rank, b)
+    need.gpu["masks being chosen"] = max(4.0 * layer.m * layer.n / n_ranks for layer in shape.targets)
+    need.written = need.disk
+    return need
+
+
+def _scores(need: Estimate, shape: Shape, job: Job, steps: int, of_rank: int) -> float:
+    """Adds what scores of all layers take, ``of_rank`` tokens of each rank a step; returns the bytes of all bases."""
+    n_ranks, b = job.ranks, job.itemsize
+    scores = columns = bases = 0.0
+    step_tokens = of_rank * n_ranks
+    for group in shared_inputs(shape.targets):
+        n, r = group[0].n, basis_rank(group[0].n, job)
+        rows = [math.ceil(layer.m / n_ranks) for layer in group]
+        first = tokens_first(job.importance_batch_size * job.tokens, n_ranks, rows, n, r)
+        scores += 4.0 * r * sum(rows)
+        columns = max(columns, 4.0 * n * r)
+        bases += 4.0 * n * r
+        # A GPU keeps bases as far as it has room; for a CPU the files are mapped, and read in every step.
+        need.read += 4.0 * n * r * (1 if job.on_gpu else steps)
+        need.sent += steps * step_tokens * (4 * r if first else n * b) * others_share(n_ranks)
+        need.sent += steps * of_rank * sum(layer.m for layer in group) * b * others_share(n_ranks)
+        need.disk += sum(layer.m * math.ceil(layer.n / 8) for layer in group)
+    need.gpu["scores"] = scores
+    need.gpu["a basis"] = columns
+    return bases
