@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import CompareArguments
+from warp_ds.flags.comparison import CompareArguments
 from warp_ds.phases.arms import ARMS, Arm, compose, parse_arms
 from warp_ds.phases.compare import ComparisonData, Point, _needed, merged_from, overlaps
 from warp_ds.phases.evaluate import EvaluationSets

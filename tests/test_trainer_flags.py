@@ -23,12 +23,12 @@ from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import (
     BasisArguments,
-    CompareArguments,
     EvaluateArguments,
     ImportanceArguments,
     SafetyTuningArguments,
     TrainArguments,
 )
+from warp_ds.flags.comparison import CompareArguments
 from warp_ds.flags.parsing import parse_training
 from warp_ds.flags.training_arguments import CHANGES_NO_TRAINING, CHANGES_TRAINING, FIELDS, NO_EFFECT, OURS, REFUSED, WORKS
 from warp_ds.phases import training

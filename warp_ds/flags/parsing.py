@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -15,9 +16,10 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
-from warp_ds.flags.arguments import RunArguments
 from warp_ds.flags.checks import refuse_control_characters, refuse_secrets
+from warp_ds.flags.groups import RunArguments
 from warp_ds.names import control_character
+from warp_ds.registry import Phase
 
 Arguments = TypeVar("Arguments", bound="RunArguments")
 
@@ -27,6 +29,12 @@ class FlagParser(HfArgumentParser):
 
     def __init__(self, kinds: Any, **more: Any):
         super().__init__(kinds, allow_abbrev=False, **more)
+
+    @staticmethod
+    def _parse_dataclass_field(parser: Any, field: Any) -> None:
+        shown = copy(field)
+        shown.metadata = {name: value for name, value in field.metadata.items() if name != "nature"}
+        HfArgumentParser._parse_dataclass_field(parser, shown)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -66,6 +74,11 @@ def parse_training(kind: type[Arguments], argv: list[str] | None = None) -> tupl
     """The flags of phase 0 or 3, and what else of transformers' TrainingArguments was given (name -> value)."""
     arguments, rest = _parse(kind, argv, f"{CONFIG_HELP} {PASSED_HELP}", [TrainingArguments, kind])
     return arguments, _passed(rest, kind)
+
+
+def parse_phase(phase: Phase, argv: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
+    """The flags of a phase, and what it passes on to transformers."""
+    return parse_training(phase.arguments, argv) if phase.trains else (parse_arguments(phase.arguments, argv), {})
 
 
 def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:

@@ -31,32 +31,16 @@ from transformers import TrainingArguments
 from warp_ds import errors
 from warp_ds.cluster import slurm
 from warp_ds.errors import ArtifactError, ConfigError
-from warp_ds.flags.arguments import (
-    BasisArguments,
-    CompareArguments,
-    EvaluateArguments,
-    ImportanceArguments,
-    RunArguments,
-    SafetyTuningArguments,
-    TrainArguments,
-    flag,
-)
 from warp_ds.flags.checks import check_run_name, refuse_control_characters, refuse_secrets
-from warp_ds.flags.parsing import grouped, names_of, parse_arguments, parse_training, refuse_words, unknown_flags
+from warp_ds.flags.comparison import CompareArguments
+from warp_ds.flags.flag import flag
+from warp_ds.flags.parsing import grouped, names_of, parse_phase, refuse_words, unknown_flags
 from warp_ds.phases.arms import parse_arms
+from warp_ds.registry import CHAIN_ENTRY, CHAINED, PHASES
 from warp_ds.store.files import read_json, read_lines, write_json
 from warp_ds.store.runs import written_at
 from warp_ds.store.schema import SchemaError, check_fields
 
-PHASES: dict[str, type[RunArguments]] = {
-    "phase0": SafetyTuningArguments,
-    "phase1": BasisArguments,
-    "phase2": ImportanceArguments,
-    "phase3": TrainArguments,
-    "evaluate": EvaluateArguments,
-    "compare": CompareArguments,
-}
-TRAINING = ("phase0", "phase3", "compare")
 CPUS_OF_TASKS = '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'
 """Since 22.05 srun does not take --cpus-per-task over from sbatch: each rank would be bound to one core."""
 
@@ -80,10 +64,8 @@ class SubmitArguments:
     warning_seconds: int = flag(120, "how long before the time limit the ranks are told to save")
     partition: str | None = flag(None, "Slurm partition")
     account: str | None = flag(None, "Slurm account")
-    slurm: list[str] = field(default_factory=list, metadata={"help": "further sbatch options, as NAME=VALUE or NAME"})
-    setup: list[str] = field(
-        default_factory=list, metadata={"help": "shell lines before the ranks start, such as 'module load cuda'"}
-    )
+    slurm: list[str] = flag([], "further sbatch options, as NAME=VALUE or NAME")
+    setup: list[str] = flag([], "shell lines before the ranks start, such as 'module load cuda'")
     python: str | None = flag(None, "what starts Python in the job: 'apptainer exec --nv image.sif python'; else this one")
     output_dir: str = flag("checkpoints", "where the chain's directory is made")
     run_name: str | None = flag(None, "its name; else by time, or the newest unfinished one of the same command")
@@ -97,9 +79,6 @@ class _Recorded(TypedDict):
     cluster: str
     flags: dict[str, list[str]]
     jobs: dict[str, list[str]]
-
-
-_PHASE = re.compile(r"phase[0-3]|evaluate|compare|compare_seed\d{1,12}")
 
 
 @dataclass
@@ -126,7 +105,7 @@ class Chain:
         found = read_json(path)
         try:
             check_fields(found, _Recorded)
-            odd = [phase for phase in (*found["flags"], *found["jobs"]) if not _PHASE.fullmatch(phase)]
+            odd = [phase for phase in (*found["flags"], *found["jobs"]) if not CHAIN_ENTRY.fullmatch(phase)]
             odd += [job for jobs in found["jobs"].values() for job in jobs if not re.fullmatch(r"\d{1,12}(_\d{1,9})?", job)]
             if odd or found["cluster"] not in ("slurm", "local", "debug") or not found["flags"]:
                 raise SchemaError(f"{ascii(odd[0] if odd else found['cluster'])[:60]} is no phase, job or cluster of a chain")
@@ -273,11 +252,11 @@ def _python_words(text: str) -> str:
 def parse_phases(text: str) -> list[str]:
     """'1,2,evaluate' -> ['phase1', 'phase2', 'evaluate'], in the order of the job."""
     given = [part.strip() for part in text.split(",") if part.strip()]
-    names = [part if part in PHASES else f"phase{part}" for part in given]
-    unknown = [part for part, name in zip(given, names, strict=True) if name not in PHASES]
+    names = [part if part in CHAINED else f"phase{part}" for part in given]
+    unknown = [part for part, name in zip(given, names, strict=True) if name not in CHAINED]
     if unknown or not names:
         raise ConfigError(f"--phases {text!r}: a comma-separated list of 0, 1, 2, 3, evaluate, compare")
-    return [phase for phase in PHASES if phase in names]
+    return [phase for phase in CHAINED if phase in names]
 
 
 def phase_flags(phases: Sequence[str], rest: Sequence[str], directory: Path) -> dict[str, list[str]]:
@@ -288,10 +267,10 @@ def phase_flags(phases: Sequence[str], rest: Sequence[str], directory: Path) -> 
     groups = grouped(rest)
     if groups and not groups[0][0].startswith("--"):
         raise ConfigError(f"{groups[0][0]!r} belongs to no flag")
-    has = {phase: {f.name for f in dataclasses.fields(PHASES[phase])} for phase in phases}
+    has = {phase: {f.name for f in dataclasses.fields(PHASES[phase].arguments)} for phase in phases}
     # What one phase has as its own, no other passes on to transformers: phase 0's --learning_rate beside compare.
     passed = {f.name for f in dataclasses.fields(TrainingArguments)}.difference(*has.values())
-    has = {phase: names | passed if phase in TRAINING else names for phase, names in has.items()}
+    has = {phase: names | passed if PHASES[phase].trains else names for phase, names in has.items()}
     found: dict[str, list[str]] = {phase: [] for phase in phases}
     for name, *values in groups:
         only, _, own = name[2:].replace("-", "_").rpartition(".")
@@ -307,7 +286,7 @@ def phase_flags(phases: Sequence[str], rest: Sequence[str], directory: Path) -> 
             found[phase] += [f"--{own}", *values]
     if "compare" in found:
         words = found.pop("compare")
-        seeds = parse_training(CompareArguments, words)[0].seed_list
+        seeds = parse_phase(PHASES["compare"], words)[0].seed_list
         found |= {f"compare_seed{seed}": [*words, "--seeds", str(seed)] for seed in seeds}
     for phase, words in found.items():
         words += ["--output_dir", str(directory), "--log_dir", str(directory / "logs"), "--run_name", phase]
@@ -327,22 +306,13 @@ def kind_of(phase: str) -> str:
 def check_flags(flags: dict[str, list[str]]) -> None:
     """What can be known before anything is queued; ConfigError for a value that cannot be."""
     for phase, words in flags.items():
-        arguments: Any = _parse(phase, words)[0]
+        arguments: Any = parse_phase(PHASES[kind_of(phase)], words)[0]
         if arguments.device == "cuda":
             arguments.device = "auto"  # a login node has no GPU
         arguments.check()
         arguments.check_machine()
         if isinstance(arguments, CompareArguments):
             arguments.rates([arm.name for arm in parse_arms(arguments.arms)])
-
-
-def _parse(phase: str, words: list[str]) -> tuple[RunArguments, Any]:
-    """The phase's arguments, and in a list what else its function takes: the flags passed on to transformers."""
-    kind = kind_of(phase)
-    if kind not in TRAINING:
-        return parse_arguments(PHASES[kind], words), []
-    arguments, passed = parse_training(PHASES[kind], words)
-    return arguments, [passed]
 
 
 def submit(chain: Chain, arguments: SubmitArguments) -> None:
@@ -497,7 +467,7 @@ def cancel(chain: Chain) -> list[str]:
 
 def run_phase(phase: str, words: list[str]) -> None:
     """What each task of a job runs: the phase, as launch/<phase>.py does it."""
-    from warp_ds.launch.launcher import launch
+    from warp_ds.launch.launcher import main
 
     if "SUBMITIT_LOCAL_NTASKS" in os.environ and os.environ.get("SUBMITIT_EXECUTOR") == "local":
         job = submitit.JobEnvironment()
@@ -510,8 +480,7 @@ def run_phase(phase: str, words: list[str]) -> None:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(20000 + int(job.job_id) % 12000),
         )
-    kind = kind_of(phase)
-    launch(PHASES[kind], phase_function(kind), training=kind in TRAINING, argv=words)
+    main(kind_of(phase), words)
 
 
 def run_directly(phase: str, words: list[str]) -> None:
@@ -519,23 +488,11 @@ def run_directly(phase: str, words: list[str]) -> None:
     from warp_ds.cluster.processes import init_distributed
     from warp_ds.launch.launcher import apply_debug
 
-    arguments, passed = _parse(phase, words)
+    arguments, passed = parse_phase(PHASES[kind_of(phase)], words)
     apply_debug(arguments)
     init_distributed(arguments.resolved_device, arguments.timeout)
-    phase_function(kind_of(phase))(arguments, *passed)
-
-
-def phase_function(phase: str) -> Any:
-    from warp_ds.phases import basis, compare, evaluate, importance, training
-
-    return {
-        "phase0": training.run_safety_tuning,
-        "phase1": basis.run_basis,
-        "phase2": importance.run_importance,
-        "phase3": training.run_training,
-        "evaluate": evaluate.run_evaluation,
-        "compare": compare.run_compare,
-    }[phase]
+    kind = PHASES[kind_of(phase)]
+    kind.function(arguments, *([passed] if kind.trains else []))
 
 
 # ---------------------------------------------------------------- its state

@@ -24,8 +24,11 @@ from warp_ds.data.datasets import load_pairs, load_prompts
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.metrics import extract_number
-from warp_ds.flags.arguments import CompareArguments, EvaluateArguments, RunArguments, SafetyTuningArguments, flag
-from warp_ds.launch.launcher import launch
+from warp_ds.flags.arguments import EvaluateArguments, SafetyTuningArguments
+from warp_ds.flags.comparison import CompareArguments
+from warp_ds.flags.flag import flag
+from warp_ds.flags.groups import RunArguments
+from warp_ds.launch.launcher import main
 from warp_ds.phases.arms import parse_arms
 from warp_ds.phases.compare import Bench, ComparisonData, compare, print_tables, spent, write_report
 from warp_ds.phases.evaluate import SUITES, EvaluationSets
@@ -249,4 +252,4 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    launch(DemoArguments, run_demo, stoppable=False)
+    main("demo")

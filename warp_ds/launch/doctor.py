@@ -23,7 +23,8 @@ from rich.table import Table
 from warp_ds import __version__, errors
 from warp_ds.cluster import consensus, memory, processes, slurm
 from warp_ds.errors import ArtifactError, ConfigError
-from warp_ds.flags.arguments import LayerArguments, RunArguments, SafetyDataArguments, TrainingFlags, UtilityDataArguments, flag
+from warp_ds.flags.flag import flag
+from warp_ds.flags.groups import LayerArguments, RunArguments, SafetyDataArguments, TrainingFlags, UtilityDataArguments
 from warp_ds.flags.parsing import FlagParser
 from warp_ds.store.fingerprints import model_contents
 from warp_ds.zero import settings

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import logging
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,47 +18,36 @@ from warp_ds.cluster import consensus, preemption, processes, slurm
 from warp_ds.cluster.slurm import task_environment
 from warp_ds.data.datasets import DataError
 from warp_ds.errors import ArtifactError, ConfigError, DirectoryGoneError, UnsupportedSetting
-from warp_ds.flags.arguments import RunArguments
-from warp_ds.flags.parsing import parse_arguments, parse_training
+from warp_ds.flags.flag import dataclass_fields, nature
+from warp_ds.flags.groups import RunArguments
+from warp_ds.flags.parsing import parse_phase
 from warp_ds.launch.doctor import start_checks
 from warp_ds.launch.inputs import check_inputs, on_one_machine
 from warp_ds.phases.failures import explain, is_later
 from warp_ds.phases.run import log_to_terminal
+from warp_ds.registry import PHASES
 from warp_ds.secrets import redact
 from warp_ds.store.state import note
 
 logger = logging.getLogger(__name__)
-PHASE_OF = {
-    "SafetyTuningArguments": "phase0",
-    "BasisArguments": "phase1",
-    "ImportanceArguments": "phase2",
-    "TrainArguments": "phase3",
-}
-DEBUG_SAMPLES = 5
 SECONDS_FOR_RANK_0 = 20.0
 """Launchers end every rank once one has ended; some ranks take longer to import than others."""
-A = TypeVar("A", bound=RunArguments)
 
 
-def launch(
-    kind: type[A], phase: Callable[..., Any], training: bool = False, argv: list[str] | None = None, stoppable: bool = True
-) -> None:
-    """Runs ``phase(arguments)`` on every rank; exit status 2 for wrong input, 1 for a failure.
+def main(name: str, argv: list[str] | None = None) -> NoReturn:
+    """Runs a phase on every rank, with the flags of ``argv``; exit status 2 for wrong input, 1 for a failure.
 
-    ``training``: further TrainingArguments flags are accepted and passed on as ``phase(arguments, passed)``.
-    ``stoppable``: the phase leaves by itself when it is asked to, having saved. Then its Slurm job is requeued (0), or the
-    exit status is 75: the same command goes on from there. Ends the process.
+    A phase that is asked to leave has saved: its Slurm job is requeued (0), or the exit status is 75, and the same command
+    goes on from there. Ends the process.
     """
+    phase = PHASES[name]
     passed: dict[str, Any] = {}
-    arguments: A | None = None
+    arguments: RunArguments | None = None
     try:
         processes.check_launch(os.environ)
-        if stoppable:
+        if phase.stoppable:
             preemption.watch()
-        if training:
-            arguments, passed = parse_training(kind, argv)
-        else:
-            arguments = parse_arguments(kind, argv)
+        arguments, passed = parse_phase(phase, argv)
         apply_debug(arguments)
         arguments.check()
         if on_one_machine():  # elsewhere a rank that alone misses a file would leave the others waiting
@@ -73,8 +60,8 @@ def launch(
             restarts = preemption.too_many_restarts(arguments.max_requeues)
             if restarts:
                 raise ConfigError(restarts)
-        start_checks(arguments, PHASE_OF.get(kind.__name__, ""))
-        phase(arguments, passed) if training else phase(arguments)
+        start_checks(arguments, phase.name)
+        phase.function(arguments, *([passed] if phase.trains else []))
     except (ConfigError, ArtifactError, DataError, UnsupportedSetting, DirectoryGoneError, errors.OtherRankError) as error:
         _fail(error, status=2, wrong_input=True)
     except preemption.Preempted as stop:
@@ -110,15 +97,9 @@ def _go_on_later(stop: preemption.Preempted, max_requeues: int) -> None:
 
 def apply_debug(arguments: RunArguments) -> None:
     """--debug: 5 samples of everything, the last layer."""
-    if not arguments.debug:
-        return
-    for field in dataclasses.fields(arguments):
-        if field.name.endswith("_samples") or field.name == "lm_eval_limit":
-            setattr(arguments, field.name, DEBUG_SAMPLES)
-        elif field.name == "sample_counts" and getattr(arguments, field.name):
-            setattr(arguments, field.name, str(DEBUG_SAMPLES))
-    if hasattr(arguments, "target_layers"):
-        arguments.target_layers = "last"
+    for name, field in dataclass_fields(arguments).items() if arguments.debug else ():
+        if nature(field).debug is not None and getattr(arguments, name) not in (None, ""):
+            setattr(arguments, name, nature(field).debug)
 
 
 def _fail(error: BaseException, status: int, wrong_input: bool) -> None:

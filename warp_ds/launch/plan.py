@@ -21,7 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import DTYPES, BasisArguments, ImportanceArguments, TrainArguments
+from warp_ds.flags.arguments import BasisArguments, ImportanceArguments, TrainArguments
+from warp_ds.flags.groups import DTYPES
 from warp_ds.method.covariance import kept_entries
 from warp_ds.method.importance import tokens_first
 from warp_ds.method.rotation import Rotation
@@ -115,7 +116,7 @@ class Job:
 
     @property
     def itemsize(self) -> int:
-        return DTYPES[self.dtype].itemsize
+        return DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)

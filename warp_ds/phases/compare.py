@@ -28,12 +28,12 @@ from warp_ds.evaluation.generate import answer_surprise
 from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.flags.arguments import (
     BasisArguments,
-    CompareArguments,
     EvaluateArguments,
     ImportanceArguments,
     SafetyTuningArguments,
     TrainArguments,
 )
+from warp_ds.flags.comparison import CompareArguments
 from warp_ds.method.baselines import safety_share
 from warp_ds.phases.arms import ARMS, Arm, parse_arms
 from warp_ds.phases.basis import run_basis

@@ -16,7 +16,7 @@ from typing import Any
 
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags import training_arguments
-from warp_ds.flags.arguments import RunArguments
+from warp_ds.flags.groups import RunArguments
 from warp_ds.flags.identity import identity_settings, in_one_spelling
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import read_json

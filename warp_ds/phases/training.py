@@ -38,7 +38,8 @@ from warp_ds.data.datasets import load_pairs
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.evaluation.generate import pad_token
 from warp_ds.flags import training_arguments
-from warp_ds.flags.arguments import RunArguments, SafetyTuningArguments, TrainArguments, TrainingFlags
+from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
+from warp_ds.flags.groups import RunArguments, TrainingFlags
 from warp_ds.models.targets import check_targets, find_targets
 from warp_ds.phases import checkpoints
 from warp_ds.phases.run import start_run

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import RunArguments
 from warp_ds.flags.checks import refuse_secrets
+from warp_ds.flags.groups import RunArguments
 from warp_ds.store.files import read_text
 
 
