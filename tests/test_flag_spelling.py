@@ -18,13 +18,12 @@ from warp_ds.flags.arguments import (
     TrainArguments,
 )
 from warp_ds.flags.comparison import CompareArguments, SweepArguments
-from warp_ds.flags.flag import DEBUG_SAMPLES
+from warp_ds.flags.flag import DEBUG_SAMPLES, apply_debug
 from warp_ds.flags.parsing import parse_training
 from warp_ds.launch import plan
-from warp_ds.launch.chain import phase_flags
+from warp_ds.launch.chain_flags import phase_flags
 from warp_ds.launch.cli import main, underscored
 from warp_ds.launch.doctor import DoctorArguments
-from warp_ds.launch.launcher import apply_debug
 from warp_ds.phases.compare import training_flags
 
 KINDS = (

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from warp_ds.errors import ConfigError
 from warp_ds.flags.flag import dataclass_fields, nature
 from warp_ds.flags.groups import RunArguments
 from warp_ds.flags.identity import identity_settings, natures, reading
+from warp_ds.launch.cli import main
 from warp_ds.registry import CHAIN_ENTRY, PHASES, maker_of, phase_of
 from warp_ds.store.written import digest_of
+from warp_ds.zero.settings import zero3_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,3 +79,49 @@ def test_a_flag_has_one_nature() -> None:
         "prompt_file",
         "refusal_file",
     }
+
+
+def test_what_comes_along_is_what_lies_at_the_top(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`warp-ds init` writes the files of the top level; what is there already stays."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "phase1.sbatch").write_text("mine")
+    assert main(["init", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert f"left as it is: {tmp_path / 'slurm' / 'phase1.sbatch'}" in shown and shown.count("written: ") == 12
+    assert (tmp_path / "slurm" / "phase1.sbatch").read_text() == "mine"
+    (tmp_path / "slurm" / "phase1.sbatch").unlink()
+    main(["init", str(tmp_path)])
+    for folder in ("ds_configs", "slurm"):
+        written, ours = ({p.name: p.read_text() for p in (top / folder).iterdir()} for top in (tmp_path, ROOT))
+        assert written == ours, f"{folder}/ differs from warp_ds/cluster: change both (warp-ds init . writes what is missing)"
+
+
+def test_a_configuration_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    by_name, by_path = (
+        zero3_config(RunArguments(device="cpu", deepspeed=given))
+        for given in ("zero3_cpu", f"{ROOT}/ds_configs/zero3_cpu.json")
+    )
+    assert by_name == by_path
+    with pytest.raises(ConfigError, match="--deepspeed zero3_7b: no such file.*zero3_70b"):
+        zero3_config(RunArguments(deepspeed="zero3_7b"))
+    Path("zero3_cpu").write_text('{"zero_optimization": {"stage": 2}}')
+    with pytest.raises(ConfigError, match="ZeRO stage 2"):  # a file of that name comes first
+        zero3_config(RunArguments(deepspeed="zero3_cpu"))
+
+
+HELP = [[], *([name] for name in (*PHASES, "submit", "verify", "report", "init", "shrink"))]
+
+
+@pytest.mark.parametrize("words", HELP, ids=lambda words: " ".join(words) or "alone")
+def test_help_imports_no_torch(words: list[str]) -> None:
+    """It takes seconds."""
+    program = (
+        "import sys\nfrom warp_ds.launch.cli import main\n"
+        f"try: main({[*words, '--help']})\nexcept SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    here = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=here)
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr

@@ -18,7 +18,7 @@ class Phase:
     name: str
     """The command's, the run directories' and that of config.json: 'phase1'."""
     title: str
-    """What it is, in a word or two: 'basis'."""
+    """What it is, in a few words: 'Phase 1, basis'."""
     arguments_at: str
     function_at: str
     reads: str = ""
@@ -49,7 +49,7 @@ class Phase:
 _ALL = (
     Phase(
         "phase0",
-        "safety tuning",
+        "Phase 0, safety tuning (optional)",
         "warp_ds.flags.arguments:SafetyTuningArguments",
         "warp_ds.phases.training:run_safety_tuning",
         writes="model",
@@ -57,11 +57,16 @@ _ALL = (
         hours=4,
     ),
     Phase(
-        "phase1", "basis", "warp_ds.flags.arguments:BasisArguments", "warp_ds.phases.basis:run_basis", writes="basis", hours=2
+        "phase1",
+        "Phase 1, basis",
+        "warp_ds.flags.arguments:BasisArguments",
+        "warp_ds.phases.basis:run_basis",
+        writes="basis",
+        hours=2,
     ),
     Phase(
         "phase2",
-        "importance",
+        "Phase 2, importance",
         "warp_ds.flags.arguments:ImportanceArguments",
         "warp_ds.phases.importance:run_importance",
         reads="basis",
@@ -70,7 +75,7 @@ _ALL = (
     ),
     Phase(
         "phase3",
-        "training",
+        "Phase 3, training",
         "warp_ds.flags.arguments:TrainArguments",
         "warp_ds.phases.training:run_training",
         reads="masks",
@@ -79,18 +84,18 @@ _ALL = (
         hours=8,
     ),
     Phase(
-        "evaluate", "evaluation", "warp_ds.flags.arguments:EvaluateArguments", "warp_ds.phases.evaluate:run_evaluation", hours=2
+        "evaluate", "Evaluation", "warp_ds.flags.arguments:EvaluateArguments", "warp_ds.phases.evaluate:run_evaluation", hours=2
     ),
     Phase(
         "compare",
-        "arms side by side",
+        "Arms side by side",
         "warp_ds.flags.comparison:CompareArguments",
         "warp_ds.phases.compare:run_compare",
         trains=True,
     ),
     Phase(
         "sweep",
-        "ablations",
+        "Ablations",
         "warp_ds.flags.comparison:SweepArguments",
         "warp_ds.phases.sweep:run_sweep",
         trains=True,
@@ -98,7 +103,7 @@ _ALL = (
     ),
     Phase(
         "demo",
-        "the whole job on a small model made on the spot",
+        "The whole job on a small model made on the spot",
         "warp_ds.launch.demo:DemoArguments",
         "warp_ds.launch.demo:run_demo",
         stoppable=False,

@@ -73,3 +73,10 @@ def handed_on(arguments: Any, kind: type) -> dict[str, Any]:
         for name, f in dataclass_fields(arguments).items()
         if name in theirs and not nature(f).own
     }
+
+
+def apply_debug(arguments: Any) -> None:
+    """--debug: 5 samples of everything, the last layer."""
+    for name, its in dataclass_fields(arguments).items() if arguments.debug else ():
+        if nature(its).debug is not None and getattr(arguments, name) not in (None, ""):
+            setattr(arguments, name, nature(its).debug)

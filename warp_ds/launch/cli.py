@@ -1,4 +1,7 @@
-"""The console command ``warp-ds``: what needs no ranks of its own."""
+"""The console command ``warp-ds``, and ``python -m warp_ds`` under a launcher: phases, and what needs no ranks of its own.
+
+Nothing is imported before it is known to be needed: torch takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,64 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from warp_ds import __version__
+from warp_ds.errors import WarpError
 from warp_ds.names import control_character
+from warp_ds.registry import PHASES
+from warp_ds.secrets import redact
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; the exit status is the program's."""
-    parser = argparse.ArgumentParser(prog="warp-ds", description="Fine-tune a model without losing its safety.")
+    words = sys.argv[1:] if argv is None else list(argv)
+    while words and words[0].startswith("--local_rank"):  # the deepspeed launcher puts it first
+        del words[0]
+    command = words[0] if words else ""
+    try:
+        if command in PHASES and command != "demo":
+            from warp_ds.launch.launcher import main as launch
+
+            launch(command, words[1:])
+        if command == "submit":
+            from warp_ds.launch.submit import main as submit
+
+            return submit(words[1:])
+        return _run(words)
+    except WarpError as error:
+        print(redact(f"error: {error}"), file=sys.stderr)
+        return error.exit_status
+
+
+def _run(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="warp-ds",
+        description="Fine-tune a model without losing its safety.",
+        epilog="Phases run alone or on every rank: torchrun -m warp_ds phase3 …, deepspeed --module warp_ds phase3 …, srun, "
+        "accelerate launch -m.",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for phase in PHASES.values():
+        if phase.name != "demo":
+            commands.add_parser(phase.name, help=phase.title)
+    commands.add_parser("submit", help="phases one after another, as jobs of Slurm or here")
+    _add_commands(commands, words)
+    for word in words:
+        if found := control_character(word):
+            parser.error(
+                f"{ascii(word)[:120]} holds the character {found}, a line end or another control character, which no "
+                "value of this program has"
+            )
+    arguments, rest = parser.parse_known_args(underscored(words))
+    if rest and arguments.command not in ("demo", "doctor"):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    return int(arguments.run(arguments))
 
+
+def _add_commands(commands: Any, words: Sequence[str]) -> None:
     demo = commands.add_parser("demo", help="the whole job on a small model made on the spot")
     demo.add_argument("--ranks", type=int, default=2, help="local processes (default 2)")
     demo.set_defaults(run=_demo)
@@ -52,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         "phase will need in memory, traffic and disk, and the fewest nodes that will do, from the model's "
         "config alone: no weight is read. Exit status 1 where the job does not fit.",
     )
-    if "plan" in (sys.argv[1:2] if argv is None else argv[:1]):
+    if words[:1] == ["plan"]:
         from warp_ds.launch import plan as planning
 
         planning.add_arguments(plan)
@@ -66,17 +116,11 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument("--output", default="report.html", help="the file; its pictures go beside it")
     report.set_defaults(run=_report)
 
-    for word in sys.argv[1:] if argv is None else argv:
-        if found := control_character(word):
-            parser.error(
-                f"{ascii(word)[:120]} holds the character {found}, a line end or another control character, which no "
-                "value of this program has"
-            )
-    arguments, rest = parser.parse_known_args(underscored(sys.argv[1:] if argv is None else argv))
-    if rest and arguments.command not in ("demo", "doctor"):
-        parser.error(f"unknown arguments: {' '.join(rest)}")
-    arguments.rest = rest
-    return int(arguments.run(arguments))
+    init = commands.add_parser(
+        "init", help="writes DeepSpeed configurations and Slurm templates into a directory, to edit; overwrites nothing"
+    )
+    init.add_argument("directory", nargs="?", default=".", help="default: here")
+    init.set_defaults(run=_init)
 
 
 def underscored(words: Sequence[str]) -> list[str]:
@@ -110,14 +154,20 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from warp_ds.errors import ConfigError
     from warp_ds.launch.doctor import main as doctor
 
-    try:
-        return doctor(arguments.rest)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return doctor(arguments.rest)
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from warp_ds.cluster.templates import write_templates
+
+    written, kept = write_templates(Path(arguments.directory))
+    for path in written:
+        print(f"written: {path}")
+    for path in kept:
+        print(f"there already, left as it is: {path}")
+    return 0
 
 
 def _free_port() -> int:
@@ -127,14 +177,9 @@ def _free_port() -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from warp_ds.errors import ArtifactError
     from warp_ds.evaluation.certificate import EXIT, certificate_path, certify, print_certificate, write_certificate
 
-    try:
-        certificate = certify(arguments.before, arguments.after, arguments.masks_dir, arguments.basis_dir)
-    except ArtifactError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    certificate = certify(arguments.before, arguments.after, arguments.masks_dir, arguments.basis_dir)
     print_certificate(certificate)
     output = Path(arguments.output) if arguments.output else certificate_path(Path(arguments.after))
     write_certificate(certificate, output)
@@ -143,26 +188,16 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _shrink(arguments: argparse.Namespace) -> int:
-    from warp_ds.errors import ArtifactError
     from warp_ds.phases.shrink import print_shrunk, shrink
 
-    try:
-        print_shrunk(shrink(arguments.masks_dir, arguments.basis_dir, Path(arguments.output)))
-    except ArtifactError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print_shrunk(shrink(arguments.masks_dir, arguments.basis_dir, Path(arguments.output)))
     print(f"train with --masks_dir {Path(arguments.output) / 'masks'}")
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from warp_ds.errors import ConfigError
+    from warp_ds.report.page import run_report
 
-    try:
-        from warp_ds.report.page import run_report
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return run_report(arguments)
 
 

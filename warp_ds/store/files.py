@@ -10,14 +10,14 @@ import stat
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from warp_ds.errors import ArtifactError
 from warp_ds.secrets import redact
 from warp_ds.store.held import check_there
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # ---------------------------------------------------------------- files
 
@@ -40,6 +40,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file  # with torch, which who reads JSON need not wait for
+
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     _write_aside(path, lambda aside: save_file(contiguous, str(aside), metadata=dict(metadata or {})))
 
