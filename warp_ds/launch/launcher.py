@@ -14,6 +14,7 @@ def main(name: str, argv: list[str] | None = None) -> NoReturn:
     if {"-h", "--help"} & set(words):  # answered before torch is there
         from warp_ds.flags.parsing import parse_phase
 
+        sys.argv[0] = f"warp-ds {name}"
         parse_phase(phase, words)
     from warp_ds.launch.job import run
 

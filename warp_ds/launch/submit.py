@@ -32,7 +32,7 @@ SECONDS = 5.0
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 2 for wrong input or a queue that does not answer, 1 for a chain that has stopped unfinished."""
-    parser = FlagParser(SubmitArguments, description=__doc__, epilog=EPILOG)
+    parser = FlagParser(SubmitArguments, prog="warp-ds submit", description=__doc__, epilog=EPILOG)
     try:
         arguments, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
         if arguments.status:
