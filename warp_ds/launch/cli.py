@@ -72,28 +72,7 @@ def _add_commands(commands: Any, words: Sequence[str]) -> None:
     demo = commands.add_parser("demo", help="the whole job on a small model made on the spot")
     demo.add_argument("--ranks", type=int, default=2, help="local processes (default 2)")
     demo.set_defaults(run=_demo)
-
-    verify = commands.add_parser(
-        "verify",
-        help="from two model directories, whether every frozen coefficient stayed where it was",
-        description="Exit status: 0 kept, 1 broken, 3 cannot tell (what was kept does not show in these files), 2 wrong input.",
-    )
-    verify.add_argument("--before", required=True, help="model directory before training")
-    verify.add_argument("--after", required=True, help="model directory after training")
-    verify.add_argument("--masks_dir", required=True, help="masks/ of phase 2")
-    verify.add_argument("--basis_dir", help="basis/ of phase 1, where it is not the one that the masks name")
-    verify.add_argument(
-        "--output", help="where the certificate is written; certificate.json in the run of --after, or here where it is in none"
-    )
-    verify.set_defaults(run=_verify)
-
-    shrink = commands.add_parser(
-        "shrink", help="a smaller basis for masks at hand: cheaper steps, other coordinates for what trains freely"
-    )
-    shrink.add_argument("--masks_dir", required=True, help="masks/ of phase 2")
-    shrink.add_argument("--basis_dir", help="basis/ of phase 1, where it is not the one that the masks name")
-    shrink.add_argument("--output", required=True, help="directory for the new basis/ and masks/")
-    shrink.set_defaults(run=_shrink)
+    _add_verify_and_shrink(commands)
 
     plan = commands.add_parser(
         "plan",
@@ -121,6 +100,30 @@ def _add_commands(commands: Any, words: Sequence[str]) -> None:
     )
     init.add_argument("directory", nargs="?", default=".", help="default: here")
     init.set_defaults(run=_init)
+
+
+def _add_verify_and_shrink(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="from two model directories, whether every frozen coefficient stayed where it was",
+        description="Exit status: 0 kept, 1 broken, 3 cannot tell (what was kept does not show in these files), 2 wrong input.",
+    )
+    verify.add_argument("--before", required=True, help="model directory before training")
+    verify.add_argument("--after", required=True, help="model directory after training")
+    verify.add_argument("--masks_dir", required=True, help="masks/ of phase 2")
+    verify.add_argument("--basis_dir", help="basis/ of phase 1, where it is not the one that the masks name")
+    verify.add_argument(
+        "--output", help="where the certificate is written; certificate.json in the run of --after, or here where it is in none"
+    )
+    verify.set_defaults(run=_verify)
+
+    shrink = commands.add_parser(
+        "shrink", help="a smaller basis for masks at hand: cheaper steps, other coordinates for what trains freely"
+    )
+    shrink.add_argument("--masks_dir", required=True, help="masks/ of phase 2")
+    shrink.add_argument("--basis_dir", help="basis/ of phase 1, where it is not the one that the masks name")
+    shrink.add_argument("--output", required=True, help="directory for the new basis/ and masks/")
+    shrink.set_defaults(run=_shrink)
 
 
 def underscored(words: Sequence[str]) -> list[str]:

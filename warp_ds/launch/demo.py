@@ -108,21 +108,7 @@ def run_demo(arguments: DemoArguments) -> None:
         )
         logger.info("phase 0: a model that refuses harmful requests and answers harmless ones")
         began = time.time()
-        safe = (
-            run_safety_tuning(
-                SafetyTuningArguments(
-                    **{**common, "model_name": str(root / "base")},
-                    safety_data=str(root / "data" / "phase0.jsonl"),
-                    safety_samples=0,
-                    run_name="phase0",
-                    epochs=4,
-                    learning_rate=3e-3,
-                    global_batch_size=16,
-                ),
-                {"warmup_steps": 20, "lr_scheduler_type": "cosine"},
-            )
-            / "model"
-        )
+        safe = _tuned(root, common)
         seconds = {"phase 0": round(time.time() - began, 1)}
         settings = CompareArguments(
             **{**common, **handed_on(arguments, ArmFlags), "model_name": str(safe)},
@@ -150,6 +136,20 @@ def run_demo(arguments: DemoArguments) -> None:
             if alone:
                 print_table(report)
             print_tables(spent(root) if alone else (root / "table.md").read_text(encoding="utf-8"))
+
+
+def _tuned(root: Path, common: dict[str, Any]) -> Path:
+    """The model of phase 0."""
+    arguments = SafetyTuningArguments(
+        **{**common, "model_name": str(root / "base")},
+        safety_data=str(root / "data" / "phase0.jsonl"),
+        safety_samples=0,
+        run_name="phase0",
+        epochs=4,
+        learning_rate=3e-3,
+        global_batch_size=16,
+    )
+    return run_safety_tuning(arguments, {"warmup_steps": 20, "lr_scheduler_type": "cosine"}) / "model"
 
 
 def _comparison(data: dict[str, Any], seed: int) -> ComparisonData:
