@@ -82,7 +82,8 @@ def test_a_system_without_proc(tmp_path: Path) -> None:
 def test_the_doctor_and_the_checks_at_the_start_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaConfig
 
-    from warp_ds.launch.doctor import DoctorArguments, needs
+    from warp_ds.flags.jobs import DoctorArguments
+    from warp_ds.launch.doctor import needs
 
     LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8).save_pretrained(tmp_path / "m")
     arguments = DoctorArguments(device="cpu", output_dir=str(tmp_path))

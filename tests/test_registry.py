@@ -108,7 +108,7 @@ def test_a_configuration_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
         zero3_config(RunArguments(deepspeed="zero3_cpu"))
 
 
-HELP = [[], *([name] for name in (*PHASES, "submit", "verify", "report", "init", "shrink"))]
+HELP = [[], *([name] for name in (*PHASES, "submit", "plan", "doctor", "verify", "report", "init", "shrink"))]
 
 
 @pytest.mark.parametrize("words", HELP, ids=lambda words: " ".join(words) or "alone")

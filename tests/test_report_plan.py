@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from transformers import LlamaConfig
 
 from warp_ds.errors import ConfigError
 from warp_ds.launch import plan as module
+from warp_ds.launch.cli import main
 from warp_ds.launch.plan import USABLE, Job, needs, plan, read_shape
 
 SIZES = {
@@ -83,16 +83,14 @@ def test_smallest_machine(configs: Path, offload: str) -> None:
 
 
 def test_what_does_not_fit_is_named_with_a_cure(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
     everywhere = ["--basis_placement", "replicated"]
-    status = module.run(parser.parse_args(["--model_name", str(configs / "70b"), "--nodes", "2", *everywhere]))
+    status = main(["plan", "--model_name", str(configs / "70b"), "--nodes", "2", *everywhere])
     printed = " ".join(capsys.readouterr().out.split())
     assert status == 1
     assert "does not fit: phase 3" in printed and "lower --max_rank" in printed
     assert "smallest with offload" in printed
     small = ["--max_rank", "256", "--gradient_checkpointing", "--max_length", "128", "--batch_size", "1"]
-    status = module.run(parser.parse_args(["--model_name", str(configs / "70b"), "--nodes", "8", *small]))
+    status = main(["plan", "--model_name", str(configs / "70b"), "--nodes", "8", *small])
     assert status == 0 and "off by" in capsys.readouterr().out
 
 
@@ -131,9 +129,7 @@ def test_a_model_that_is_not_there(
     name: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    assert module.run(parser.parse_args(["--model_name", name])) == 2
+    assert main(["plan", "--model_name", name]) == 2
     assert message in capsys.readouterr().err
 
 

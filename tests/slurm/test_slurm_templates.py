@@ -12,8 +12,8 @@ import pytest
 from chain import ROOT, Reference, assert_as_undisturbed, events, flags
 from throwaway import ENDED, ThrowAwaySlurm
 
+from warp_ds.flags.jobs import SubmitArguments
 from warp_ds.launch.chain import Chain
-from warp_ds.launch.chain_flags import SubmitArguments
 from warp_ds.launch.submission import CPUS_OF_TASKS, _slurm_jobs
 
 

@@ -21,7 +21,8 @@ from typing import TypedDict
 
 from warp_ds.cluster import slurm
 from warp_ds.errors import ArtifactError, ConfigError
-from warp_ds.launch.chain_flags import SubmitArguments, check_flags, check_submit, parse_phases, phase_flags
+from warp_ds.flags.jobs import SubmitArguments
+from warp_ds.launch.chain_flags import check_flags, check_submit, parse_phases, phase_flags
 from warp_ds.registry import CHAIN_ENTRY
 from warp_ds.store.files import read_json, write_json
 from warp_ds.store.runs import written_at

@@ -6,7 +6,6 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +13,10 @@ from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.checks import check_run_name, refuse_control_characters, refuse_secrets
 from warp_ds.flags.comparison import CompareArguments
-from warp_ds.flags.flag import flag
+from warp_ds.flags.jobs import SubmitArguments
 from warp_ds.flags.parsing import grouped, names_of, parse_phase, refuse_words, unknown_flags
 from warp_ds.phases.arms import parse_arms
 from warp_ds.registry import CHAINED, PHASES
-
-
-@dataclass
-class SubmitArguments:
-    """What is queued, and where; every other flag goes to the phases that have it."""
-
-    phases: str = flag("1,2,3", "which phases, comma-separated: 0, 1, 2, 3, evaluate, compare")
-    cluster: str = flag(
-        "slurm",
-        "slurm, local (ranks of this machine) or debug (one rank, in this process)",
-        choices=["slurm", "local", "debug"],
-    )
-    nodes: int = flag(1, "nodes of each job")
-    gpus_per_node: int = flag(0, "GPUs of each node; one rank each")
-    ranks_per_node: int = flag(0, "ranks of each node where they are not its GPUs (CPU nodes)")
-    cpus_per_rank: int = flag(0, "cores of each rank; 0 leaves it to Slurm")
-    parallel: int = flag(0, "seeds of a comparison (tasks of its job array) that run at once; 0 = all")
-    hours: float = flag(8.0, "time limit of each job; a job that reaches it saves, and goes on in another")
-    warning_seconds: int = flag(120, "how long before the time limit the ranks are told to save")
-    partition: str | None = flag(None, "Slurm partition")
-    account: str | None = flag(None, "Slurm account")
-    slurm: list[str] = flag([], "further sbatch options, as NAME=VALUE or NAME")
-    setup: list[str] = flag([], "shell lines before the ranks start, such as 'module load cuda'")
-    python: str | None = flag(None, "what starts Python in the job: 'apptainer exec --nv image.sif python'; else this one")
-    output_dir: str = flag("checkpoints", "where the chain's directory is made")
-    run_name: str | None = flag(None, "its name; else by time, or the newest unfinished one of the same command")
-    status: str | None = flag(None, "show a chain's state, following it, and do nothing else")
-    cancel: str | None = flag(None, "end a chain's jobs, and do nothing else")
 
 
 def check_submit(arguments: SubmitArguments, rest: Sequence[str]) -> None:

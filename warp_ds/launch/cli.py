@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds import __version__
-from warp_ds.errors import WarpError
+from warp_ds.errors import ConfigError, WarpError
 from warp_ds.names import control_character
 from warp_ds.registry import PHASES
 from warp_ds.secrets import redact
@@ -31,10 +31,8 @@ def main(argv: list[str] | None = None) -> int:
             from warp_ds.launch.launcher import main as launch
 
             launch(command, words[1:])
-        if command == "submit":
-            from warp_ds.launch.submit import main as submit
-
-            return submit(words[1:])
+        if command in _OWN_FLAGS:
+            return _OWN_FLAGS[command](words[1:])
         return _run(words)
     except WarpError as error:
         print(redact(f"error: {error}"), file=sys.stderr)
@@ -54,7 +52,7 @@ def _run(words: list[str]) -> int:
         if phase.name != "demo":
             commands.add_parser(phase.name, help=phase.title)
     commands.add_parser("submit", help="phases one after another, as jobs of Slurm or here")
-    _add_commands(commands, words)
+    _add_commands(commands)
     for word in words:
         if found := control_character(word):
             parser.error(
@@ -62,34 +60,20 @@ def _run(words: list[str]) -> int:
                 "value of this program has"
             )
     arguments, rest = parser.parse_known_args(underscored(words))
-    if rest and arguments.command not in ("demo", "doctor"):
+    if rest and arguments.command != "demo":
         parser.error(f"unknown arguments: {' '.join(rest)}")
     arguments.rest = rest
     return int(arguments.run(arguments))
 
 
-def _add_commands(commands: Any, words: Sequence[str]) -> None:
+def _add_commands(commands: Any) -> None:
     demo = commands.add_parser("demo", help="the whole job on a small model made on the spot")
     demo.add_argument("--ranks", type=int, default=2, help="local processes (default 2)")
     demo.set_defaults(run=_demo)
     _add_verify_and_shrink(commands)
 
-    plan = commands.add_parser(
-        "plan",
-        help="memory, traffic and disk of every phase, from the model's config alone",
-        description="What each "
-        "phase will need in memory, traffic and disk, and the fewest nodes that will do, from the model's "
-        "config alone: no weight is read. Exit status 1 where the job does not fit.",
-    )
-    if words[:1] == ["plan"]:
-        from warp_ds.launch import plan as planning
-
-        planning.add_arguments(plan)
-        plan.set_defaults(run=planning.run)
-
-    commands.add_parser(
-        "doctor", help="whether this machine can do the job that the flags name; a cure for each failing line", add_help=False
-    ).set_defaults(run=_doctor)
+    commands.add_parser("plan", help="memory, traffic and disk of every phase, from the model's config alone")
+    commands.add_parser("doctor", help="whether this machine can do the job that the flags name; a cure for each failing line")
     report = commands.add_parser("report", help="one self-contained HTML file from run directories")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directory: a comparison, phases, an evaluation")
     report.add_argument("--output", default="report.html", help="the file; its pictures go beside it")
@@ -156,10 +140,54 @@ def _demo(arguments: argparse.Namespace) -> int:
     return subprocess.run(command, env=environment, check=False).returncode
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
-    from warp_ds.launch.doctor import main as doctor
+def _submit(words: list[str]) -> int:
+    from warp_ds.launch.submit import main as submit
 
-    return doctor(arguments.rest)
+    return submit(words)
+
+
+def _plan(words: list[str]) -> int:
+    from warp_ds.flags.jobs import PlanArguments
+    from warp_ds.flags.parsing import FlagParser, unknown_flags
+
+    parser = FlagParser(
+        PlanArguments,
+        prog="warp-ds plan",
+        description=(
+            "What each phase will need in memory, traffic and disk, and the fewest nodes that will do, from the model's "
+            "config alone: no weight is read. Exit status 1 where the job does not fit."
+        ),
+    )
+    arguments, rest = parser.parse_args_into_dataclasses(words, look_for_args_file=False, return_remaining_strings=True)
+    if rest:
+        raise unknown_flags(rest, vars(arguments))
+    if not arguments.model_name:
+        raise ConfigError("plan needs --model_name: a hub name, a local folder, or a config.json")
+    from warp_ds.launch.plan import run
+
+    return run(arguments)
+
+
+def _doctor(words: list[str]) -> int:
+    from warp_ds.flags.jobs import DoctorArguments
+    from warp_ds.flags.parsing import FlagParser
+
+    parser = FlagParser(
+        DoctorArguments,
+        prog="warp-ds doctor",
+        description=(
+            "Whether this machine can do the job that the flags name: packages, GPUs, compiler, directories, network, Slurm, "
+            "model, data, and what warp-ds plan counts against what is free. A cure for each line that fails; exit status 1 "
+            "where one would keep the job from running. Takes the phases' flags, so that a command can be checked as it stands."
+        ),
+    )
+    arguments, ignored = parser.parse_args_into_dataclasses(words, look_for_args_file=False, return_remaining_strings=True)
+    from warp_ds.launch.doctor import show
+
+    return show(words, arguments, ignored)
+
+
+_OWN_FLAGS = {"submit": _submit, "plan": _plan, "doctor": _doctor}
 
 
 def _init(arguments: argparse.Namespace) -> int:

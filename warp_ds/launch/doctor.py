@@ -23,9 +23,8 @@ from rich.table import Table
 from warp_ds import __version__, errors
 from warp_ds.cluster import consensus, memory, processes, slurm
 from warp_ds.errors import ArtifactError, ConfigError
-from warp_ds.flags.flag import flag
-from warp_ds.flags.groups import LayerArguments, RunArguments, SafetyDataArguments, TrainingFlags, UtilityDataArguments
-from warp_ds.flags.parsing import FlagParser
+from warp_ds.flags.groups import RunArguments
+from warp_ds.flags.jobs import DoctorArguments
 from warp_ds.store.fingerprints import model_contents
 from warp_ds.zero import settings
 
@@ -44,29 +43,8 @@ class Finding:
     """False: the job can run, but worse than it might."""
 
 
-@dataclass
-class DoctorArguments(UtilityDataArguments, SafetyDataArguments, LayerArguments, TrainingFlags):
-    """The flags that decide what a job needs of its machines; those of the phases, and the machines themselves."""
-
-    nodes: int = flag(1, "nodes of the job that is planned")
-    gpus_per_node: int = flag(0, "their GPUs; 0 = as many as there are here")
-
-
-def main(argv: list[str]) -> int:
-    """``warp-ds doctor [flags of the phases]``; exit status 1 where something would keep the job from running.
-
-    ConfigError for a flag's value that cannot be read.
-    """
-    parser = FlagParser(
-        DoctorArguments,
-        prog="warp-ds doctor",
-        description=(
-            "Whether this machine can do the job that the flags name: packages, GPUs, compiler, directories, network, Slurm, "
-            "model, data, and what warp-ds plan counts against what is free. A cure for each line that fails; exit status 1 "
-            "where one would keep the job from running. Takes the phases' flags, so that a command can be checked as it stands."
-        ),
-    )
-    arguments, ignored = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+def show(argv: list[str], arguments: DoctorArguments, ignored: list[str]) -> int:
+    """Prints what was found; exit status 1 where something would keep the job from running."""
     findings = list(examine(arguments, {word.split("=")[0] for word in argv}))
     table = Table(title=f"{socket.gethostname()}", title_justify="left")
     for name in ("", "checked", "found", "cure"):

@@ -13,9 +13,10 @@ from filelock import FileLock
 
 from warp_ds.cluster import slurm
 from warp_ds.errors import ConfigError
+from warp_ds.flags.jobs import SubmitArguments
 from warp_ds.flags.parsing import parse_phase
 from warp_ds.launch.chain import Chain, local_alive
-from warp_ds.launch.chain_flags import SubmitArguments, kind_of, python_words
+from warp_ds.launch.chain_flags import kind_of, python_words
 from warp_ds.registry import PHASES
 
 CPUS_OF_TASKS = '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'

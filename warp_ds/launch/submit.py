@@ -15,9 +15,10 @@ from rich.live import Live
 from rich.table import Table
 
 from warp_ds.errors import WarpError
+from warp_ds.flags.jobs import SubmitArguments
 from warp_ds.flags.parsing import FlagParser
 from warp_ds.launch.chain import Chain, find_chain
-from warp_ds.launch.chain_flags import SubmitArguments, kind_of
+from warp_ds.launch.chain_flags import kind_of
 from warp_ds.launch.progress import status
 from warp_ds.launch.submission import cancel, submit
 from warp_ds.secrets import redact
