@@ -127,7 +127,7 @@ def test_wrong_values_are_one_line(words: str, said: str) -> None:
 
 
 def test_reporters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_arguments, "get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
     for words in ("tensorboard wandb", "tensorboard,wandb", "tensorboard, wandb,", "all"):
         assert passed(f"--report_to {words} --weight_decay 0.1") == {"report_to": ["tensorboard", "wandb"], "weight_decay": 0.1}
     assert passed("--report_to none") == {"report_to": []}

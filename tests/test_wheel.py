@@ -69,6 +69,6 @@ def test_an_empty_directory(site: Path, tmp_path: Path) -> None:
     shown = run(
         site, here, "warp-ds", "verify", "--before", str(inputs / "m"), "--after", "runs/phase3/model", "--masks_dir", masks
     )
-    assert "certificate: runs/phase3/certificate.json" in shown
+    assert "certificate: " in shown and (here / "runs" / "phase3" / "certificate.json").is_file(), shown
     run(site, here, "warp-ds", "report", "runs/phase1", "runs/phase2", "runs/phase3")
     assert (here / "report.html").stat().st_size > 10_000
