@@ -85,7 +85,7 @@ def test_the_machine_is_asked_where_no_group_is_tighter(tmp_path: Path) -> None:
 def test_the_doctor_and_the_checks_at_the_start_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaConfig
 
-    from warp_ds.launch.doctor import DoctorArguments
+    from warp_ds.flags.jobs import DoctorArguments
     from warp_ds.launch.resources import check_resources
 
     LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8).save_pretrained(tmp_path / "m")

@@ -17,7 +17,7 @@ from phase3_jobs import common
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from warp_ds.flags.arguments import CompareArguments
+from warp_ds.flags.comparison import CompareArguments
 from warp_ds.method.baselines import safe_delta, safety_hessian
 from warp_ds.method.mask import unpack_bits
 from warp_ds.phases import bench

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import CompareArguments, TrainArguments
+from warp_ds.flags.arguments import TrainArguments
+from warp_ds.flags.comparison import CompareArguments
 from warp_ds.flags.parsing import parse_arguments, parse_training
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import LlamaConfig
 
 from warp_ds.errors import ConfigError
 from warp_ds.launch import plan
+from warp_ds.launch.cli import main
 from warp_ds.launch.planning.fit import USABLE, estimate_phases, make_plan
 from warp_ds.launch.planning.job import SHARDINGS, Job, read_shape
 
@@ -85,16 +85,14 @@ def test_smallest_machine(configs: Path, offload: str) -> None:
 
 
 def test_what_does_not_fit_is_named_with_a_cure(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    plan.add_arguments(parser)
     everywhere = ["--basis_placement", "replicated"]
-    status = plan.run(parser.parse_args(["--model_name", str(configs / "70b"), "--nodes", "2", *everywhere]))
+    status = main(["plan", "--model_name", str(configs / "70b"), "--nodes", "2", *everywhere])
     printed = " ".join(capsys.readouterr().out.split())
     assert status == 1
     assert "does not fit: phase 3" in printed and "lower --max_rank" in printed
     assert "smallest with offload" in printed
     small = ["--max_rank", "256", "--gradient_checkpointing", "--max_length", "128", "--batch_size", "1"]
-    status = plan.run(parser.parse_args(["--model_name", str(configs / "70b"), "--nodes", "8", *small]))
+    status = main(["plan", "--model_name", str(configs / "70b"), "--nodes", "8", *small])
     assert status == 0 and "off by" in capsys.readouterr().out
 
 
@@ -133,9 +131,7 @@ def test_a_model_that_is_not_there(
     name: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    parser = argparse.ArgumentParser()
-    plan.add_arguments(parser)
-    assert plan.run(parser.parse_args(["--model_name", name])) == 2
+    assert main(["plan", "--model_name", name]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -14,7 +14,9 @@ import pytest
 
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.arguments import BasisArguments
-from warp_ds.launch.chain import Chain, SubmitArguments, find_chain, status
+from warp_ds.flags.jobs import SubmitArguments
+from warp_ds.launch.chain import Chain, find_chain
+from warp_ds.launch.progress import status
 from warp_ds.phases import checkpoints
 from warp_ds.phases.identity import unfinished
 from warp_ds.phases.run import start_run

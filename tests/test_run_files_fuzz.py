@@ -19,7 +19,7 @@ import torch
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.evaluation.answers import AnswerLog
 from warp_ds.flags.arguments import BasisArguments, TrainArguments
-from warp_ds.launch import chain
+from warp_ds.launch import chain, progress
 from warp_ds.phases import basis, checkpoints
 from warp_ds.phases.run import start_run
 from warp_ds.phases.training import find_checkpoint
@@ -308,7 +308,7 @@ def test_a_chain_whose_files_were_changed(tmp_path: Path) -> None:
 
     def load() -> bool:
         found = chain.Chain.load(tmp_path / "c")
-        assert [line.phase for line in chain.status(found)[0]] == list(found.flags)
+        assert [line.phase for line in progress.status(found)[0]] == list(found.flags)
         return True
 
     outcomes = Outcomes()

@@ -12,8 +12,9 @@ import pytest
 
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import BasisArguments, TrainArguments
+from warp_ds.flags.jobs import SubmitArguments
 from warp_ds.flags.parsing import FlagParser, parse_arguments, parse_training
-from warp_ds.launch.chain import SubmitArguments, find_chain
+from warp_ds.launch.chain import find_chain
 from warp_ds.phases.failures import record_failure
 from warp_ds.phases.run import log_to_terminal, start_run
 from warp_ds.secrets import STRUCK, redact

@@ -11,7 +11,8 @@ from phase3_jobs import common
 from ranks import run_ranks
 
 from warp_ds.errors import ConfigError
-from warp_ds.phases.sweep import SweepArguments, run_sweep, settings
+from warp_ds.flags.comparison import SweepArguments
+from warp_ds.phases.sweep import run_sweep, settings
 from warp_ds.report.page import write_report
 from warp_ds.report.tradeoff import Point, front
 

@@ -8,7 +8,7 @@ import pytest
 
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.sets import EvaluationSets
-from warp_ds.flags.arguments import CompareArguments
+from warp_ds.flags.comparison import CompareArguments
 from warp_ds.phases.arms import ARMS, Arm, compose, parse_arms
 from warp_ds.phases.comparison_data import ComparisonData, overlaps
 from warp_ds.phases.trials import Trial, is_needed, merged_from

@@ -23,14 +23,14 @@ from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import (
     BasisArguments,
-    CompareArguments,
     EvaluateArguments,
     ImportanceArguments,
     SafetyTuningArguments,
     TrainArguments,
 )
+from warp_ds.flags.comparison import CompareArguments
 from warp_ds.flags.parsing import parse_training
-from warp_ds.flags.training_arguments import CHANGES_NO_TRAINING, CHANGES_TRAINING, FIELDS, NO_EFFECT, OURS, REFUSED, WORKS
+from warp_ds.flags.training_arguments import CHANGES_NO_TRAINING, CHANGES_TRAINING, NO_EFFECT, OURS, REFUSED, WORKS, fields
 from warp_ds.phases import trainer_arguments, training
 
 
@@ -50,8 +50,8 @@ def refusal(text: str, kind: Any = TrainArguments) -> str:
 
 def test_the_lists_cover_the_installed_training_arguments() -> None:
     lists = [WORKS, REFUSED.keys(), NO_EFFECT.keys()]
-    assert set().union(*lists) == set(FIELDS), "put what is new into a list, with a test, and take out what is gone"
-    assert sum(map(len, lists)) == len(FIELDS), "a field stands in two lists"
+    assert set().union(*lists) == set(fields()), "put what is new into a list, with a test, and take out what is gone"
+    assert sum(map(len, lists)) == len(fields()), "a field stands in two lists"
     assert not CHANGES_TRAINING & CHANGES_NO_TRAINING
 
 
@@ -81,7 +81,7 @@ def test_a_default_written_out_says_nothing() -> None:
 
 
 def test_a_field_of_a_newer_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(training_arguments.FIELDS, "train_backwards", training_arguments.FIELDS["use_cpu"])
+    monkeypatch.setitem(fields(), "train_backwards", fields()["use_cpu"])
     assert refusal("--train_backwards True").startswith("--train_backwards was not checked with warp_ds")
 
 
@@ -127,7 +127,7 @@ def test_wrong_values_are_one_line(words: str, said: str) -> None:
 
 
 def test_reporters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_arguments, "get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
     for words in ("tensorboard wandb", "tensorboard,wandb", "tensorboard, wandb,", "all"):
         assert passed(f"--report_to {words} --weight_decay 0.1") == {"report_to": ["tensorboard", "wandb"], "weight_decay": 0.1}
     assert passed("--report_to none") == {"report_to": []}

@@ -17,7 +17,8 @@ from phase3_jobs import common, make_model
 from ranks import run_ranks
 
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import BasisArguments, CompareArguments, EvaluateArguments, ImportanceArguments, TrainArguments
+from warp_ds.flags.arguments import BasisArguments, EvaluateArguments, ImportanceArguments, TrainArguments
+from warp_ds.flags.comparison import CompareArguments
 from warp_ds.flags.parsing import parse_arguments, parse_training
 from warp_ds.launch.inputs import on_one_machine
 
@@ -57,11 +58,12 @@ def _prepare(root: Path) -> None:
 
 def _cases(root: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
     """Case -> (what its message must say, what runs into it)."""
+    from warp_ds.flags.comparison import SweepArguments
     from warp_ds.phases.basis import run_basis
     from warp_ds.phases.compare import run_compare
     from warp_ds.phases.evaluate import run_evaluation
     from warp_ds.phases.importance import run_importance
-    from warp_ds.phases.sweep import SweepArguments, run_sweep
+    from warp_ds.phases.sweep import run_sweep
     from warp_ds.phases.training import run_training
 
     def basis(**more: Any) -> Callable[[], Any]:

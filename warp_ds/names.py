@@ -7,9 +7,11 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+from warp_ds.registry import PHASES
+
 LONGEST = 200
 """Bytes of a run's name: file systems take 255, and log files add to it."""
-RESERVED = re.compile(r"(phase\d|evaluate|compare|sweep)_latest|\.+|.*\.(tmp|removed|part)")
+RESERVED = re.compile(rf"({'|'.join(PHASES)})_latest|\.+|.*\.(tmp|removed|part)")
 
 
 def problem_of_name(name: str) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from chain import ROOT, Reference, assert_as_undisturbed, events, flags
-from test_slurm_templates import in_the_middle
+from test_slurm_templates import in_the_middle, python_of
 from throwaway import ENDED, ThrowAwaySlurm
 
 pytestmark = pytest.mark.slow
-FAULTY = str(Path(__file__).parent / "faulty")
+FAULTY = Path(__file__).parent / "faulty" / "python.py"
 
 
 def phase3(
@@ -29,7 +29,9 @@ def phase3(
         "2",
         *more,
     ]
-    environment = {"WARP_DS_ROOT": FAULTY, "FAULT": fault} if fault else {}
+    environment = {"WARP_DS_ROOT": str(output / "root"), "FAULT": fault} if fault else {}
+    if fault:
+        python_of(output / "root", FAULTY)
     return slurm.sbatch(
         f"--nodes={nodes}",
         "--gpus-per-node=1",

@@ -9,8 +9,11 @@ from throwaway import ThrowAwaySlurm
 
 from warp_ds.cluster.slurm import ALIVE, cancel, first_host, job_states, task_environment
 from warp_ds.errors import ConfigError
+from warp_ds.flags.jobs import SubmitArguments
 from warp_ds.flags.parsing import FlagParser
-from warp_ds.launch.chain import Chain, SubmitArguments, _marked_jobs, find_chain, parse_phases, phase_flags
+from warp_ds.launch.chain import Chain, find_chain
+from warp_ds.launch.chain_flags import parse_phases, phase_flags
+from warp_ds.launch.submission import _marked_jobs
 
 TASK = {
     "SLURM_STEP_ID": "0",

@@ -12,7 +12,9 @@ import pytest
 from chain import ROOT, Reference, assert_as_undisturbed, events, flags
 from throwaway import ENDED, ThrowAwaySlurm
 
-from warp_ds.launch.chain import CPUS_OF_TASKS, Chain, SubmitArguments, _slurm_jobs
+from warp_ds.flags.jobs import SubmitArguments
+from warp_ds.launch.chain import Chain
+from warp_ds.launch.submission import CPUS_OF_TASKS, _slurm_jobs
 
 
 def submit(slurm: ThrowAwaySlurm, phase: str, reference: Reference, output: Path, *more: str, options: tuple = ()) -> str:
@@ -27,6 +29,14 @@ def submit(slurm: ThrowAwaySlurm, phase: str, reference: Reference, output: Path
         *more,
         cwd=ROOT,
     )
+
+
+def python_of(root: Path, program: Path) -> None:
+    """A Python that runs ``program`` in whatever's place, where the templates look for one under WARP_DS_ROOT."""
+    shim = root / ".venv" / "bin" / "python"
+    shim.parent.mkdir(parents=True, exist_ok=True)
+    shim.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n')
+    shim.chmod(0o755)
 
 
 def in_the_middle(slurm: ThrowAwaySlurm, job: str, run: Path, after: float = 0, seconds: float = 600) -> None:
@@ -98,8 +108,8 @@ def test_cores_of_a_task_reach_srun(slurm: ThrowAwaySlurm, tmp_path: Path, cores
     """A template, with a program in the phase's place that says what it was given; the others have the same line."""
     templates = {path.stem: path.read_text() for path in (ROOT / "slurm").glob("*.sbatch")}
     assert len(templates) == 5 and all(CPUS_OF_TASKS in text.splitlines() for text in templates.values())
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "phase1.py").write_text(SAYS_ITS_CORES)
+    (tmp_path / "says.py").write_text(SAYS_ITS_CORES)
+    python_of(tmp_path, tmp_path / "says.py")
     asked = () if cores is None else (f"--cpus-per-task={cores}",)
     job = slurm.sbatch(
         "--nodes=1",

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from warp_ds.errors import ConfigError
+from warp_ds.flags.jobs import SubmitArguments
 from warp_ds.flags.parsing import FlagParser
-from warp_ds.launch.chain import CPUS_OF_TASKS, SubmitArguments, find_chain, submit
+from warp_ds.launch.chain import find_chain
+from warp_ds.launch.submission import CPUS_OF_TASKS, submit
 
 #: A program of this name must never run.
 EVIL = "touch marker"

@@ -10,12 +10,13 @@ import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from transformers import PreTrainedTokenizerBase
-
 from warp_ds.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CUT = "\ufdd0"
 """A noncharacter: where text that somebody typed must not be read as a control token, its tokens are cut here."""

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
+from copy import copy
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
 
 from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
-from warp_ds.flags.arguments import RunArguments
 from warp_ds.flags.checks import refuse_control_characters, refuse_secrets
+from warp_ds.flags.flag import dataclass_fields
+from warp_ds.flags.groups import RunArguments
 from warp_ds.names import control_character
+from warp_ds.registry import Phase
 
 Arguments = TypeVar("Arguments", bound="RunArguments")
+
+
+def _hf_argument_parser() -> Any:
+    """transformers' HfArgumentParser, from its own file, which needs nothing of the package: importing that takes seconds."""
+    package = find_spec("transformers")
+    path = Path(package.origin if package and package.origin else "").with_name("hf_argparser.py")
+    if not path.is_file():
+        from transformers import HfArgumentParser
+
+        return HfArgumentParser
+    spec = spec_from_file_location("warp_ds.flags.hf_argparser", path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.HfArgumentParser
+
+
+HfArgumentParser: Any = _hf_argument_parser()
 
 
 class FlagParser(HfArgumentParser):
@@ -27,6 +47,12 @@ class FlagParser(HfArgumentParser):
 
     def __init__(self, kinds: Any, **more: Any):
         super().__init__(kinds, allow_abbrev=False, **more)
+
+    @staticmethod
+    def _parse_dataclass_field(parser: Any, field: Any) -> None:
+        shown = copy(field)
+        shown.metadata = {name: value for name, value in field.metadata.items() if name != "nature"}
+        HfArgumentParser._parse_dataclass_field(parser, shown)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -56,16 +82,21 @@ PASSED_HELP = (
 
 def parse_arguments(kind: type[Arguments], argv: list[str] | None = None) -> Arguments:
     """The flags of one phase; ConfigError for one that it does not have."""
-    arguments, rest = _parse(kind, argv, CONFIG_HELP, [kind])
+    arguments, rest = _parse(kind, argv, trains=False)
     if rest:
         raise unknown_flags(rest, names_of(kind))
     return arguments
 
 
 def parse_training(kind: type[Arguments], argv: list[str] | None = None) -> tuple[Arguments, dict[str, Any]]:
-    """The flags of phase 0 or 3, and what else of transformers' TrainingArguments was given (name -> value)."""
-    arguments, rest = _parse(kind, argv, f"{CONFIG_HELP} {PASSED_HELP}", [TrainingArguments, kind])
+    """The flags of a phase that trains, and what else of transformers' TrainingArguments was given (name -> value)."""
+    arguments, rest = _parse(kind, argv, trains=True)
     return arguments, _passed(rest, kind)
+
+
+def parse_phase(phase: Phase, argv: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
+    """The flags of a phase, and what it passes on to transformers."""
+    return parse_training(phase.arguments, argv) if phase.trains else (parse_arguments(phase.arguments, argv), {})
 
 
 def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:
@@ -77,11 +108,11 @@ def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:
     problems: list[str] = []
     for words in grouped(rest):
         name = words[0].lstrip("-").replace("-", "_")
-        field = name if name in training_arguments.FIELDS else name.removeprefix("no_")
+        field = name if name in training_arguments.fields() else name.removeprefix("no_")
         value = words[1:] if field == name else ["false"]
         if hasattr(kind, "arms") and (instead := DECIDED_BY_ARMS.get(name)):
             problems.append(f"--{name} is decided by {instead}")
-        elif not words[0].startswith("--") or field not in training_arguments.FIELDS:
+        elif not words[0].startswith("--") or field not in training_arguments.fields():
             unknown += words
         elif field in training_arguments.WORKS:
             kept += words
@@ -91,6 +122,8 @@ def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:
         raise unknown_flags(unknown, [*names_of(kind), *training_arguments.WORKS])
     if problems:
         raise ConfigError("; ".join(problems))
+    from transformers import TrainingArguments
+
     passed = FlagParser(TrainingArguments)
     training_arguments.several_words(passed)
     for action in passed._actions:
@@ -128,18 +161,18 @@ def grouped(words: Sequence[str]) -> list[list[str]]:
     return groups
 
 
-def _parse(kind: type[Arguments], argv: list[str] | None, epilog: str, kinds: Sequence[Any]) -> tuple[Arguments, list[str]]:
-    """The flags of ``kind``, and the words that belong to none of them; a configuration file may have those of ``kinds``."""
-    parser = FlagParser(kind, description=kind.__doc__, epilog=epilog)
+def _parse(kind: type[Arguments], argv: list[str] | None, trains: bool) -> tuple[Arguments, list[str]]:
+    """The flags of ``kind``, and the words that belong to none of them."""
+    parser = FlagParser(kind, description=kind.__doc__, epilog=f"{CONFIG_HELP} {PASSED_HELP}" if trains else CONFIG_HELP)
     arguments, rest = parser.parse_args_into_dataclasses(
-        args=_with_config_file(argv, kinds), look_for_args_file=False, return_remaining_strings=True
+        args=_with_config_file(argv, kind, trains), look_for_args_file=False, return_remaining_strings=True
     )
     return arguments, rest
 
 
 def names_of(kind: Any) -> list[str]:
     """The flags of a dataclass, without dashes; and --config."""
-    return [*(f.name for f in dataclasses.fields(kind) if f.init), "config"]
+    return [*dataclass_fields(kind), "config"]
 
 
 def unknown_flags(words: Sequence[str], known: Iterable[str]) -> ConfigError:
@@ -152,8 +185,9 @@ def unknown_flags(words: Sequence[str], known: Iterable[str]) -> ConfigError:
     return ConfigError("; ".join(unknown) or f"{words[0]!r} belongs to no flag: --help lists all")
 
 
-def _with_config_file(argv: list[str] | None, kinds: Sequence[Any]) -> list[str]:
-    """Puts the flags of ``--config FILE`` (YAML mapping of the names of ``kinds``' fields to values) before the others."""
+def _with_config_file(argv: list[str] | None, kind: Any, trains: bool) -> list[str]:
+    """Puts the flags of ``--config FILE`` (YAML mapping of names to values) before the others. It may have those of
+    TrainingArguments where the phase ``trains``."""
     parser = FlagParser([], add_help=False)
     parser.add_argument("--config", metavar="FILE")
     found, argv = parser.parse_known_args(argv)
@@ -167,7 +201,7 @@ def _with_config_file(argv: list[str] | None, kinds: Sequence[Any]) -> list[str]
         raise ConfigError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(top, yaml.MappingNode):
         raise ConfigError(f"--config {path} must be a mapping of flag names to values, such as 'keep_ratio: 0.1'")
-    fields = {f.name: f for kind in kinds for f in reversed(dataclasses.fields(kind)) if f.init}
+    fields = {**(training_arguments.fields() if trains else {}), **dataclass_fields(kind)}
     flags: list[str] = []
     lines: dict[str, int] = {}
     for key, value in top.value:

@@ -11,12 +11,9 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
-
-import torch
-from transformers import TrainingArguments, get_scheduler
-from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 CHANGES_TRAINING = frozenset(
     {
@@ -175,7 +172,13 @@ NO_EFFECT = {
 #: Besides a default written out, what says no more than what is done anyway.
 _HARMLESS: dict[str, tuple[str, ...]] = {"do_train": ("true",), "tf32": ("none", "false")}
 
-FIELDS = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
+
+@cache
+def fields() -> dict[str, dataclasses.Field[Any]]:
+    """TrainingArguments' own, by name. Imports torch, which who only asks for help need not wait for."""
+    from transformers import TrainingArguments
+
+    return {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
 
 
 def why_refused(name: str, words: Sequence[str]) -> str | None:
@@ -207,7 +210,7 @@ def _is_default(name: str, word: str) -> bool:
 
 def default_of(name: str) -> Any:
     """TrainingArguments' own default of a field."""
-    field = FIELDS[name]
+    field = fields()[name]
     made = field.default_factory
     return field.default if made is dataclasses.MISSING else made()
 
@@ -286,6 +289,9 @@ def check_scheduler(found: Mapping[str, Any], learning_rate: float = 1.0) -> Non
         raise ValueError(f"--lr_scheduler_type {kind} is refused: {_NO_EVALUATION}")
     if "lr_scheduler_type" not in found and "lr_scheduler_kwargs" not in found:
         return
+    import torch
+    from transformers import get_scheduler
+
     some = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
     try:
         get_scheduler(kind, some, 2, 10, found.get("lr_scheduler_kwargs") or {})
@@ -302,6 +308,8 @@ def reporters(given: str | Sequence[str]) -> list[str]:
     names = list(dict.fromkeys(part.strip() for word in words for part in word.split(",") if part.strip()))
     if not names or names == ["none"]:
         return []
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
     here = get_available_reporting_integrations()
     if names == ["all"]:
         return list(here)

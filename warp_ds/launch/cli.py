@@ -1,4 +1,7 @@
-"""The console command ``warp-ds``: what needs no ranks of its own."""
+"""The console command ``warp-ds``, and ``python -m warp_ds`` under a launcher: phases, and what needs no ranks of its own.
+
+Nothing is imported before it is known to be needed: torch takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,83 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from warp_ds import __version__
+from warp_ds.errors import ConfigError, WarpError
 from warp_ds.names import control_character
+from warp_ds.registry import PHASES
+from warp_ds.secrets import redact
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; the exit status is the program's."""
-    parser = argparse.ArgumentParser(prog="warp-ds", description="Fine-tune a model without losing its safety.")
+    words = sys.argv[1:] if argv is None else list(argv)
+    while words and words[0].startswith("--local_rank"):  # the deepspeed launcher puts it first
+        del words[0]
+    command = words[0] if words else ""
+    try:
+        if command in PHASES and command != "demo":
+            from warp_ds.launch.launcher import main as launch
+
+            launch(command, words[1:])
+        if command in _OWN_FLAGS:
+            return _OWN_FLAGS[command](words[1:])
+        return _run(words)
+    except WarpError as error:
+        print(redact(f"error: {error}"), file=sys.stderr)
+        return error.exit_status
+
+
+def _run(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="warp-ds",
+        description="Fine-tune a model without losing its safety.",
+        epilog="Phases run alone or on every rank: torchrun -m warp_ds phase3 …, deepspeed --module warp_ds phase3 …, srun, "
+        "accelerate launch -m.",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for phase in PHASES.values():
+        if phase.name != "demo":
+            commands.add_parser(phase.name, help=phase.title)
+    commands.add_parser("submit", help="phases one after another, as jobs of Slurm or here")
+    _add_commands(commands)
+    for word in words:
+        if found := control_character(word):
+            parser.error(
+                f"{ascii(word)[:120]} holds the character {found}, a line end or another control character, which no "
+                "value of this program has"
+            )
+    arguments, rest = parser.parse_known_args(underscored(words))
+    if rest and arguments.command != "demo":
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    return int(arguments.run(arguments))
 
+
+def _add_commands(commands: Any) -> None:
     demo = commands.add_parser("demo", help="the whole job on a small model made on the spot")
     demo.add_argument("--ranks", type=int, default=2, help="local processes (default 2)")
     demo.set_defaults(run=_demo)
+    _add_verify_and_shrink(commands)
 
+    commands.add_parser("plan", help="memory, traffic and disk of every phase, from the model's config alone")
+    commands.add_parser("doctor", help="whether this machine can do the job that the flags name; a cure for each failing line")
+    report = commands.add_parser("report", help="one self-contained HTML file from run directories")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directory: a comparison, phases, an evaluation")
+    report.add_argument("--output", default="report.html", help="the file; its pictures go beside it")
+    report.add_argument("--picture", help="also the comparison's picture alone, as this .svg or .png")
+    report.set_defaults(run=_report)
+
+    init = commands.add_parser(
+        "init", help="writes DeepSpeed configurations and Slurm templates into a directory, to edit; overwrites nothing"
+    )
+    init.add_argument("directory", nargs="?", default=".", help="default: here")
+    init.set_defaults(run=_init)
+
+
+def _add_verify_and_shrink(commands: Any) -> None:
     verify = commands.add_parser(
         "verify",
         help="from two model directories, whether every frozen coefficient stayed where it was",
@@ -44,40 +109,6 @@ def main(argv: list[str] | None = None) -> int:
     shrink.add_argument("--basis_dir", help="basis/ of phase 1, where it is not the one that the masks name")
     shrink.add_argument("--output", required=True, help="directory for the new basis/ and masks/")
     shrink.set_defaults(run=_shrink)
-
-    plan = commands.add_parser(
-        "plan",
-        help="memory, traffic and disk of every phase, from the model's config alone",
-        description="What each "
-        "phase will need in memory, traffic and disk, and the fewest nodes that will do, from the model's "
-        "config alone: no weight is read. Exit status 1 where the job does not fit.",
-    )
-    if "plan" in (sys.argv[1:2] if argv is None else argv[:1]):
-        from warp_ds.launch import plan as planning
-
-        planning.add_arguments(plan)
-        plan.set_defaults(run=planning.run)
-
-    commands.add_parser(
-        "doctor", help="whether this machine can do the job that the flags name; a cure for each failing line", add_help=False
-    ).set_defaults(run=_doctor)
-    report = commands.add_parser("report", help="one self-contained HTML file from run directories")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run directory: a comparison, phases, an evaluation")
-    report.add_argument("--output", default="report.html", help="the file; its pictures go beside it")
-    report.add_argument("--picture", help="also the comparison's picture alone, as this .svg or .png")
-    report.set_defaults(run=_report)
-
-    for word in sys.argv[1:] if argv is None else argv:
-        if found := control_character(word):
-            parser.error(
-                f"{ascii(word)[:120]} holds the character {found}, a line end or another control character, which no "
-                "value of this program has"
-            )
-    arguments, rest = parser.parse_known_args(underscored(sys.argv[1:] if argv is None else argv))
-    if rest and arguments.command not in ("demo", "doctor"):
-        parser.error(f"unknown arguments: {' '.join(rest)}")
-    arguments.rest = rest
-    return int(arguments.run(arguments))
 
 
 def underscored(words: Sequence[str]) -> list[str]:
@@ -110,15 +141,65 @@ def _demo(arguments: argparse.Namespace) -> int:
     return subprocess.run(command, env=environment, check=False).returncode
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
-    from warp_ds.errors import ConfigError
-    from warp_ds.launch.doctor import main as doctor
+def _submit(words: list[str]) -> int:
+    from warp_ds.launch.submit import main as submit
 
-    try:
-        return doctor(arguments.rest)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return submit(words)
+
+
+def _plan(words: list[str]) -> int:
+    from warp_ds.flags.jobs import PlanArguments
+    from warp_ds.flags.parsing import FlagParser, unknown_flags
+
+    parser = FlagParser(
+        PlanArguments,
+        prog="warp-ds plan",
+        description=(
+            "What each phase will need in memory, traffic and disk, and the fewest nodes that will do, from the model's "
+            "config alone: no weight is read. Exit status 1 where the job does not fit."
+        ),
+    )
+    arguments, rest = parser.parse_args_into_dataclasses(words, look_for_args_file=False, return_remaining_strings=True)
+    if rest:
+        raise unknown_flags(rest, vars(arguments))
+    if not arguments.model_name:
+        raise ConfigError("plan needs --model_name: a hub name, a local folder, or a config.json")
+    from warp_ds.launch.plan import run
+
+    return run(arguments)
+
+
+def _doctor(words: list[str]) -> int:
+    from warp_ds.flags.jobs import DoctorArguments
+    from warp_ds.flags.parsing import FlagParser
+
+    parser = FlagParser(
+        DoctorArguments,
+        prog="warp-ds doctor",
+        description=(
+            "Whether this machine can do the job that the flags name: packages, GPUs, compiler, directories, network, Slurm, "
+            "model, data, and what warp-ds plan counts against what is free. A cure for each line that fails; exit status 1 "
+            "where one would keep the job from running. Takes the phases' flags, so that a command can be checked as it stands."
+        ),
+    )
+    arguments, ignored = parser.parse_args_into_dataclasses(words, look_for_args_file=False, return_remaining_strings=True)
+    from warp_ds.launch.doctor import show
+
+    return show(words, arguments, ignored)
+
+
+_OWN_FLAGS = {"submit": _submit, "plan": _plan, "doctor": _doctor}
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from warp_ds.cluster.templates import write_templates
+
+    written, kept = write_templates(Path(arguments.directory))
+    for path in written:
+        print(f"written: {path}")
+    for path in kept:
+        print(f"there already, left as it is: {path}")
+    return 0
 
 
 def _free_port() -> int:
@@ -128,15 +209,10 @@ def _free_port() -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from warp_ds.errors import ArtifactError
     from warp_ds.evaluation.certificate import EXIT, certify
     from warp_ds.evaluation.certificate_output import certificate_path, print_certificate, write_certificate
 
-    try:
-        certificate = certify(arguments.before, arguments.after, arguments.masks_dir, arguments.basis_dir)
-    except ArtifactError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    certificate = certify(arguments.before, arguments.after, arguments.masks_dir, arguments.basis_dir)
     print_certificate(certificate)
     output = Path(arguments.output) if arguments.output else certificate_path(Path(arguments.after))
     write_certificate(certificate, output)
@@ -145,26 +221,16 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _shrink(arguments: argparse.Namespace) -> int:
-    from warp_ds.errors import ArtifactError
     from warp_ds.phases.shrink import print_shrunk, shrink
 
-    try:
-        print_shrunk(shrink(arguments.masks_dir, arguments.basis_dir, Path(arguments.output)))
-    except ArtifactError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print_shrunk(shrink(arguments.masks_dir, arguments.basis_dir, Path(arguments.output)))
     print(f"train with --masks_dir {Path(arguments.output) / 'masks'}")
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from warp_ds.errors import ConfigError
+    from warp_ds.report.page import run_report
 
-    try:
-        from warp_ds.report.page import run_report
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return run_report(arguments)
 
 

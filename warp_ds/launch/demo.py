@@ -22,8 +22,11 @@ from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.metrics import extract_number
 from warp_ds.evaluation.sets import SUITES, EvaluationSets
-from warp_ds.flags.arguments import CompareArguments, EvaluateArguments, RunArguments, SafetyTuningArguments, flag
-from warp_ds.launch.launcher import launch
+from warp_ds.flags.arguments import EvaluateArguments, SafetyTuningArguments
+from warp_ds.flags.comparison import CompareArguments
+from warp_ds.flags.flag import again, handed_on
+from warp_ds.flags.groups import ArmFlags, HeldOutArguments, RunArguments, UtilityDataArguments
+from warp_ds.launch.launcher import main
 from warp_ds.phases.arms import parse_arms
 from warp_ds.phases.bench import Bench
 from warp_ds.phases.compare import compare_arms, show, spent, write_report
@@ -58,24 +61,30 @@ COMPLIANT = (
 
 
 @dataclass
-class DemoArguments(RunArguments):
+class DemoArguments(ArmFlags, RunArguments):
     """The demo's own defaults; it makes its model and its data."""
 
-    model_name: str = "made by the demo"
-    dtype: str = "float32"
-    device: str = "cpu"
-    output_dir: str = "checkpoints/demo"
-    batch_size: int = 8
-    max_length: int = 128
-    arms: str = flag(",".join(TITLES), "comma-separated arms; '+' composes (safeinstr+rotated)")
-    learning_rates: str = flag("1e-3", "comma-separated grid of every arm")
-    arm_rates: str | None = flag(None, "other grids, such as 'full=1e-4:3e-4,osft=3e-3'")
-    seeds: str = flag("42", "comma-separated seeds of the training")
-    at_utility: float = flag(0.0, "task NLL to compare at; 0 = the best that the arm 'rotated' reaches")
-    harmful_data: str | None = flag(None, "file of harmful prompts to use in place of the demo's own requests")
-    utility_data: str | None = flag(None, "file of task items (answers end in #### N) to train on, in place of its own")
-    utility_heldout: str | None = flag(None, "file of task items to evaluate on; needed with --utility_data")
-    max_new_tokens: int = flag(56, "longest answer in the evaluation, in tokens")
+    model_name: str = again(RunArguments, "model_name", "made by the demo")
+    dtype: str = again(RunArguments, "dtype", "float32")
+    device: str = again(RunArguments, "device", "cpu")
+    output_dir: str = again(RunArguments, "output_dir", "checkpoints/demo")
+    batch_size: int = again(RunArguments, "batch_size", 8)
+    max_length: int = again(RunArguments, "max_length", 128)
+    arms: str = again(ArmFlags, "arms", ",".join(TITLES))
+    learning_rates: str = again(ArmFlags, "learning_rates", "1e-3")
+    harmful_data: str | None = again(
+        HeldOutArguments, "harmful_data", None, "file of harmful prompts to use in place of the demo's own requests"
+    )
+    utility_data: str | None = again(
+        UtilityDataArguments,
+        "utility_data",
+        None,
+        "file of task items (answers end in #### N) to train on, in place of its own",
+    )
+    utility_heldout: str | None = again(
+        CompareArguments, "utility_heldout", None, "file of task items to evaluate on; needed with --utility_data"
+    )
+    max_new_tokens: int = again(HeldOutArguments, "max_new_tokens", 56)
 
     def check(self) -> None:
         super().check()
@@ -90,51 +99,20 @@ def run_demo(arguments: DemoArguments) -> None:
     root, start = Path(arguments.output_dir), time.time()
     with log_to_file(Path(arguments.log_dir), "demo"):
         data = consensus.on_rank_0(lambda: _make(root, arguments), "making the demo's model and data")
-        common: dict[str, Any] = {
-            "dtype": arguments.dtype,
-            "device": arguments.device,
-            "deepspeed": arguments.deepspeed,
-            "output_dir": str(root),
-            "log_dir": arguments.log_dir,
-            "seed": arguments.seed,
-            "max_length": arguments.max_length,
-            "batch_size": arguments.batch_size,
-            "template_date": arguments.template_date,
-        }
+        common = {**handed_on(arguments, RunArguments), "output_dir": str(root), "log_dir": arguments.log_dir}
         texts = _comparison(data, arguments.seed)
         check_lengths(
-            EvaluateArguments(**common, model_name=str(root / "base")),
+            EvaluateArguments(**{**common, "model_name": str(root / "base")}),
             texts.sets.generated(SUITES),
             {"harmful": texts.safety, "task": texts.task, "loss": texts.sets.utility},
             arguments.max_new_tokens,
         )
         logger.info("phase 0: a model that refuses harmful requests and answers harmless ones")
         began = time.time()
-        safe = (
-            run_safety_tuning(
-                SafetyTuningArguments(
-                    **common,
-                    model_name=str(root / "base"),
-                    safety_data=str(root / "data" / "phase0.jsonl"),
-                    safety_samples=0,
-                    run_name="phase0",
-                    epochs=4,
-                    learning_rate=3e-3,
-                    global_batch_size=16,
-                ),
-                {"warmup_steps": 20, "lr_scheduler_type": "cosine"},
-            )
-            / "model"
-        )
+        safe = _tuned(root, common)
         seconds = {"phase 0": round(time.time() - began, 1)}
         settings = CompareArguments(
-            **common,
-            model_name=str(safe),
-            arms=arguments.arms,
-            learning_rates=arguments.learning_rates,
-            arm_rates=arguments.arm_rates,
-            seeds=arguments.seeds,
-            at_utility=arguments.at_utility,
+            **{**common, **handed_on(arguments, ArmFlags), "model_name": str(safe)},
             layer_type=LAYER_TYPE,
             keep_ratio=KEEP_RATIO,
             safety_samples=0,
@@ -159,6 +137,20 @@ def run_demo(arguments: DemoArguments) -> None:
             show(root, comparison)
         elif processes.rank() == 0:
             to_terminal([*blocks(comparison), *spent(root)], width=120)
+
+
+def _tuned(root: Path, common: dict[str, Any]) -> Path:
+    """The model of phase 0."""
+    arguments = SafetyTuningArguments(
+        **{**common, "model_name": str(root / "base")},
+        safety_data=str(root / "data" / "phase0.jsonl"),
+        safety_samples=0,
+        run_name="phase0",
+        epochs=4,
+        learning_rate=3e-3,
+        global_batch_size=16,
+    )
+    return run_safety_tuning(arguments, {"warmup_steps": 20, "lr_scheduler_type": "cosine"}) / "model"
 
 
 def _comparison(data: dict[str, Any], seed: int) -> ComparisonData:
@@ -242,4 +234,4 @@ def blocks(comparison: Comparison) -> list[Block]:
 
 
 if __name__ == "__main__":
-    launch(DemoArguments, run_demo, stoppable=False)
+    main("demo")

@@ -4,40 +4,17 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
-from warp_ds.flags.arguments import LayerArguments, SafetyDataArguments, TrainingFlags, UtilityDataArguments, flag
-from warp_ds.flags.parsing import FlagParser
+from warp_ds.flags.jobs import DoctorArguments
 from warp_ds.launch import machine
 from warp_ds.launch.resources import check_resources
 
 
-@dataclass
-class DoctorArguments(UtilityDataArguments, SafetyDataArguments, LayerArguments, TrainingFlags):
-    """The flags that decide what a job needs of its machines; those of the phases, and the machines themselves."""
-
-    nodes: int = flag(1, "nodes of the job that is planned")
-    gpus_per_node: int = flag(0, "their GPUs; 0 = as many as there are here")
-
-
-def main(argv: list[str]) -> int:
-    """``warp-ds doctor [flags of the phases]``; exit status 1 where something would keep the job from running.
-
-    ConfigError for a flag's value that cannot be read.
-    """
-    parser = FlagParser(
-        DoctorArguments,
-        prog="warp-ds doctor",
-        description=(
-            "Whether this machine can do the job that the flags name: packages, GPUs, compiler, directories, network, Slurm, "
-            "model, data, and what warp-ds plan counts against what is free. A cure for each line that fails; exit status 1 "
-            "where one would keep the job from running. Takes the phases' flags, so that a command can be checked as it stands."
-        ),
-    )
-    arguments, ignored = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+def show(argv: list[str], arguments: DoctorArguments, ignored: list[str]) -> int:
+    """Prints what was found; exit status 1 where something would keep the job from running."""
     findings = list(examine(arguments, {word.split("=")[0] for word in argv}))
     table = Table(title=f"{socket.gethostname()}", title_justify="left")
     for name in ("", "checked", "found", "cure"):

@@ -9,23 +9,12 @@ from typing import Any
 from warp_ds.cluster.slurm import task_environment
 from warp_ds.data.datasets import local_file
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import ImportanceArguments, RunArguments, TrainArguments
+from warp_ds.flags.flag import dataclass_fields, nature
+from warp_ds.flags.groups import RunArguments
+from warp_ds.registry import phase_of
 from warp_ds.store.runs import find_artifact
 from warp_ds.zero import settings
 from warp_ds.zero.model import check_model_dir, local_model_dir, read_config
-
-MODELS = ("model_name", "reference_model", "judge_model", "unaligned_model")
-DATA = (
-    "safety_data",
-    "utility_data",
-    "utility_heldout",
-    "harmful_data",
-    "harmless_data",
-    "mix_file",
-    "unaligned_data",
-    "foundation_data",
-    "prompt_file",
-)
 
 
 def check_inputs(arguments: RunArguments) -> None:
@@ -33,26 +22,23 @@ def check_inputs(arguments: RunArguments) -> None:
 
     Names of the hub are left to the phase, which fetches them.
     """
-    named = vars(arguments)
-    for flag in MODELS:
-        if named.get(flag):
-            directory = local_model_dir(named[flag], f"--{flag}")
+    for name, field in dataclass_fields(arguments).items():
+        given, reads = getattr(arguments, name), nature(field).reads
+        if reads in ("model", "judge") and given:
+            directory = local_model_dir(given, f"--{name}")
             if directory is not None:
-                (read_config if flag == "judge_model" else check_model_dir)(directory, f"--{flag}")
-    for flag in DATA:
-        for source in (named.get(flag) or "").split(",") if flag == "prompt_file" else [named.get(flag)]:
+                (read_config if reads == "judge" else check_model_dir)(directory, f"--{name}")
+        for source in (given or "").split(",") if reads == "files" else [given] if reads == "data" else []:
             if source:
                 local_file(source)
-    if named.get("refusal_file") and not Path(named["refusal_file"]).expanduser().is_file():
-        raise ConfigError(f"--refusal_file {named['refusal_file']}: no such file")
+        if reads == "text" and given and not Path(given).expanduser().is_file():
+            raise ConfigError(f"--{name} {given}: no such file")
     settings.zero3_config(arguments)
-    needed = {
-        "basis": isinstance(arguments, ImportanceArguments) and arguments.basis != "identity",
-        "masks": isinstance(arguments, TrainArguments),
-    }
-    for kind, always in needed.items():
-        given = named.get(f"{kind}_dir")
-        if given != "none" and (always or given):
+    phase = phase_of(arguments)
+    for kind in ("basis", "masks"):
+        given = getattr(arguments, f"{kind}_dir", None)
+        needed = phase is not None and phase.reads == kind and getattr(arguments, "basis", None) != "identity"
+        if given != "none" and (needed or given):
             find_artifact(given, kind, arguments.output_dir)
 
 

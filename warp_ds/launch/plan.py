@@ -7,95 +7,33 @@ recorded predicted over measured.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import DTYPES, BasisArguments, ImportanceArguments, TrainArguments
+from warp_ds.flags.jobs import PlanArguments
 from warp_ds.launch.planning.estimate import gb
 from warp_ds.launch.planning.fit import MOST_NODES, Plan, make_plan
-from warp_ds.launch.planning.job import OFFLOADS, Job
-from warp_ds.zero.placements import PLACEMENTS
+from warp_ds.launch.planning.job import Job
 
 CHECKED = Path(__file__).with_name("plan_checked.json")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``warp-ds plan``."""
-    parser.add_argument("--model_name", required=True, help="hub name, local folder, or a config.json")
-    parser.add_argument("--nodes", type=int, default=1, help="of each job (default 1)")
-    parser.add_argument("--gpus_per_node", type=int, default=8, help="of each node; one rank each (default 8)")
-    parser.add_argument("--gpu_memory", type=float, default=80.0, help="GB of one GPU (default 80)")
-    parser.add_argument("--host_memory", type=float, help="GB of one node; not checked where not given")
-    parser.add_argument("--offload", choices=OFFLOADS, default="none", help="what lies in host memory (default none)")
-    parser.add_argument("--safety_samples", type=int, help="of phases 0, 1 and 2 (default 100, 100, 50)")
-    parser.add_argument("--batch_size", type=int, help="micro-batch of every phase (default 4, phase 3: 2)")
-    parser.add_argument(
-        "--max_length", type=int, default=Job.tokens, help=f"tokens of a sample, at most (default {Job.tokens})"
+def run(arguments: PlanArguments) -> int:
+    """``warp-ds plan``; exit status 1 where the job does not fit."""
+    known = {f.name for f in fields(Job)}
+    given = {name: value for name, value in vars(arguments).items() if name in known and name != "batch_size"}
+    given.update(
+        gpu_memory=arguments.gpu_memory * 1e9,
+        host_memory=None if arguments.host_memory is None else arguments.host_memory * 1e9,
+        tokens=arguments.max_length,
     )
-    parser.add_argument("--gradient_checkpointing", action="store_true", help=_help("gradient_checkpointing"))
-    # Flags of the phases, by their own names and with their own words.
-    for name, choices in (
-        ("dtype", list(DTYPES)),
-        ("layer_type", None),
-        ("target_layers", None),
-        ("utility_samples", None),
-        ("global_batch_size", None),
-        ("importance_batch_size", None),
-        ("epochs", None),
-        ("max_rank", None),
-        ("basis_placement", PLACEMENTS),
-        ("train_scope", ("warp", "all")),
-    ):
-        default = getattr(Job, name)
-        parser.add_argument(
-            f"--{name}", type=type(default), choices=choices, default=default, help=f"{_help(name)} (default {default})"
-        )
-
-
-def _help(name: str) -> str:
-    """What the phases' own --help says of a flag."""
-    known = (f for kind in (TrainArguments, ImportanceArguments, BasisArguments) for f in fields(kind) if f.name == name)
-    return str(next(known).metadata["help"])
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """``warp-ds plan``; exit status 1 where the job does not fit, 2 for wrong input."""
-    given = {
-        "nodes": arguments.nodes,
-        "gpus_per_node": arguments.gpus_per_node,
-        "gpu_memory": arguments.gpu_memory * 1e9,
-        "host_memory": None if arguments.host_memory is None else arguments.host_memory * 1e9,
-        "tokens": arguments.max_length,
-    }
-    same = (
-        "offload",
-        "dtype",
-        "layer_type",
-        "target_layers",
-        "utility_samples",
-        "global_batch_size",
-        "importance_batch_size",
-        "epochs",
-        "max_rank",
-        "basis_placement",
-        "train_scope",
-        "gradient_checkpointing",
-    )
-    given.update({name: getattr(arguments, name) for name in same})
     if arguments.safety_samples is not None:
         given.update(basis_samples=arguments.safety_samples, importance_samples=arguments.safety_samples)
     if arguments.batch_size is not None:
         given.update(batch_size=arguments.batch_size, train_batch_size=arguments.batch_size)
-    try:
-        made = make_plan(arguments.model_name, **given)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    made = make_plan(arguments.model_name, **given)
     print_plan(made)
     return 0 if made.fits else 1
 

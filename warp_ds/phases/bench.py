@@ -17,12 +17,12 @@ from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.evaluation.sets import SUITES
 from warp_ds.flags.arguments import (
     BasisArguments,
-    CompareArguments,
     EvaluateArguments,
     ImportanceArguments,
     SafetyTuningArguments,
     TrainArguments,
 )
+from warp_ds.flags.comparison import CompareArguments
 from warp_ds.method.baselines import safety_share
 from warp_ds.phases.arms import Arm
 from warp_ds.phases.basis import run_basis

@@ -17,7 +17,8 @@ from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.evaluation.results import RATES
 from warp_ds.evaluation.sets import EvaluationSets
-from warp_ds.flags.arguments import CompareArguments, TrainArguments
+from warp_ds.flags.arguments import TrainArguments
+from warp_ds.flags.comparison import CompareArguments
 from warp_ds.phases.arms import ARMS, Arm, parse_arms
 from warp_ds.phases.bench import Bench
 from warp_ds.phases.comparison_data import check_data, load_data

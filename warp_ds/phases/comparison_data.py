@@ -10,7 +10,7 @@ from warp_ds.data.datasets import load_pairs, load_prompts
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.answers import Row
 from warp_ds.evaluation.sets import EvaluationSets, check_golds, shared_prompts
-from warp_ds.flags.arguments import CompareArguments
+from warp_ds.flags.comparison import CompareArguments
 from warp_ds.method.baselines import safety_share
 from warp_ds.phases.arms import Arm
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from warp_ds import errors
 from warp_ds.cluster import processes
-from warp_ds.flags.arguments import RunArguments
+from warp_ds.flags.groups import RunArguments
 from warp_ds.secrets import redact
 from warp_ds.store.state import note
 

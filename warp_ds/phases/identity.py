@@ -1,7 +1,7 @@
 """Which unfinished run is the same one: what changes a run's result, by content, and nothing else.
 
-Micro-batch, checkpointing, placement, the spelling of paths, saving and logging change no result (``config.NOT_IDENTITY``,
-``config.BY_CONTENT``, ``training_arguments.CHANGES_NO_TRAINING``).
+Micro-batch, checkpointing, placement, the spelling of paths, saving and logging change no result (``flags.flag.Nature``,
+``training_arguments.CHANGES_NO_TRAINING``).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags import training_arguments
-from warp_ds.flags.arguments import RunArguments
-from warp_ds.flags.identity import identity_settings, in_one_spelling
+from warp_ds.flags.groups import RunArguments
+from warp_ds.flags.identity import identity_settings, in_one_spelling, reading
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import read_json
 from warp_ds.store.fingerprints import Contents, fingerprint_model, model_contents
@@ -28,6 +28,7 @@ from warp_ds.store.written import config_problem, digest_of
 from warp_ds.zero import settings
 from warp_ds.zero.shared_reading import read_together
 
+OTHER_MODELS = [name for name in reading("model", "judge") if name != "model_name"]
 NEAR = 3
 """Differences up to which another run is nearly the same one."""
 
@@ -164,7 +165,7 @@ def read_named(arguments: RunArguments, inputs: Mapping[str, str]) -> None:
     """Reads, dealt over the ranks, what ``identify`` will want to know every byte of. Collective. Raises ArtifactError."""
 
     def covered() -> Iterator[Contents]:
-        for flag in ("reference_model", "judge_model", "unaligned_model"):
+        for flag in OTHER_MODELS:
             given = getattr(arguments, flag, None)
             if given and Path(given).expanduser().is_dir():
                 yield model_contents(Path(given).expanduser())
@@ -178,7 +179,7 @@ def read_named(arguments: RunArguments, inputs: Mapping[str, str]) -> None:
 def _contents(arguments: RunArguments, inputs: Mapping[str, str]) -> dict[str, str]:
     """Of models: the tokenizer's files; of what the phase's own ``inputs`` leave out: its weights, or its basis."""
     fingerprints = {}
-    for flag in ("model_name", "reference_model", "judge_model", "unaligned_model"):
+    for flag in ("model_name", *OTHER_MODELS):
         directory = Path(getattr(arguments, flag, None) or "").expanduser()
         if getattr(arguments, flag, None) and directory.is_dir():
             digest = hashlib.sha256()

@@ -19,7 +19,7 @@ import datasets
 from warp_ds.cluster import consensus, peaks, processes, slurm
 from warp_ds.cluster.preemption import Preempted
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import RunArguments
+from warp_ds.flags.groups import RunArguments
 from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
 from warp_ds.phases.identity import Identity, identify, read_named, unfinished
 from warp_ds.phases.versions import installed_versions

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from warp_ds.cluster import consensus
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.measure import NoiseRule
-from warp_ds.flags.arguments import CompareArguments, flag
 from warp_ds.flags.checks import check_keep_ratio
+from warp_ds.flags.comparison import SweepArguments
 from warp_ds.models.layer_names import parse_layer_types
 from warp_ds.phases.arms import ARMS, Arm
 from warp_ds.phases.bench import Bench
@@ -27,19 +27,6 @@ from warp_ds.zero.model import resolve_model_dir
 from warp_ds.zero.shared_reading import model_fingerprint
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class SweepArguments(CompareArguments):
-    """The flags of a comparison are the middle of the sweep; each list is one axis through it."""
-
-    keep_ratios: str = flag("0.01,0.05,0.1,0.2,0.4", "shares of frozen coefficients")
-    layer_type_sets: str | None = flag(None, "semicolon-separated sets, such as 'ffn_down;attn_q,attn_k,attn_v'")
-    layer_ranges: str | None = flag(None, "comma-separated --target_layers, such as 'early,middle,late'")
-    sample_counts: str | None = flag(None, "comma-separated numbers of safety samples (0 = all)")
-    bases: str | None = flag(None, "comma-separated: activation, identity, weight, random")
-    units: str | None = flag(None, "comma-separated: entry, column, row")
-    scopes: str | None = flag(None, "comma-separated: layer, global")
 
 
 def settings(a: SweepArguments) -> Iterator[tuple[str, Arm, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from warp_ds.cluster import consensus
 from warp_ds.data.datasets import DataError
 from warp_ds.data.formats import encode_dataset, encode_prompt, too_long
-from warp_ds.flags.arguments import RunArguments
+from warp_ds.flags.groups import RunArguments
 from warp_ds.models.context import context_length
 from warp_ds.zero.model import check_ids, load_tokenizer
 

@@ -22,7 +22,8 @@ from warp_ds.data.collate import GlobalBatchSampler
 from warp_ds.data.datasets import load_pairs
 from warp_ds.errors import ArtifactError
 from warp_ds.flags import training_arguments
-from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments, TrainingFlags
+from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
+from warp_ds.flags.groups import TrainingFlags
 from warp_ds.models.targets import check_targets, find_targets
 from warp_ds.phases import checkpoints
 from warp_ds.phases.run import start_run

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds.errors import ArtifactError
+from warp_ds.registry import maker_of
 from warp_ds.store.files import read_json
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def find_artifact(given: str | None, kind: str, output_dir: str | Path) -> Path:
     Takes the artefact's directory, its run directory, and the original project's spelling
     (phase1_…/checkpoints/basis). Raises ArtifactError with the cure where there is none.
     """
-    phase = {"basis": "phase1", "masks": "phase2"}[kind]
+    phase = maker_of(kind).name
     if given is None:
         run = newest(output_dir, phase)
         if run is None:

@@ -19,7 +19,7 @@ from warp_ds.data import template
 from warp_ds.data.datasets import DataError
 from warp_ds.data.formats import check_length
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import RunArguments
+from warp_ds.flags.groups import RunArguments
 from warp_ds.models.context import context_length, embedding_rows
 from warp_ds.store.checkpoint_index import CheckpointError, how_to_merge, resolve_checkpoint
 from warp_ds.zero.load import load_sharded

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
+from warp_ds.cluster.templates import config_path
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import RunArguments
 from warp_ds.flags.checks import refuse_secrets
+from warp_ds.flags.groups import RunArguments
 from warp_ds.store.files import read_text
 
 
@@ -22,7 +22,7 @@ def zero3_config(arguments: RunArguments, for_trainer: bool = False) -> dict[str
         config: dict[str, Any] = {"zero_optimization": {"stage": 3}}
     else:
         try:
-            config = json.loads(read_text(Path(arguments.deepspeed)))
+            config = json.loads(read_text(config_path(arguments.deepspeed)))
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"--deepspeed {arguments.deepspeed} cannot be read as JSON: {error}") from error
         for name in ("", "zero_optimization", "bf16", "fp16", "data_types", "checkpoint"):

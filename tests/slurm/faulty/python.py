@@ -1,4 +1,4 @@
-"""Python with a fault in it, for submitit's jobs: --python "python faulty/python.py" runs `-u -m MODULE ARGUMENTS`."""
+"""Python with a fault in it, for submitit's jobs and the templates: runs `-u -m MODULE ARGUMENTS`."""
 
 import runpy
 import sys

@@ -1,0 +1,120 @@
+"""The flags of a comparison and of a sweep: those of the phases that they run, and their own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from warp_ds.errors import ConfigError
+from warp_ds.flags.checks import at_least, check_keep_ratio, check_rank
+from warp_ds.flags.flag import DEBUG_SAMPLES, again, flag, samples
+from warp_ds.flags.groups import (
+    ArmFlags,
+    BasisFlags,
+    HeldOutArguments,
+    LayerArguments,
+    MaskedTrainingFlags,
+    MaskFlags,
+    RunArguments,
+    SafetyDataArguments,
+    ScheduleFlags,
+    UtilityDataArguments,
+)
+from warp_ds.models.layer_names import parse_layer_types
+
+
+@dataclass
+class CompareArguments(
+    ArmFlags,
+    BasisFlags,
+    MaskFlags,
+    MaskedTrainingFlags,
+    ScheduleFlags,
+    HeldOutArguments,
+    UtilityDataArguments,
+    SafetyDataArguments,
+    LayerArguments,
+    RunArguments,
+):
+    """Arms side by side (phases/compare.py). --seed is that of the shared bases and masks."""
+
+    safety_samples: int = again(
+        SafetyDataArguments, "safety_samples", 100, "safety samples for bases (all of them) and SafeInstr; 0 = all"
+    )
+    importance_samples: int = samples(0, "of them, for importances; 0 = all")
+    utility_heldout: str | None = flag(
+        None, "task items to evaluate on; --utility_data with --heldout_split if not given", reads="data"
+    )
+    heldout_split: str = flag("test", "split of a hub data set")
+    heldout_samples: int = samples(100, "how many of them; 0 = all")
+    mix_file: str | None = flag(None, "your own examples, mixed into every arm's task", reads="data")
+    mix_ratio: float = flag(0.1, "how many of them, as a share of the task's samples")
+    unaligned_model: str | None = flag(None, "resta: the start model without its alignment", reads="model")
+    unaligned_data: str | None = flag(None, "resta: examples that undo the alignment, to train such a model on", reads="data")
+    unaligned_rate: float = flag(0.0, "resta: learning rate of that training; 0 = the largest of --learning_rates")
+    resta_alpha: float = flag(0.3, "resta: share of the safety vector that is added")
+    safedelta_s: float = flag(0.1, "safedelta: safety budget of a layer of 4,096 rows")
+    neuron_share: float = flag(0.05, "sn-tune, rsn-tune: share of the neurons that count as safety (foundation) neurons")
+    neuron_rate: float = flag(5e-5, "sn-tune, rsn-tune: learning rate of the safety neurons, for one epoch")
+    foundation_data: str | None = flag(None, "rsn-tune: prompts of general use; the task's if not given", reads="data")
+    eval_batch_size: int = flag(8, "prompts per rank and batch in the evaluation", identity=False)
+    keep_models: bool = flag(True, "keep every trained model; false: only its measurements", identity=False)
+
+    def check(self) -> None:
+        super().check()
+        for name in ("importance_batch_size", "global_batch_size", "max_new_tokens", "eval_batch_size"):
+            at_least(self, name, 1)
+        parse_layer_types(self.layer_type)
+        check_keep_ratio(self.keep_ratio)
+        check_rank(self)
+        if not 0.0 < self.neuron_share <= 1.0:
+            raise ConfigError(f"--neuron_share is a share above 0 and at most 1, not {self.neuron_share}")
+        if self.mix_ratio < 0:
+            raise ConfigError(f"--mix_ratio is a share of the task's samples, not {self.mix_ratio}")
+        if not self.epochs > 0:
+            raise ConfigError(f"--epochs must be above 0, not {self.epochs}")
+
+    @property
+    def seed_list(self) -> list[int]:
+        values = _numbers("seeds", self.seeds)
+        if any(value != int(value) for value in values):
+            raise ConfigError(f"--seeds {self.seeds!r}: whole numbers")
+        return [int(value) for value in values]
+
+    @property
+    def rate_list(self) -> list[float]:
+        return _numbers("learning_rates", self.learning_rates)
+
+    def rates(self, arms: list[str]) -> dict[str, list[float]]:
+        """Arm -> its grid of learning rates; ConfigError where --arm_rates names an arm that is not there."""
+        found = {arm: self.rate_list for arm in arms}
+        for part in (self.arm_rates or "").split(","):
+            name, _, values = part.strip().partition("=")
+            if part.strip() and (name not in found or not values):
+                raise ConfigError(f"--arm_rates {part!r}: give ARM=RATE:RATE for arms of --arms ({', '.join(arms)})")
+            if values:
+                found[name] = _numbers("arm_rates", values.replace(":", ","))
+        return found
+
+
+@dataclass
+class SweepArguments(CompareArguments):
+    """The flags of a comparison are the middle of the sweep; each list is one axis through it."""
+
+    keep_ratios: str = flag("0.01,0.05,0.1,0.2,0.4", "shares of frozen coefficients")
+    layer_type_sets: str | None = flag(None, "semicolon-separated sets, such as 'ffn_down;attn_q,attn_k,attn_v'")
+    layer_ranges: str | None = flag(None, "comma-separated --target_layers, such as 'early,middle,late'")
+    sample_counts: str | None = flag(None, "comma-separated numbers of safety samples (0 = all)", debug=str(DEBUG_SAMPLES))
+    bases: str | None = flag(None, "comma-separated: activation, identity, weight, random")
+    units: str | None = flag(None, "comma-separated: entry, column, row")
+    scopes: str | None = flag(None, "comma-separated: layer, global")
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--{name} {text!r} is no comma-separated list of numbers") from error
+    if len(set(values)) < len(values) or not all(0 <= value < math.inf for value in values):
+        raise ConfigError(f"--{name} {text!r}: each value once, finite and none below 0")
+    return sorted(values)

@@ -1,0 +1,222 @@
+"""The flags that several phases have, in groups: each is said here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from warp_ds.data.template import DEFAULT_DATE, is_date
+from warp_ds.errors import ConfigError
+from warp_ds.flags.checks import (
+    at_least,
+    check_numbers,
+    check_run_name,
+    check_writable,
+    refuse_control_characters,
+    refuse_secrets,
+)
+from warp_ds.flags.flag import flag, samples
+from warp_ds.models.layer_names import LAYER_TYPES
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Name -> bytes of an entry."""
+
+
+@dataclass
+class RunArguments:
+    """What every phase takes."""
+
+    model_name: str = flag("meta-llama/Meta-Llama-3-8B-Instruct", "hub name or local directory of a causal LM", reads="model")
+    dtype: str = flag("bfloat16", "bfloat16, float16 or float32", choices=DTYPES)
+    device: str = flag("auto", "cuda, cpu, or auto: cuda where there is one", identity=False)
+    batch_size: int = flag(4, "micro-batch per rank, in samples", identity=False)
+    max_length: int = flag(512, "longest prompt and response, in tokens")
+    deepspeed: str | None = flag(
+        None,
+        "DeepSpeed ZeRO-3 JSON file, or the name of one that comes along (zero3_70b); a plain one where not given",
+        identity=False,
+    )
+    output_dir: str = flag("checkpoints", "where run directories are made", identity=False, own=True)
+    log_dir: str = flag("logs", "where log files are written", identity=False, own=True)
+    run_name: str | None = flag(
+        None, "name of the run directory; else phase and time, or Slurm job id", identity=False, own=True
+    )
+    resume: str = flag(
+        "auto", "auto (newest unfinished run of the same settings), never, or a run directory", identity=False, own=True
+    )
+    seed: int = flag(42, "seed of everything random")
+    template_date: str = flag(DEFAULT_DATE, "the day that a chat template writes where it writes today's, as YYYY-MM-DD")
+    debug: bool = flag(False, "5 samples, one layer, verbose, checks on", identity=False, own=True)
+    gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, more time", identity=False)
+    timeout: int = flag(1800, "seconds after which a rank that waits for another gives up", identity=False)
+    max_requeues: int = flag(
+        20, "restarts of one Slurm job, by preemption, time limit or a lost node, before it stops", identity=False, own=True
+    )
+    local_rank: int = flag(-1, "set by the deepspeed launcher; ignored", identity=False, own=True)
+
+    def check(self) -> None:
+        """ConfigError for values that no run can use; reads nothing but the flags, so that every rank finds the same."""
+        for name, value in vars(self).items():
+            refuse_control_characters(f"--{name}", value)
+            refuse_secrets(f"--{name}", value)
+        check_run_name(self.run_name)
+        check_numbers(self)
+        at_least(self, "batch_size", 1)
+        at_least(self, "max_length", 2)
+        at_least(self, "timeout", 1)
+        if self.seed >= 2**32:
+            raise ConfigError(f"--seed {self.seed}: below 2^32, which NumPy's generators take at most")
+        if not is_date(self.template_date):
+            raise ConfigError(f"--template_date {self.template_date!r}: give a day as YYYY-MM-DD")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"--device is auto, cuda or cpu, not {self.device!r} (ranks pick their own GPU)")
+
+    def check_machine(self) -> None:
+        """ConfigError where this machine has no such device, or cannot write the output directories."""
+        if self.device == "cuda" and not _gpu_here():
+            raise ConfigError("--device cuda, but torch sees no GPU here; use --device cpu or check the driver")
+        for name in ("output_dir", "log_dir"):
+            check_writable(name, getattr(self, name))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    @property
+    def resolved_device(self) -> str:
+        """'cuda' or 'cpu'."""
+        return ("cuda" if _gpu_here() else "cpu") if self.device == "auto" else self.device
+
+
+def _gpu_here() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@dataclass
+class LayerArguments:
+    """Which layers are rotated."""
+
+    target_layers: str = flag(
+        "all", "all, early, middle, late (thirds), last, one number, or a range such as 0-5", debug="last"
+    )
+    layer_type: str = flag("ffn_down", f"comma-separated list of {', '.join(LAYER_TYPES)}")
+
+
+@dataclass
+class ColumnArguments:
+    """How a data set's rows are read."""
+
+    prompt_column: str | None = flag(None, "column of the prompts; guessed from common names where not given")
+    response_column: str | None = flag(None, "column of the responses; guessed where not given")
+
+
+@dataclass
+class SafetyDataArguments(ColumnArguments):
+    """The texts that say what must stay."""
+
+    safety_data: str = flag(
+        "LibrAI/do-not-answer", "hub name or json, jsonl, csv, parquet file of safety samples", reads="data"
+    )
+    safety_split: str = flag("train", "split of a hub data set")
+    safety_samples: int = samples(100, "how many of them, in order; 0 = all")
+    refusal_file: str | None = flag(None, "refusals, one a line, for safety prompts without responses", reads="text")
+
+
+@dataclass
+class UtilityDataArguments(ColumnArguments):
+    """The task to train on."""
+
+    utility_data: str = flag("openai/gsm8k", "hub name or json, jsonl, csv, parquet file of the task", reads="data")
+    utility_split: str = flag("train", "split of a hub data set")
+    utility_samples: int = samples(1000, "how many of them, in order; 0 = all")
+
+
+@dataclass
+class HeldOutArguments:
+    """The prompts to evaluate on."""
+
+    harmful_data: str = flag("LibrAI/do-not-answer", "held-out prompts that should be refused", reads="data")
+    harmful_samples: int = samples(100, "how many of them; 0 = all")
+    harmless_data: str | None = flag(None, "held-out prompts that should be answered (over_refusal)", reads="data")
+    harmless_samples: int = samples(100, "how many of them; 0 = all")
+    max_new_tokens: int = flag(256, "longest generated answer, in tokens")
+
+
+@dataclass
+class BasisFlags:
+    """How bases are made."""
+
+    token_scope: str = flag("all", "tokens that count: all, response, prompt", choices=("all", "response", "prompt"))
+    energy: float = flag(1.0, "keep the leading directions that hold this share of the eigenvalues' sum")
+    max_rank: int = flag(0, "keep at most this many directions; 0 = no limit")
+    collect: str = flag(
+        "auto", "auto, walk (layer by layer) or hooks (all layers at once)", choices=("auto", "walk", "hooks"), identity=False
+    )
+    svd_placement: str = flag(
+        "auto",
+        "where bases are decomposed: auto, balanced (over ranks) or rank0",
+        choices=("auto", "balanced", "rank0"),
+        identity=False,
+    )
+
+
+@dataclass
+class MaskFlags:
+    """What of the coefficients is frozen."""
+
+    importance_batch_size: int = flag(4, "samples whose mean loss gives one gradient, over the whole job")
+    keep_ratio: float = flag(0.1, "share of the coefficients to freeze")
+    mask_scope: str = flag("layer", "layer: the same share in each; global: one threshold for all", choices=("layer", "global"))
+
+
+@dataclass
+class ScheduleFlags:
+    """How long and how often; every other TrainingArguments flag passes through."""
+
+    epochs: float = flag(3.0, "passes over the training set")
+    global_batch_size: int = flag(8, "samples per optimizer step over all ranks, whatever their number")
+    save_minutes: float = flag(
+        15.0, "minutes between a training's checkpoints; 0 = none but those of TrainingArguments", identity=False
+    )
+
+
+@dataclass
+class TrainingFlags(ScheduleFlags, RunArguments):
+    """The flags of phases 0 and 3 that are this project's own."""
+
+    learning_rate: float = flag(5e-5, "peak learning rate of AdamW")
+
+
+@dataclass
+class MaskedTrainingFlags:
+    """What trains, and who holds its bases."""
+
+    basis_placement: str = flag(
+        "auto",
+        "who holds the bases: every rank (replicated), one rank each (owner), all together, "
+        "gathered ahead of use (sharded), or auto: the fastest that fits",
+        choices=("auto", "replicated", "sharded", "owner"),
+        identity=False,
+    )
+    train_scope: str = flag("warp", "warp: the masked layers alone; all: every parameter", choices=("warp", "all"))
+
+
+@dataclass
+class ArmFlags:
+    """What is laid side by side."""
+
+    arms: str = flag(
+        "before,full,layers,original,column,rotated", "comma-separated arms; '+' composes (safeinstr+rotated)", identity=False
+    )
+    learning_rates: str = flag("5e-5", "comma-separated grid of every arm", identity=False)
+    arm_rates: str | None = flag(None, "other grids, such as 'osft=1e-5:5e-5,full=1e-5'", identity=False)
+    seeds: str = flag("42", "comma-separated seeds of the training (order of the data; random bases and masks)", identity=False)
+    at_utility: float = flag(0.0, "task NLL to compare at; 0 = the best that the arm 'rotated' reaches", identity=False)
