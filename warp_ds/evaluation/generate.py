@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from warp_ds.data.collate import empty_sample, pad_batch
-from warp_ds.data.formats import IGNORE, Sample, encode, encode_prompt
+from warp_ds.data.formats import IGNORE, Tokens, encode, encode_prompt
+from warp_ds.data.sample import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,9 @@ def greedy(inner: Any) -> Iterator[None]:
         inner.generation_config = own
 
 
-def generate_greedy(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any) -> list[str]:
+def generate_greedy(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Sample], **options: Any
+) -> list[str]:
     """Greedy answers to all prompts, each in the tokenizer's prompt format; options as for `generate_after`."""
     return generate_after(model, tokenizer, [encode_prompt(prompt, tokenizer) for prompt in prompts], **options)
 
@@ -222,7 +225,7 @@ def generate_after(
     return answers
 
 
-def token_losses(model: Any, encoded: Sequence[Sample], **options: Any) -> list[list[float]]:
+def token_losses(model: Any, encoded: Sequence[Tokens], **options: Any) -> list[list[float]]:
     """Cross-entropy in nats of every response token of every sample; see `token_scores`."""
     return [[loss for loss, _ in sample] for sample in token_scores(model, encoded, **options)]
 
@@ -230,7 +233,7 @@ def token_losses(model: Any, encoded: Sequence[Sample], **options: Any) -> list[
 @torch.no_grad()
 def token_scores(
     model: Any,
-    encoded: Sequence[Sample],
+    encoded: Sequence[Tokens],
     *,
     pad_token_id: int,
     batch_size: int = 8,
@@ -272,7 +275,7 @@ def token_scores(
     return [scores for _, scores in sorted(pair for part in gather(found) for pair in part)]
 
 
-def loss_per_token(model: Any, encoded: Sequence[Sample], **options: Any) -> float:
+def loss_per_token(model: Any, encoded: Sequence[Tokens], **options: Any) -> float:
     """Nats per response token over all samples: one mean over tokens, not a mean of means; nan without such tokens.
 
     Options as for `token_scores`.
@@ -284,7 +287,7 @@ def loss_per_token(model: Any, encoded: Sequence[Sample], **options: Any) -> flo
 def answer_surprise(
     reference: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sample],
     answers: Sequence[str],
     *,
     window: int = 8,
@@ -297,11 +300,11 @@ def answer_surprise(
     the text is not counted, since generation may have been cut. Options as for `token_scores`.
     """
     context = getattr(_unwrap(reference).config, "max_position_embeddings", None)
-    encoded: list[Sample] = []
+    encoded: list[Tokens] = []
     for prompt, answer in zip(prompts, answers, strict=True):
         sample = encode(prompt, answer, tokenizer, context)
         keep = len(sample["labels"]) - (sample["labels"][-1] == tokenizer.eos_token_id)
-        encoded.append(Sample(**{key: values[:keep] for key, values in sample.items()}))  # type: ignore
+        encoded.append(Tokens(**{key: values[:keep] for key, values in sample.items()}))  # type: ignore
     options = {"pad_token_id": pad_token(tokenizer), "desc": "surprise", **options}
     return [_worst_stretch(losses, window) for losses in token_losses(reference, encoded, **options)]
 
@@ -309,7 +312,7 @@ def answer_surprise(
 def noise_threshold(
     reference: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sample],
     answers: Sequence[str],
     *,
     seed: int = 0,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from warp_ds.data.template import DEFAULT_DATE, is_date
+from warp_ds.data.trained import LONG_SAMPLES, TRAIN_ON
 from warp_ds.errors import ConfigError
 from warp_ds.flags.checks import (
     at_least,
@@ -99,7 +100,16 @@ class LayerArguments:
 
 
 @dataclass
-class ColumnArguments:
+class SampleArguments:
+    """What is made of a data set's samples."""
+
+    data_config: str | None = flag(None, "configuration of hub data sets that have several")
+    train_on: str = flag("assistant", "assistant (every answer), last (the last one) or all tokens", choices=list(TRAIN_ON))
+    long_samples: str = flag("error", "beyond --max_length: error, truncate or drop", choices=list(LONG_SAMPLES))
+
+
+@dataclass
+class ColumnArguments(SampleArguments):
     """How a data set's rows are read."""
 
     prompt_column: str | None = flag(None, "column of the prompts; guessed from common names where not given")
@@ -212,7 +222,7 @@ class TrainArguments(UtilityDataArguments, LayerArguments, TrainingFlags):
 
 
 @dataclass
-class EvaluateArguments(RunArguments):
+class EvaluateArguments(SampleArguments, RunArguments):
     """Evaluation."""
 
     suite: str = flag("refusal,over_refusal,gsm8k,loss", "comma-separated list of measurements, and of lm-eval tasks")

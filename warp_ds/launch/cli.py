@@ -61,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser(
         "doctor", help="whether this machine can do the job that the flags name; a cure for each failing line", add_help=False
     ).set_defaults(run=_doctor)
+    data = commands.add_parser("data", help="samples as the model will see them: what is trained, lengths, what would be cut")
+    data.add_argument("sources", metavar="FILE", help="a file, folder, hub name, or several: NAME,NAME@WEIGHT")
+    data.add_argument("--model_name", required=True, help="directory or hub name; its weights are not read")
+    data.set_defaults(run=_data)
     report = commands.add_parser("report", help="one self-contained HTML file from run directories")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directory: a comparison, phases, an evaluation")
     report.add_argument("--output", default="report.html", help="the file; its pictures go beside it")
@@ -73,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
                 "value of this program has"
             )
     arguments, rest = parser.parse_known_args(underscored(sys.argv[1:] if argv is None else argv))
-    if rest and arguments.command not in ("demo", "doctor"):
+    if rest and arguments.command not in ("demo", "doctor", "data"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     arguments.rest = rest
     return int(arguments.run(arguments))
@@ -153,6 +157,12 @@ def _shrink(arguments: argparse.Namespace) -> int:
         return 2
     print(f"train with --masks_dir {Path(arguments.output) / 'masks'}")
     return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from warp_ds.launch.samples import show_samples
+
+    return show_samples(arguments)
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds.cluster.slurm import task_environment
-from warp_ds.data.datasets import local_file
+from warp_ds.data.sources import check_source
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import ImportanceArguments, RunArguments, TrainArguments
 from warp_ds.store.runs import find_artifact
@@ -40,9 +40,8 @@ def check_inputs(arguments: RunArguments) -> None:
             if directory is not None:
                 (read_config if flag == "judge_model" else check_model_dir)(directory, f"--{flag}")
     for flag in DATA:
-        for source in (named.get(flag) or "").split(",") if flag == "prompt_file" else [named.get(flag)]:
-            if source:
-                local_file(source)
+        if named.get(flag):
+            check_source(named[flag])
     if named.get("refusal_file") and not Path(named["refusal_file"]).expanduser().is_file():
         raise ConfigError(f"--refusal_file {named['refusal_file']}: no such file")
     settings.zero3_config(arguments)

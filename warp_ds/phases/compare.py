@@ -22,7 +22,8 @@ from rich.table import Table
 
 from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.preemption import leave_if_asked
-from warp_ds.data.datasets import load_pairs, load_prompts
+from warp_ds.data.datasets import load_prompts, load_samples
+from warp_ds.data.sample import Sample, as_rows, as_samples
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.evaluation.generate import answer_surprise
 from warp_ds.evaluation.movement import frozen_drift
@@ -72,18 +73,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ComparisonData:
-    """Texts: rows are dictionaries of prompt and response."""
+    """Samples; texts are taken as prompts, and mappings as `Sample.of` takes them."""
 
-    safety: Sequence[Row]
+    safety: Sequence[Any]
     """What bases, importances and safety neurons are found on, and what SafeInstr mixes in."""
-    task: Sequence[Row]
+    task: Sequence[Any]
     sets: EvaluationSets
-    mix: Sequence[Row] = ()
+    mix: Sequence[Any] = ()
     """A user's own examples, mixed into every arm's task."""
-    unaligned: Sequence[Row] = ()
+    unaligned: Sequence[Any] = ()
     """Examples that undo the alignment, for Resta's safety vector."""
-    foundation: Sequence[str] = ()
+    foundation: Sequence[Any] = ()
     """Prompts of general use, for RSN-Tune's foundation neurons."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name != "sets":
+                setattr(self, field.name, as_samples(getattr(self, field.name)))
 
 
 @dataclass(frozen=True)
@@ -272,6 +278,8 @@ class Bench:
             "gradient_checkpointing": a.gradient_checkpointing,
             "timeout": a.timeout,
             "template_date": a.template_date,
+            "train_on": a.train_on,
+            "long_samples": a.long_samples,
             **more,
         }
 
@@ -306,10 +314,10 @@ class Bench:
 
         consensus.on_rank_0(write, "writing the texts")
 
-    def _write_rows(self, name: str, rows: Sequence[Row]) -> Path:
+    def _write_rows(self, name: str, rows: Sequence[Sample]) -> Path:
         path = self.root / "data" / f"{name}.jsonl"
         if rows:
-            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in as_rows(rows)))
         return path
 
     def task(self, share: float) -> Path:
@@ -346,7 +354,7 @@ class Bench:
             safety_neuron_masks(
                 engine,
                 tokenizer,
-                [row["prompt"] for row in self.data.safety],
+                [sample.asked() for sample in self.data.safety],
                 foundation,
                 a.neuron_share,
                 masks,
@@ -574,7 +582,16 @@ class Bench:
         engine, tokenizer = load_engine(settings)
         found = self.timed(
             f"evaluation_{name}",
-            lambda: measure(engine, tokenizer, self.data.sets, max_length=settings.max_length, noise=self.noise, **options),
+            lambda: measure(
+                engine,
+                tokenizer,
+                self.data.sets,
+                max_length=settings.max_length,
+                noise=self.noise,
+                train_on=settings.train_on,
+                long_samples=settings.long_samples,
+                **options,
+            ),
         )
         end_engine(engine)
         if model == self.model_dir:
@@ -659,7 +676,7 @@ def overlaps(data: ComparisonData) -> dict[tuple[str, str], int]:
     """As ``shared_prompts``, of everything that some arm is fitted on."""
     return shared_prompts(
         {
-            name: [row["prompt"] for row in rows]
+            name: [sample.prompt for sample in rows]
             for name, rows in (
                 ("the safety set", data.safety),
                 ("the task set", data.task),
@@ -673,15 +690,11 @@ def overlaps(data: ComparisonData) -> dict[tuple[str, str], int]:
 
 def load_data(a: CompareArguments) -> ComparisonData:
     """Raises DataError for a file that is missing, empty or without the columns."""
-    columns: dict[str, Any] = {"prompt_column": a.prompt_column, "response_column": a.response_column}
-    safety = load_pairs(
-        a.safety_data, split=a.safety_split, samples=a.safety_samples, refusal_file=a.refusal_file, **columns
-    ).to_list()
-    task = load_pairs(a.utility_data, split=a.utility_split, samples=a.utility_samples, **columns).to_list()
-    heldout = load_pairs(
-        a.utility_heldout or a.utility_data, split=a.heldout_split, samples=a.heldout_samples, **columns
-    ).to_list()
-    mix = load_pairs(a.mix_file, samples=0).to_list()[: safety_share(len(task), a.mix_ratio)] if a.mix_file else []
+    columns: dict[str, Any] = {"prompt_column": a.prompt_column, "response_column": a.response_column, "config": a.data_config}
+    safety = load_samples(a.safety_data, split=a.safety_split, samples=a.safety_samples, refusal_file=a.refusal_file, **columns)
+    task = load_samples(a.utility_data, split=a.utility_split, samples=a.utility_samples, **columns)
+    heldout = load_samples(a.utility_heldout or a.utility_data, split=a.heldout_split, samples=a.heldout_samples, **columns)
+    mix = load_samples(a.mix_file, config=a.data_config)[: safety_share(len(task), a.mix_ratio)] if a.mix_file else []
     return ComparisonData(
         safety,
         task,
@@ -691,10 +704,10 @@ def load_data(a: CompareArguments) -> ComparisonData:
             heldout,
         ),
         mix,
-        load_pairs(a.unaligned_data, samples=0).to_list() if a.unaligned_data else [],
+        load_samples(a.unaligned_data, config=a.data_config) if a.unaligned_data else [],
         load_prompts(a.foundation_data, samples=len(safety))
         if a.foundation_data
-        else [row["prompt"] for row in task[: len(safety)]],
+        else [sample.asked() for sample in task[: len(safety)]],
     )
 
 

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.preemption import leave_if_asked
-from warp_ds.data.datasets import DataError, load_pairs, load_prompts
-from warp_ds.data.formats import encode
-from warp_ds.errors import ConfigError
+from warp_ds.data.datasets import load_prompts, load_samples
+from warp_ds.data.lengths import encode_dataset
+from warp_ds.data.sample import Sample, as_samples
+from warp_ds.errors import ConfigError, DataError
 from warp_ds.evaluation.generate import answer_surprise, generate_greedy, loss_per_token, noise_threshold, pad_token
 from warp_ds.evaluation.judge import Judge, judge_all
 from warp_ds.evaluation.metrics import agreement, exact_match, mcnemar, number_value, same_value, wilson
@@ -44,27 +45,31 @@ Row = dict[str, Any]
 
 @dataclass
 class EvaluationSets:
-    """Held-out texts."""
+    """Held-out samples; texts are taken as prompts, and mappings as `Sample.of` takes them."""
 
-    harmful: Sequence[str] = ()
+    harmful: Sequence[Any] = ()
     """Prompts that should be refused."""
-    harmless: Sequence[str] = ()
+    harmless: Sequence[Any] = ()
     """Prompts that should be answered."""
-    utility: Sequence[Mapping[str, str]] = ()
-    """Task items: prompt, and response ending in '#### N'."""
-    attacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    utility: Sequence[Any] = ()
+    """Task items, whose responses end in '#### N'."""
+    attacks: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Name -> a user's own prompts that should be refused."""
 
-    def refusal_prompts(self, suites: Sequence[str]) -> dict[str, Sequence[str]]:
+    def __post_init__(self) -> None:
+        self.harmful, self.harmless, self.utility = map(as_samples, (self.harmful, self.harmless, self.utility))
+        self.attacks = {name: as_samples(prompts) for name, prompts in self.attacks.items()}
+
+    def refusal_prompts(self, suites: Sequence[str]) -> dict[str, Sequence[Sample]]:
         """Suite -> the prompts whose answers get a verdict."""
         found = {"refusal": self.harmful, "over_refusal": self.harmless}
         chosen = {suite: prompts for suite, prompts in found.items() if suite in suites and prompts}
         return chosen | {f"attack_{name}": prompts for name, prompts in self.attacks.items()}
 
-    def generated(self, suites: Sequence[str]) -> dict[str, Sequence[str]]:
+    def generated(self, suites: Sequence[str]) -> dict[str, Sequence[Sample]]:
         """Suite -> the prompts that the model answers."""
         prompts = self.refusal_prompts(suites)
-        return prompts | ({"gsm8k": [row["prompt"] for row in self.utility]} if "gsm8k" in suites and self.utility else {})
+        return prompts | ({"gsm8k": [item.asked() for item in self.utility]} if "gsm8k" in suites and self.utility else {})
 
 
 def shared_prompts(fitted: Mapping[str, Sequence[str]], sets: EvaluationSets) -> dict[tuple[str, str], int]:
@@ -77,10 +82,11 @@ def shared_prompts(fitted: Mapping[str, Sequence[str]], sets: EvaluationSets) ->
     tested = {
         "harmful": sets.harmful,
         "harmless": sets.harmless,
-        "task": [row["prompt"] for row in sets.utility],
+        "task": sets.utility,
         **{f"attack_{name}": prompts for name, prompts in sets.attacks.items()},
     }
-    counts = {(where, kind): len(plain(prompts) & known[where]) for where in known for kind, prompts in tested.items()}
+    asked = {kind: plain([sample.prompt for sample in samples]) for kind, samples in tested.items()}
+    counts = {(where, kind): len(asked[kind] & known[where]) for where in known for kind in asked}
     return {key: count for key, count in counts.items() if count}
 
 
@@ -94,7 +100,7 @@ class Measurement:
 class NoiseRule:
     """Answers that a reference model finds less likely than almost all scrambled ones are noise."""
 
-    surprise: Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+    surprise: Callable[[Sequence[Any], Sequence[str]], Sequence[float]]
     """Prompts, answers -> nats a token under the model before training (evaluation.generate.answer_surprise)."""
     threshold: float
     """Nats a token (evaluation.generate.noise_threshold)."""
@@ -166,11 +172,20 @@ def collect_answers(
             save=save,
             desc=suite,
         )
-        rows += [{"suite": suite, "prompt": p, "answer": a} for p, a in zip(texts, answers, strict=True)]
-    golds = [row["response"] for row in sets.utility]
+        rows += [_answered(suite, sample, answer) for sample, answer in zip(texts, answers, strict=True)]
+    golds = [item.response for item in sets.utility]
     for row, gold in zip((row for row in rows if row["suite"] == "gsm8k"), golds, strict=False):
         row["gold"] = gold
     return rows
+
+
+def _answered(suite: str, prompt: Sample, answer: str) -> Row:
+    """A row of answers.jsonl; what is more than one user turn stands in it whole, too."""
+    return {"suite": suite, "prompt": prompt.prompt, "answer": answer} | ({} if prompt.plain else prompt.as_row())
+
+
+def _prompt_of(row: Row) -> Sample:
+    return Sample.of(row if "messages" in row else row["prompt"])
 
 
 def noise_limit(
@@ -192,7 +207,7 @@ def noise_limit(
             reference, tokenizer, sets, batch_size=batch_size, max_new_tokens=max_new_tokens, suites=("refusal", "over_refusal")
         )
     judged = [row for row in own if row["suite"] != "gsm8k"]
-    prompts, answers = [row["prompt"] for row in judged], [row["answer"] for row in judged]
+    prompts, answers = [_prompt_of(row) for row in judged], [row["answer"] for row in judged]
     try:
         return noise_threshold(reference, tokenizer, prompts, answers, batch_size=batch_size)
     except ValueError as error:
@@ -210,7 +225,7 @@ def judge_answers(rows: Sequence[Row], noise: NoiseRule | None = None, judge: Ju
     prompts, answers = [row["prompt"] for row in judged], [row["answer"] for row in judged]
     surprise: Sequence[float | None] = [None] * len(judged)
     if noise is not None:
-        surprise = noise.surprise(prompts, answers)
+        surprise = noise.surprise([_prompt_of(row) for row in judged], answers)
     limit = None if noise is None else noise.threshold
     for row, nats in zip(judged, surprise, strict=True):
         row["verdict"] = verdict(row["answer"], prompt=row["prompt"], nll_per_token=nats, nll_threshold=limit)
@@ -306,6 +321,8 @@ def measure(
     noise: NoiseRule | None = None,
     judge: Judge | None = None,
     log: AnswerLog | None = None,
+    train_on: str = "assistant",
+    long_samples: str = "error",
 ) -> Measurement:
     """Runs ``suites`` on a ZeRO-3 engine or partitioned model, or a plain one. Collective; same result on every rank."""
     rows = collect_answers(model, tokenizer, sets, batch_size=batch_size, max_new_tokens=max_new_tokens, suites=suites, log=log)
@@ -313,7 +330,7 @@ def measure(
     leave_if_asked()
     found = Measurement(summarise(rows), rows)
     if "loss" in suites and sets.utility:
-        encoded = [encode(row["prompt"], row["response"], tokenizer, max_length) for row in sets.utility]
+        encoded = encode_dataset(sets.utility, tokenizer, max_length, train_on=train_on, long_samples=long_samples).to_list()
         found.metrics["utility_nll"] = loss_per_token(model, encoded, pad_token_id=pad_token(tokenizer), batch_size=batch_size)
     return found
 
@@ -384,6 +401,8 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
             tokenizer,
             sets,
             max_length=arguments.max_length,
+            train_on=arguments.train_on,
+            long_samples=arguments.long_samples,
             suites=suites,
             noise=rule,
             judge=judge,
@@ -445,17 +464,18 @@ def _suites(arguments: EvaluateArguments) -> tuple[list[str], list[str]]:
 
 def _sets(arguments: EvaluateArguments, suites: Sequence[str]) -> EvaluationSets:
     """Raises DataError for a file that is empty, without the column, or without numbers to score."""
-    prompts = partial(load_prompts, prompt_column=arguments.prompt_column)
+    prompts = partial(load_prompts, prompt_column=arguments.prompt_column, config=arguments.data_config)
     sets = EvaluationSets(
         prompts(arguments.harmful_data, samples=arguments.harmful_samples) if "refusal" in suites else (),
         prompts(arguments.harmless_data or "", samples=arguments.harmless_samples) if "over_refusal" in suites else (),
-        load_pairs(
+        load_samples(
             arguments.utility_data,
             split=arguments.utility_split,
             samples=arguments.utility_samples,
             prompt_column=arguments.prompt_column,
             response_column=arguments.response_column,
-        ).to_list()
+            config=arguments.data_config,
+        )
         if {"gsm8k", "loss"} & set(suites)
         else (),
         {Path(file).stem: prompts(file) for file in (arguments.prompt_file or "").split(",") if file},
@@ -491,13 +511,14 @@ def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
         try:
             name = settings[f"{kind}_data"]
             local = path_of_run(config, name)
-            pairs = load_pairs(
+            pairs = load_samples(
                 local if local.exists() else name,
                 split=settings[f"{kind}_split"],
                 samples=settings[f"{kind}_samples"],
                 refusal_file=settings.get("refusal_file"),
                 prompt_column=settings.get("prompt_column"),
                 response_column=settings.get("response_column"),
+                config=settings.get("data_config"),
             )
         except (DataError, KeyError) as error:
             logger.info(
@@ -507,17 +528,17 @@ def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
                 error,
             )
             continue
-        found.setdefault(name, []).extend(pairs["prompt"])
+        found.setdefault(name, []).extend(sample.prompt for sample in pairs)
     return found
 
 
-def check_golds(items: Sequence[Mapping[str, str]], source: str) -> None:
+def check_golds(items: Sequence[Sample], source: str) -> None:
     """DataError where a task item's answer has no '#### N' to compare with."""
-    without = [i for i, row in enumerate(items) if number_value("####" + row["response"].partition("####")[2]) is None]
+    without = [i for i, row in enumerate(items) if number_value("####" + row.response.partition("####")[2]) is None]
     if without:
         raise DataError(
             f"{source}: {len(without)} of {len(items)} answers do not end in '#### N' (row {without[0]}: "
-            f"{items[without[0]]['response'][-60:]!r}): gsm8k cannot score them; use --suite loss, or another "
+            f"{items[without[0]].response[-60:]!r}): gsm8k cannot score them; use --suite loss, or another "
             "--response_column"
         )
 
