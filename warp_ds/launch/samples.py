@@ -6,14 +6,15 @@ import argparse
 import logging
 import sys
 from dataclasses import dataclass
-from typing import Any
 
+from warp_ds.data import template
 from warp_ds.data.datasets import load_samples
 from warp_ds.data.inspect import examine
+from warp_ds.data.lengths import check_length
 from warp_ds.errors import WarpError
 from warp_ds.flags.arguments import ColumnArguments, RunArguments, flag
 from warp_ds.flags.parsing import parse_arguments
-from warp_ds.zero.model import load_tokenizer
+from warp_ds.zero.model import context_length, local_model_dir, read_config, read_tokenizer, snapshot
 
 
 @dataclass
@@ -30,7 +31,7 @@ def show_samples(given: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        for line in examined(given.sources, parsed(given)):
+        for line in examined(given.sources, parse_arguments(DataArguments, ["--model_name", given.model_name, *given.rest])):
             print(line)
     except WarpError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -38,12 +39,7 @@ def show_samples(given: argparse.Namespace) -> int:
     return 0
 
 
-def parsed(given: argparse.Namespace) -> Any:
-    """The flags of a phase that stand on the command line."""
-    return parse_arguments(DataArguments, ["--model_name", given.model_name, *given.rest])
-
-
-def examined(sources: str, a: Any) -> list[str]:
+def examined(sources: str, a: DataArguments) -> list[str]:
     """Lines that show the samples of ``sources`` and what would become of them. Raises DataError, ConfigError."""
     samples = load_samples(
         sources,
@@ -54,5 +50,9 @@ def examined(sources: str, a: Any) -> list[str]:
         refusal_file=a.refusal_file,
         config=a.data_config,
     )
-    _, tokenizer = load_tokenizer(a)
+    directory = local_model_dir(a.model_name) or snapshot(a.model_name, files=("*.json", "*.model", "*.txt", "*.jinja"))
+    config = read_config(directory)
+    tokenizer = read_tokenizer(directory, config)
+    check_length(a.max_length, context_length(config))
+    template.fix_date(a.template_date)
     return examine(samples, tokenizer, a.max_length, a.train_on)
