@@ -12,9 +12,11 @@ from tokenizers import AddedToken
 
 from warp_ds.data.formats import IGNORE, encode, encode_prompt, encode_sample
 from warp_ds.data.inspect import shown
+from warp_ds.data.lengths import encode_dataset
 from warp_ds.data.sample import Sample
 from warp_ds.data.synthetic import train_tokenizer
 from warp_ds.errors import DataError
+from warp_ds.zero.batches import Samples
 
 TEXTS = ["Question: How do I bake bread?\nAnswer: To bake bread, get flour. user assistant system"] * 5
 CHATML = (
@@ -174,6 +176,13 @@ def test_one_prompt_and_its_response_are_as_they_were() -> None:
             assert encode_sample(Sample.pair("How?", "So."), tokenizer, train_on)[0] == encode("How?", "So.", tokenizer)
 
 
+def test_a_token_across_the_beginning_of_an_earlier_answer_is_trained() -> None:
+    """ " First" is one token there, though the generation prompt ends in a space."""
+    tokenizer = make(CHATML.replace("\n{{ m.content }}", " {{ m.content }}").replace("assistant\n{%", "assistant {%"))
+    tokenizer.add_tokens(" First")
+    assert trained(Sample(TURNS), tokenizer) == [" First.<|im_end|>", "Second.<|im_end|></s>"]
+
+
 def test_control_tokens_that_somebody_typed_are_text_in_every_turn() -> None:
     tokenizer = make(CHATML)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -189,3 +198,18 @@ def test_a_bare_text_is_trained_whole_and_ends() -> None:
     assert tokens["labels"] == tokens["input_ids"] and before == 0
     with pytest.raises(DataError, match="a bare text has no prompt"):
         encode_prompt(Sample(text="x"), tokenizer)
+
+
+def test_phases_1_and_2_count_several_turns() -> None:
+    """Σ over all tokens, the trained ones, or what stands before the last answer; gradients of what is trained."""
+    tokenizer = make(CHATML)
+    samples = [Sample(TURNS), Sample.pair("One?", "First.")]
+    encoded = encode_dataset(samples, tokenizer, 100)
+    whole = [encode_sample(sample, tokenizer)[0] for sample in samples]
+    every, answers = Samples(encoded, tokenizer, "cpu"), Samples(encoded, tokenizer, "cpu", "response")
+    ends = [sum(label != IGNORE for label in tokens["labels"]) for tokens in whole]
+    assert [answers.counts(i) for i in range(2)] == [every.responses(i) for i in range(2)] == ends
+    assert ends[0] > len(whole[0]["input_ids"]) - len(encode_prompt(samples[0], tokenizer))  # the first answer, too
+    assert [every.counts(i) for i in range(2)] == [len(tokens["input_ids"]) for tokens in whole]
+    alone = encode_dataset(samples, tokenizer, 100, prompt_only=True)
+    assert list(alone["input_ids"]) == [encode_prompt(sample, tokenizer) for sample in samples]

@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from warp_ds.data.readers import READERS, Table, json_values, read_file, read_text, suffix_of, table_of
+from warp_ds.data.cells import REFUSAL_FILE, texts_of
+from warp_ds.data.readers import READERS, Table, few, json_values, read_file, read_text, suffix_of, table_of
 from warp_ds.data.sample import Sample
-from warp_ds.data.shapes import REFUSAL_FILE, RESPONSE_COLUMNS, Layout, Wanted, listed, samples_of, texts_of
+from warp_ds.data.shapes import RESPONSE_COLUMNS, Layout, Wanted, listed, samples_of
 from warp_ds.data.sources import read_source, sources_of
 from warp_ds.errors import DataError
 
@@ -98,7 +99,7 @@ def _from_all(text: str, split: str, config: str | None, wanted: Wanted) -> list
         layout = KNOWN.get(source)
         rows = read_source(source, split, layout.config if layout else config)
         found = samples_of(rows, replace(wanted, layout=layout))
-        found = found if wanted.prompts else _without_tails(found, source)
+        found = found if wanted.prompts else _without_tails(found, source, wanted.refusals)
         parts.append([found[i % len(found)] for i in range(round(len(found) * weight))])
     if len(parts) == 1:
         return parts[0]
@@ -107,19 +108,19 @@ def _from_all(text: str, split: str, config: str | None, wanted: Wanted) -> list
     return [replace(sample, row=row) for row, sample in enumerate(mixed)]
 
 
-def _without_tails(samples: list[Sample], source: str) -> list[Sample]:
-    """The samples up to their last answer; says how many had turns after it."""
+def _without_tails(samples: list[Sample], source: str, refusals: bool) -> list[Sample]:
+    """The samples up to their last answer that is trained, or a question that is to be refused; says how many were cut."""
     found = []
     cut = []
     for sample in samples:
-        last = max((i for i, turn in enumerate(sample.messages) if turn["role"] == "assistant"), default=None)
-        if last is not None and last + 1 < len(sample.messages):
+        answers = [i for i, turn in enumerate(sample.messages) if turn["role"] == "assistant"]
+        last = max((i for i in answers if i not in sample.untrained), default=None)
+        if last is not None and last + 1 < len(sample.messages) and not (refusals and not sample.answered):
             cut.append(sample.row)
             sample = replace(sample, messages=sample.messages[: last + 1])
         found.append(sample)
     if cut:
-        shown = ", ".join(map(str, cut[:10])) + (", …" if len(cut) > 10 else "")
-        log.warning("%s: the turns after the last answer of %d rows (%s) are left out", source, len(cut), shown)
+        log.warning("%s: the turns after the last answer of %d rows (%s) are left out", source, len(cut), few(cut))
     return found
 
 

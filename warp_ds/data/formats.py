@@ -134,13 +134,13 @@ def encode_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase, train_on: 
 
 
 def _token_spans(text: str, ids: list[int], spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> list[Span]:
-    """Spans of characters as spans of `ids` (of `text`): the tokens that lie within, none across an end."""
+    """Spans of characters as spans of `ids` (of `text`): every token that holds one of them, as transformers' masks have it."""
     found = []
     for first, last in spans:
         begin, end = _ids(text[:first], tokenizer), _ids(text[:last], tokenizer)
-        start = _common(begin, ids)
-        found.append((start + (start < len(begin)), _common(end, ids)))
-    return [(start, end) for start, end in found if end > start]
+        known = _common(end, ids)
+        found.append((_common(begin, ids), known + (known < len(end))))
+    return found
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

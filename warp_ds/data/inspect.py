@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from warp_ds.data.formats import IGNORE, encode_sample
+from warp_ds.data.readers import few
 from warp_ds.data.sample import Sample
 from warp_ds.errors import DataError
 
@@ -64,7 +65,7 @@ def examine(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, max_l
         trained.append(sum(label != IGNORE for label in tokens["labels"]))
         late += [row] if before >= max_length else []
     lines = first_samples(first, tokenizer)
-    lines += [f"cannot be written: {len(wrong)} of {len(samples)} samples: {_few(wrong)}"] if wrong else []
+    lines += [f"cannot be written: {len(wrong)} of {len(samples)} samples: {few(wrong)}"] if wrong else []
     if lengths:
         order = sorted(lengths)
         points = {"least": 0, "half": len(order) // 2, "95 %": int(len(order) * 0.95), "most": len(order) - 1}
@@ -76,7 +77,7 @@ def examine(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, max_l
     lines.append(
         f"--max_length {max_length}: {long} samples are longer"
         + (
-            f"; of {len(late)} nothing trained would be left (rows {_few(late)}), of {long - len(late)} the end is cut: "
+            f"; of {len(late)} nothing trained would be left (rows {few(late)}), of {long - len(late)} the end is cut: "
             "--long_samples error refuses the former, truncate cuts all, drop drops all"
             if long
             else ""
@@ -93,7 +94,3 @@ def _duplicates(samples: Sequence[Sample]) -> str:
         f"duplicates: {sum(n - 1 for n in whole.values())} samples are there already, "
         f"{sum(n - 1 for n in prompts.values())} prompts are"
     )
-
-
-def _few(items: Sequence[Any], most: int = 5) -> str:
-    return ", ".join(map(str, items[:most])) + (f", … {len(items) - most} more" if len(items) > most else "")

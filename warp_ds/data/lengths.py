@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from warp_ds.data.formats import Tokens, encode_sample, prompt_tokens, window
+from warp_ds.data.readers import few
 from warp_ds.data.sample import Sample, as_samples
 from warp_ds.errors import DataError
 
@@ -122,7 +123,7 @@ def _say_cut(wrong: Mapping[int, int], cut: Mapping[int, int], of: int, max_leng
             len(cut),
             of,
             max_length,
-            _first(list(cut)),
+            few(list(cut)),
             max(cut.values()),
         )
 
@@ -133,8 +134,4 @@ def too_long(lengths: dict[int, int], of: int) -> str:
 
 
 def _named(lengths: Mapping[int, int]) -> str:
-    return _first([f"row {row}: {tokens} tokens" for row, tokens in sorted(lengths.items())])
-
-
-def _first(items: Sequence[Any], most: int = 10) -> str:
-    return ", ".join(map(str, items[:most])) + (f", … {len(items) - most} more" if len(items) > most else "")
+    return few([f"row {row}: {tokens} tokens" for row, tokens in sorted(lengths.items())])

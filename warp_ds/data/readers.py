@@ -325,6 +325,11 @@ def without_holes(row: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- values
 
 
+def few(items: Sequence[Any], most: int = 10) -> str:
+    """'a, b, … 3 more': the first few."""
+    return ", ".join(map(str, items[:most])) + (f", … {len(items) - most} more" if len(items) > most else "")
+
+
 def kind_of(value: Any) -> str:
     """What a value is, in words."""
     if isinstance(value, Number):

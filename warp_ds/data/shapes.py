@@ -9,9 +9,9 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from warp_ds.data.cells import Place, cells, check_characters, refuse_rows, texts
 from warp_ds.data.readers import Table, kind_of
 from warp_ds.data.sample import Message, Sample
 from warp_ds.data.turns import CONVERSATION_COLUMNS, NotText, dialogue_of, parsed, roles_of, tools_of, turns_of
@@ -52,7 +52,6 @@ PROMPT_PARTS = (
     "hypothesis",
 )
 """Columns that look like a part of the prompt, or like another prompt: where one is not used, that is said."""
-REFUSAL_FILE = "--refusal_file "
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def samples_of(rows: Table, wanted: Wanted) -> list[Sample]:
         return _conversations(rows, shape, wanted)
     has_prompt = any(name in rows.columns for name in PROMPT_COLUMNS)
     if not wanted.prompts and wanted.guessed and not has_prompt and _has(rows, "text", RESPONSE_COLUMNS, wanted):
-        return [Sample(text=text, row=row) for row, text in enumerate(_texts(rows, "text"))]
+        return [Sample(text=text, row=row) for row, text in enumerate(texts(rows, "text"))]
     return _pairs(rows, wanted)
 
 
@@ -112,16 +111,16 @@ def _conversation_column(rows: Table, wanted: Wanted) -> str | None:
 
 
 def _conversations(rows: Table, column: str, wanted: Wanted) -> list[Sample]:
-    texts = "text" in rows.columns and any(value is None for value in rows.column(column))
-    extras = _Extras(rows, [column, *RESPONSE_COLUMNS, *(["text"] if texts else [])], True)
+    bare = "text" in rows.columns and any(value is None for value in rows.column(column))
+    extras = _Extras(rows, [column, *RESPONSE_COLUMNS, *(["text"] if bare else [])], True)
     if column == CHOSEN:
         _say_preferred(rows)
     found = []
     for row, value in enumerate(rows.column(column)):
-        if value is None and texts and isinstance(rows.rows[row].get("text"), str):
+        if value is None and bare and isinstance(rows.rows[row].get("text"), str):
             found.append(Sample(text=rows.rows[row]["text"], row=row))
             continue
-        with _Place(rows, row, column):
+        with Place(rows, row, column):
             turns, skipped = _whole(value)
             found.append(_checked(extras.around(Sample(turns, untrained=skipped, row=row)), wanted))
     return _written(found, column, rows)
@@ -166,9 +165,9 @@ def _written(samples: list[Sample], column: str, rows: Table) -> list[Sample]:
         for sample in samples
     ]
     missing = [sample.text is None and not sample.messages for sample in samples]
-    _refuse_rows(rows, column, missing, blank)
+    refuse_rows(rows, column, missing, blank)
     for sample in samples:
-        _characters(json.dumps(sample.as_row(), ensure_ascii=False), column, rows, sample.row)
+        check_characters(json.dumps(sample.as_row(), ensure_ascii=False), column, rows, sample.row)
     return samples
 
 
@@ -198,8 +197,8 @@ def _pairs(rows: Table, wanted: Wanted) -> list[Sample]:
     used = [prompt, *([] if response is None else [response])]
     inputs = _alpaca_inputs(rows, prompt, wanted)
     extras = _Extras(rows, used + (["input"] if inputs else []), wanted.guessed)
-    befores = _cells(rows, prompt, "user")
-    answers = None if response is None else _cells(rows, response, "assistant")
+    befores = cells(rows, prompt, "user")
+    answers = None if response is None else cells(rows, response, "assistant")
     if response is not None and wanted.guessed:
         _say_other_responses(rows, response)
     found = []
@@ -211,18 +210,18 @@ def _pairs(rows: Table, wanted: Wanted) -> list[Sample]:
         # The whole conversation, as preference data often have it.
         if len(after) > len(before) and after[: len(before)] == before:
             after = after[len(before) :]
-        with _Place(rows, row, prompt):
+        with Place(rows, row, prompt):
             if before[-1]["role"] not in ("user", "tool"):
                 raise NotText(
                     f"is a conversation of the turns {roles_of(before)}: the last turn before a response is a user's "
                     "or a tool's"
                 )
-        with _Place(rows, row, response or ""):
+        with Place(rows, row, response or ""):
             if after and (after[0]["role"], after[-1]["role"]) != ("assistant", "assistant"):
                 raise NotText(
                     f"is a conversation of the turns {roles_of(after)}: a response begins and ends with an assistant's"
                 )
-        with _Place(rows, row, prompt):
+        with Place(rows, row, prompt):
             found.append(extras.around(Sample([*before, *after], row=row)))
     return found
 
@@ -276,7 +275,7 @@ def _alpaca_inputs(rows: Table, prompt: str, wanted: Wanted) -> list[str] | None
     if not wanted.guessed or prompt != "instruction" or "input" not in rows.columns:
         return None
     log.info("%s: the prompt is 'instruction' and, where it is not empty, 'input' after a blank line", rows.source)
-    return _texts(rows, "input", holes=True)
+    return texts(rows, "input", holes=True)
 
 
 # ---------------------------------------------------------------- what stands around the turns
@@ -360,103 +359,3 @@ def _say_other_responses(rows: Table, response: str) -> None:
 
 def _are(columns: Sequence[str]) -> str:
     return f"column{'s' * (len(columns) > 1)} {', '.join(map(repr, columns))} {'are' if len(columns) > 1 else 'is'}"
-
-
-# ---------------------------------------------------------------- cells
-
-
-class _Place:
-    """Turns a `NotText` into a `DataError` that names source, row and column."""
-
-    def __init__(self, rows: Table, row: int, column: str) -> None:
-        self.rows, self.row, self.column = rows, row, column
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, NotText):
-            hint = "" if _is_file(self.rows) else " (the loader of `datasets` may have made it so: fetch the file and name it)"
-            raise DataError(f"{self.rows.source}, {self.rows.place(self.row)}: column {self.column!r} {error}{hint}") from error
-
-
-def _cells(rows: Table, column: str, role: str) -> list[list[Message]]:
-    """The turns of one column, whose cells hold a text or a list of turns."""
-    found: list[list[Message] | None] = []
-    for row, value in enumerate(rows.column(column)):
-        with _Place(rows, row, column):
-            found.append(_turns_or_text(value, role))
-    _refuse_rows(rows, column, [turns is None for turns in found], [turns is not None and _blank(turns) for turns in found])
-    whole = [turns for turns in found if turns is not None]
-    for row, turns in enumerate(whole):
-        _characters("".join(str(turn["content"]) for turn in turns), column, rows, row)
-    return whole
-
-
-def _turns_or_text(value: Any, role: str) -> list[Message] | None:
-    """A cell's turns: a text is one turn of `role`; None for a hole."""
-    if value is None:
-        return None
-    if type(value) is str:
-        return [{"role": role, "content": value}]
-    turns = turns_of(value)
-    if turns is None:
-        raise NotText(f"is {kind_of(value)}, not a text: give one text a row, in quotes where it is a number")
-    if turns[1]:
-        raise NotText("has turns that are marked as not to be trained on: give the whole conversation as 'messages'")
-    return turns[0]
-
-
-def _blank(turns: Sequence[Message]) -> bool:
-    return any(not turn["content"].strip() and not turn.get("tool_calls") for turn in turns if turn["role"] != "tool")
-
-
-def _texts(rows: Table, column: str, holes: bool = False) -> list[str]:
-    """The texts of one column. `DataError`, by row, for what is no text, and but for `holes` for empty and missing ones."""
-    values = rows.column(column)
-    for row, value in enumerate(values):
-        with _Place(rows, row, column):
-            if value is not None and type(value) is not str:
-                raise NotText(f"is {kind_of(value)}, not a text: give one text a row, in quotes where it is a number")
-    if not holes:
-        _refuse_rows(rows, column, [value is None for value in values], [not (value or "x").strip() for value in values])
-    for row, value in enumerate(values):
-        _characters(value or "", column, rows, row)
-    return [value or "" for value in values]
-
-
-def texts_of(rows: Table, column: str) -> list[str]:
-    """The texts of one column, none missing or empty. Raises `DataError`, by row."""
-    return [str(turns[-1]["content"]) for turns in _cells(rows, column, "assistant")]
-
-
-def _is_file(rows: Table) -> bool:
-    return rows.lines is not None or Path(rows.source.removeprefix(REFUSAL_FILE)).expanduser().exists()
-
-
-def _refuse_rows(rows: Table, column: str, missing: Sequence[bool], empty: Sequence[bool]) -> None:
-    """DataError, with the rows, where some are missing or empty."""
-    for what, flags in (("missing", missing), ("empty", empty)):
-        wrong = [row for row, flag in enumerate(flags) if flag]
-        if wrong:
-            hint = (
-                " (the CSV reader of `datasets` takes NA, None and null for holes: fetch the file and name it)"
-                if (what == "missing" and not _is_file(rows))
-                else ""
-            )
-            raise DataError(
-                f"{rows.source}: column {column!r} is {what} in {len(wrong)} of {len(flags)} rows "
-                f"{rows.places(wrong)}: fill or remove them{hint}"
-            )
-
-
-def _characters(text: str, column: str, rows: Table, row: int) -> None:
-    """DataError for half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start : error.end]
-        raise DataError(
-            f"{rows.source}, {rows.place(row)}: column {column!r} holds half a surrogate pair ({half!r}), "
-            "which is no character: write the character itself"
-        ) from error

@@ -699,15 +699,15 @@ def load_data(a: CompareArguments) -> ComparisonData:
         safety,
         task,
         EvaluationSets(
-            load_prompts(a.harmful_data, samples=a.harmful_samples, prompt_column=a.prompt_column),
-            load_prompts(a.harmless_data, samples=a.harmless_samples) if a.harmless_data else (),
+            load_prompts(a.harmful_data, samples=a.harmful_samples, prompt_column=a.prompt_column, config=a.data_config),
+            load_prompts(a.harmless_data, samples=a.harmless_samples, config=a.data_config) if a.harmless_data else (),
             heldout,
         ),
         mix,
         load_samples(a.unaligned_data, config=a.data_config) if a.unaligned_data else [],
-        load_prompts(a.foundation_data, samples=len(safety))
+        load_prompts(a.foundation_data, samples=len(safety), config=a.data_config)
         if a.foundation_data
-        else [sample.asked() for sample in task[: len(safety)]],
+        else [sample.asked() for sample in task if sample.messages][: len(safety)],
     )
 
 
