@@ -113,7 +113,7 @@ def apply_debug(arguments: RunArguments) -> None:
     if not arguments.debug:
         return
     for field in dataclasses.fields(arguments):
-        if field.name.endswith("_samples") or field.name == "lm_eval_limit":
+        if field.name.endswith("_samples") and isinstance(field.default, int) or field.name == "lm_eval_limit":
             setattr(arguments, field.name, DEBUG_SAMPLES)
         elif field.name == "sample_counts" and getattr(arguments, field.name):
             setattr(arguments, field.name, str(DEBUG_SAMPLES))
