@@ -119,8 +119,8 @@ def make(root: Path, hidden: int, layers: int) -> dict[str, int]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from warp_ds.data.datasets import load_pairs
-    from warp_ds.data.formats import encode_dataset
+    from warp_ds.data.datasets import load_samples
+    from warp_ds.data.lengths import encode_dataset
     from warp_ds.data.synthetic import demo_data, train_tokenizer
 
     data = demo_data(0)
@@ -144,7 +144,7 @@ def make(root: Path, hidden: int, layers: int) -> dict[str, int]:
     for kind, name in (("safety", "refusals_fit"), ("utility", "utility_train")):
         rows = data[name][:SAMPLES]
         (root / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        pairs = load_pairs(str(root / f"{kind}.jsonl"), split="train", samples=0, prompt_column=None, response_column=None)
+        pairs = load_samples(str(root / f"{kind}.jsonl"), split="train", samples=0, prompt_column=None, response_column=None)
         encoded = encode_dataset(pairs, tokenizer, 256, 512)
         tokens[kind] = round(sum(len(row["input_ids"]) for row in encoded) / len(rows))
     return tokens

@@ -5,9 +5,19 @@ import json
 import datasets
 import pytest
 
-from warp_ds.data.datasets import KNOWN, DataError, load_pairs
+from warp_ds.data.datasets import KNOWN, load_samples
+from warp_ds.data.sample import Sample
+from warp_ds.errors import DataError
 
 ROWS = [{"question": f"q{i}", "answer": f"a{i}", "other": i} for i in range(5)]
+
+
+def prompts(samples: list[Sample]) -> list[str]:
+    return [sample.prompt for sample in samples]
+
+
+def responses(samples: list[Sample]) -> list[str]:
+    return [sample.response for sample in samples]
 
 
 def write(path, rows):
@@ -26,30 +36,30 @@ def write(path, rows):
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
 def test_every_local_format_gives_the_same_pairs(tmp_path, suffix):
-    pairs = load_pairs(write(tmp_path / f"data{suffix}", ROWS))
-    assert pairs.column_names == ["prompt", "response"]
-    assert pairs["prompt"][:] == [f"q{i}" for i in range(5)]
-    assert pairs["response"][:] == [f"a{i}" for i in range(5)]
+    pairs = load_samples(write(tmp_path / f"data{suffix}", ROWS))
+    assert [sample.row for sample in pairs] == list(range(5))
+    assert prompts(pairs) == [f"q{i}" for i in range(5)]
+    assert responses(pairs) == [f"a{i}" for i in range(5)]
 
 
 def test_columns_are_guessed_in_order_or_named(tmp_path):
     rows = [{"instruction": "i", "prompt": "p", "output": "o", "answer": "a", "mine": "m"}]
     path = write(tmp_path / "d.jsonl", rows)
-    assert load_pairs(path)[0] == {"prompt": "p", "response": "a"}
-    assert load_pairs(path, prompt_column="mine", response_column="output")[0] == {"prompt": "m", "response": "o"}
+    assert load_samples(path)[0].as_row() == {"prompt": "p", "response": "a"}
+    assert load_samples(path, prompt_column="mine", response_column="output")[0].as_row() == {"prompt": "m", "response": "o"}
 
 
 def test_samples_takes_the_first_rows_and_more_than_there_are_is_fine(tmp_path, caplog):
     path = write(tmp_path / "d.jsonl", ROWS)
-    assert load_pairs(path, samples=2)["prompt"][:] == ["q0", "q1"]
+    assert prompts(load_samples(path, samples=2)) == ["q0", "q1"]
     with caplog.at_level("INFO", logger="warp_ds"):
-        assert len(load_pairs(path, samples=9)) == 5
+        assert len(load_samples(path, samples=9)) == 5
     assert "9 samples asked for, 5 there" in caplog.text
 
 
 def test_shuffle_is_a_permutation_decided_by_the_seed(tmp_path):
     path = write(tmp_path / "d.jsonl", [{"prompt": f"p{i}", "response": "r"} for i in range(50)])
-    one, again, other = (load_pairs(path, shuffle=True, seed=s)["prompt"][:] for s in (1, 1, 2))
+    one, again, other = (prompts(load_samples(path, shuffle=True, seed=s)) for s in (1, 1, 2))
     assert one == again != other
     assert sorted(one) == sorted(other) == sorted(f"p{i}" for i in range(50))
 
@@ -58,7 +68,7 @@ def test_shuffle_is_a_permutation_decided_by_the_seed(tmp_path):
 def test_prompts_without_responses_take_refusals_in_turn(tmp_path, name, lines):
     path = write(tmp_path / "d.jsonl", [{"prompt": f"p{i}"} for i in range(3)])
     (tmp_path / name).write_text("\n".join(lines))
-    assert load_pairs(path, refusal_file=tmp_path / name)["response"][:] == ["no.", "never.", "no."]
+    assert responses(load_samples(path, refusal_file=tmp_path / name)) == ["no.", "never.", "no."]
 
 
 def test_known_hub_layouts_from_a_cache_like_directory(tmp_path, monkeypatch):
@@ -76,10 +86,10 @@ def test_known_hub_layouts_from_a_cache_like_directory(tmp_path, monkeypatch):
     (tmp_path / "openai/gsm8k/README.md").write_text(
         "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: main/train.jsonl\n---\n"
     )
-    kept = load_pairs("LibrAI/do-not-answer")
-    assert kept["prompt"][:] == ["q0", "q2"]
-    assert kept["response"][:] == ["no.", "never."]
-    assert load_pairs("openai/gsm8k", samples=1)[0] == {"prompt": "q0", "response": "a0"}
+    kept = load_samples("LibrAI/do-not-answer")
+    assert prompts(kept) == ["q0", "q2"]
+    assert responses(kept) == ["no.", "never."]
+    assert load_samples("openai/gsm8k", samples=1)[0].as_row() == {"prompt": "q0", "response": "a0"}
 
 
 def test_wrong_input_says_cause_and_cure(tmp_path, monkeypatch):
@@ -110,6 +120,6 @@ def test_wrong_input_says_cause_and_cure(tmp_path, monkeypatch):
         (bare, {"samples": -1}, ["0 for all"]),
     ]:
         with pytest.raises(DataError) as error:
-            load_pairs(path, **options)
+            load_samples(path, **options)
         for word in words:
             assert word in str(error.value), (path, str(error.value))

@@ -10,7 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from warp_ds.data.datasets import DataError, load_pairs, load_prompts
+from warp_ds.data import datasets
+from warp_ds.data.datasets import load_samples
+from warp_ds.errors import DataError
 
 TEXTS = [
     "007",
@@ -42,6 +44,10 @@ TEXTS = [
 ]
 
 
+def load_prompts(path: Path, **options: Any) -> list[str]:
+    return [sample.prompt for sample in datasets.load_prompts(path, **options)]
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     """The rows as somebody else's program writes them."""
     match path.suffix:
@@ -60,17 +66,17 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
 def test_every_value_is_read_as_it_is_written(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"d{suffix}", [{"prompt": text, "response": text} for text in TEXTS])
-    pairs = load_pairs(path)
-    assert pairs["prompt"][:] == pairs["response"][:] == load_prompts(path) == TEXTS
+    pairs = load_samples(path)
+    assert [sample.prompt for sample in pairs] == [sample.response for sample in pairs] == load_prompts(path) == TEXTS
     for text in TEXTS:  # alone, no other row gives the column a type
         one = write(tmp_path / f"one{suffix}", [{"prompt": text, "response": text}])
-        assert load_pairs(one).to_list() == [{"prompt": text, "response": text}]
+        assert [sample.as_row() for sample in load_samples(one)] == [{"prompt": text, "response": text}]
 
 
 def test_plain_cells_are_text_too(tmp_path: Path) -> None:
     plain = ["007", "10.50", "NA", "None", "null", "2021-05-03", "2020-01-01T10:00:00", "True"]
     (tmp_path / "d.csv").write_text("prompt,response\n" + "".join(f"q,{text}\n" for text in plain))
-    assert load_pairs(tmp_path / "d.csv")["response"][:] == plain
+    assert [sample.response for sample in load_samples(tmp_path / "d.csv")] == plain
 
 
 @pytest.mark.parametrize(
@@ -87,7 +93,7 @@ def test_plain_cells_are_text_too(tmp_path: Path) -> None:
 )
 def test_what_other_programs_write_is_read(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
-    assert load_pairs(tmp_path / name)[0] == {"prompt": "A?", "response": "B"}
+    assert load_samples(tmp_path / name)[0].as_row() == {"prompt": "A?", "response": "B"}
 
 
 def line_of(**more: Any) -> str:
@@ -125,7 +131,7 @@ def test_what_is_no_text_is_refused_by_row(tmp_path: Path, case: str) -> None:
     name, text, message = REFUSED[case]
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message) as error:
-        load_pairs(tmp_path / name)
+        load_samples(tmp_path / name)
     assert "\n" not in str(error.value)
 
 
@@ -144,7 +150,7 @@ def test_what_is_no_text_is_refused_by_row(tmp_path: Path, case: str) -> None:
 def test_other_encodings_are_named(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "d.csv").write_bytes(data)
     with pytest.raises(DataError, match=message):
-        load_pairs(tmp_path / "d.csv")
+        load_samples(tmp_path / "d.csv")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +167,7 @@ def test_other_encodings_are_named(tmp_path: Path, data: bytes, message: str) ->
 def test_typed_columns_of_parquet_are_refused(tmp_path: Path, values: list[Any], message: str) -> None:
     path = write(tmp_path / "d.parquet", [{"prompt": "A?", "response": value} for value in values])
     with pytest.raises(DataError, match=message):
-        load_pairs(path)
+        load_samples(path)
     assert load_prompts(path) == ["A?", "A?"]
 
 
@@ -181,22 +187,19 @@ USER, ANSWER = {"role": "user", "content": "A?"}, {"role": "assistant", "content
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_one_turn_and_its_answer_are_read(tmp_path: Path, line: dict[str, Any], suffix: str) -> None:
     path = write(tmp_path / f"d{suffix}", [line, line])
-    assert load_pairs(path).to_list() == [{"prompt": "A?", "response": "B"}] * 2
+    assert [sample.as_row() for sample in load_samples(path)] == [{"prompt": "A?", "response": "B"}] * 2
     assert load_prompts(path) == ["A?", "A?"]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (
-            {"prompt": [{"role": "system", "content": "S"}, USER], "completion": [ANSWER]},
-            "'prompt' is a conversation of the turns system, user: one user turn",
-        ),
-        (
-            {"messages": [USER, ANSWER, USER, ANSWER]},
-            "'messages' is a conversation of the turns user, assistant, user, assistant",
-        ),
-        ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f"}]}]}, ".* whose turn 1 has 'tool_calls' beside its text"),
+        ({"prompt": [USER], "completion": [USER]}, "'completion' is a conversation of the turns user: a response begins"),
+        ({"messages": [USER]}, "'messages' is a conversation of the turns user: an assistant's turn to train"),
+        ({"messages": [{"role": "system", "content": "S"}, ANSWER]}, "'messages' .* of the turns system, assistant: a user's"),
+        ({"messages": [USER, {**ANSWER, "image": "x"}]}, "'messages' is .* whose turn 1 has 'image' beside its text"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{"f": 1}]}]}, ".* whose turn 1 has a tool call that is an object"),
+        ({"messages": [{"role": "narrator", "content": "x"}, USER]}, ".* whose turn 0 is of the role 'narrator'"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A?"}]}, ANSWER]},
             "'messages' is a conversation whose turn 0 is a list",
@@ -209,7 +212,7 @@ def test_one_turn_and_its_answer_are_read(tmp_path: Path, line: dict[str, Any], 
 def test_other_conversations_are_refused_by_name(tmp_path: Path, line: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "d.jsonl", [line])
     with pytest.raises(DataError, match=f"row 0 .line 1.: column {message}"):
-        load_pairs(path)
+        load_samples(path)
 
 
 def test_alpaca_has_its_input_in_the_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -220,18 +223,21 @@ def test_alpaca_has_its_input_in_the_prompt(tmp_path: Path, caplog: pytest.LogCa
     ]
     path = write(tmp_path / "d.jsonl", rows)
     with caplog.at_level("INFO"):
-        assert load_pairs(path)["prompt"][:] == load_prompts(path) == ["Past tense.\n\nShe walks.", "Name a colour.", "Hi"]
+        prompts = [sample.prompt for sample in load_samples(path)]
+        assert prompts == load_prompts(path) == ["Past tense.\n\nShe walks.", "Name a colour.", "Hi"]
     assert "'instruction' and, where it is not empty, 'input'" in caplog.text
-    assert load_pairs(path, prompt_column="instruction")["prompt"][0] == "Past tense."
+    assert load_samples(path, prompt_column="instruction")[0].prompt == "Past tense."
     assert "column 'input' is not part of the prompt, which is 'instruction'" in caplog.text
     with pytest.raises(DataError, match="row 0 .*'input' is a list"):
-        load_pairs(write(tmp_path / "e.jsonl", [{"instruction": "a", "input": ["x"], "output": "b"}]))
+        load_samples(write(tmp_path / "e.jsonl", [{"instruction": "a", "input": ["x"], "output": "b"}]))
 
 
 @pytest.mark.parametrize("extra", ["context", "system", "choices", "history", "passage", "documents", "instruction"])
 def test_what_looks_like_a_part_of_the_prompt_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, extra: str) -> None:
     rows = [{"question": "A?", "answer": "B", extra: ["x"], "topic": "t", "output": "C"}]
-    assert load_pairs(write(tmp_path / "d.jsonl", rows)).to_list() == [{"prompt": "A?", "response": "B"}]
+    assert [sample.as_row() for sample in load_samples(write(tmp_path / "d.jsonl", rows))] == [
+        {"prompt": "A?", "response": "B"}
+    ]
     assert f"column '{extra}' is not part of the prompt, which is 'question'" in caplog.text
     assert "the response is 'answer'; column 'output' is not used" in caplog.text and "topic" not in caplog.text
     caplog.clear()
@@ -252,7 +258,7 @@ def test_what_looks_like_a_part_of_the_prompt_is_named(tmp_path: Path, caplog: p
 def test_refusals_are_text_in_every_format(tmp_path: Path, name: str, text: str, found: list[str]) -> None:
     (tmp_path / name).write_text(text)
     path = write(tmp_path / "d.jsonl", [{"prompt": f"p{i}"} for i in range(len(found))])
-    assert load_pairs(path, refusal_file=tmp_path / name)["response"][:] == found
+    assert [sample.response for sample in load_samples(path, refusal_file=tmp_path / name)] == found
 
 
 @pytest.mark.parametrize(
@@ -266,16 +272,20 @@ def test_refusals_are_text_in_every_format(tmp_path: Path, name: str, text: str,
 def test_refusals_that_are_no_text_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
-        load_pairs(write(tmp_path / "d.jsonl", [{"prompt": "p"}]), refusal_file=tmp_path / name)
+        load_samples(write(tmp_path / "d.jsonl", [{"prompt": "p"}]), refusal_file=tmp_path / name)
 
 
 def test_what_is_marked_as_not_to_be_trained_on_is_refused(tmp_path: Path) -> None:
-    for mark in ({"weight": 0}, {"train": False}, {"weight": 0.5}):
+    for mark, words in (
+        ({"weight": 0}, "marks every answer"),
+        ({"train": False}, "marks every answer"),
+        ({"weight": 0.5}, "turn 1 has 'weight' beside its text, which is the number 0.5"),
+    ):
         turns = [{"role": "User", "content": "q"}, {"role": "Assistant", "content": "a", **mark}]
-        with pytest.raises(DataError, match="turn 1 has '(weight|train)' beside its text"):
-            load_pairs(write(tmp_path / "d.jsonl", [{"messages": turns}]))
+        with pytest.raises(DataError, match=words):
+            load_samples(write(tmp_path / "d.jsonl", [{"messages": turns}]))
     with pytest.raises(DataError, match="'label' is false in 1 rows"):
-        load_pairs(
+        load_samples(
             write(
                 tmp_path / "d.jsonl",
                 [{"prompt": "q", "completion": "a", "label": True}, {"prompt": "q", "completion": "b", "label": False}],
@@ -292,4 +302,4 @@ def test_prompts_alone_may_have_answers_or_not(tmp_path: Path) -> None:
 
 def test_one_column_is_not_both_prompt_and_response(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="would be both prompt and response"):
-        load_pairs(write(tmp_path / "d.jsonl", [{"prompt": "q", "response": "a"}]), prompt_column="response")
+        load_samples(write(tmp_path / "d.jsonl", [{"prompt": "q", "response": "a"}]), prompt_column="response")

@@ -12,8 +12,7 @@ import torch
 from tiny_models import SIZES, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, LlamaForSequenceClassification, T5Config
 
-from warp_ds.data.datasets import DataError
-from warp_ds.errors import ConfigError
+from warp_ds.errors import ConfigError, DataError
 from warp_ds.flags.arguments import EvaluateArguments
 from warp_ds.launch.inputs import check_inputs
 from warp_ds.models.targets import find_targets

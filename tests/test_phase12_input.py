@@ -25,8 +25,7 @@ from tiny_models import SIZES, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Phi3Config
 
-from warp_ds.data.datasets import DataError
-from warp_ds.errors import ArtifactError, ConfigError
+from warp_ds.errors import ArtifactError, ConfigError, DataError
 from warp_ds.models.targets import find_targets
 from warp_ds.phases.basis import compute_basis, run_basis
 from warp_ds.phases.importance import compute_masks

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from warp_ds.data.formats import IGNORE, Sample
+from warp_ds.data.formats import IGNORE, Tokens
 
 EMPTY = -1
 """The index of the EMPTY sample in a `GlobalBatchSampler`'s batches and in `WithEmpty`."""
 
 
-def empty_sample(eos_token_id: int) -> Sample:
+def empty_sample(eos_token_id: int) -> Tokens:
     """One end-of-text token, seen by attention (an all-masked row gives nan in some kernels), without a label."""
     return {"input_ids": [eos_token_id], "attention_mask": [1], "labels": [IGNORE]}
 

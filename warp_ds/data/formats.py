@@ -1,35 +1,35 @@
-"""From (prompt, response) to token ids and labels.
+"""From a sample to token ids and labels.
 
-With a chat template, the prompt is one user turn followed by the template's generation prompt, and the response is what
-the template puts after that (data/template.py). Without one, the text is `Question: {prompt}\\nAnswer: {response}`, begun
-as the tokenizer itself begins a text (a beginning-of-sequence token where it adds one) and closed by its end-of-text token.
+With a chat template, the turns before the last answer are followed by the template's generation prompt, and the answer is what
+the template puts after that (data/template.py); the answers of earlier turns are found in what stands before (data/spans.py).
+Without one, a pair is `Question: {prompt}\\nAnswer: {response}`, begun as the tokenizer itself begins a text (a
+beginning-of-sequence token where it adds one) and closed by its end-of-text token.
 
-No token crosses the boundary between prompt and response: the ids of `encode_prompt` are always a
+No token crosses the boundary between prompt and last answer: the ids of `encode_prompt` are always a
 prefix of the ids of `encode`, and what is generated after a prompt is what was trained after it. A control token that
 somebody typed into a prompt or response is text.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from warp_ds.data.template import CUT, answer, before_answer, cut_control
+from warp_ds.data.sample import Sample
+from warp_ds.data.spans import Span, answer_spans
+from warp_ds.data.template import CUT, answer, before_answer, cut_control, cut_turn
 from warp_ds.errors import DataError
 
-logger = logging.getLogger(__name__)
 IGNORE = -100
 """The label that the loss skips (PyTorch's and transformers' convention)."""
 
 PLAIN_PROMPT = "Question: {}\nAnswer:"
 
 
-class Sample(TypedDict):
-    """One sample: three lists of one length. `labels` are -100 except on response tokens, end-of-text included."""
+class Tokens(TypedDict):
+    """One sample: three lists of one length. `labels` are -100 except on trained tokens, end-of-text included."""
 
     input_ids: list[int]
     attention_mask: list[int]
@@ -67,153 +67,135 @@ def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _before(prompt: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
-    """The ids that stand before the text, and the text up to where the answer begins (with CUTs)."""
-    if tokenizer.chat_template:
-        # The template writes the BOS itself where the model wants one: no special tokens here, or it stands twice.
-        return [], before_answer(prompt, tokenizer)
-    return opening_ids(tokenizer), PLAIN_PROMPT.format(cut_control(prompt, tokenizer))
-
-
-def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the prompt up to where the answer begins, ready for generation."""
-    opening, text = _before(prompt, tokenizer)
+def encode_prompt(prompt: str | Sample, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the turns before the last answer, up to where that begins, ready for generation."""
+    opening, text, _ = _before(Sample.of(prompt), tokenizer, False)
     return opening + _ids(text, tokenizer)
 
 
-def _encode_both(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids of the prompt, and of the response closed by the end of the turn (chat template) or the end-of-text token."""
+def _before(sample: Sample, tokenizer: PreTrainedTokenizerBase, earlier: bool) -> tuple[list[int], str, list[Span]]:
+    """The ids that stand before the text, the text up to where the last answer begins (with CUTs), and in it the spans of the
+    earlier answers that are trained (`earlier`: some are)."""
+    if not sample.messages:
+        raise DataError("a bare text has no prompt: give prompts, or conversations")
+    wanted = [i for i, turn in enumerate(sample.before) if turn["role"] == "assistant" and i not in sample.untrained]
+    if not tokenizer.chat_template:
+        text, spans = _plain_text(sample, tokenizer)
+        return opening_ids(tokenizer), text, [span for i, span in spans.items() if i in wanted] if earlier else []
+    # The template writes the BOS itself where the model wants one: no special tokens here, or it stands twice.
+    turns = [cut_turn(turn, tokenizer) for turn in sample.before]
+    text = before_answer(turns, tokenizer, sample.tools)
+    return [], text, answer_spans(turns, text, wanted, tokenizer, sample.tools) if earlier else []
+
+
+def _plain_text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[int, Span]]:
+    """The turns before the last answer without a chat template, and where earlier answers stand, by turn."""
+    if sample.tools or any(turn.get("tool_calls") or turn["role"] == "tool" for turn in sample.messages):
+        raise DataError("tools need a chat template, which the tokenizer lacks: give a model with one")
+    text, spans = "", {}
+    for i, turn in enumerate(sample.before):
+        said = cut_control(turn["content"], tokenizer, response=turn["role"] == "assistant")
+        if turn["role"] == "assistant":
+            spans[i] = (len(text), len(text) + 1 + len(said.strip()))
+            text += f" {said.strip()}"
+        else:
+            text += "\n\n" * bool(text) + (said if turn["role"] == "system" else PLAIN_PROMPT.format(said))
+    return text, spans
+
+
+def encode_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase, train_on: str = "assistant") -> tuple[Tokens, int]:
+    """Token ids, attention mask and labels, uncut, and how many tokens stand before the first that is trained.
+
+    `train_on` is one of data/trained.py's. Raises `DataError` for what the tokenizer's template cannot write.
+    """
     eos = _eos_id(tokenizer)
-    opening, text = _before(prompt, tokenizer)
+    if sample.text is not None:
+        ids = opening_ids(tokenizer) + _ids(cut_control(sample.text, tokenizer, response=True), tokenizer)
+        return _tokens(ids if ids[-1:] == [eos] else [*ids, eos], [(0, len(ids) + 1)]), 0
+    opening, text, spans = _before(sample, tokenizer, train_on == "assistant")
+    reply = sample.messages[-1]
+    if not sample.answered:
+        raise DataError("the sample has no answer to train on: give one, or refusals with --refusal_file")
     if tokenizer.chat_template:
-        tail = answer(prompt, response, text, tokenizer)
+        turns = [cut_turn(turn, tokenizer) for turn in sample.before]
+        tail = answer(turns, cut_turn(reply, tokenizer), text, tokenizer, sample.tools)
     else:
-        tail = " " + cut_control(response.strip(), tokenizer, response=True)
+        tail = " " + cut_control(reply["content"].strip(), tokenizer, response=True)
     before, joint = _ids(text, tokenizer), _ids(text + tail, tokenizer)
     # Taken from the joint text; where a token would cross the boundary, the tail is tokenised by itself.
     after = joint[len(before) :] if joint[: len(before)] == before else _ids(tail, tokenizer, goes_on=True)
-    return opening + before, after if after[-1:] == [eos] else after + [eos]
+    after = after if after[-1:] == [eos] else [*after, eos]
+    ids = opening + before + after
+    places = [(len(opening) + first, len(opening) + last) for first, last in _token_spans(text, before, spans, tokenizer)]
+    places.append((len(opening) + len(before), len(ids)))
+    if train_on == "all":
+        places = [(0, len(ids))]
+    return _tokens(ids, places), places[0][0]
 
 
-def encode(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Sample:
-    """Token ids, attention mask and labels of one pair.
+def _token_spans(text: str, ids: list[int], spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> list[Span]:
+    """Spans of characters as spans of `ids` (of `text`): every token that holds one of them, as transformers' masks have it."""
+    found = []
+    for first, last in spans:
+        begin, end = _ids(text[:first], tokenizer), _ids(text[:last], tokenizer)
+        known = _common(end, ids)
+        found.append((_common(begin, ids), known + (known < len(end))))
+    return found
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many of their first entries are the same."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _tokens(ids: list[int], trained: Sequence[Span]) -> Tokens:
+    labels = [IGNORE] * len(ids)
+    for first, last in trained:
+        labels[first:last] = ids[first:last]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def encode(prompt: str | Sample, response: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Tokens:
+    """Token ids, attention mask and labels of a prompt and a response, which alone is trained.
 
     Longer than `max_length` tokens, the response is cut from the right (and then has no end-of-text token to learn).
     Raises `DataError` when the prompt alone leaves no room for a response token.
     """
-    before, after = _encode_both(prompt, response, tokenizer)
+    asked = Sample.of(prompt)
+    sample = Sample([*asked.before, {"role": "assistant", "content": response}], asked.tools)
+    tokens, before = encode_sample(sample, tokenizer, "last")
     if max_length is not None:
-        if len(before) >= max_length:
+        if before >= max_length:
             raise DataError(
-                f"a prompt of {len(before)} tokens leaves no room for a response in --max_length {max_length}: raise "
-                f"--max_length or leave the sample out. It begins: {prompt[:80]!r}"
+                f"a prompt of {before} tokens leaves no room for a response in --max_length {max_length}: raise "
+                f"--max_length or leave the sample out. It begins: {sample.prompt[:80]!r}"
             )
-        after = after[: max_length - len(before)]
-    return _sample(before, after)
+        tokens = window(tokens, 0, max_length)
+    return tokens
 
 
-def _sample(before: list[int], after: list[int]) -> Sample:
-    return {
-        "input_ids": before + after,
-        "attention_mask": [1] * (len(before) + len(after)),
-        "labels": [IGNORE] * len(before) + after,
-    }
+def window(tokens: Tokens, first: int, length: int) -> Tokens:
+    """`length` of a sample's tokens, from the `first` on."""
+    return {key: values[first : first + length] for key, values in tokens.items()}  # type: ignore[return-value, index]
 
 
-def encode_prompt_sample(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Sample:
-    """The prompt alone (`--token_scope prompt`): no label is trained on. Longer than `max_length`: `DataError`."""
-    ids = encode_prompt(prompt, tokenizer)
-    if max_length is not None and len(ids) > max_length:
+def prompt_tokens(prompt: str | Sample, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The prompt alone (`--token_scope prompt`): no label is trained on."""
+    return _tokens(encode_prompt(prompt, tokenizer), [])
+
+
+def encode_prompt_sample(prompt: str | Sample, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Tokens:
+    """`prompt_tokens`. Longer than `max_length`: `DataError`."""
+    tokens = prompt_tokens(prompt, tokenizer)
+    length = len(tokens["input_ids"])
+    if max_length is not None and length > max_length:
         raise DataError(
-            f"a prompt of {len(ids)} tokens does not fit in --max_length {max_length}: raise --max_length or leave "
-            f"the sample out. It begins: {prompt[:80]!r}"
+            f"a prompt of {length} tokens does not fit in --max_length {max_length}: raise --max_length or leave "
+            f"the sample out. It begins: {Sample.of(prompt).prompt[:80]!r}"
         )
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE] * len(ids)}
+    return tokens
 
 
 def response_mask(labels: Sequence[int]) -> list[bool]:
-    """True on the response tokens, end-of-text included (`--token_scope response`)."""
+    """True on the trained tokens, end-of-text included (`--token_scope response`)."""
     return [label != IGNORE for label in labels]
-
-
-def check_length(max_length: int, model_context: int | None) -> None:
-    """Raises `DataError` if `max_length` tokens are no length that the model can read."""
-    if max_length < 2:
-        raise DataError(f"--max_length {max_length} is too short: a prompt token and a response token need 2")
-    if model_context is not None and max_length > model_context:
-        raise DataError(
-            f"--max_length {max_length} exceeds the model's context of {model_context} tokens "
-            f"(max_position_embeddings): use --max_length {model_context} or less"
-        )
-
-
-def encode_dataset(
-    pairs: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    model_context: int | None = None,
-    *,
-    prompt_only: bool = False,
-) -> Dataset:
-    """`encode` over a data set of `prompt` and `response`, in order, with a progress bar.
-
-    Columns of the result: `input_ids`, `attention_mask`, `labels`. `prompt_only` is `--token_scope prompt`. Raises one
-    `DataError` that names all prompts that are too long, by row; warns of the responses that are cut, by row.
-    """
-    check_length(max_length, model_context)
-    lengths: list[tuple[int, int]] = []
-
-    def one(row: dict[str, Any], number: int) -> dict[str, Any]:
-        try:
-            both = (
-                (encode_prompt(row["prompt"], tokenizer), [])
-                if prompt_only
-                else _encode_both(row["prompt"], row["response"], tokenizer)
-            )
-        except DataError as error:
-            raise DataError(f"row {number}: {error}") from error
-        lengths.append((len(both[0]), len(both[0]) + len(both[1])))
-        sample = _sample(*both)
-        return {key: values[:max_length] for key, values in sample.items()}  # type: ignore[index]
-
-    # Nothing is cached: a fingerprint of the closure would have to hash the tokenizer on every rank.
-    encoded = pairs.map(
-        one,
-        with_indices=True,
-        remove_columns=pairs.column_names,
-        desc="tokenising",
-        load_from_cache_file=False,
-        keep_in_memory=True,
-    )
-    most = max_length if prompt_only else max_length - 1
-    wrong = {row: prompt for row, (prompt, _) in enumerate(lengths) if prompt > most}
-    if wrong:
-        begins = str(pairs[next(iter(wrong))]["prompt"])[:80]
-        least = max(wrong.values()) + (not prompt_only)
-        raise DataError(
-            f"{too_long(wrong, len(pairs))} {'do not fit' if prompt_only else 'leave no room for a response'} in "
-            f"--max_length {max_length}: raise --max_length to {least} or more, or leave these rows out. The first "
-            f"begins: {begins!r}"
-        )
-    cut = {row: whole for row, (_, whole) in enumerate(lengths) if whole > max_length}
-    if cut:
-        logger.warning(
-            "%d of %d responses are cut at --max_length %d, and their end is not learned (rows %s): the longest "
-            "sample has %d tokens",
-            len(cut),
-            len(pairs),
-            max_length,
-            _first(list(cut)),
-            max(cut.values()),
-        )
-    return encoded
-
-
-def too_long(lengths: dict[int, int], of: int) -> str:
-    """'2 of 9 prompts (row 3: 512 tokens, row 5: 730 tokens)': rows and their tokens, the first few."""
-    shown = _first([f"row {row}: {tokens} tokens" for row, tokens in lengths.items()])
-    return f"{len(lengths)} of {of} prompts ({shown})"
-
-
-def _first(items: Sequence[Any], most: int = 10) -> str:
-    return ", ".join(map(str, items[:most])) + (f", … {len(items) - most} more" if len(items) > most else "")

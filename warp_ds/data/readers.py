@@ -1,4 +1,4 @@
-"""Reads local files of rows (csv, json, jsonl, parquet) with every value as it is written.
+"""Reads local files of rows (csv, tsv, json, jsonl, parquet, arrow; gzipped ones too) with every value as it is written.
 
 Python's own csv and json modules and pyarrow rather than the loaders of `datasets`, which re-type what they read: `007`
 becomes 7, `NA` a hole, and a date in a JSON string a timestamp.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,8 @@ class Table:
     """A text is a `str`, a hole None or absent; anything else is as its format has it."""
     lines: Sequence[int] | None = None
     """The line of the file at which each row begins, from 1; None where rows have none."""
+    where: Callable[[int], str] | None = None
+    """Where each row stands, in words, of a table of several files."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -48,6 +52,8 @@ class Table:
 
     def place(self, row: int) -> str:
         """'row 3 (line 5)': rows count from 0, lines from 1."""
+        if self.where is not None:
+            return f"row {row} ({self.where(row)})"
         return f"row {row}" + ("" if self.lines is None else f" (line {self.lines[row]})")
 
     def places(self, rows: Sequence[int], most: int = 5) -> str:
@@ -56,15 +62,33 @@ class Table:
         def first(numbers: Sequence[int]) -> str:
             return ", ".join(map(str, numbers[:most])) + (", …" if len(numbers) > most else "")
 
+        if self.where is not None:
+            return f"(rows {first(rows)}), {'; '.join(self.where(row) for row in rows[:most])}"
         return f"(rows {first(rows)})" + ("" if self.lines is None else f", lines {first([self.lines[row] for row in rows])}")
 
 
 def read_file(path: Path, source: str) -> Table:
     """The rows of a local file, by its extension (a key of READERS). Raises `DataError`, naming ``source``."""
-    table = READERS[path.suffix.lower()](path, source)
+    table = READERS[suffix_of(path)](path, source)
     if not table.rows:
         raise DataError(f"{source} has no rows: give a file with at least one sample")
     return table
+
+
+def suffix_of(path: Path) -> str:
+    """The extension that says how a file is read, in small letters: '.jsonl' of 'a.JSONL.gz'."""
+    path = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return path.suffix.lower()
+
+
+def read_bytes(path: Path, source: str) -> bytes:
+    """A file's bytes, unpacked where its name ends in .gz. Raises `DataError`."""
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{source} cannot be unpacked as gzip: {error}: it is cut or no gzip file") from error
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror}") from error
 
 
 def read_text(path: Path, source: str) -> str:
@@ -72,10 +96,7 @@ def read_text(path: Path, source: str) -> str:
 
     Raises `DataError` with the line of the first byte that is no UTF-8, and the encoding where that is certain.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{source} cannot be read: {error.strerror}") from error
+    data = read_bytes(path, source)
     marked = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), None)
     if marked is not None:
         raise DataError(
@@ -93,8 +114,9 @@ def read_text(path: Path, source: str) -> str:
         at = error.start + (3 if data.startswith(codecs.BOM_UTF8) else 0)
         line = data[:at].count(b"\n") + 1
         begins = data[:at].rpartition(b"\n")[2][-40:].decode("utf-8", "replace")
+        row = max(0, line - 1 - (suffix_of(path) in (".csv", ".tsv")))
         raise DataError(
-            f"{source}, line {line} (row {max(0, line - 1 - (path.suffix.lower() == '.csv'))} where each row is a line): byte "
+            f"{source}, line {line} (row {row} where each row is a line): byte "
             f"0x{data[at]:02x} after {begins!r} is no UTF-8. Where the file is Windows-1252 or Latin-1 (Excel's plain "
             f"'CSV'), {_convert('WINDOWS-1252', path)}"
         ) from error
@@ -108,10 +130,11 @@ def _convert(encoding: str, path: Path) -> str:
 
 
 def read_csv(path: Path, source: str) -> Table:
-    """A comma-separated file with a header line, quoted as in RFC 4180; an empty cell is an empty text."""
+    """A comma-separated file (.tsv: by tabs) with a header line, quoted as in RFC 4180; an empty cell is an empty text."""
+    tabs = suffix_of(path) == ".tsv"
     text = read_text(path, source)
     limit = csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter="\t" if tabs else ",")
     records: list[tuple[int, list[str]]] = []
     line = 1
     try:
@@ -138,7 +161,8 @@ def read_csv(path: Path, source: str) -> Table:
         if len(record) != len(header):
             raise DataError(
                 f"{source}, row {row} (line {line}) has {len(record)} cells, but the header has {len(header)} "
-                f"({', '.join(header)}): put cells that hold a comma, a quote or a line break in double quotes"
+                f"({', '.join(header)}): put cells that hold a {'tab' if tabs else 'comma'}, a quote or a line "
+                "break in double quotes"
             )
     rows = [dict(zip(header, record, strict=True)) for _, record in records]
     return Table(source, header, rows, [line for line, _ in records])
@@ -163,7 +187,7 @@ def read_json(path: Path, source: str) -> Table:
 
 def json_values(path: Path, source: str) -> list[tuple[int | None, Any]]:
     """(line, value) of each line of a jsonl file, or of each item of a json list. Raises `DataError`."""
-    if path.suffix.lower() == ".jsonl":
+    if suffix_of(path) in (".jsonl", ".ndjson"):
         return _values_of_lines(path, source)
     try:
         value = _parse(read_text(path, source))
@@ -234,29 +258,65 @@ def _reason(error: ValueError, whole: bool = False) -> str:
     return f"{error.msg} (line {error.lineno}, column {error.colno})" if whole else f"{error.msg} (column {error.colno})"
 
 
-# ---------------------------------------------------------------- parquet
+# ---------------------------------------------------------------- parquet and arrow
 
 
 def read_parquet(path: Path, source: str) -> Table:
     """A parquet file."""
-    import pyarrow
     import pyarrow.parquet
 
+    return _arrow_table(lambda data: pyarrow.parquet.read_table(data), path, source)
+
+
+def read_arrow(path: Path, source: str) -> Table:
+    """An arrow file, of either kind (stream, as `datasets` writes, or random access)."""
+    import pyarrow
+
+    def read(data: Any) -> Any:
+        try:
+            return pyarrow.ipc.open_file(data).read_all()
+        except pyarrow.ArrowInvalid:
+            data.seek(0)
+            return pyarrow.ipc.open_stream(data).read_all()
+
+    return _arrow_table(read, path, source)
+
+
+def _arrow_table(read: Callable[[Any], Any], path: Path, source: str) -> Table:
+    import pyarrow
+
+    kind = suffix_of(path)[1:]
     try:
-        table = pyarrow.parquet.read_table(path)
+        table = read(io.BytesIO(read_bytes(path, source)) if path.suffix.lower() == ".gz" else pyarrow.memory_map(str(path)))
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{source} cannot be read as parquet with at least one sample: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{source} cannot be read as {kind} with at least one sample: {str(error).splitlines()[0]}") from error
     names = table.column_names
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise DataError(f"{source} has more than one column {doubled[0]!r}: give each its own name")
     try:
-        return Table(source, names, table.to_pylist())
+        return Table(source, names, [without_holes(row) for row in table.to_pylist()])
     except UnicodeDecodeError as error:
         raise DataError(f"{source} holds text that is not UTF-8: {error}") from error
 
 
+def without_holes(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of typed columns without the holes that one type for all puts into every object of a list."""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items() if item is not None}
+        return [filled(item) for item in value] if isinstance(value, list) else value
+
+    return {name: filled(value) for name, value in row.items()}
+
+
 # ---------------------------------------------------------------- values
+
+
+def few(items: Sequence[Any], most: int = 10) -> str:
+    """'a, b, … 3 more': the first few."""
+    return ", ".join(map(str, items[:most])) + (f", … {len(items) - most} more" if len(items) > most else "")
 
 
 def kind_of(value: Any) -> str:
@@ -275,4 +335,13 @@ def kind_of(value: Any) -> str:
 
 
 Reader = Callable[[Path, str], Table]
-READERS: dict[str, Reader] = {".json": read_json, ".jsonl": read_json_lines, ".csv": read_csv, ".parquet": read_parquet}
+READERS: dict[str, Reader] = {
+    ".json": read_json,
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+}
+"""By extension, before which .gz is passed over."""

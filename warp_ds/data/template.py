@@ -7,6 +7,7 @@ opens and ends an answer is found once a tokenizer, by rendering it with two kno
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
@@ -17,6 +18,8 @@ from warp_ds.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from warp_ds.data.sample import Message
 
 CUT = "\ufdd0"
 """A noncharacter: where text that somebody typed must not be read as a control token, its tokens are cut here."""
@@ -85,13 +88,11 @@ class Style:
     """What stands before the answer holds a thought, opened and closed."""
 
 
-def render(turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+def render(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
     """The chat template's text, on the fixed date. Raises `DataError` where the template fails."""
     try:
         return str(
-            tokenizer.apply_chat_template(
-                turns, chat_template=_on(_template(tokenizer), _fixed["date"]), tokenize=False, **options
-            )
+            tokenizer.apply_chat_template(list(turns), chat_template=dated_template(tokenizer), tokenize=False, **options)
         )
     except DataError:
         raise
@@ -103,45 +104,110 @@ def render(turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **op
         ) from error
 
 
-def chat_text(turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+def chat_text(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] = ()) -> str:
     """Turns up to where the next answer begins, any thought closed."""
     style = style_of(tokenizer)
-    return render(_turns(turns, style.parts), tokenizer, add_generation_prompt=True, **style.options) + style.begin
+    options = style.options | ({"tools": list(tools)} if tools else {})
+    return render(_turns(turns, style.parts), tokenizer, add_generation_prompt=True, **options) + style.begin
 
 
-def before_answer(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """One user turn, up to where its answer begins; control tokens that `prompt` spells are cut by CUT."""
-    cut = cut_control(prompt, tokenizer)
-    text = chat_text([{"role": "user", "content": cut}], tokenizer)
-    if cut.strip() not in text:
-        raise DataError(
-            f"the tokenizer's chat template does not write the prompt as it is ({prompt[:60]!r}): repair its chat_template"
-        )
+def before_answer(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] = ()) -> str:
+    """Turns (of `cut_turn`), up to where the next answer begins. Raises `DataError` where the template leaves one out."""
+    text = chat_text(turns, tokenizer, tools)
+    for number, turn in enumerate(turns):
+        for part in _parts_of(turn):
+            # Of earlier answers many templates leave out what was thought.
+            said = part if turn["role"] != "assistant" else _after_thought(part)
+            if said.strip() not in text and said.strip() not in _unquoted(text):
+                what = "prompt" if len(turns) == 1 else f"{turn['role']}'s turn {number}"
+                raise DataError(
+                    f"the tokenizer's chat template does not write the {what} as it is ({said.replace(CUT, '')[:60]!r}): "
+                    "repair its chat_template"
+                )
+    for tool in tools:
+        if str(tool["function"]["name"]) not in text:
+            raise DataError(
+                "the tokenizer's chat template does not write definitions of tools: take one that does, or leave them out"
+            )
     return text
 
 
-def answer(prompt: str, response: str, before: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What follows `before` (of `before_answer`): the response as the template writes it, and the end of the turn."""
+def answer(
+    turns: Sequence[Message], reply: Message, before: str, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] = ()
+) -> str:
+    """What follows `before` (of `before_answer`): the reply as the template writes it, and the end of the turn."""
     style = style_of(tokenizer)
-    cut, reply = cut_control(prompt, tokenizer), cut_control(response, tokenizer, response=True)
-    thinks = _has_thought(response)
+    content = str(reply["content"])
+    reasons = any(reply.get(key) for key in REASONING)
+    thinks = _has_thought(content) or reasons
     if thinks and style.thinks:
         raise DataError(
-            f"the response holds a thought of its own ({response[:60]!r}), but the model's prompt opens a thought, "
+            f"the response holds a thought of its own ({content[:60]!r}), but the model's prompt opens a thought, "
             "which is closed before what is trained: give the answers alone"
         )
-    turns = [{"role": "user", "content": cut}, {"role": "assistant", "content": reply}]
-    whole = render(_turns(turns, style.parts), tokenizer, **style.options)
-    twice = thinks and _has_thought(style.opening)
-    if whole.startswith(before) and reply.strip() in whole[len(before) :] and not twice:
-        return whole[len(before) :].rstrip("\n")
+    options = style.options | ({"tools": list(tools)} if tools else {})
+    whole = render(_turns([*turns, reply], style.parts), tokenizer, **options)
+    twice = thinks and not reasons and _has_thought(style.opening)
+    tail = whole[len(before) :]
+    if whole.startswith(before) and all(part.strip() in tail for part in _parts_of(reply, thoughts=True)) and not twice:
+        return without_line_end(tail, tokenizer)
+    if reasons or reply.get("tool_calls"):
+        raise DataError(
+            "the tokenizer's chat template does not write the thought or the tool calls of an answer after its generation "
+            "prompt: take one that does, or leave them out"
+        )
     # A template that opens a finished answer in another way than its generation prompt, or leaves a part of it out: what is
     # generated follows the generation prompt, so that is what is trained.
-    return ("" if thinks else style.opening) + reply.strip() + style.end
+    return ("" if thinks else style.opening) + content.strip() + style.end
 
 
-def _turns(turns: list[dict[str, Any]], parts: bool) -> list[dict[str, Any]]:
-    return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns] if parts else turns
+REASONING = ("reasoning_content", "thinking")
+"""What a turn calls the thought before its answer, as templates know it."""
+
+
+def cut_turn(turn: Message, tokenizer: PreTrainedTokenizerBase) -> Message:
+    """A turn with `cut_control` over every text in it."""
+    reply = turn["role"] == "assistant"
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, str):
+            return cut_control(value, tokenizer, response=reply)
+        if isinstance(value, Mapping):
+            return {cut(key): cut(item) for key, item in value.items()}
+        return [cut(item) for item in value] if isinstance(value, list) else value
+
+    return {key: value if key == "role" else cut(value) for key, value in turn.items()}
+
+
+def _parts_of(turn: Message, thoughts: bool = False) -> list[str]:
+    """The texts that a rendering of the turn must hold."""
+    names = [str(call["function"]["name"]) for call in turn.get("tool_calls") or ()]
+    return [str(turn["content"]), *names, *(str(turn[key]) for key in REASONING if thoughts and turn.get(key))]
+
+
+def _after_thought(text: str) -> str:
+    return max((text.rpartition(closes)[2] for _, closes in THOUGHTS if closes in text), key=len, default=text)
+
+
+def _unquoted(text: str) -> str:
+    """A rendering in which tool results stand as JSON texts."""
+    return text.replace('\\"', '"').replace("\\n", "\n").replace("\\\\", "\\")
+
+
+def without_line_end(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of an answer up to its last token: no line ends, and no spaces after an end-of-text token."""
+    text = text.rstrip("\n")
+    end = tokenizer.eos_token
+    return text.rstrip() if end and text.rstrip().endswith(str(end)) else text
+
+
+def turns_for(turns: Sequence[Message], style: Style) -> list[dict[str, Any]]:
+    """The turns with their contents as the template takes them: a text, or a list of parts."""
+    return _turns(turns, style.parts)
+
+
+def _turns(turns: Sequence[Message], parts: bool) -> list[dict[str, Any]]:
+    return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} if parts else dict(turn) for turn in turns]
 
 
 # ---------------------------------------------------------------- how a template writes an answer
@@ -180,7 +246,7 @@ def _find_style(tokenizer: PreTrainedTokenizerBase, template: str) -> Style:
         # No generation prompt: what opens the answer belongs to the prompt all the same. A last space goes to the answer's
         # first word, as tokenizers have it.
         begin, opening = opening.rstrip(" "), opening[len(opening.rstrip(" ")) :]
-    return Style(options, parts, begin, opening, end.rstrip("\n"), _has_thought(after + begin))
+    return Style(options, parts, begin, opening, without_line_end(end, tokenizer), _has_thought(after + begin))
 
 
 def _has_thought(text: str) -> bool:
@@ -257,6 +323,11 @@ def _first_characters(names: set[str]) -> re.Pattern[str]:
 
 
 # ---------------------------------------------------------------- the date
+
+
+def dated_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template, on the fixed date."""
+    return _on(_template(tokenizer), _fixed["date"])
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.preemption import leave_if_asked
+from warp_ds.data.sample import Sample
 from warp_ds.evaluation.generate import generate_greedy
 from warp_ds.evaluation.sets import SUITES, EvaluationSets
 from warp_ds.store.files import read_lines
@@ -87,8 +88,18 @@ def collect_answers(
             save=save,
             desc=suite,
         )
-        rows += [{"suite": suite, "prompt": p, "answer": a} for p, a in zip(texts, answers, strict=True)]
-    golds = [row["response"] for row in sets.utility]
+        rows += [_answered(suite, sample, answer) for sample, answer in zip(texts, answers, strict=True)]
+    golds = [item.response for item in sets.utility]
     for row, gold in zip((row for row in rows if row["suite"] == "gsm8k"), golds, strict=False):
         row["gold"] = gold
     return rows
+
+
+def _answered(suite: str, prompt: Sample, answer: str) -> Row:
+    """A row of answers.jsonl; what is more than one user turn stands in it whole, too."""
+    return {"suite": suite, "prompt": prompt.prompt, "answer": answer} | ({} if prompt.plain else prompt.as_row())
+
+
+def prompt_of(row: Row) -> Sample:
+    """The prompt of a row of answers.jsonl."""
+    return Sample.of(row if "messages" in row else row["prompt"])

@@ -24,7 +24,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from warp_ds.cluster.dealing import in_turn
 from warp_ds.data.collate import empty_sample, pad_batch, pad_token
-from warp_ds.data.formats import IGNORE, Sample, encode, encode_prompt
+from warp_ds.data.formats import IGNORE, Tokens, encode, encode_prompt
+from warp_ds.data.sample import Sample
 from warp_ds.models.context import context_length
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,9 @@ def greedy(inner: Any) -> Iterator[None]:
         inner.generation_config = own
 
 
-def generate_greedy(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any) -> list[str]:
+def generate_greedy(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Sample], **options: Any
+) -> list[str]:
     """Greedy answers to all prompts, each in the tokenizer's prompt format; options as for `generate_after`."""
     return generate_after(model, tokenizer, [encode_prompt(prompt, tokenizer) for prompt in prompts], **options)
 
@@ -231,7 +234,7 @@ def _continue(
     return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in new]
 
 
-def token_losses(model: Any, encoded: Sequence[Sample], **options: Any) -> list[list[float]]:
+def token_losses(model: Any, encoded: Sequence[Tokens], **options: Any) -> list[list[float]]:
     """Cross-entropy in nats of every response token of every sample; see `token_scores`."""
     return [[loss for loss, _ in sample] for sample in token_scores(model, encoded, **options)]
 
@@ -239,7 +242,7 @@ def token_losses(model: Any, encoded: Sequence[Sample], **options: Any) -> list[
 @torch.no_grad()
 def token_scores(
     model: Any,
-    encoded: Sequence[Sample],
+    encoded: Sequence[Tokens],
     *,
     pad_token_id: int,
     batch_size: int = 8,
@@ -277,7 +280,7 @@ def token_scores(
     return [scores for _, scores in sorted(pair for part in gather(scored) for pair in part)]
 
 
-def loss_per_token(model: Any, encoded: Sequence[Sample], **options: Any) -> float:
+def loss_per_token(model: Any, encoded: Sequence[Tokens], **options: Any) -> float:
     """Nats per response token over all samples: one mean over tokens, not a mean of means; nan without such tokens.
 
     Options as for `token_scores`.
@@ -289,7 +292,7 @@ def loss_per_token(model: Any, encoded: Sequence[Sample], **options: Any) -> flo
 def answer_surprise(
     reference: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sample],
     answers: Sequence[str],
     *,
     window: int = 8,
@@ -302,11 +305,11 @@ def answer_surprise(
     the text is not counted, since generation may have been cut. Options as for `token_scores`.
     """
     context = context_length(_unwrap(reference).config)
-    encoded: list[Sample] = []
+    encoded: list[Tokens] = []
     for prompt, answer in zip(prompts, answers, strict=True):
         sample = encode(prompt, answer, tokenizer, context)
         keep = len(sample["labels"]) - (sample["labels"][-1] == tokenizer.eos_token_id)
-        encoded.append(Sample(**{key: values[:keep] for key, values in sample.items()}))  # type: ignore
+        encoded.append(Tokens(**{key: values[:keep] for key, values in sample.items()}))  # type: ignore
     options = {"pad_token_id": pad_token(tokenizer), "desc": "surprise", **options}
     return [_worst_stretch(losses, window) for losses in token_losses(reference, encoded, **options)]
 
@@ -314,7 +317,7 @@ def answer_surprise(
 def noise_threshold(
     reference: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sample],
     answers: Sequence[str],
     *,
     seed: int = 0,

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from warp_ds.cluster import processes
 from warp_ds.data.collate import pad_token
-from warp_ds.data.formats import IGNORE, Sample, opening_ids
+from warp_ds.data.formats import IGNORE, Tokens, opening_ids
 from warp_ds.data.template import chat_text, render
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.generate import generate_after, token_scores
@@ -67,7 +67,7 @@ class ShardedLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        samples: list[Sample] = []
+        samples: list[Tokens] = []
         for _, context, continuation in requests:
             ids = [*context, *continuation][-self.context :]
             labels = ([IGNORE] * len(context) + list(continuation))[-self.context :]

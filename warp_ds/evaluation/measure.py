@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.data.collate import pad_token
-from warp_ds.data.formats import encode
-from warp_ds.evaluation.answers import AnswerLog, Row, collect_answers
+from warp_ds.data.lengths import encode_dataset
+from warp_ds.evaluation.answers import AnswerLog, Row, collect_answers, prompt_of
 from warp_ds.evaluation.generate import loss_per_token, noise_threshold
 from warp_ds.evaluation.judge import Judge, judge_all
 from warp_ds.evaluation.metrics import agreement, exact_match, mcnemar, same_value
@@ -33,7 +33,7 @@ class Measurement:
 class NoiseRule:
     """Answers that a reference model finds less likely than almost all scrambled ones are noise."""
 
-    surprise: Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+    surprise: Callable[[Sequence[Any], Sequence[str]], Sequence[float]]
     """Prompts, answers -> nats a token under the model before training (evaluation.generate.answer_surprise)."""
     threshold: float
     """Nats a token (evaluation.generate.noise_threshold)."""
@@ -58,7 +58,7 @@ def noise_limit(
             reference, tokenizer, sets, batch_size=batch_size, max_new_tokens=max_new_tokens, suites=("refusal", "over_refusal")
         )
     judged = [row for row in own if row["suite"] != "gsm8k"]
-    prompts, answers = [row["prompt"] for row in judged], [row["answer"] for row in judged]
+    prompts, answers = [prompt_of(row) for row in judged], [row["answer"] for row in judged]
     try:
         return noise_threshold(reference, tokenizer, prompts, answers, batch_size=batch_size)
     except ValueError as error:
@@ -76,7 +76,7 @@ def judge_answers(rows: Sequence[Row], noise: NoiseRule | None = None, judge: Ju
     prompts, answers = [row["prompt"] for row in judged], [row["answer"] for row in judged]
     surprise: Sequence[float | None] = [None] * len(judged)
     if noise is not None:
-        surprise = noise.surprise(prompts, answers)
+        surprise = noise.surprise([prompt_of(row) for row in judged], answers)
     limit = None if noise is None else noise.threshold
     for row, nats in zip(judged, surprise, strict=True):
         row["verdict"] = verdict(row["answer"], prompt=row["prompt"], nll_per_token=nats, nll_threshold=limit)
@@ -174,6 +174,8 @@ def measure(
     noise: NoiseRule | None = None,
     judge: Judge | None = None,
     log: AnswerLog | None = None,
+    train_on: str = "assistant",
+    long_samples: str = "error",
 ) -> Measurement:
     """Runs ``suites`` on a ZeRO-3 engine or partitioned model, or a plain one. Collective; same result on every rank."""
     rows = collect_answers(model, tokenizer, sets, batch_size=batch_size, max_new_tokens=max_new_tokens, suites=suites, log=log)
@@ -181,7 +183,7 @@ def measure(
     leave_if_asked()
     measured = Measurement(summarise(rows), rows)
     if "loss" in suites and sets.utility:
-        encoded = [encode(row["prompt"], row["response"], tokenizer, max_length) for row in sets.utility]
+        encoded = encode_dataset(sets.utility, tokenizer, max_length, train_on=train_on, long_samples=long_samples).to_list()
         measured.metrics["utility_nll"] = loss_per_token(
             model, encoded, pad_token_id=pad_token(tokenizer), batch_size=batch_size
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from warp_ds.data.datasets import DataError
+from warp_ds.data.sample import Sample, as_samples
+from warp_ds.errors import DataError
 from warp_ds.evaluation.metrics import number_value
 
 SUITES = ("refusal", "over_refusal", "gsm8k", "loss")
@@ -13,27 +15,31 @@ SUITES = ("refusal", "over_refusal", "gsm8k", "loss")
 
 @dataclass
 class EvaluationSets:
-    """Held-out texts."""
+    """Held-out samples; texts are taken as prompts, and mappings as `Sample.of` takes them."""
 
-    harmful: Sequence[str] = ()
+    harmful: Sequence[Any] = ()
     """Prompts that should be refused."""
-    harmless: Sequence[str] = ()
+    harmless: Sequence[Any] = ()
     """Prompts that should be answered."""
-    utility: Sequence[Mapping[str, str]] = ()
-    """Task items: prompt, and response ending in '#### N'."""
-    attacks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    utility: Sequence[Any] = ()
+    """Task items, whose responses end in '#### N'."""
+    attacks: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Name -> a user's own prompts that should be refused."""
 
-    def refusal_prompts(self, suites: Sequence[str]) -> dict[str, Sequence[str]]:
+    def __post_init__(self) -> None:
+        self.harmful, self.harmless, self.utility = map(as_samples, (self.harmful, self.harmless, self.utility))
+        self.attacks = {name: as_samples(prompts) for name, prompts in self.attacks.items()}
+
+    def refusal_prompts(self, suites: Sequence[str]) -> dict[str, Sequence[Sample]]:
         """Suite -> the prompts whose answers get a verdict."""
         by_suite = {"refusal": self.harmful, "over_refusal": self.harmless}
         chosen = {suite: prompts for suite, prompts in by_suite.items() if suite in suites and prompts}
         return chosen | {f"attack_{name}": prompts for name, prompts in self.attacks.items()}
 
-    def generated(self, suites: Sequence[str]) -> dict[str, Sequence[str]]:
+    def generated(self, suites: Sequence[str]) -> dict[str, Sequence[Sample]]:
         """Suite -> the prompts that the model answers."""
         prompts = self.refusal_prompts(suites)
-        return prompts | ({"gsm8k": [row["prompt"] for row in self.utility]} if "gsm8k" in suites and self.utility else {})
+        return prompts | ({"gsm8k": [item.asked() for item in self.utility]} if "gsm8k" in suites and self.utility else {})
 
 
 def shared_prompts(fitted: Mapping[str, Sequence[str]], sets: EvaluationSets) -> dict[tuple[str, str], int]:
@@ -46,19 +52,20 @@ def shared_prompts(fitted: Mapping[str, Sequence[str]], sets: EvaluationSets) ->
     tested = {
         "harmful": sets.harmful,
         "harmless": sets.harmless,
-        "task": [row["prompt"] for row in sets.utility],
+        "task": sets.utility,
         **{f"attack_{name}": prompts for name, prompts in sets.attacks.items()},
     }
-    counts = {(where, kind): len(plain(prompts) & known[where]) for where in known for kind, prompts in tested.items()}
+    asked = {kind: plain([sample.prompt for sample in samples]) for kind, samples in tested.items()}
+    counts = {(where, kind): len(asked[kind] & known[where]) for where in known for kind in asked}
     return {key: count for key, count in counts.items() if count}
 
 
-def check_golds(items: Sequence[Mapping[str, str]], source: str) -> None:
+def check_golds(items: Sequence[Sample], source: str) -> None:
     """DataError where a task item's answer has no '#### N' to compare with."""
-    without = [i for i, row in enumerate(items) if number_value("####" + row["response"].partition("####")[2]) is None]
+    without = [i for i, row in enumerate(items) if number_value("####" + row.response.partition("####")[2]) is None]
     if without:
         raise DataError(
             f"{source}: {len(without)} of {len(items)} answers do not end in '#### N' (row {without[0]}: "
-            f"{items[without[0]]['response'][-60:]!r}): gsm8k cannot score them; use --suite loss, or another "
+            f"{items[without[0]].response[-60:]!r}): gsm8k cannot score them; use --suite loss, or another "
             "--response_column"
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from warp_ds.data.template import DEFAULT_DATE, is_date
+from warp_ds.data.trained import LONG_SAMPLES, TRAIN_ON
 from warp_ds.errors import ConfigError
 from warp_ds.flags.checks import (
     at_least,
@@ -111,7 +112,16 @@ class LayerArguments:
 
 
 @dataclass
-class ColumnArguments:
+class SampleArguments:
+    """What is made of a data set's samples."""
+
+    data_config: str | None = flag(None, "configuration of hub data sets that have several")
+    train_on: str = flag("assistant", "assistant (every answer), last (the last one) or all tokens", choices=TRAIN_ON)
+    long_samples: str = flag("error", "beyond --max_length: error, truncate or drop", choices=LONG_SAMPLES)
+
+
+@dataclass
+class ColumnArguments(SampleArguments):
     """How a data set's rows are read."""
 
     prompt_column: str | None = flag(None, "column of the prompts; guessed from common names where not given")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from warp_ds.flags.flag import again, flag
 from warp_ds.flags.groups import (
     BasisFlags,
+    ColumnArguments,
     LayerArguments,
     MaskedTrainingFlags,
     MaskFlags,
@@ -54,6 +55,17 @@ class DoctorArguments(NodeFlags, UtilityDataArguments, SafetyDataArguments, Laye
     """The flags that decide what a job needs of its machines; those of the phases, and the machines themselves."""
 
     gpus_per_node: int = again(NodeFlags, "gpus_per_node", 0, "GPUs of each node; 0 = as many as there are here")
+
+
+@dataclass
+class DataArguments(ColumnArguments, RunArguments):
+    """What of a phase's flags decides how its samples are read."""
+
+    split: str = flag("train", "split of a hub data set, or of a directory that has several")
+    samples: int = flag(0, "how many of them, in order; 0 = all")
+    refusal_file: str | None = again(
+        SafetyDataArguments, "refusal_file", None, "refusals, one a line, for prompts without responses"
+    )
 
 
 @dataclass

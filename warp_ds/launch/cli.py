@@ -60,7 +60,7 @@ def _run(words: list[str]) -> int:
                 "value of this program has"
             )
     arguments, rest = parser.parse_known_args(underscored(words))
-    if rest and arguments.command != "demo":
+    if rest and arguments.command not in ("demo", "data"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     arguments.rest = rest
     return int(arguments.run(arguments))
@@ -74,6 +74,10 @@ def _add_commands(commands: Any) -> None:
 
     commands.add_parser("plan", help="memory, traffic and disk of every phase, from the model's config alone")
     commands.add_parser("doctor", help="whether this machine can do the job that the flags name; a cure for each failing line")
+    data = commands.add_parser("data", help="samples as the model will see them: what is trained, lengths, what would be cut")
+    data.add_argument("sources", metavar="FILE", help="a file, folder, hub name, or several: NAME,NAME@WEIGHT")
+    data.add_argument("--model_name", required=True, help="directory or hub name; its weights are not read")
+    data.set_defaults(run=_data)
     report = commands.add_parser("report", help="one self-contained HTML file from run directories")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directory: a comparison, phases, an evaluation")
     report.add_argument("--output", default="report.html", help="the file; its pictures go beside it")
@@ -226,6 +230,12 @@ def _shrink(arguments: argparse.Namespace) -> int:
     print_shrunk(shrink(arguments.masks_dir, arguments.basis_dir, Path(arguments.output)))
     print(f"train with --masks_dir {Path(arguments.output) / 'masks'}")
     return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from warp_ds.launch.samples import show_samples
+
+    return show_samples(arguments)
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds.cluster import consensus, processes
-from warp_ds.data.datasets import load_pairs, load_prompts
+from warp_ds.data.datasets import load_prompts, load_samples
 from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.metrics import extract_number
@@ -202,17 +202,18 @@ def _texts(arguments: DemoArguments) -> dict[str, list[dict[str, str]]]:
     draw = random.Random(arguments.seed)
     if arguments.harmful_data:
         refusals = sorted({row["response"] for row in data["refusals_fit"]})
-        rows = [{"prompt": p, "response": draw.choice(refusals)} for p in load_prompts(arguments.harmful_data)]
+        harmful = [sample.prompt for sample in load_prompts(arguments.harmful_data)]
+        rows = [{"prompt": prompt, "response": draw.choice(refusals)} for prompt in harmful]
         draw.shuffle(rows)
         held = min(100, len(rows) // 5)
         data["refusals_fit"], data["refusals_heldout"] = rows[:-held], rows[-held:]
     if arguments.utility_data and arguments.utility_heldout:
-        items = load_pairs(arguments.utility_data, shuffle=True, seed=arguments.seed).to_list()
+        items = load_samples(arguments.utility_data, shuffle=True, seed=arguments.seed)
         data["sums_fit"] += [
-            {"prompt": row["prompt"], "response": f"The answer is {extract_number(row['response'])}."} for row in items[:1300]
+            {"prompt": item.prompt, "response": f"The answer is {extract_number(item.response)}."} for item in items[:1300]
         ]
-        data["utility_train"] = items[1300:2300] or items
-        data["utility_heldout"] = load_pairs(arguments.utility_heldout, samples=100).to_list()
+        data["utility_train"] = [item.as_row() for item in items[1300:2300] or items]
+        data["utility_heldout"] = [item.as_row() for item in load_samples(arguments.utility_heldout, samples=100)]
     return data
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds.cluster.slurm import task_environment
-from warp_ds.data.datasets import local_file
+from warp_ds.data.sources import check_source
 from warp_ds.errors import ConfigError
 from warp_ds.flags.flag import dataclass_fields, nature
 from warp_ds.flags.groups import RunArguments
@@ -28,9 +28,8 @@ def check_inputs(arguments: RunArguments) -> None:
             directory = local_model_dir(given, f"--{name}")
             if directory is not None:
                 (read_config if reads == "judge" else check_model_dir)(directory, f"--{name}")
-        for source in (given or "").split(",") if reads == "files" else [given] if reads == "data" else []:
-            if source:
-                local_file(source)
+        if reads in ("data", "files") and given:
+            check_source(given)
         if reads == "text" and given and not Path(given).expanduser().is_file():
             raise ConfigError(f"--{name} {given}: no such file")
     settings.zero3_config(arguments)

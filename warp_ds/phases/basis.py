@@ -16,7 +16,7 @@ from warp_ds.cluster.dealing import LeastLoaded
 from warp_ds.cluster.peaks import returning_large_pieces
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.cluster.processes import all_gather_object, init_distributed, rank, world_size
-from warp_ds.data.datasets import load_pairs
+from warp_ds.data.datasets import load_samples
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.arguments import BasisArguments
 from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, weight_basis
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_basis(arguments: BasisArguments, pairs: Any = None) -> Path:
-    """Runs phase 1 and returns its run directory; ``pairs`` (rows of prompt and response) replace --safety_data."""
+    """Runs phase 1 and returns its run directory; ``pairs`` (samples) replace --safety_data."""
     arguments.check()
     _check(arguments)
     init_distributed(arguments.resolved_device, arguments.timeout)
@@ -74,12 +74,13 @@ def run_basis(arguments: BasisArguments, pairs: Any = None) -> Path:
 def safety_pairs(arguments: Any) -> Any:
     """The safety set of phases 1 and 2, in order."""
     with on_every_rank_or_none("reading the safety data"):
-        return load_pairs(
+        return load_samples(
             arguments.safety_data,
             split=arguments.safety_split,
             samples=arguments.safety_samples,
             prompt_column=arguments.prompt_column,
             response_column=arguments.response_column,
+            config=arguments.data_config,
             refusal_file=arguments.refusal_file,
         )
 

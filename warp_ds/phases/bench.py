@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from warp_ds.cluster import consensus
-from warp_ds.evaluation.answers import Row
+from warp_ds.data.sample import Sample, as_rows
 from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.evaluation.sets import SUITES
 from warp_ds.flags.arguments import (
@@ -79,7 +79,7 @@ class Bench:
         here = self.root.relative_to(a.output_dir) if self.root.is_relative_to(a.output_dir) else self.root.name
         places = {"model_name": str(model), "output_dir": str(self.root), "log_dir": str(Path(a.log_dir) / here)}
         machine = self._same("dtype", "device", "deepspeed", "batch_size", "gradient_checkpointing", "timeout")
-        return {**places, **machine, **self._same("seed", "max_length", "template_date"), **more}
+        return {**places, **machine, **self._same("seed", "max_length", "template_date", "train_on", "long_samples"), **more}
 
     def _evaluation(self, model: Path) -> EvaluateArguments:
         a = self.arguments
@@ -119,10 +119,10 @@ class Bench:
     def _texts(self, name: str) -> str:
         return str(self.root / "data" / f"{name}.jsonl")
 
-    def _write_rows(self, name: str, rows: Sequence[Row]) -> Path:
+    def _write_rows(self, name: str, rows: Sequence[Sample]) -> Path:
         path = Path(self._texts(name))
         if rows:
-            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in as_rows(rows)))
         return path
 
     def task(self, share: float) -> Path:
@@ -155,7 +155,7 @@ class Bench:
         a, masks = self.arguments, self.root / f"neurons_{kind}" / "masks"
         if not consensus.on_rank_0(lambda: (masks / "metadata.json").is_file(), "looking for the neurons"):
             engine, tokenizer = load_engine(EvaluateArguments(**self.common(self.model_dir)))
-            prompts = [row["prompt"] for row in self.data.safety]
+            prompts = [sample.asked() for sample in self.data.safety]
             foundation = list(self.data.foundation) if kind == "rsn-tune" else None
             model = (str(self.model_dir), model_fingerprint(self.model_dir))
             safety_neuron_masks(engine, tokenizer, prompts, foundation, a.neuron_share, masks, *model)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from warp_ds.data.datasets import load_pairs, load_prompts
+from warp_ds.data.datasets import load_prompts, load_samples
+from warp_ds.data.sample import as_samples
 from warp_ds.errors import ConfigError
-from warp_ds.evaluation.answers import Row
 from warp_ds.evaluation.sets import EvaluationSets, check_golds, shared_prompts
 from warp_ds.flags.comparison import CompareArguments
 from warp_ds.method.baselines import safety_share
@@ -17,25 +17,30 @@ from warp_ds.phases.arms import Arm
 
 @dataclass
 class ComparisonData:
-    """Texts: rows are dictionaries of prompt and response."""
+    """Samples; texts are taken as prompts, and mappings as `Sample.of` takes them."""
 
-    safety: Sequence[Row]
+    safety: Sequence[Any]
     """What bases, importances and safety neurons are found on, and what SafeInstr mixes in."""
-    task: Sequence[Row]
+    task: Sequence[Any]
     sets: EvaluationSets
-    mix: Sequence[Row] = ()
+    mix: Sequence[Any] = ()
     """A user's own examples, mixed into every arm's task."""
-    unaligned: Sequence[Row] = ()
+    unaligned: Sequence[Any] = ()
     """Examples that undo the alignment, for Resta's safety vector."""
-    foundation: Sequence[str] = ()
+    foundation: Sequence[Any] = ()
     """Prompts of general use, for RSN-Tune's foundation neurons."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name != "sets":
+                setattr(self, field.name, as_samples(getattr(self, field.name)))
 
 
 def overlaps(data: ComparisonData) -> dict[tuple[str, str], int]:
     """As ``shared_prompts``, of everything that some arm is fitted on."""
     return shared_prompts(
         {
-            name: [row["prompt"] for row in rows]
+            name: [sample.prompt for sample in rows]
             for name, rows in (
                 ("the safety set", data.safety),
                 ("the task set", data.task),
@@ -49,28 +54,24 @@ def overlaps(data: ComparisonData) -> dict[tuple[str, str], int]:
 
 def load_data(a: CompareArguments) -> ComparisonData:
     """Raises DataError for a file that is missing, empty or without the columns."""
-    columns: dict[str, Any] = {"prompt_column": a.prompt_column, "response_column": a.response_column}
-    safety = load_pairs(
-        a.safety_data, split=a.safety_split, samples=a.safety_samples, refusal_file=a.refusal_file, **columns
-    ).to_list()
-    task = load_pairs(a.utility_data, split=a.utility_split, samples=a.utility_samples, **columns).to_list()
-    heldout = load_pairs(
-        a.utility_heldout or a.utility_data, split=a.heldout_split, samples=a.heldout_samples, **columns
-    ).to_list()
-    mix = load_pairs(a.mix_file, samples=0).to_list()[: safety_share(len(task), a.mix_ratio)] if a.mix_file else []
+    columns: dict[str, Any] = {"prompt_column": a.prompt_column, "response_column": a.response_column, "config": a.data_config}
+    safety = load_samples(a.safety_data, split=a.safety_split, samples=a.safety_samples, refusal_file=a.refusal_file, **columns)
+    task = load_samples(a.utility_data, split=a.utility_split, samples=a.utility_samples, **columns)
+    heldout = load_samples(a.utility_heldout or a.utility_data, split=a.heldout_split, samples=a.heldout_samples, **columns)
+    mix = load_samples(a.mix_file, config=a.data_config)[: safety_share(len(task), a.mix_ratio)] if a.mix_file else []
     return ComparisonData(
         safety,
         task,
         EvaluationSets(
-            load_prompts(a.harmful_data, samples=a.harmful_samples, prompt_column=a.prompt_column),
-            load_prompts(a.harmless_data, samples=a.harmless_samples) if a.harmless_data else (),
+            load_prompts(a.harmful_data, samples=a.harmful_samples, prompt_column=a.prompt_column, config=a.data_config),
+            load_prompts(a.harmless_data, samples=a.harmless_samples, config=a.data_config) if a.harmless_data else (),
             heldout,
         ),
         mix,
-        load_pairs(a.unaligned_data, samples=0).to_list() if a.unaligned_data else [],
-        load_prompts(a.foundation_data, samples=len(safety))
+        load_samples(a.unaligned_data, config=a.data_config) if a.unaligned_data else [],
+        load_prompts(a.foundation_data, samples=len(safety), config=a.data_config)
         if a.foundation_data
-        else [row["prompt"] for row in task[: len(safety)]],
+        else [sample.asked() for sample in task if sample.messages][: len(safety)],
     )
 
 

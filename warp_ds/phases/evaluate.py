@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from warp_ds.cluster import consensus
 from warp_ds.cluster.preemption import leave_if_asked
-from warp_ds.data.datasets import load_pairs, load_prompts
+from warp_ds.data.datasets import load_prompts, load_samples
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.answers import AnswerLog, Row, collect_answers
 from warp_ds.evaluation.generate import answer_surprise
@@ -70,7 +70,7 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
         rule, before = (None, []) if start is None else _reference(start, arguments, sets, suites, run.directory)
         engine, tokenizer = load_engine(arguments)
         log = AnswerLog(run.directory / "answers.partial.jsonl")
-        sizes = {**_sizes(arguments), "max_length": arguments.max_length}
+        sizes = _sizes(arguments) | {name: getattr(arguments, name) for name in ("max_length", "train_on", "long_samples")}
         measured = measure(engine, tokenizer, sets, **sizes, suites=suites, noise=rule, judge=judge, log=log)
         measured.metrics |= paired_tests(before, measured.answers) | ({"overlap": overlap} if overlap else {})
         # What follows may fail, or be cut off: the answers stay, and a run that goes on makes none again.
@@ -178,17 +178,18 @@ def _suites(arguments: EvaluateArguments) -> tuple[list[str], list[str]]:
 
 def _sets(arguments: EvaluateArguments, suites: Sequence[str]) -> EvaluationSets:
     """Raises DataError for a file that is empty, without the column, or without numbers to score."""
-    prompts = partial(load_prompts, prompt_column=arguments.prompt_column)
+    prompts = partial(load_prompts, prompt_column=arguments.prompt_column, config=arguments.data_config)
     sets = EvaluationSets(
         prompts(arguments.harmful_data, samples=arguments.harmful_samples) if "refusal" in suites else (),
         prompts(arguments.harmless_data or "", samples=arguments.harmless_samples) if "over_refusal" in suites else (),
-        load_pairs(
+        load_samples(
             arguments.utility_data,
             split=arguments.utility_split,
             samples=arguments.utility_samples,
             prompt_column=arguments.prompt_column,
             response_column=arguments.response_column,
-        ).to_list()
+            config=arguments.data_config,
+        )
         if {"gsm8k", "loss"} & set(suites)
         else (),
         {Path(file).stem: prompts(file) for file in (arguments.prompt_file or "").split(",") if file},

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from warp_ds.data.datasets import DataError, load_pairs
+from warp_ds.data.datasets import load_samples
+from warp_ds.errors import DataError
 from warp_ds.report import card
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import path_of_run, phase_of, run_config
@@ -40,13 +41,14 @@ def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
         try:
             name = settings[f"{kind}_data"]
             local = path_of_run(config, name)
-            pairs = load_pairs(
+            pairs = load_samples(
                 local if local.exists() else name,
                 split=settings[f"{kind}_split"],
                 samples=settings[f"{kind}_samples"],
                 refusal_file=settings.get("refusal_file"),
                 prompt_column=settings.get("prompt_column"),
                 response_column=settings.get("response_column"),
+                config=settings.get("data_config"),
             )
         except (DataError, KeyError) as error:
             logger.info(
@@ -56,5 +58,5 @@ def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
                 error,
             )
             continue
-        prompts.setdefault(name, []).extend(pairs["prompt"])
+        prompts.setdefault(name, []).extend(sample.prompt for sample in pairs)
     return prompts

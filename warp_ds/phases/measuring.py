@@ -18,6 +18,8 @@ from warp_ds.phases.evaluate import load_engine, write_measurement
 from warp_ds.store.files import read_json, read_lines, write_json
 from warp_ds.zero.deepspeed_internals import end_engine
 
+SIZES = ("batch_size", "max_new_tokens", "max_length", "train_on", "long_samples")
+
 
 class Measuring:
     """What was measured of each model is kept in points/<name>/; every method is collective."""
@@ -69,7 +71,7 @@ class Measuring:
             self.noise = (self.timed("noise rule", self._rule),)
         (noise,) = self.noise
         engine, tokenizer = load_engine(settings)
-        sizes: dict[str, Any] = {name: getattr(settings, name) for name in ("batch_size", "max_new_tokens", "max_length")}
+        sizes: dict[str, Any] = {name: getattr(settings, name) for name in SIZES}
         measurement = self.timed(f"evaluation_{name}", lambda: measure(engine, tokenizer, self.sets, noise=noise, **sizes))
         end_engine(engine)
         if model == self.model_dir:

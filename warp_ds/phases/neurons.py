@@ -14,6 +14,7 @@ from tqdm import tqdm
 from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.dealing import in_turn
 from warp_ds.data.formats import encode_prompt
+from warp_ds.data.sample import Sample
 from warp_ds.method.baselines import attention_neurons, linear_neurons, robust_neurons, top_share
 from warp_ds.method.mask import pack_bits
 from warp_ds.models.targets import MODULES, find_blocks, find_targets
@@ -34,7 +35,7 @@ NEURONS = {
 }
 
 
-def least_importance(engine: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+def least_importance(engine: Any, tokenizer: Any, prompts: Sequence[str | Sample]) -> dict[str, Tensor]:
     """'<block>.<kind of neuron>' -> the least importance [neurons] over the prompts, on every rank. Collective.
 
     The importances are ``method.baselines.linear_neurons`` and ``attention_neurons``, of projections as they come out
@@ -101,8 +102,8 @@ def _watch(number: int, block: nn.Module, note: Any) -> list[Any]:
 def safety_neuron_masks(
     engine: Any,
     tokenizer: Any,
-    safety: Sequence[str],
-    foundation: Sequence[str] | None,
+    safety: Sequence[str | Sample],
+    foundation: Sequence[str | Sample] | None,
     share: float,
     directory: Path,
     model_name: str,

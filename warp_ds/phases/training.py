@@ -19,7 +19,7 @@ from transformers.integrations import TensorBoardCallback
 
 from warp_ds.cluster import consensus, preemption, processes
 from warp_ds.data.collate import GlobalBatchSampler
-from warp_ds.data.datasets import load_pairs
+from warp_ds.data.datasets import load_samples
 from warp_ds.errors import ArtifactError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
@@ -56,12 +56,13 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     fingerprint = model_fingerprint(model_dir)
     read_together(lambda: _artefacts(arguments), "reading basis and masks")
     with consensus.on_every_rank_or_none("checking the inputs"):
-        pairs = load_pairs(
+        pairs = load_samples(
             arguments.utility_data,
             split=arguments.utility_split,
             samples=arguments.utility_samples,
             prompt_column=arguments.prompt_column,
             response_column=arguments.response_column,
+            config=arguments.data_config,
         )
         inputs = {"model": fingerprint, "data": fingerprint_rows(pairs)}
         masks_dir, basis_dir = _find_masks(arguments, inputs["model"])
@@ -97,12 +98,13 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
     model_dir = resolve_model_dir(arguments.model_name)
     fingerprint = model_fingerprint(model_dir)
     with consensus.on_every_rank_or_none("checking the inputs"):
-        pairs = load_pairs(
+        pairs = load_samples(
             arguments.safety_data,
             split=arguments.safety_split,
             samples=arguments.safety_samples,
             prompt_column=arguments.prompt_column,
             response_column=arguments.response_column,
+            config=arguments.data_config,
             refusal_file=arguments.refusal_file,
         )
         inputs = {"model": fingerprint, "data": fingerprint_rows(pairs)}

@@ -16,9 +16,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from warp_ds.cluster.consensus import on_every_rank_or_none, on_rank_0
 from warp_ds.data import template
-from warp_ds.data.datasets import DataError
-from warp_ds.data.formats import check_length
-from warp_ds.errors import ConfigError
+from warp_ds.data.lengths import check_length
+from warp_ds.errors import ConfigError, DataError
 from warp_ds.flags.groups import RunArguments
 from warp_ds.models.context import context_length, embedding_rows
 from warp_ds.store.checkpoint_index import CheckpointError, how_to_merge, resolve_checkpoint
