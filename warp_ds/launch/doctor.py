@@ -12,7 +12,6 @@ from rich.table import Table
 from warp_ds.flags.arguments import LayerArguments, SafetyDataArguments, TrainingFlags, UtilityDataArguments, flag
 from warp_ds.flags.parsing import FlagParser
 from warp_ds.launch import machine
-from warp_ds.launch.resources import check_resources
 
 
 @dataclass
@@ -54,6 +53,8 @@ def main(argv: list[str]) -> int:
 def examine(arguments: DoctorArguments, given: set[str]) -> Iterator[machine.Finding]:
     """What one machine can tell, without ranks. ``given``: the flags on the command line."""
     import torch
+
+    from warp_ds.launch.resources import check_resources  # with transformers' models
 
     yield machine.packages()
     yield machine.devices(arguments)
