@@ -10,7 +10,6 @@ from rich.table import Table
 
 from warp_ds.flags.jobs import DoctorArguments
 from warp_ds.launch import machine
-from warp_ds.launch.resources import check_resources
 
 
 def show(argv: list[str], arguments: DoctorArguments, ignored: list[str]) -> int:
@@ -31,6 +30,8 @@ def show(argv: list[str], arguments: DoctorArguments, ignored: list[str]) -> int
 def examine(arguments: DoctorArguments, given: set[str]) -> Iterator[machine.Finding]:
     """What one machine can tell, without ranks. ``given``: the flags on the command line."""
     import torch
+
+    from warp_ds.launch.resources import check_resources  # with transformers' models
 
     yield machine.packages()
     yield machine.devices(arguments)

@@ -19,7 +19,7 @@ from warp_ds.zero import settings
 def check_resources(
     arguments: Any, directory: Path, nodes: int, ranks_per_node: int, phase: str | None = None
 ) -> Iterator[Finding]:
-    """Disk, memory and GPU memory of one phase ('phase3'), or of the greediest but for phase 0, which is optional."""
+    """Disk, memory and GPU memory of one phase ('phase3'; '' has none), or of the greediest but for the optional phase 0."""
     import torch
 
     on_gpu = torch.cuda.is_available() and arguments.resolved_device == "cuda"
@@ -28,7 +28,7 @@ def check_resources(
     except (ConfigError, ValueError, OSError, KeyError, AttributeError) as error:
         yield Finding("needs", f"not counted: {error}", "see warp-ds plan", fatal=False)
         return
-    estimates = [e for e in estimates if e.phase.replace(" ", "") == phase] if phase else estimates[1:]
+    estimates = [e for e in estimates if e.phase.replace(" ", "") == phase] if phase is not None else estimates[1:]
     if estimates:
         yield _disk(arguments.output_dir, estimates)
         yield _host(estimates, ranks_per_node, on_gpu)
