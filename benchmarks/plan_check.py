@@ -121,7 +121,8 @@ def make(root: Path, hidden: int, layers: int) -> dict[str, int]:
 
     from warp_ds.data.datasets import load_samples
     from warp_ds.data.lengths import encode_dataset
-    from warp_ds.data.synthetic import demo_data, train_tokenizer
+    from warp_ds.data.synthetic import demo_data
+    from warp_ds.data.tiny_model import train_tokenizer
 
     data = demo_data(0)
     texts = [row["prompt"] + row["response"] for row in data["refusals_fit"]]

@@ -11,28 +11,7 @@ from typing import Any
 
 import mkdocs_gen_files
 
-from warp_ds.flags import arguments
-
-try:
-    from warp_ds.registry import PHASES
-except ImportError:  # before there was a registry of phases
-
-    @dataclasses.dataclass
-    class _Phase:
-        name: str
-        title: str
-        arguments: Any
-        trains: bool = False
-
-    _all = [
-        _Phase("phase0", "safety tuning", arguments.SafetyTuningArguments, True),
-        _Phase("phase1", "basis", arguments.BasisArguments),
-        _Phase("phase2", "importance", arguments.ImportanceArguments),
-        _Phase("phase3", "training", arguments.TrainArguments, True),
-        _Phase("evaluate", "evaluation", arguments.EvaluateArguments),
-        _Phase("compare", "arms side by side", arguments.CompareArguments, True),
-    ]
-    PHASES = {phase.name: phase for phase in _all}
+from warp_ds.registry import PHASES
 
 ROOT = Path(__file__).parent.parent
 ORDER = "method zero store models data flags phases evaluation report cluster launch".split()

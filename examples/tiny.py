@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
+from warp_ds.data.synthetic import demo_data
+from warp_ds.data.tiny_model import tiny_llama, train_tokenizer
 from warp_ds.flags.arguments import BasisArguments, ImportanceArguments
 
 

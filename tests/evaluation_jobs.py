@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 
 from warp_ds.cluster import processes
 from warp_ds.data.formats import encode
-from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
+from warp_ds.data.synthetic import demo_data
+from warp_ds.data.tiny_model import tiny_llama, train_tokenizer
 from warp_ds.evaluation import generate
 from warp_ds.flags.arguments import BasisArguments, EvaluateArguments
 from warp_ds.phases import evaluate as phase

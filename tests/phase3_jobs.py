@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from warp_ds.cluster import processes
-from warp_ds.data.synthetic import demo_data, train_tokenizer
+from warp_ds.data.synthetic import demo_data
+from warp_ds.data.tiny_model import train_tokenizer
 from warp_ds.flags.arguments import BasisArguments, EvaluateArguments, ImportanceArguments, TrainArguments
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.evaluate import run_evaluation

@@ -14,7 +14,7 @@ from warp_ds.data.formats import IGNORE, encode, encode_prompt, encode_sample
 from warp_ds.data.inspect import shown
 from warp_ds.data.lengths import encode_dataset
 from warp_ds.data.sample import Sample
-from warp_ds.data.synthetic import train_tokenizer
+from warp_ds.data.tiny_model import train_tokenizer
 from warp_ds.errors import DataError
 from warp_ds.zero.batches import Samples
 

@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from warp_ds.data.formats import IGNORE, encode, encode_prompt, encode_prompt_sample, response_mask
 from warp_ds.data.lengths import encode_dataset
-from warp_ds.data.synthetic import train_tokenizer
+from warp_ds.data.tiny_model import train_tokenizer
 from warp_ds.errors import DataError
 
 TEXTS = ["Question: How do I bake bread?\nAnswer: To bake bread, get flour.", "[user] hi [bot] I'm sorry </s>"] * 5

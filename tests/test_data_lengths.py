@@ -11,7 +11,7 @@ from warp_ds.data.formats import IGNORE, encode_sample
 from warp_ds.data.inspect import examine, first_samples
 from warp_ds.data.lengths import encode_dataset
 from warp_ds.data.sample import Sample
-from warp_ds.data.synthetic import tiny_llama, train_tokenizer
+from warp_ds.data.tiny_model import tiny_llama, train_tokenizer
 from warp_ds.errors import DataError
 from warp_ds.launch.cli import main
 

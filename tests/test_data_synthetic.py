@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from warp_ds.data.formats import encode
-from warp_ds.data.synthetic import FRAMES, demo_data, tiny_llama, train_tokenizer
+from warp_ds.data.synthetic import FRAMES, demo_data
+from warp_ds.data.tiny_model import tiny_llama, train_tokenizer
 from warp_ds.evaluation.metrics import extract_number
 from warp_ds.evaluation.verdicts import verdict
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from warp_ds.data import template
 from warp_ds.data.formats import IGNORE, encode, encode_prompt, opening_ids
-from warp_ds.data.synthetic import train_tokenizer
 from warp_ds.data.template import _open_thought
+from warp_ds.data.tiny_model import train_tokenizer
 from warp_ds.errors import ConfigError, DataError
 from warp_ds.flags.arguments import BasisArguments
 from warp_ds.flags.parsing import parse_arguments

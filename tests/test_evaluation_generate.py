@@ -10,7 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from warp_ds.data.formats import encode, encode_prompt
-from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
+from warp_ds.data.synthetic import demo_data
+from warp_ds.data.tiny_model import tiny_llama, train_tokenizer
 from warp_ds.evaluation.generate import (
     KEPT,
     OURS,

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from warp_ds.data.synthetic import tiny_llama, train_tokenizer
+from warp_ds.data.tiny_model import tiny_llama, train_tokenizer
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation import guards
 from warp_ds.evaluation.guards import Opinion, read, recognise

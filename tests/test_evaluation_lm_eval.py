@@ -57,7 +57,8 @@ def make_task_model(root: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
     from warp_ds.data.formats import encode
-    from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
+    from warp_ds.data.synthetic import demo_data
+    from warp_ds.data.tiny_model import tiny_llama, train_tokenizer
 
     data = demo_data(3, n_fit=10, n_heldout=7, n_sums=1, n_utility=24)["utility_train"]
     tokenizer = train_tokenizer([text for row in data for text in row.values()], vocab_size=400)

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from warp_ds.data.synthetic import demo_data, train_tokenizer
+from warp_ds.data.synthetic import demo_data
+from warp_ds.data.tiny_model import train_tokenizer
 from warp_ds.flags.arguments import BasisArguments, ImportanceArguments, TrainArguments
 from warp_ds.flags.parsing import parse_arguments, parse_training
 from warp_ds.phases.basis import run_basis

@@ -18,7 +18,8 @@ from typing import Any
 
 from warp_ds.cluster import consensus, processes
 from warp_ds.data.datasets import load_prompts, load_samples
-from warp_ds.data.synthetic import demo_data, tiny_llama, train_tokenizer
+from warp_ds.data.synthetic import demo_data
+from warp_ds.data.tiny_model import tiny_llama, train_tokenizer
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.metrics import extract_number
 from warp_ds.evaluation.sets import SUITES, EvaluationSets
