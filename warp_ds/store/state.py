@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from warp_ds.cluster import processes, slurm
+from warp_ds.cluster import slurm
 from warp_ds.errors import DirectoryGoneError
 from warp_ds.secrets import redact
 from warp_ds.store.files import append_line, write_json
@@ -29,6 +29,8 @@ class Progress:
 
     def at(self, done: float) -> None:
         """``done`` of the total are finished."""
+        from warp_ds.cluster import processes  # torch, which readers of a run's state need not wait for
+
         if processes.rank() == 0 and (time.monotonic() - self._shown > self.seconds or done >= self.total):
             self._shown = time.monotonic()
             try:
