@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from warp_ds.data.cells import REFUSAL_FILE, texts_of
 from warp_ds.data.readers import READERS, Table, few, json_values, read_file, read_text, suffix_of, table_of
@@ -19,6 +19,9 @@ from warp_ds.data.sample import Sample
 from warp_ds.data.shapes import RESPONSE_COLUMNS, Layout, Wanted, listed, samples_of
 from warp_ds.data.sources import read_source, sources_of
 from warp_ds.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,14 @@ def load_samples(
     if shuffle:
         random.Random(seed).shuffle(found)
     return _first(found, samples, os.fspath(name_or_path))
+
+
+def load_pairs(name_or_path: str | os.PathLike[str], **options: Any) -> Dataset:
+    """`load_samples` as a `Dataset` of two texts, `prompt` (several turns: role by role) and `response`."""
+    from datasets import Dataset
+
+    samples = load_samples(name_or_path, **options)
+    return Dataset.from_list([{"prompt": sample.prompt, "response": sample.response} for sample in samples])
 
 
 def load_prompts(
