@@ -20,6 +20,8 @@ from warp_ds.data.datasets import load_pairs
         ("warp_ds.artifacts", "MaskStore", "warp_ds.store.masks"),
         ("warp_ds.artifacts", "ArtifactError", "warp_ds.errors"),
         ("warp_ds.phases.targets", "find_targets", "warp_ds.models.targets"),
+        ("warp_ds.cluster.chain", "run_phase", "warp_ds.launch.submission"),
+        ("warp_ds.report.verify", "certify", "warp_ds.evaluation.certificate"),
         ("warp_ds.zero.runtime", "init_distributed", "warp_ds.cluster.processes"),
         ("warp_ds.zero.runtime", "zero3_config", "warp_ds.zero.settings"),
     ],

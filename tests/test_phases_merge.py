@@ -22,7 +22,8 @@ def model(tmp_path: Path) -> Path:
     for file, tensors in FILES.items():
         save_file(tensors, path / file, metadata={"format": "pt"})
     weight_map = {name: file for file, tensors in FILES.items() for name in tensors}
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return path
 
 

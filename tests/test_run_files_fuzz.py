@@ -225,6 +225,10 @@ def test_auto_passes_over_a_run_that_cannot_be_read(tmp_path: Path, run: Path) -
 
     (run / "owner.json").unlink()
     outcomes = Outcomes()
+    whole = (run / "config.json").read_text()
+    (run / "config.json").write_text(json.dumps({**json.loads(whole), "started_at": "2020-01-01T00:00:00"}))
+    outcomes.of(go_on, True, "another start", run / "config.json")
+    (run / "config.json").write_text(whole)
     for number, what in enumerate(spoil(run / "config.json")):
         if number % 40 == 0 or "JSON" not in what:
             outcomes.of(go_on, True, what, run / "config.json")

@@ -38,9 +38,9 @@ fcntl.flock = flock
 
 def other_host(directory: Path, beat: int) -> None:
     """What a process of another host leaves in ``directory``."""
-    (directory / "owner.json").write_text(
-        json.dumps({"host": f"not-{socket.gethostname()}", "pid": 1, "token": "theirs", "beat": beat, "job": "77"})
-    )
+    owner = {"host": f"not-{socket.gethostname()}", "pid": 1, "token": "theirs", "beat": beat, "job": "77"}
+    (directory / "owner.aside").write_text(json.dumps(owner))
+    (directory / "owner.aside").replace(directory / "owner.json")  # whole at any moment, as a run writes it
 
 
 def test_a_living_process_is_respected_and_a_dead_one_followed(tmp_path: Path) -> None:

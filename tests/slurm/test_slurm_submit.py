@@ -222,11 +222,13 @@ def test_comparison_as_a_job_array(slurm: ThrowAwaySlurm, tmp_path: Path) -> Non
     jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
     array = jobs["compare_seed1"].partition("_")[0]
     assert jobs == {"compare_seed1": f"{array}_0", "compare_seed2": f"{array}_1"}
-    # The same command finds its tasks, the running and the waiting one, though their numbers were never written down.
+    in_the_middle(slurm, jobs["compare_seed1"], run / "compare_seed1")
+    slurm.run("scontrol", "suspend", jobs["compare_seed1"])  # however slow this machine is, it does not end meanwhile
+    # The same command finds its tasks, the begun and the waiting one, though their numbers were never written down.
     forget_jobs(run)
     found = launch_submit(slurm.environment, *words).stdout
-    assert jobs_of(found) == jobs and "RUNNING" in found and "PENDING" in found, found
-    in_the_middle(slurm, jobs["compare_seed1"], run / "compare_seed1")
+    assert jobs_of(found) == jobs and "SUSPENDED" in found, found
+    slurm.run("scontrol", "resume", jobs["compare_seed1"])
     slurm.run("scancel", jobs["compare_seed2"])
     requeue_from_outside(slurm, jobs["compare_seed1"])
     gone_on = jobs_of(launch_submit(slurm.environment, *words).stdout)
@@ -245,7 +247,7 @@ def test_comparison_as_a_job_array(slurm: ThrowAwaySlurm, tmp_path: Path) -> Non
     assert slurm.run("squeue", "--noheader") == ""
     ((sources, report),) = comparisons(find_runs(sorted(run.glob("compare_seed*"))))
     assert len(sources) == 2 and f"warp-ds report {run}/compare_seed*" in shown
-    assert {(point["arm"], point["seed"]) for point in report["points"]} >= {("layers", 1), ("layers", 2)}
+    assert {(point.arm, point.seed) for point in report.points} >= {("layers", 1), ("layers", 2)}
 
 
 @pytest.mark.slow

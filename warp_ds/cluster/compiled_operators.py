@@ -52,8 +52,8 @@ class MortalBaton(FileBaton):
             if time.monotonic() > deadline:
                 deadline = float("inf")
                 logger.warning(
-                    "still waiting for %s: some program compiles or loads an operator; if none does (it was "
-                    "killed), remove that file",
+                    "still waiting for %s: an operator of DeepSpeed is being compiled, which takes minutes once a machine. "
+                    "Remove that file only if no program does so (top shows none): it was killed then",
                     self.lock_file_path,
                 )
             time.sleep(self.wait_seconds)

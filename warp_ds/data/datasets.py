@@ -108,7 +108,7 @@ def _from_all(text: str, split: str, config: str | None, wanted: Wanted) -> list
     parts = []
     for source, weight in sources_of(text):
         layout = KNOWN.get(source)
-        rows = read_source(source, split, layout.config if layout else config)
+        rows = read_source(source, split, layout.config if layout and config is None else config)
         found = samples_of(rows, replace(wanted, layout=layout))
         found = found if wanted.prompts else _without_tails(found, source, wanted.refusals)
         parts.append([found[i % len(found)] for i in range(round(len(found) * weight))])

@@ -22,7 +22,7 @@ from warp_ds.models.layer_names import LAYER_TYPES
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Name -> bytes of an entry."""
 
 
@@ -31,7 +31,7 @@ class RunArguments:
     """What every phase takes."""
 
     model_name: str = flag("meta-llama/Meta-Llama-3-8B-Instruct", "hub name or local directory of a causal LM", reads="model")
-    dtype: str = flag("bfloat16", "bfloat16, float16 or float32", choices=DTYPES)
+    dtype: str = flag("bfloat16", "bfloat16, float16 or float32", choices=DTYPE_BYTES)
     device: str = flag("auto", "cuda, cpu, or auto: cuda where there is one", identity=False)
     batch_size: int = flag(4, "micro-batch per rank, in samples", identity=False)
     max_length: int = flag(512, "longest prompt and response, in tokens")
@@ -115,7 +115,7 @@ class LayerArguments:
 class SampleArguments:
     """What is made of a data set's samples."""
 
-    data_config: str | None = flag(None, "configuration of hub data sets that have several")
+    data_config: str | None = flag(None, "configuration of the hub data set; where there are several data sets, of the task's")
     train_on: str = flag("assistant", "assistant (every answer), last (the last one) or all tokens", choices=TRAIN_ON)
     long_samples: str = flag("error", "beyond --max_length: error, truncate or drop", choices=LONG_SAMPLES)
 

@@ -51,8 +51,13 @@ def in_one_spelling(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(reads: str, value: Any) -> Any:
     if reads in ("basis", "masks"):
         return "none" if value == "none" else "by content"  # given, or the newest: the fingerprint says which
-    if reads in BY_CONTENT and value and all(Path(part).expanduser().exists() for part in str(value).split(",")):
+    if reads in BY_CONTENT and value and all(Path(part).expanduser().exists() for part in _paths(str(value))):
         return "by content"
     if reads == "directory" and value:
         return str(Path(value).expanduser().resolve())
     return int(value) if isinstance(value, float) and value.is_integer() else value  # 3.0 epochs are 3
+
+
+def _paths(value: str) -> list[str]:
+    """The paths of one flag: itself where that exists, else what commas part."""
+    return [value] if Path(value).expanduser().exists() else value.split(",")

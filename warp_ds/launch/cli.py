@@ -23,7 +23,7 @@ from warp_ds.secrets import redact
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; the exit status is the program's."""
     words = sys.argv[1:] if argv is None else list(argv)
-    while words and words[0].startswith("--local_rank"):  # the deepspeed launcher puts it first
+    while words and words[0].startswith(("--local_rank", "--local-rank")):  # the deepspeed launcher puts it first
         del words[0]
     command = words[0] if words else ""
     try:
@@ -67,14 +67,24 @@ def _run(words: list[str]) -> int:
 
 
 def _add_commands(commands: Any) -> None:
-    demo = commands.add_parser("demo", help="the whole job on a small model made on the spot")
+    demo = commands.add_parser(
+        "demo",
+        help="the whole job on a small model made on the spot",
+        epilog="Takes too: --harmful_data, --utility_data, --utility_heldout, --max_length, --arms, --learning_rates, --seeds, "
+        "--output_dir, and others of compare.",
+    )
     demo.add_argument("--ranks", type=int, default=2, help="local processes (default 2)")
     demo.set_defaults(run=_demo)
     _add_verify_and_shrink(commands)
 
     commands.add_parser("plan", help="memory, traffic and disk of every phase, from the model's config alone")
     commands.add_parser("doctor", help="whether this machine can do the job that the flags name; a cure for each failing line")
-    data = commands.add_parser("data", help="samples as the model will see them: what is trained, lengths, what would be cut")
+    data = commands.add_parser(
+        "data",
+        help="samples as the model will see them: what is trained, lengths, what would be cut",
+        epilog="Takes too, as the phases do: --max_length, --train_on, --long_samples, --prompt_column, --response_column, "
+        "--refusal_file, --data_config, --split, --samples, --template_date.",
+    )
     data.add_argument("sources", metavar="FILE", help="a file, folder, hub name, or several: NAME,NAME@WEIGHT")
     data.add_argument("--model_name", required=True, help="directory or hub name; its weights are not read")
     data.set_defaults(run=_data)

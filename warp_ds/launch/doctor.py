@@ -44,7 +44,7 @@ def examine(arguments: DoctorArguments, given: set[str]) -> Iterator[machine.Fin
     yield found
     for name in ("safety_data", "utility_data"):
         if f"--{name}" in given:
-            yield machine.data(name, getattr(arguments, name))
+            yield machine.data(name, getattr(arguments, name), arguments.refusal_file if name == "safety_data" else None)
     if local is not None:
         yield from check_resources(
             arguments, local, arguments.nodes, arguments.gpus_per_node or max(1, torch.cuda.device_count())

@@ -14,7 +14,8 @@ from packaging.requirements import Requirement
 
 from warp_ds import errors
 from warp_ds.cluster import slurm
-from warp_ds.errors import ArtifactError
+from warp_ds.data.datasets import load_samples
+from warp_ds.errors import ArtifactError, DataError
 from warp_ds.flags.arguments import RunArguments
 from warp_ds.phases.versions import shown_versions
 from warp_ds.store.fingerprints import model_contents
@@ -178,10 +179,13 @@ def model(name: str) -> tuple[Finding, Path | None]:
     return Finding("model", f"{path} ({parts} tensors)"), path
 
 
-def data(name: str, given: str) -> Finding:
-    """Whether a data set is a file here, or one that would have to be fetched."""
+def data(name: str, given: str, refusals: str | None = None) -> Finding:
+    """Whether a data set is a file here that can be read, or one that would have to be fetched."""
     if Path(given).expanduser().exists():
-        return Finding(f"--{name}", f"{given} is here")
+        try:
+            return Finding(f"--{name}", f"{given}: {len(load_samples(given, refusal_file=refusals))} samples")
+        except DataError as error:
+            return Finding(f"--{name}", str(error), "warp-ds data FILE --model_name MODEL shows what it reads")
     if given.rsplit(".", 1)[-1] in ("json", "jsonl", "csv", "parquet"):
         return Finding(f"--{name}", f"no file {given}", "a path that the compute nodes see too")
     return Finding(

@@ -26,7 +26,8 @@ def check_resources(
     try:
         estimates = _estimates(arguments, directory, nodes, ranks_per_node, on_gpu)
     except (ConfigError, ValueError, OSError, KeyError, AttributeError) as error:
-        yield Finding("needs", f"not counted: {error}", "see warp-ds plan", fatal=False)
+        fails = isinstance(error, ConfigError)  # the phases say the same
+        yield Finding("needs", f"not counted: {error}", "change that flag" if fails else "see warp-ds plan", fatal=fails)
         return
     estimates = [e for e in estimates if e.phase.replace(" ", "") == phase] if phase is not None else estimates[1:]
     if estimates:

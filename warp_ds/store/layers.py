@@ -17,7 +17,7 @@ class TargetLayer:
     layer: int
     """Number of its block."""
     type: str
-    """One of config.LAYER_TYPES."""
+    """One of models.layer_names.LAYER_TYPES."""
     m: int
     """Outputs: rows of W."""
     n: int

@@ -17,7 +17,7 @@ ROUND_BYTES = 8 << 30
 
 
 def model_fingerprint(directory: Path) -> str:
-    """``artifacts.fingerprint_model`` on every rank; each byte is read by one. Collective. Raises ArtifactError."""
+    """``store.fingerprints.fingerprint_model`` on every rank; each byte is read by one. Collective. Raises ArtifactError."""
     read_together(lambda: [model_contents(directory)], "reading the model")
     return consensus.on_rank_0(lambda: fingerprint_model(directory), "reading the model")
 

@@ -22,7 +22,7 @@ CURES = {
     "activations": "use --gradient_checkpointing, or a smaller --batch_size",
     "hidden states": "use more nodes, a smaller --max_length, or fewer --safety_samples",
     "logits": "use a smaller --batch_size or --max_length",
-    "masters and moments": "use --offload optimizer, more nodes, or --train_scope warp",
+    "masters and moments": "use --offload optimizer or more nodes",
     "weights": "use more nodes, or --offload all",
 }
 """part of the memory -> what makes it smaller"""
@@ -76,7 +76,8 @@ def _too_big(phases: Iterable[Estimate], job: Job) -> list[str]:
         if phase.gpu_total > USABLE * job.gpu_memory:
             part = max(phase.gpu, key=lambda name: phase.gpu[name])
             cure = f"; {CURES[part]}" if part in CURES else ""
-            need.append(f"{phase.phase}: {gb(phase.gpu_total)} GB a GPU of {gb(job.gpu_memory)}, most of it {part}{cure}")
+            wanted = f"{gb(phase.gpu_total)} GB a GPU of {gb(job.gpu_memory)} (a tenth is left free)"
+            need.append(f"{phase.phase}: {wanted}, most of it {part}{cure}")
         node = phase.host_total * job.gpus_per_node
         if job.host_memory is not None and node > job.host_memory:
             need.append(f"{phase.phase}: {gb(node)} GB of host memory a node of {gb(job.host_memory)}")

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from warp_ds.flags.arguments import BasisArguments, ImportanceArguments, TrainArguments
-from warp_ds.flags.groups import DTYPES
+from warp_ds.flags.groups import DTYPE_BYTES
 from warp_ds.models.context import text_config
 from warp_ds.models.targets import find_blocks, find_targets
 from warp_ds.store.layers import TargetLayer
@@ -77,7 +77,7 @@ class Job:
 
     @property
     def itemsize(self) -> int:
-        return DTYPES[self.dtype]
+        return DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
