@@ -91,8 +91,8 @@ def modules() -> None:
         write(f"reference/python/{room or 'warp_ds'}.md", lines)
         summary.append(f"* [{title}]({room or 'warp_ds'}.md)")
     write("reference/python/SUMMARY.md", summary)
-    public = ["protect", "protect_optimizer", "WarpCallback", "Protection"]
-    write("reference/python/index.md", ["# The two lines", "", *(f"::: warp_ds.protection.{name}\n" for name in public)])
+    public = "protection.protect", "protection.protect_optimizer", "protection.WarpCallback", "zero.masked_step.MaskedStep"
+    write("reference/python/index.md", ["# The two lines", "", *(f"::: warp_ds.{name}\n" for name in public)])
 
 
 def examples() -> None:

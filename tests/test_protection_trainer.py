@@ -342,7 +342,7 @@ def overflow_in_a_loop(root: Path) -> None:
     protection = warp_ds.protect_optimizer(model, optimizer, None, artefacts.masks)
     driver = protection.driver
     assert isinstance(driver, PlainDriver) and isinstance(protection.placement, Replicated)
-    driver.max_grad_norm = CLIP
+    protection.max_grad_norm = CLIP
     ids = token_batches(1)[0]
     before = {k: v.clone() for k, v in driver.all_coefficients().items()}
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
@@ -354,6 +354,7 @@ def overflow_in_a_loop(root: Path) -> None:
         optimizer.zero_grad()
         moved = any(not torch.equal(after, before[name]) for name, after in driver.all_coefficients().items())
         assert moved == (scale == 1.0)
+        assert scale != 1.0 or protection.grad_norm is not None, "nothing was clipped"
         assert optimizer.param_groups[0]["weight_decay"] == DECAY
     scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
     with pytest.raises(ValueError, match="still scaled"):

@@ -34,6 +34,8 @@ from warp_ds.zero.shared_reading import read_together
 from warp_ds.zero.zero3_step import Zero3Driver
 
 logger = logging.getLogger(__name__)
+Protection = MaskedStep
+"""Its name in version 0.1."""
 
 
 def protect(

@@ -55,6 +55,8 @@ class Driver(ABC):
     """Where what a step did is added up."""
     ends_with_training = False
     """Whether a Trainer's training must end with ``release``."""
+    max_grad_norm = 0.0
+    """The masked norm to which the driver clips; 0: it does not."""
 
     @abstractmethod
     def install(self, step: MaskedStep) -> None:
@@ -125,6 +127,21 @@ class MaskedStep:
         self._clock = Clock(driver.device)
         self._steps = self._sent = 0
         driver.install(self)
+
+    @property
+    def max_grad_norm(self) -> float:
+        """The masked norm to which gradients are clipped here; 0: not here."""
+        return self.driver.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float) -> None:
+        if not self.driver.clips(value):
+            raise UnsupportedSetting("DeepSpeed clips by the masked norm itself: set gradient_clipping in its configuration")
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The masked norm before the last clipping; None where nothing was clipped here."""
+        return self.driver.clipped_norm()
 
     # ------------------------------------------------------------ the three parts of a step
 

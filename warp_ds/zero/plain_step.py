@@ -30,8 +30,6 @@ class PlainDriver(Driver):
             raise UnsupportedSetting("this optimizer is protected already: release the first protection before a second one")
         self.optimizer = optimizer
         self.device = layers[0].device
-        self.max_grad_norm = 0.0
-        """Clipping by the masked norm; 0 = none."""
         self._norm: float | None = None
         group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.units = {}
