@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM ?= false
-# Test files side by side. Each starts up to three ranks of one thread.
+# Test files side by side, each with up to three ranks of one thread; what one throw-away Slurm runs comes first, alone.
 PROCESSES ?= 2
 
 .PHONY: demo test test-slow lint docs install clean
@@ -28,7 +28,8 @@ demo: $(READY)
 	$(BIN)/warp-ds demo
 
 test: $(READY)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -n $(PROCESSES) -m "not slow"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -m "not slow" tests/slurm
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -m "not slow" -n $(PROCESSES) --dist loadfile --ignore tests/slurm
 
 test-slow: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -m slow
