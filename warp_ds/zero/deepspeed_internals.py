@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -223,6 +224,11 @@ def repair_universal(base: torch.optim.Optimizer, groups: Sequence[dict[str, Any
             if id(step) in seen:
                 state["step"] = step.clone()
             seen.add(id(state["step"]))
+
+
+# Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) pickle a member of an Enum as a call of getattr, which no careful reader of
+# a checkpoint may make; others by its value. So do all from here on.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))  # type: ignore[arg-type]
 
 
 def checkpoint_classes() -> list[Any]:
