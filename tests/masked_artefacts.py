@@ -22,41 +22,23 @@ from warp_ds.store.metadata import BasisMetadata, MasksMetadata, layer_entry, me
 MODULES = {"ffn_down": "mlp.down_proj", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj"}
 
 
+def two_blocks(hidden_size: int, intermediate_size: int, num_attention_heads: int, dtype: torch.dtype) -> PreTrainedModel:
+    """A Llama of two blocks and 50 tokens, one key-value head of two."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_attention_heads": num_attention_heads}
+    fixed = {"vocab_size": 50, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 2, "max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **fixed, tie_word_embeddings=False)).to(dtype)
+
+
 def odd_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Sizes that no world size above 1 divides: down_proj is 15 x 21, q_proj 6 x 15; a row of k_proj, 2 x 15, lies on
     up to three ranks of four."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50,
-            hidden_size=15,
-            intermediate_size=21,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            num_key_value_heads=1,
-            head_dim=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=False,
-        )
-    ).to(dtype)
+    return two_blocks(15, 21, 3, dtype)
 
 
 def nano_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """down_proj is 3 x 3 and q_proj 2 x 3: of four ranks the last holds nothing but padding of either."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50,
-            hidden_size=3,
-            intermediate_size=3,
-            num_hidden_layers=2,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            head_dim=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=False,
-        )
-    ).to(dtype)
+    return two_blocks(3, 3, 1, dtype)
 
 
 def wide_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from warp_ds.data.formats import IGNORE, encode, encode_prompt, encode_prompt_sample, response_mask
+from warp_ds.data.formats import IGNORE, encode, encode_prompt
 from warp_ds.data.lengths import encode_dataset
 from warp_ds.data.tiny_model import train_tokenizer
 from warp_ds.errors import DataError
@@ -45,7 +45,7 @@ def test_the_prompt_is_a_prefix_and_only_the_response_is_trained(tokenizer, prom
     assert ids.count(tokenizer.eos_token_id) == 1
     assert sample["attention_mask"] == [1] * len(ids)
     assert tokenizer.decode(ids[len(before) : -1]).strip() == response.strip()
-    assert sum(response_mask(labels)) == len(ids) - len(before)
+    assert sum(label != IGNORE for label in labels) == len(ids) - len(before)
 
 
 def test_there_is_one_bos_where_the_tokenizer_puts_one(tokenizer):
@@ -78,12 +78,12 @@ def test_too_long_responses_are_cut_and_too_long_prompts_refused(tokenizer):
     room = len(encode_prompt(prompt, tokenizer))
     cut = encode(prompt, response, tokenizer, room + 2)
     assert cut["input_ids"] == whole[: room + 2]
-    assert sum(response_mask(cut["labels"])) == 2
+    assert sum(label != IGNORE for label in cut["labels"]) == 2
     with pytest.raises(DataError, match="leaves no room.*--max_length"):
         encode(prompt, response, tokenizer, room)
-    assert encode_prompt_sample(prompt, tokenizer, room)["input_ids"] == whole[:room]
-    with pytest.raises(DataError, match="does not fit.*--max_length"):
-        encode_prompt_sample(prompt, tokenizer, room - 1)
+    assert encode_dataset([{"prompt": prompt}], tokenizer, room, prompt_only=True)[0]["input_ids"] == whole[:room]
+    with pytest.raises(DataError, match="do not fit.*--max_length"):
+        encode_dataset([{"prompt": prompt}], tokenizer, room - 1, prompt_only=True)
 
 
 def test_a_data_set_is_encoded_in_order(tokenizer):

@@ -35,6 +35,7 @@ def test_one_that_is_too_long_is_named(tokenizer):
 def test_dropped_samples_are_counted_and_named(tokenizer, caplog):
     kept = encode_dataset(SAMPLES, tokenizer, LIMIT, long_samples="drop")
     assert [list(row) for row in kept["input_ids"]] == [encode_sample(SAMPLES[i], tokenizer)[0]["input_ids"] for i in (0, 3)]
+    assert kept["row"] == [0, 3], "what is wrong with one later is told by its row in the file"
     assert "2 of 4 samples are longer than --max_length 60 and are dropped (row 1: " in caplog.text and "row 2: " in caplog.text
     with pytest.raises(DataError, match="every one of 2 samples is longer"):
         encode_dataset(SAMPLES[1:3], tokenizer, LIMIT, long_samples="drop")

@@ -112,6 +112,8 @@ _ALL = (
 )
 PHASES = {phase.name: phase for phase in _ALL}
 CHAINED = {phase.name: phase for phase in _ALL if phase.chained}
+IN_A_CHAIN = ", ".join(name.removeprefix("phase") for name in CHAINED)
+"""As --phases of a chain names them."""
 #: A chain's entries: a comparison's are compare_seed1, compare_seed2 ….
 CHAIN_ENTRY = re.compile(rf"({'|'.join(CHAINED)})|compare_seed\d{{1,12}}")
 

@@ -64,6 +64,11 @@ def make_inputs(root: Path, depth: int = DEPTH) -> Path:
     return root
 
 
+def words_of(**values: Any) -> list[str]:
+    """Flags as they stand on a command line."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
 def flags(root: Path, output: Path, steps: int = STEPS) -> dict[str, list[str]]:
     """The flags of each phase; ``steps`` of training."""
     common = {
@@ -93,10 +98,7 @@ def flags(root: Path, output: Path, steps: int = STEPS) -> dict[str, list[str]]:
             "lr_scheduler_type": "constant",
         },
     }
-    return {
-        phase: [word for name, value in values.items() for word in (f"--{name}", str(value))]
-        for phase, values in settings.items()
-    }
+    return {phase: words_of(**values) for phase, values in settings.items()}
 
 
 def undisturbed(root: Path, output: Path, steps: int = STEPS, more: dict[str, list[str]] | None = None) -> dict[str, str]:

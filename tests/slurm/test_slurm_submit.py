@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chain import ROOT, Reference, assert_as_undisturbed, events, flags, make_inputs
+from chain import ROOT, Reference, assert_as_undisturbed, events, flags, make_inputs, words_of
 from test_slurm_templates import in_the_middle, requeue_from_outside
 from throwaway import PLAIN_GLOO, ThrowAwaySlurm
 
@@ -60,18 +60,7 @@ def forget_jobs(run: Path) -> None:
 def run_chain(slurm: ThrowAwaySlurm, reference: Reference, output: Path, disturb: dict) -> Path:
     """Submits the chain and disturbs phases in their middle; prints the table at each stage."""
     words = [
-        "--phases",
-        "1,2,3",
-        "--nodes",
-        "2",
-        "--gpus_per_node",
-        "1",
-        "--hours",
-        "0.2",
-        "--output_dir",
-        str(output),
-        "--run_name",
-        "chain",
+        *words_of(phases="1,2,3", nodes="2", gpus_per_node="1", hours="0.2", output_dir=str(output), run_name="chain"),
         *phase_words(reference, output),
     ]
     submitted = launch_submit(slurm.environment, *words)
@@ -105,16 +94,7 @@ def test_chain_requeued_in_every_phase(slurm: ThrowAwaySlurm, reference: Referen
 
 def test_a_failed_phase_ends_the_chain(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
     words = [
-        "--phases",
-        "2,3",
-        "--ranks_per_node",
-        "2",
-        "--hours",
-        "0.2",
-        "--output_dir",
-        str(tmp_path),
-        "--run_name",
-        "chain",
+        *words_of(phases="2,3", ranks_per_node="2", hours="0.2", output_dir=str(tmp_path), run_name="chain"),
         *phase_words(reference, tmp_path, ("phase2", "phase3")),
     ]
     jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
@@ -138,14 +118,7 @@ def test_cancelled_chain(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: 
         for name, phase, folder in (("basis_dir", "phase1", "basis"), ("masks_dir", "phase2", "masks"))
     }
     words = [
-        "--phases",
-        "3,evaluate",
-        "--hours",
-        "0.2",
-        "--output_dir",
-        str(tmp_path),
-        "--run_name",
-        "chain",
+        *words_of(phases="3,evaluate", hours="0.2", output_dir=str(tmp_path), run_name="chain"),
         *phase_words(reference, tmp_path, ("phase3",)),
         "--phase3.epochs",
         "1000000",
@@ -174,50 +147,30 @@ def test_comparison_as_a_job_array(slurm: ThrowAwaySlurm, tmp_path: Path) -> Non
     data, run = make_inputs(tmp_path, depth=2), tmp_path / "chain"
     safety, task = str(data / "refusals_fit.jsonl"), str(data / "utility_train.jsonl")
     words = [
-        "--phases",
-        "compare",
-        "--seeds",
-        "1,2",
-        "--parallel",
-        "1",
-        "--hours",
-        "0.2",
-        "--output_dir",
-        str(tmp_path),
-        "--run_name",
-        "chain",
-        "--model_name",
-        str(data / "m"),
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        "--arms",
-        "before,layers",
-        "--learning_rates",
-        "1e-3",
-        "--epochs",
-        "1",
-        "--max_length",
-        "120",
-        "--safety_data",
-        safety,
-        "--safety_samples",
-        "4",
-        "--utility_data",
-        task,
-        "--utility_samples",
-        "8",
-        "--utility_heldout",
-        task,
-        "--heldout_samples",
-        "2",
-        "--harmful_data",
-        safety,
-        "--harmful_samples",
-        "2",
-        "--max_new_tokens",
-        "2",
+        *words_of(
+            phases="compare",
+            seeds="1,2",
+            parallel="1",
+            hours="0.2",
+            output_dir=str(tmp_path),
+            run_name="chain",
+            model_name=str(data / "m"),
+            dtype="float32",
+            device="cpu",
+            arms="before,layers",
+            learning_rates="1e-3",
+            epochs="1",
+            max_length="120",
+            safety_data=safety,
+            safety_samples="4",
+            utility_data=task,
+            utility_samples="8",
+            utility_heldout=task,
+            heldout_samples="2",
+            harmful_data=safety,
+            harmful_samples="2",
+            max_new_tokens="2",
+        )
     ]
     jobs = jobs_of(launch_submit(slurm.environment, *words).stdout)
     array = jobs["compare_seed1"].partition("_")[0]
@@ -254,22 +207,16 @@ def test_comparison_as_a_job_array(slurm: ThrowAwaySlurm, tmp_path: Path) -> Non
 def test_time_limit_in_the_middle(slurm: ThrowAwaySlurm, reference: Reference, tmp_path: Path) -> None:
     # Twelve steps of at least 14 s do not fit into two minutes.
     words = [
-        "--phases",
-        "3",
-        "--nodes",
-        "2",
-        "--gpus_per_node",
-        "1",
-        "--hours",
-        "0.034",
-        "--warning_seconds",
-        "20",
-        "--output_dir",
-        str(tmp_path),
-        "--run_name",
-        "chain",
-        "--python",
-        f"{sys.executable} {FAULTY_PYTHON}",
+        *words_of(
+            phases="3",
+            nodes="2",
+            gpus_per_node="1",
+            hours="0.034",
+            warning_seconds="20",
+            output_dir=str(tmp_path),
+            run_name="chain",
+            python=f"{sys.executable} {FAULTY_PYTHON}",
+        ),
         *phase_words(reference, tmp_path, ("phase3",)),
         "--masks_dir",
         f"{reference.runs['phase2']}/masks",
@@ -289,16 +236,7 @@ def test_chain_from_safety_tuning_to_evaluation(slurm: ThrowAwaySlurm, reference
     """Each phase works on what the one before it made: phase 0's model, its basis, its masks, phase 3's model."""
     data = reference.root
     words = [
-        "--phases",
-        "0,1,2,3,evaluate",
-        "--ranks_per_node",
-        "2",
-        "--hours",
-        "0.2",
-        "--output_dir",
-        str(tmp_path),
-        "--run_name",
-        "chain",
+        *words_of(phases="0,1,2,3,evaluate", ranks_per_node="2", hours="0.2", output_dir=str(tmp_path), run_name="chain"),
         *phase_words(reference, tmp_path),
         "--phase0.model_name",
         str(data / "m"),
@@ -348,16 +286,7 @@ def test_local_and_debug(reference: Reference, tmp_path: Path) -> None:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **PLAIN_GLOO}
     for cluster, ranks in (("local", "2"), ("debug", "1")):
         words = [
-            "--phases",
-            "1,2,3",
-            "--cluster",
-            cluster,
-            "--ranks_per_node",
-            ranks,
-            "--output_dir",
-            str(tmp_path),
-            "--run_name",
-            cluster,
+            *words_of(phases="1,2,3", cluster=cluster, ranks_per_node=ranks, output_dir=str(tmp_path), run_name=cluster),
             *phase_words(reference, tmp_path),
         ]
         if cluster == "local":

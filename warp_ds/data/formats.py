@@ -182,20 +182,3 @@ def window(tokens: Tokens, first: int, length: int) -> Tokens:
 def prompt_tokens(prompt: str | Sample, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """The prompt alone (`--token_scope prompt`): no label is trained on."""
     return _tokens(encode_prompt(prompt, tokenizer), [])
-
-
-def encode_prompt_sample(prompt: str | Sample, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Tokens:
-    """`prompt_tokens`. Longer than `max_length`: `DataError`."""
-    tokens = prompt_tokens(prompt, tokenizer)
-    length = len(tokens["input_ids"])
-    if max_length is not None and length > max_length:
-        raise DataError(
-            f"a prompt of {length} tokens does not fit in --max_length {max_length}: raise --max_length or leave "
-            f"the sample out. It begins: {Sample.of(prompt).prompt[:80]!r}"
-        )
-    return tokens
-
-
-def response_mask(labels: Sequence[int]) -> list[bool]:
-    """True on the trained tokens, end-of-text included (`--token_scope response`)."""
-    return [label != IGNORE for label in labels]

@@ -40,7 +40,8 @@ def encode_dataset(
 ) -> Dataset:
     """The samples as tokens, in order, with a progress bar.
 
-    Columns of the result: `input_ids`, `attention_mask`, `labels`. `prompt_only` is `--token_scope prompt`. What begins to
+    Columns of the result: `input_ids`, `attention_mask`, `labels`, and `row`, which each was, where samples were dropped.
+    `prompt_only` is `--token_scope prompt`. What begins to
     be trained within `max_length` tokens and ends beyond is cut there, with a warning that names the rows. `long_samples`
     says what becomes of the others: 'error' raises one `DataError` that names them all; 'truncate' takes the beginning
     of their prompts away; 'drop' drops them, and those that would be cut.
@@ -99,7 +100,8 @@ def _without(encoded: Dataset, dropped: Mapping[int, int], max_length: int) -> D
         max_length,
         _named(dropped),
     )
-    return encoded.select([row for row in range(len(encoded)) if row not in dropped])
+    kept = [row for row in range(len(encoded)) if row not in dropped]
+    return encoded.select(kept).add_column("row", kept)
 
 
 def _refusal(wrong: dict[int, int], samples: Sequence[Sample], max_length: int, prompt_only: bool) -> str:

@@ -17,6 +17,7 @@ from warp_ds.flags.groups import (
     TrainingFlags,
     UtilityDataArguments,
 )
+from warp_ds.registry import IN_A_CHAIN
 
 OFFLOADS = ("none", "optimizer", "all")
 
@@ -72,7 +73,7 @@ class DataArguments(ColumnArguments, RunArguments):
 class SubmitArguments(NodeFlags):
     """What is queued, and where; every other flag goes to the phases that have it."""
 
-    phases: str = flag("1,2,3", "which phases, comma-separated: 0, 1, 2, 3, evaluate, compare")
+    phases: str = flag("1,2,3", f"which phases, comma-separated: {IN_A_CHAIN}")
     cluster: str = flag(
         "slurm",
         "slurm, local (ranks of this machine) or debug (one rank, in this process)",

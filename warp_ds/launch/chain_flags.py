@@ -16,7 +16,7 @@ from warp_ds.flags.comparison import CompareArguments
 from warp_ds.flags.jobs import SubmitArguments
 from warp_ds.flags.parsing import grouped, names_of, parse_phase, refuse_words, unknown_flags
 from warp_ds.phases.arms import parse_arms
-from warp_ds.registry import CHAINED, PHASES
+from warp_ds.registry import CHAINED, IN_A_CHAIN, PHASES
 
 
 def check_submit(arguments: SubmitArguments, rest: Sequence[str]) -> None:
@@ -98,7 +98,7 @@ def parse_phases(text: str) -> list[str]:
     names = [part if part in CHAINED else f"phase{part}" for part in given]
     unknown = [part for part, name in zip(given, names, strict=True) if name not in CHAINED]
     if unknown or not names:
-        raise ConfigError(f"--phases {text!r}: a comma-separated list of 0, 1, 2, 3, evaluate, compare")
+        raise ConfigError(f"--phases {text!r}: a comma-separated list of {IN_A_CHAIN}")
     return [phase for phase in CHAINED if phase in names]
 
 

@@ -73,13 +73,6 @@ def take(scores: Tensor, threshold: int, ties: int) -> Tensor:
     return taken
 
 
-def unit_scores(scores: Tensor, unit: str) -> Tensor:
-    """Scores of whole units: [rows, c] for 'entry', [rows, 1] for 'row' (L2 norm of a row's entries)."""
-    if unit == "row":
-        return torch.linalg.vector_norm(scores, dim=1, keepdim=True)
-    return scores
-
-
 def random_scores(seed: int, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """fp32 [count] in (0, 1) for the entries ``first`` to ``first + count - 1`` of one stream, whoever asks for them.
 

@@ -155,7 +155,7 @@ def importance_scores(
         tqdm(total=len(batches), initial=done, desc="importance", unit="batch", disable=rank() != 0) as bar,
     ):
         for steps, shown in _passes(model, layers, batches[done:], samples, loss, arguments, scratch):
-            _add_shown(scores, inputs, shown, columns, 1.0 / scale)
+            _add_shown(scores, inputs, shown, columns, 1.0 / scale, samples)
             finished = sum(last for step in steps for _, _, last in step.segments)
             done += finished
             bar.update(finished)
@@ -176,8 +176,8 @@ def _speaking_batches(samples: Samples, arguments: ImportanceArguments, notes: l
         logger.warning(
             "%s (the first: samples %d to %d): were their responses cut off by --max_length?",
             notes[-1],
-            silent[0].start,
-            silent[0].stop - 1,
+            samples.places[silent[0].start],
+            samples.places[silent[0].stop - 1],
         )
     if not batches:
         raise ConfigError(
@@ -192,7 +192,9 @@ def _scaled_loss(weights: dict[int, float], scale: float, logits: Tensor, batch:
     return scale * response_loss(logits, batch.labels[:, -last:], of_rows.expand(-1, last))
 
 
-def _add_shown(scores: RowScores, inputs: Sequence[ScoredInput], shown: Shown, columns: _Columns, scale: float) -> None:
+def _add_shown(
+    scores: RowScores, inputs: Sequence[ScoredInput], shown: Shown, columns: _Columns, scale: float, samples: Samples
+) -> None:
     """Adds |∂L_b/∂C| of all that backward passes show. NotFinite, on every rank, where something is NaN or infinite."""
     finite = Finite()
     for step, batch, taken in shown:
@@ -201,7 +203,7 @@ def _add_shown(scores: RowScores, inputs: Sequence[ScoredInput], shown: Shown, c
                 for layer in found.layers:
                     finite.watch(layer, batch, taken[layer.name])
                 scores.add(found, taken, batch, step, columns.get(found.layers[0].name), scale)
-    stop_together(finite.failure(), "inputs or output gradients")
+    stop_together(finite.failure(), "inputs or output gradients", samples)
 
 
 def _passes(

@@ -64,6 +64,8 @@ class Samples:
         self.device = device
         self.pad = pad_token(tokenizer)
         self.empty = empty_sample(int(eos))
+        self.places = [row.get("row", place) for place, row in enumerate(dataset)]
+        """Which row of the data set each sample was, for messages."""
         self.rows: list[Any] = [
             {"input_ids": row["input_ids"], "attention_mask": [1] * len(row["input_ids"]), "labels": row["labels"]}
             for row in dataset

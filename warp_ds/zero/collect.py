@@ -294,12 +294,12 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
-def stop_together(failure: tuple[int, str, int] | None, what: str) -> None:
+def stop_together(failure: tuple[int, str, int] | None, what: str, samples: Samples) -> None:
     """NotFinite on every rank where any rank has found one: (block, layer name, sample), the lowest block's first."""
     failures = [f for f in all_gather_object(failure) if f is not None]
     if failures:
         _, name, sample = min(failures)
-        raise NotFinite(f"{what} of {name} are NaN or infinite in sample {sample} of the safety set; {REMEDY}")
+        raise NotFinite(f"{what} of {name} are NaN or infinite in sample {samples.places[sample]} of the safety set; {REMEDY}")
 
 
 @torch.no_grad()
@@ -328,7 +328,7 @@ def collect_by_walk(
                     hooks.end_of_pass()
             return_freed_memory()  # before the wait for the decomposition that still runs
             if index in by_block:
-                stop_together(hooks.failure(), "inputs")
+                stop_together(hooks.failure(), "inputs", samples)
                 yield from _on_every_rank(hooks, by_block[index], samples, itemsize)
             return_freed_memory()
     finally:
@@ -376,5 +376,5 @@ def collect_with_hooks(
             hooks.batch = samples.batch(indices)
             model.base_model(**hooks.batch.inputs, use_cache=False)
             hooks.end_of_pass()
-            stop_together(hooks.failure(), "inputs")
+            stop_together(hooks.failure(), "inputs", samples)
     yield from hooks.distinct()

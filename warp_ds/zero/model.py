@@ -136,7 +136,7 @@ def check_ids(samples: Sequence[Any], config: Any) -> None:
         worst = max(sample["input_ids"], default=0)
         if rows is not None and worst >= rows:
             raise DataError(
-                f"row {row} holds the token id {worst}, but the model has {rows} embeddings (ids 0 to "
+                f"row {sample.get('row', row)} holds the token id {worst}, but the model has {rows} embeddings (ids 0 to "
                 f"{rows - 1}): the text has a token that was added to the tokenizer alone; take it out, or resize "
                 "the model's embeddings"
             )

@@ -146,9 +146,9 @@ def _write_all_but_weights(
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     if model_card is not None:
-        (directory / "README.md").write_text(model_card)
+        (directory / "README.md").write_text(model_card, encoding="utf-8")
     elif not (target / "README.md").exists():
-        (directory / "README.md").write_text(_minimal_card(model))
+        (directory / "README.md").write_text(_minimal_card(model), encoding="utf-8")
     return [_lay_out(name, {k: (v, metas[v]) for k, v in names.items()}) for name, names in contents.items()]
 
 
