@@ -104,3 +104,20 @@ def test_a_directory_that_is_not_there_yet_has_the_disk_it_will_be_on(tmp_path: 
     for needed, cure in ((1.0, False), (1e18, True)):
         finding = _disk(str(tmp_path / "not" / "yet"), [Estimate("phase 1"), Estimate("phase 3", disk=needed)])
         assert "needed by phase 3" in finding.found and bool(finding.cure) is cure
+
+
+def test_the_doctor_fails_where_the_phases_would(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    from warp_ds.flags.jobs import DoctorArguments
+    from warp_ds.launch import machine
+    from warp_ds.launch.resources import check_resources
+
+    LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2).save_pretrained(tmp_path / "m")
+    contradiction = DoctorArguments(device="cpu", dtype="float32", deepspeed="zero3", output_dir=str(tmp_path))
+    (finding,) = check_resources(contradiction, tmp_path / "m", 1, 1)
+    assert finding.fatal and "bf16" in finding.found
+    (tmp_path / "broken.jsonl").write_text('{"prompt": 3')
+    (tmp_path / "whole.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    assert machine.data("safety_data", str(tmp_path / "broken.jsonl")).cure
+    assert machine.data("safety_data", str(tmp_path / "whole.jsonl")).found.endswith("1 samples")

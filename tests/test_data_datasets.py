@@ -123,3 +123,20 @@ def test_wrong_input_says_cause_and_cure(tmp_path, monkeypatch):
             load_samples(path, **options)
         for word in words:
             assert word in str(error.value), (path, str(error.value))
+
+
+def test_a_configuration_that_is_given_wins(monkeypatch):
+    """Of a data set whose own is known, too: --data_config socratic is not read as main."""
+    from warp_ds.data import datasets as module
+
+    asked = []
+
+    def read(source, split, config):
+        asked.append(config)
+        raise DataError("that is all that is looked at")
+
+    monkeypatch.setattr(module, "read_source", read)
+    for config in ("socratic", None):
+        with pytest.raises(DataError, match="all that is looked at"):
+            load_samples("openai/gsm8k", config=config)
+    assert asked == ["socratic", KNOWN["openai/gsm8k"].config]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import gc
 import inspect
 import sys
@@ -200,3 +201,17 @@ def test_what_deepspeed_was_installed_with() -> None:
         isinstance(deepspeed_internals.is_built("fused_adam"), bool)
         and deepspeed_internals.is_built("no such operator") is False
     )
+
+
+def test_checkpoints_hold_the_stage_by_value() -> None:
+    """Python 3.11.0 to 3.11.3 would write a call of getattr, which no reader of tensors alone may make."""
+    import io
+
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    file = io.BytesIO()
+    torch.save({"zero_stage": ZeroStageEnum.weights}, file)
+    file.seek(0)
+    made = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    assert made == ["deepspeed.runtime.zero.config.ZeroStageEnum"], made
+    assert copyreg.dispatch_table[ZeroStageEnum](ZeroStageEnum.weights) == (ZeroStageEnum, (3,)), "by this Python's own rule"

@@ -241,3 +241,10 @@ def test_resume_names_a_run_of_another_phase(place: Path) -> None:
     write_json(run / "config.json", {**identify("phase1", BasisArguments(), INPUTS, {}).record, "settings": {}})
     with pytest.raises(ConfigError, match="is a run of phase1, not of phase2"):
         identify("phase2", ImportanceArguments(), INPUTS, {}).check(run)
+
+
+def test_a_path_with_a_comma_is_one_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b.jsonl").write_text("{}")
+    assert identity_settings(TrainArguments(utility_data="a,b.jsonl"))["utility_data"] == "by content"
+    assert identity_settings(TrainArguments(utility_data="a,c.jsonl"))["utility_data"] == "a,c.jsonl"

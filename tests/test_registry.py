@@ -106,6 +106,9 @@ def test_a_configuration_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     Path("zero3_cpu").write_text('{"zero_optimization": {"stage": 2}}')
     with pytest.raises(ConfigError, match="ZeRO stage 2"):  # a file of that name comes first
         zero3_config(RunArguments(deepspeed="zero3_cpu"))
+    Path("zero3_cpu").unlink()
+    Path("zero3_cpu").mkdir()  # a directory is no configuration
+    assert zero3_config(RunArguments(device="cpu", deepspeed="zero3_cpu")) == by_path
 
 
 HELP = [[], *([name] for name in (*PHASES, "submit", "plan", "doctor", "verify", "report", "init", "shrink"))]

@@ -107,18 +107,16 @@ def append_line(path: Path, line: str, private: bool = False) -> None:
         file.write(f"{line}\n")
 
 
-def read_json(path: Path, finite: bool = False, once: bool = True) -> Any:
+def read_json(path: Path, finite: bool = False) -> Any:
     """Raises ArtifactError where the file is missing, no file (a pipe, a directory) or no JSON (``parse_json``); ``finite``:
-    with NaN and Infinity, which JSON does not have. ``once`` False: of a name that stands twice the last counts, as for the
-    libraries that read what others wrote."""
+    with NaN and Infinity, which JSON does not have."""
 
     def no_constant(name: str) -> Any:
         raise ValueError(f"{name} is no JSON")
 
     try:
-        hooks: dict[str, Any] = {"parse_constant": no_constant} if finite else {}
-        return parse_json(read_text(path), **hooks) if once else json.loads(read_text(path), **hooks)
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(read_text(path), **({"parse_constant": no_constant} if finite else {}))
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
 
 

@@ -57,7 +57,7 @@ def fingerprint_model(directory: Path) -> str:
 
 def model_contents(directory: Path) -> Contents:
     """What ``fingerprint_model`` covers; no weight is read. Raises ArtifactError."""
-    config = read_json(directory / "config.json", once=False)
+    config = read_json(directory / "config.json")
     if not isinstance(config, dict):
         raise ArtifactError(f"{directory / 'config.json'} is no JSON object")
     try:
