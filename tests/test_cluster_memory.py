@@ -119,5 +119,6 @@ def test_the_doctor_fails_where_the_phases_would(tmp_path: Path) -> None:
     assert finding.fatal and "bf16" in finding.found
     (tmp_path / "broken.jsonl").write_text('{"prompt": 3')
     (tmp_path / "whole.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
-    assert machine.data("safety_data", str(tmp_path / "broken.jsonl")).cure
+    broken = machine.data("safety_data", str(tmp_path / "broken.jsonl"))
+    assert broken.cure and broken.fatal and "broken.jsonl" in broken.found
     assert machine.data("safety_data", str(tmp_path / "whole.jsonl")).found.endswith("1 samples")
