@@ -132,8 +132,8 @@ class GlobalBatchSampler(Sampler[list[Any]]):
 
     @property
     def shape(self) -> str:
-        """A micro-batch in words."""
-        return f"{self.batch_size} samples"
+        """A micro-batch in words: how many samples."""
+        return str(self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the coming epoch."""

@@ -35,7 +35,7 @@ def check_packable(config: Any, name: str) -> None:
 def _takes_position_ids(config: Any) -> bool:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return "position_ids" in inspect.signature((made[0] if isinstance(made, tuple) else made).forward).parameters
 
 

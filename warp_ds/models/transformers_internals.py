@@ -30,7 +30,7 @@ from warp_ds.store.checkpoint_index import ReadAhead, TensorLocation, read_heade
 logger = logging.getLogger(__name__)
 
 
-def keeps_logits(model: PreTrainedModel) -> bool:
+def keeps_logits(model: Any) -> bool:
     """Whether the model makes logits where a bool ``logits_to_keep`` [batch, tokens] says, flattened."""
     return hasattr(modeling_utils, "slice_logits_to_keep") and "logits_to_keep" in inspect.signature(model.forward).parameters
 
