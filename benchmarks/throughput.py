@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--micro_batch", type=int, default=8, help="samples of a padded micro-batch, per rank")
-    parser.add_argument("--global_batch", type=int, default=32)
+    parser.add_argument("--global_batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps of a run")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each variant")
     parser.add_argument("--ranks", type=int, default=2)
@@ -138,12 +138,10 @@ def work(a: argparse.Namespace, root: Path) -> None:
         mask(a, root)
     samples = load_from_disk(str(root / "tokens"))
     speeds: dict[str, list[float]] = {variant: [] for variant in variants}
-    for number in range(a.rounds + 1):
-        # Round 0 warms up: one run, of the first variant.
-        for variant in variants if number else variants[:1]:
+    for number in range(a.rounds):
+        for variant in variants[:: -1 if number % 2 else 1]:  # there and back: who comes first, and drifts, even out
             tokens, seconds = (run_trl if "trl" in variant else run_phase)(a, root, samples, variant, number)
-            if number:
-                speeds[variant].append(tokens / seconds)
+            speeds[variant].append(tokens / seconds)
             if processes.rank() == 0:
                 print(f"{variant:11} {tokens:7} tokens in {seconds:6.1f} s: {tokens / seconds:8.1f} tokens/s", flush=True)
     if processes.rank() == 0:
@@ -213,15 +211,18 @@ def run_trl(a: argparse.Namespace, root: Path, samples: Any, variant: str, seed:
     from warp_ds.cluster import processes
     from warp_ds.flags.arguments import TrainArguments
     from warp_ds.phases.packing import attention_of, sample_lengths
-    from warp_ds.phases.trainer_arguments import _trainer_config
+    from warp_ds.zero import settings
     from warp_ds.zero.deepspeed_internals import end_engine
 
     packing = variant == "trl_packed"
     flags = TrainArguments(**shared(a, root), packing=packing)
     rows = max(1, round(padded_tokens(a, sample_lengths(samples)) / a.max_length)) if packing else a.micro_batch
+    deepspeed = settings.zero3_config(flags, for_trainer=True) | {"zero_allow_untested_optimizer": True}
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        deepspeed[key] = "auto"
     config = SFTConfig(
         output_dir=str(root / "trl"),
-        deepspeed=_trainer_config(flags, converted=False),
+        deepspeed=deepspeed,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=max(1, a.global_batch // (a.micro_batch * processes.world_size())),
         max_length=a.max_length,

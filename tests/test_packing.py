@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from warp_ds.cluster import processes
 from warp_ds.data.collate import GlobalBatchSampler, empty_sample, pad_batch
 from warp_ds.data.formats import IGNORE
-from warp_ds.data.packing import Packed, PackedBatchSampler, best_fit, pack_batch, spread
+from warp_ds.data.packing import Packed, PackedBatchSampler, best_fit, pack_batch, seen_of_another, spread
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
 from warp_ds.models.packable import check_packable
@@ -117,6 +118,7 @@ def tiny(kind: str) -> Any:
     small |= {"num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     small |= {"sliding_window": 3} if kind in ("mistral", "gemma2", "gemma3_text") else {}
     small |= {"num_experts": 2, "num_experts_per_tok": 2} if "moe" in kind else {}
+    small |= {"num_local_experts": 2, "num_experts_per_tok": 2, "sliding_window": 3} if kind == "gpt_oss" else {}
     config = CONFIG_MAPPING[kind](**small, use_cache=False)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:2]
@@ -148,6 +150,16 @@ def test_packed_samples_see_nothing_of_each_other(kind: str, attention: str) -> 
         torch.testing.assert_close(packed[1], padded[1], rtol=1e-4, atol=1e-6)
 
 
+def test_samples_that_see_each_other_are_found_by_trying() -> None:
+    """gpt-oss, refused by name, makes its masks without the position ids."""
+    seen = {}
+    for kind in ("llama", "gpt_oss"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny(kind), attn_implementation="eager").eval()
+        seen[kind] = seen_of_another(model, range(3, 12), range(20, 30), "cpu")
+    assert seen["llama"] < 1e-5 and seen["gpt_oss"] > 0.1
+
+
 MIXING = "mamba mamba2 jamba bamba zamba2 falcon_h1 lfm2 qwen3_next nemotron_h recurrent_gemma rwkv"
 MIXING += " llama4_text bloom gpt_oss opt"
 
@@ -176,18 +188,23 @@ PACKED: dict[str, Any] = {"packing": True, "batch_size": 1, "tokens_per_batch": 
 
 
 def job(root: Path, artefacts: Path, output: Path) -> dict[str, str]:
-    """Runs by name: five full-batch steps, and steps of three samples, packed in two shapes and padded."""
-    short = {"max_steps": 4}
+    """Runs by name: five full-batch steps; steps of three samples, packed in two shapes, and padded; phase 0."""
+    short, world = {"max_steps": 4}, processes.world_size()
     safety = common(root, output / "phase0", safety_data=str(root / "refusals_fit.jsonl"), safety_samples=0, epochs=1)
     safety |= {"global_batch_size": 4, "learning_rate": 2e-3}
     runs = {
         "full": phase3(root, artefacts, output / "full", packing=True),
-        "padded": phase3(root, artefacts, output / "padded", short, **SOME),
         "packed": phase3(root, artefacts, output / "packed", short, **SOME, packing=True),
         "tokens": phase3(root, artefacts, output / "tokens", short, **SOME, **PACKED),
-        "phase0": run_safety_tuning(SafetyTuningArguments(**safety, packing=True), {"logging_steps": 1}),
-        "phase0 padded": run_safety_tuning(SafetyTuningArguments(**safety), {"logging_steps": 1}),
     }
+    if world == 1:
+        runs["padded"] = phase3(root, artefacts, output / "padded", short, **SOME)
+        for name, more in (("smoothed", {}), ("smoothed packed", PACKED)):
+            runs[name] = phase3(root, artefacts, output / name, {**short, "label_smoothing_factor": 0.2}, **{**SOME, **more})
+    if world == 2:
+        for name, packing in (("phase0", True), ("phase0 padded", False)):
+            tuning = SafetyTuningArguments(**safety, packing=packing, resume="never")
+            runs[name] = run_safety_tuning(tuning, {"logging_steps": 1})
     return {name: str(run) for name, run in runs.items()}
 
 
@@ -219,14 +236,20 @@ def furthest(a: Path, b: Path) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-@pytest.mark.parametrize("name, padded", [("packed", "padded"), ("tokens", "padded"), ("phase0", "phase0 padded")])
-@pytest.mark.parametrize("world", WORLDS)
-def test_packed_training_equals_padded_training(jobs: Any, world: int, name: str, padded: str) -> None:
-    packed, reference = jobs[world][name], jobs[1][padded]
+@pytest.mark.parametrize("name, world", [*((name, world) for name in ("packed", "tokens") for world in WORLDS), ("phase0", 2)])
+def test_packed_training_equals_padded_training(jobs: Any, name: str, world: int) -> None:
+    packed, reference = jobs[world][name], jobs[2]["phase0 padded"] if name == "phase0" else jobs[1]["padded"]
     assert losses(packed) == pytest.approx(losses(reference), abs=1e-6) and len(losses(packed)) >= 2
     assert norms(packed) == pytest.approx(norms(reference), rel=1e-5)
     # Sums in another order, at an Adam eps of 1e-4 and 1e-8: the latter makes much of a gradient near 0.
-    assert furthest(packed, reference) < (1e-5 if padded == "padded" else 1e-4)
+    assert furthest(packed, reference) < (1e-4 if name == "phase0" else 1e-5)
+
+
+def test_label_smoothing_of_packed_rows(jobs: Any) -> None:
+    smoothed, packed = jobs[1]["smoothed"], jobs[1]["smoothed packed"]
+    assert losses(packed) == pytest.approx(losses(smoothed), abs=1e-6)
+    assert losses(packed) != pytest.approx(losses(jobs[1]["padded"]), abs=1e-3)
+    assert furthest(packed, smoothed) < 1e-5
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -53,6 +53,21 @@ def spread(lengths: Sequence[int], count: int) -> list[list[int]]:
     return [rows[row] for _, row in sorted(heap, key=lambda item: (-item[0], item[1]))]
 
 
+@torch.no_grad()
+def seen_of_another(model: Any, first: Sequence[int], second: Sequence[int], device: Any) -> float:
+    """How much the logits of `second` change, in their standard deviations, when what stands before it in its row does.
+
+    0 within rounding where a model keeps samples apart. `first` and `second` are token ids.
+    """
+    found = []
+    for before in (first, first[::-1]):
+        row = [{"input_ids": list(ids), "labels": list(ids)} for ids in (before, second)]
+        batch = {key: value.to(device) for key, value in pack_batch([row], 0, None).items() if key != "labels"}
+        found.append(model(**batch, use_cache=False).logits[0, len(first) :].float())
+    change = (found[0] - found[1]).abs().max()
+    return float(change / found[0].std()) if change else 0.0
+
+
 class PackedBatchSampler(GlobalBatchSampler):
     """As `GlobalBatchSampler`, of micro-batches of `rows` rows, each a tuple of samples; a row without one is ().
 

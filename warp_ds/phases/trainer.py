@@ -56,7 +56,9 @@ class GlobalBatchTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         pad, empty = pad_token(self.tokenizer), empty_sample(int(self.tokenizer.eos_token_id))
         packed = isinstance(self.sampler, PackedBatchSampler)
-        collate = partial(pack_batch, empty=empty, trained_only=keeps_logits(self.model)) if packed else pad_batch
+        # Label smoothing shifts labels itself, along whole rows.
+        few = self.label_smoother is None and keeps_logits(self.model)
+        collate = partial(pack_batch, empty=empty, trained_only=few) if packed else pad_batch
         return self.accelerator.prepare(
             DataLoader(
                 (Packed if packed else WithEmpty)(self.train_dataset, empty, self.sampler),

@@ -25,7 +25,7 @@ from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
 from warp_ds.flags.groups import TrainingFlags
 from warp_ds.models.targets import check_targets, find_targets
 from warp_ds.phases import checkpoints
-from warp_ds.phases.packing import attention_of, check_packing, make_sampler
+from warp_ds.phases.packing import SamplesApart, attention_of, check_packing, make_sampler
 from warp_ds.phases.run import start_run
 from warp_ds.phases.texts import tokenise
 from warp_ds.phases.trainer import CompleteConverted, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
@@ -224,6 +224,8 @@ def fit(
         sampler=sampler,
         callbacks=[*callbacks, metrics, whole],
     )
+    if arguments.packing:
+        trainer.add_callback(SamplesApart(trainer))
     _arrange_reporters(trainer, callbacks, directory)
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
