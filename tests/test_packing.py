@@ -65,6 +65,11 @@ def test_every_world_size_packs_the_samples_of_the_padded_global_batch(size, row
                 assert sorted(i for batch in mine for row in batch for i in row) == sorted(wanted)
 
 
+def test_best_fit_where_even_rows_do_not_fit() -> None:
+    """Longest first to the shortest row makes 7 and 5 of these."""
+    assert list(PackedBatchSampler([3, 3, 2, 2, 2], 5, 1, 6, 2)) == [[(0, 1)], [(2, 3, 4)]]
+
+
 def test_fewer_micro_batches_of_even_length():
     """50 samples of 31 tokens in the mean and 60 at most: 8 to a micro-batch padded are 7 micro-batches."""
     packed = PackedBatchSampler(LENGTHS, 50, 4, 64, 2)
