@@ -199,7 +199,29 @@ class ScheduleFlags:
 
 
 @dataclass
-class TrainingFlags(ScheduleFlags, RunArguments):
+class PackingFlags(RunArguments):
+    """How samples become rows of a micro-batch."""
+
+    packing: bool = flag(
+        False, "several samples in a row, kept apart; --batch_size counts rows of at most --max_length tokens", identity=False
+    )
+    tokens_per_batch: int = flag(
+        0, "micro-batch per rank in tokens, with --packing; 0 = --batch_size rows of --max_length", identity=False
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.tokens_per_batch and not self.packing:
+            raise ConfigError("--tokens_per_batch counts tokens of packed rows: give --packing too")
+        if 0 < self.tokens_per_batch < self.max_length:
+            raise ConfigError(
+                f"--tokens_per_batch {self.tokens_per_batch} is less than --max_length {self.max_length}, which one sample "
+                "may have"
+            )
+
+
+@dataclass
+class TrainingFlags(ScheduleFlags, PackingFlags):
     """The flags of phases 0 and 3 that are this project's own."""
 
     learning_rate: float = flag(5e-5, "peak learning rate of AdamW")

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 
 from warp_ds.cluster import consensus, preemption, processes
 from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch, pad_token
+from warp_ds.data.packing import Packed, PackedBatchSampler, pack_batch
+from warp_ds.models.transformers_internals import keeps_logits
 from warp_ds.phases import checkpoints
 from warp_ds.store.files import append_line, read_text, write_text
 from warp_ds.store.state import Progress
@@ -52,12 +54,16 @@ class GlobalBatchTrainer(Trainer):
             trainer_log.removeFilter(other)
 
     def get_train_dataloader(self) -> DataLoader:
-        pad, eos = pad_token(self.tokenizer), int(self.tokenizer.eos_token_id)
+        pad, empty = pad_token(self.tokenizer), empty_sample(int(self.tokenizer.eos_token_id))
+        packed = isinstance(self.sampler, PackedBatchSampler)
+        # Label smoothing shifts labels itself, along whole rows.
+        few = self.label_smoother is None and keeps_logits(self.model)
+        collate = partial(pack_batch, empty=empty, trained_only=few) if packed else pad_batch
         return self.accelerator.prepare(
             DataLoader(
-                WithEmpty(self.train_dataset, empty_sample(eos), self.sampler),
+                (Packed if packed else WithEmpty)(self.train_dataset, empty, self.sampler),
                 batch_sampler=self.sampler,
-                collate_fn=partial(pad_batch, pad_token_id=pad),
+                collate_fn=partial(collate, pad_token_id=pad),
                 num_workers=self.args.dataloader_num_workers,
                 persistent_workers=self.args.dataloader_persistent_workers,
                 prefetch_factor=self.args.dataloader_prefetch_factor,

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.integrations import TensorBoardCallback
 
 from warp_ds.cluster import consensus, preemption, processes
-from warp_ds.data.collate import GlobalBatchSampler
 from warp_ds.data.datasets import load_samples
 from warp_ds.errors import ArtifactError
 from warp_ds.flags import training_arguments
@@ -26,6 +25,7 @@ from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
 from warp_ds.flags.groups import TrainingFlags
 from warp_ds.models.targets import check_targets, find_targets
 from warp_ds.phases import checkpoints
+from warp_ds.phases.packing import SamplesApart, attention_of, check_packing, make_sampler
 from warp_ds.phases.run import start_run
 from warp_ds.phases.texts import tokenise
 from warp_ds.phases.trainer import CompleteConverted, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
@@ -56,6 +56,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     fingerprint = model_fingerprint(model_dir)
     read_together(lambda: _artefacts(arguments), "reading basis and masks")
     with consensus.on_every_rank_or_none("checking the inputs"):
+        check_packing(arguments, model_dir)
         pairs = load_samples(
             arguments.utility_data,
             split=arguments.utility_split,
@@ -75,7 +76,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
             return run.directory
         samples = tokenise(pairs, arguments)
         checkpoint = find_checkpoint(run.directory, arguments)
-        model, tokenizer = load_model(arguments, settings.zero3_config(arguments))
+        model, tokenizer = load_model(arguments, settings.zero3_config(arguments), attention_of(arguments))
         layers = (
             MaskStore(masks_dir).layers
             if masks_dir is not None
@@ -98,6 +99,7 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
     model_dir = resolve_model_dir(arguments.model_name)
     fingerprint = model_fingerprint(model_dir)
     with consensus.on_every_rank_or_none("checking the inputs"):
+        check_packing(arguments, model_dir)
         pairs = load_samples(
             arguments.safety_data,
             split=arguments.safety_split,
@@ -113,7 +115,7 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
             return run.directory
         samples = tokenise(pairs, arguments)
         checkpoint = find_checkpoint(run.directory, arguments)
-        model, tokenizer = load_model(arguments, settings.zero3_config(arguments))
+        model, tokenizer = load_model(arguments, settings.zero3_config(arguments), attention_of(arguments))
         trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, [], passed)
         export(
             trainer,
@@ -207,9 +209,8 @@ def fit(
 
     Raises Preempted, with a checkpoint saved, where a rank was asked to leave.
     """
-    sizes = (len(samples), arguments.global_batch_size, arguments.batch_size, processes.world_size())
-    sampler = GlobalBatchSampler(*sizes, shuffle=True, seed=arguments.seed)
     passed = {**training_arguments.DEFAULTS, **(passed or {})}
+    sampler = make_sampler(samples, arguments, int(passed.get("max_steps", 0)))
     keep = passed.pop("save_total_limit", None)
     converted = checkpoint is not None and universal.is_converted(checkpoint)
     training = trainer_arguments(arguments, passed, directory, sampler.accumulation_steps, converted)
@@ -223,6 +224,8 @@ def fit(
         sampler=sampler,
         callbacks=[*callbacks, metrics, whole],
     )
+    if arguments.packing:
+        trainer.add_callback(SamplesApart(trainer))
     _arrange_reporters(trainer, callbacks, directory)
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
@@ -231,9 +234,9 @@ def fit(
             trainer.callback_handler.callbacks.insert(0, CompleteConverted(trainer, checkpoint))  # before the WarpCallback
     steps = training.max_steps if training.max_steps > 0 else math.ceil(arguments.epochs * sampler.steps)
     logger.info(
-        "training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %d)",
+        "training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %s)",
         *(len(samples), steps, arguments.global_batch_size),
-        *(processes.world_size(), sampler.accumulation_steps, arguments.batch_size),
+        *(processes.world_size(), sampler.accumulation_steps, sampler.shape),
     )
     consensus.on_rank_0(lambda: checkpoints.refuse_foreign(directory / "trainer", steps), "looking for foreign checkpoints")
     with nullcontext() if checkpoint is None else nothing_unpickled():
