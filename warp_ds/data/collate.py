@@ -8,7 +8,7 @@ that never comes), and no sample is repeated or dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,17 @@ def pad_batch(samples: Sequence[Any], pad_token_id: int, side: str = "right") ->
         if "labels" in sample:
             batch["labels"][i, where] = torch.as_tensor(sample["labels"], dtype=torch.long)
     return batch
+
+
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[tokens, places] of a batch as int64, on its device: padding is no token, and neither is an EMPTY sample.
+
+    A row of one token has nothing to learn: it is EMPTY, or as good as that.
+    """
+    ids = batch["input_ids"]
+    of_rows = batch["attention_mask"].sum(dim=-1) if "attention_mask" in batch else ids.new_full(ids.shape[:1], ids.shape[-1])
+    tokens = torch.where(of_rows > 1, of_rows, 0).sum(dtype=torch.int64)
+    return torch.stack([tokens, torch.full_like(tokens, ids.numel())])
 
 
 class WithEmpty(Dataset[Any]):

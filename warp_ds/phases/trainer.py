@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from warp_ds.cluster import consensus, preemption, processes
 from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch, pad_token
 from warp_ds.phases import checkpoints
+from warp_ds.phases.speed import Speed
 from warp_ds.store.files import append_line, read_text, write_text
 from warp_ds.store.state import Progress
 from warp_ds.zero import universal
@@ -25,15 +26,28 @@ from warp_ds.zero import universal
 class GlobalBatchTrainer(Trainer):
     """A Trainer whose global batches hold the same samples on any world size: none repeated, none dropped."""
 
-    def __init__(self, *args: Any, sampler: GlobalBatchSampler, tokenizer: PreTrainedTokenizerBase, **kwargs: Any):
-        self.sampler, self.tokenizer = sampler, tokenizer
+    def __init__(
+        self, *args: Any, sampler: GlobalBatchSampler, tokenizer: PreTrainedTokenizerBase, speed: Speed, **kwargs: Any
+    ):
+        self.sampler, self.tokenizer, self.speed = sampler, tokenizer, speed
         super().__init__(*args, **{**kwargs, "processing_class": tokenizer})
+        self.callback_handler.callbacks.insert(0, speed)  # before the reporters, which then see its numbers
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Called for every micro-batch: counts it. What it costs is known where the ranks meet, in ``store_flos``."""
+        self.speed.count(inputs)
+        return 0
+
+    def store_flos(self) -> None:
+        """Adds up the counts of all ranks: called where the Trainer logs, saves and ends. Collective."""
+        self.state.total_flos = self.speed.gather()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer does; what is begun is marked, so that a killed save can be told from somebody else's files."""
         checkpoint = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
         consensus.on_rank_0(lambda: checkpoints.begin(checkpoint), "beginning a checkpoint")
-        super()._save_checkpoint(model, trial)
+        with self.speed.paused():
+            super()._save_checkpoint(model, trial)
         if self.args.should_save:
             # A pickle of all that TrainingArguments hold, which nobody reads.
             (checkpoint / "training_args.bin").unlink(missing_ok=True)

@@ -24,9 +24,11 @@ from warp_ds.errors import ArtifactError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
 from warp_ds.flags.groups import TrainingFlags
+from warp_ds.models.flops import active_parameters, device_peak
 from warp_ds.models.targets import check_targets, find_targets
 from warp_ds.phases import checkpoints
 from warp_ds.phases.run import start_run
+from warp_ds.phases.speed import Speed
 from warp_ds.phases.texts import tokenise
 from warp_ds.phases.trainer import CompleteConverted, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
 from warp_ds.phases.trainer_arguments import check_training, trainer_arguments
@@ -86,8 +88,8 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         if masks_dir is not None:
             callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), arguments.basis_placement))
         trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed)
-        export(trainer, tokenizer, run.directory / "model", _model_card(arguments, masks_dir))
-        run.finish()
+        export(trainer, tokenizer, run.directory / "model", _model_card(arguments, masks_dir, trainer.speed))
+        run.finish(training=trainer.speed.summary())
         end_engine(trainer.deepspeed)
         return run.directory
 
@@ -121,12 +123,12 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
             run.directory / "model",
             card.new_card(
                 f"Safety-tuned {card.plain(arguments.model_name)}",
-                f"Trained by warp_ds phase 0 on {card.plain(arguments.safety_data)}.",
+                f"Trained by warp_ds phase 0 on {card.plain(arguments.safety_data)}.\n\n{trainer.speed.cost}\n",
                 arguments.model_name,
                 arguments.safety_data,
             ),
         )
-        run.finish()
+        run.finish(training=trainer.speed.summary())
         end_engine(trainer.deepspeed)
         return run.directory
 
@@ -221,6 +223,7 @@ def fit(
         train_dataset=samples,
         tokenizer=tokenizer,
         sampler=sampler,
+        speed=Speed(active_parameters(model), device_peak(arguments.torch_dtype)),
         callbacks=[*callbacks, metrics, whole],
     )
     _arrange_reporters(trainer, callbacks, directory)
@@ -261,7 +264,7 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, directory: Path
     save_sharded(trainer.model_wrapped, directory, tokenizer=tokenizer, model_card=model_card)
 
 
-def _model_card(arguments: TrainArguments, masks_dir: Path | None) -> str:
+def _model_card(arguments: TrainArguments, masks_dir: Path | None, speed: Speed) -> str:
     protection = "without a mask"
     if masks_dir is not None:
         metadata = MaskStore(masks_dir).metadata
@@ -274,7 +277,7 @@ def _model_card(arguments: TrainArguments, masks_dir: Path | None) -> str:
         f"Trained by [warp_ds](https://openreview.net/forum?id=kPLzOfPfA2l) phase 3 {protection}.\n\n"
         f"- base model: {card.code(arguments.model_name)}\n- train_scope: {arguments.train_scope}\n"
         f"- epochs: {arguments.epochs}, global batch {arguments.global_batch_size}, learning rate "
-        f"{arguments.learning_rate}, seed {arguments.seed}\n",
+        f"{arguments.learning_rate}, seed {arguments.seed}\n{speed.cost}\n",
         arguments.model_name,
         arguments.utility_data,
     )
