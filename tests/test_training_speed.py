@@ -1,8 +1,9 @@
-"""Tokens, padding, operations and seconds on every logged line: of the whole job, on any number of ranks, and across resumes."""
+"""Tokens, padding, operations and seconds on logged lines: of the whole job, on any number of ranks, and across resumes."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralCo
 
 from warp_ds.cluster import processes
 from warp_ds.data.collate import count_tokens, empty_sample, pad_batch
+from warp_ds.data.lengths import encode_dataset
 from warp_ds.models.flops import active_parameters, device_peak
+from warp_ds.phases import run
 from warp_ds.phases.trainer import MetricsFile
 
 PASSED = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 3}
@@ -22,9 +25,9 @@ PASSED = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 3}
 
 def trained(root: Path, output: Path) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
     """Lines, finished.json and card of a run of 5 epochs of 3 + 3 + 1 samples."""
-    run = phase3(root, root / "artefacts", output, PASSED, global_batch_size=3)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return lines, json.loads((run / "finished.json").read_text())["training"], (run / "model" / "README.md").read_text()
+    made = phase3(root, root / "artefacts", output, PASSED, global_batch_size=3)
+    lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
+    return lines, json.loads((made / "finished.json").read_text())["training"], (made / "model" / "README.md").read_text()
 
 
 def jobs(root: Path, output: Path) -> Any:
@@ -62,9 +65,7 @@ def test_counts_are_of_the_whole_job(root: Path, world: int) -> None:
     rows = [json.loads(line) for line in (root / "utility_train.jsonl").read_text().splitlines()]
     texts = [f"Question: {row['prompt']}\nAnswer: {row['response']}" for row in rows]
     epoch = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)  # and the end of text
-    parameters = sum(
-        p.numel() for p in LlamaForCausalLM.from_pretrained(root / "m").parameters()
-    )  # tied: a part of the products
+    parameters = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(root / "m").parameters())  # tied
     for lines, finished, card in run_ranks(world, jobs, root, root / f"world{world}")[0]:
         assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10, 12, 14, 15]
         for line in lines:
@@ -86,7 +87,8 @@ def test_counts_are_of_the_whole_job(root: Path, world: int) -> None:
 def test_empty_samples_and_padding_are_no_tokens() -> None:
     samples = [{"input_ids": [5] * n, "labels": [5] * n} for n in (4, 2)]
     assert count_tokens(pad_batch([*samples, empty_sample(1)], 0)).tolist() == [6, 12]
-    assert count_tokens({"input_ids": torch.ones(2, 3, dtype=torch.long)}).tolist() == [6, 6]
+    packed = {"labels": [[-100, 5, -100, 5, 5, -100], [-100] * 6], "position_ids": [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]}
+    assert count_tokens({name: torch.tensor(rows) for name, rows in packed.items()}).tolist() == [5, 12]
 
 
 def test_parameters_that_a_token_is_multiplied_with() -> None:
@@ -118,3 +120,23 @@ def test_parameters_that_a_token_is_multiplied_with() -> None:
 def test_peaks(name: str, peak: float | None) -> None:
     assert device_peak(torch.bfloat16, name) == peak
     assert device_peak(torch.float32, name) is None
+
+
+def logged_job(root: Path, output: Path) -> None:
+    run.log_to_terminal()
+    phase12(root, output)
+
+
+def test_phases_1_and_2_say_tokens_a_second(root: Path) -> None:
+    run_ranks(2, logged_job, root, root / "logged")
+    for phase, what in (("phase1", "bases"), ("phase2", "importance")):
+        text = "".join(path.read_text() for path in (root / "logged" / "logs").glob(f"{phase}_*[0-9].log"))
+        found = re.search(rf"{what}: (\d+) tokens in [\d.]+ s, (\d+) tokens/s \((\d+) a rank\)", text)
+        assert found is not None and int(found[1]) == sum(root_lengths(root)), text
+        assert int(found[2]) == pytest.approx(2 * int(found[3]), abs=2)
+
+
+def root_lengths(root: Path) -> list[int]:
+    """Tokens of each safety sample: as the phases' own tokenisation has them."""
+    rows = [json.loads(line) for line in (root / "refusals_fit.jsonl").read_text().splitlines()]
+    return [len(row["input_ids"]) for row in encode_dataset(rows, AutoTokenizer.from_pretrained(root / "m"), 200)]

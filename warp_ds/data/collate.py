@@ -53,14 +53,18 @@ def pad_batch(samples: Sequence[Any], pad_token_id: int, side: str = "right") ->
 
 
 def count_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """[tokens, places] of a batch as int64, on its device: padding is no token, and neither is an EMPTY sample.
+    """[tokens, places] of a batch as int64, on its device, padded or packed (`position_ids` that begin anew).
 
-    A row of one token has nothing to learn: it is EMPTY, or as good as that.
+    A sequence without a label is no tokens: it is padding or EMPTY, or teaches nothing.
     """
-    ids = batch["input_ids"]
-    of_rows = batch["attention_mask"].sum(dim=-1) if "attention_mask" in batch else ids.new_full(ids.shape[:1], ids.shape[-1])
-    tokens = torch.where(of_rows > 1, of_rows, 0).sum(dtype=torch.int64)
-    return torch.stack([tokens, torch.full_like(tokens, ids.numel())])
+    labelled = batch["labels"] != IGNORE
+    if "position_ids" in batch:
+        sequence = (batch["position_ids"] == 0).flatten().cumsum(0)
+        labels = torch.zeros(sequence.numel() + 1, dtype=torch.int64, device=sequence.device)
+        tokens = (labels.scatter_add_(0, sequence, labelled.flatten().long())[sequence] > 0).sum()
+    else:
+        tokens = (batch["attention_mask"] * labelled.any(dim=-1, keepdim=True)).sum()
+    return torch.stack([tokens, torch.full_like(tokens, labelled.numel())])
 
 
 class WithEmpty(Dataset[Any]):

@@ -5,6 +5,7 @@ Counted on every rank, added up where the Trainer logs and saves, and kept in ch
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,15 @@ from transformers.trainer_callback import ExportableState
 from warp_ds.cluster import processes
 from warp_ds.data.collate import count_tokens
 from warp_ds.models.flops import training_flops
+
+logger = logging.getLogger(__name__)
+
+
+def log_rate(what: str, tokens: int, begun: float) -> None:
+    """Says how fast ``tokens`` of the whole job went through the model since ``begun`` (time.monotonic)."""
+    seconds = max(time.monotonic() - begun, 1e-9)
+    rate, ranks = tokens / seconds, processes.world_size()
+    logger.info("%s: %d tokens in %.1f s, %.0f tokens/s (%.0f a rank)", what, tokens, seconds, rate, rate / ranks)
 
 
 @dataclass
@@ -119,7 +129,7 @@ class Speed(TrainerCallback, ExportableState):
             if "rotate_seconds" in logs and since.seconds:
                 found["rotate_share"] = logs["rotate_seconds"] * steps / since.seconds
             a_step = (time.monotonic() - self._begun) / max(1, state.global_step - self._first_step)
-            found["seconds_left"] = round(a_step * max(0, state.max_steps - state.global_step), 1)
+            found["seconds_left"] = round(a_step * max(0, state.max_steps - state.global_step), 3)
             found["total_flos"] = self.flops
             self._logged, self._logged_step = Totals(**asdict(self.totals)), state.global_step
         logs.update(found)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers.integrations import TensorBoardCallback
 from warp_ds.cluster import consensus, preemption, processes
 from warp_ds.data.collate import GlobalBatchSampler
 from warp_ds.data.datasets import load_samples
-from warp_ds.errors import ArtifactError
+from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
 from warp_ds.flags.groups import TrainingFlags
@@ -30,16 +30,16 @@ from warp_ds.phases import checkpoints
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import Speed
 from warp_ds.phases.texts import tokenise
-from warp_ds.phases.trainer import CompleteConverted, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
-from warp_ds.phases.trainer_arguments import check_training, trainer_arguments
+from warp_ds.phases.trainer import CompleteConverted, EarlyStopping, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
+from warp_ds.phases.trainer_arguments import check_training, run_facts, trainer_arguments
+from warp_ds.phases.watching import Watched
 from warp_ds.protection import WarpCallback
 from warp_ds.report import card
 from warp_ds.store.fingerprints import Contents, fingerprint_rows
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import find_artifact
-from warp_ds.store.sealed import odd_file
 from warp_ds.zero import settings, universal
-from warp_ds.zero.deepspeed_internals import end_engine, nothing_unpickled, refuse_pickles, tag_of
+from warp_ds.zero.deepspeed_internals import end_engine, nothing_unpickled
 from warp_ds.zero.model import load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
 from warp_ds.zero.shared_reading import model_fingerprint, read_together
@@ -53,7 +53,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     ``passed`` are further TrainingArguments. Raises ConfigError, DataError or ArtifactError before any work where
     model, data, basis and masks do not fit together.
     """
-    check_training(arguments, passed)
+    passed = check_training(arguments, passed)
     model_dir = resolve_model_dir(arguments.model_name)
     fingerprint = model_fingerprint(model_dir)
     read_together(lambda: _artefacts(arguments), "reading basis and masks")
@@ -66,7 +66,8 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
             response_column=arguments.response_column,
             config=arguments.data_config,
         )
-        inputs = {"model": fingerprint, "data": fingerprint_rows(pairs)}
+        watched = Watched.read(arguments, passed)
+        inputs = {"model": fingerprint, "data": fingerprint_rows(pairs), **watched.fingerprints(arguments, passed)}
         masks_dir, basis_dir = _find_masks(arguments, inputs["model"])
         if masks_dir is not None:
             inputs["masks"] = MaskStore(masks_dir).fingerprint()
@@ -75,7 +76,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     with start_run("phase3", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
-        samples = tokenise(pairs, arguments)
+        samples, watched = tokenise(pairs, arguments), watched.tokenised(arguments)
         checkpoint = find_checkpoint(run.directory, arguments)
         model, tokenizer = load_model(arguments, settings.zero3_config(arguments))
         layers = (
@@ -87,7 +88,10 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         callbacks: list[TrainerCallback] = []
         if masks_dir is not None:
             callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), arguments.basis_placement))
-        trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed)
+        facts = run_facts(arguments, inputs, phase="phase3", **_masks_facts(masks_dir))
+        trainer = fit(
+            model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed, watched=watched, facts=facts
+        )
         export(trainer, tokenizer, run.directory / "model", _model_card(arguments, masks_dir, trainer.speed))
         run.finish(training=trainer.speed.summary())
         end_engine(trainer.deepspeed)
@@ -96,7 +100,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
 
 def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] | None = None) -> Path:
     """Phase 0: every parameter trains on the safety set; returns the run directory. Collective."""
-    check_training(arguments, passed)
+    passed = check_training(arguments, passed)
     model_dir = resolve_model_dir(arguments.model_name)
     fingerprint = model_fingerprint(model_dir)
     with consensus.on_every_rank_or_none("checking the inputs"):
@@ -109,14 +113,16 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
             config=arguments.data_config,
             refusal_file=arguments.refusal_file,
         )
-        inputs = {"model": fingerprint, "data": fingerprint_rows(pairs)}
+        watched = Watched.read(arguments, passed)
+        inputs = {"model": fingerprint, "data": fingerprint_rows(pairs), **watched.fingerprints(arguments, passed)}
     with start_run("phase0", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
-        samples = tokenise(pairs, arguments)
+        samples, watched = tokenise(pairs, arguments), watched.tokenised(arguments)
         checkpoint = find_checkpoint(run.directory, arguments)
         model, tokenizer = load_model(arguments, settings.zero3_config(arguments))
-        trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, [], passed)
+        facts = run_facts(arguments, inputs, phase="phase0")
+        trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, [], passed, watched=watched, facts=facts)
         export(
             trainer,
             tokenizer,
@@ -155,6 +161,14 @@ def _find_masks(arguments: TrainArguments, model_fingerprint: str) -> tuple[Path
     return masks_dir, None if basis is None else basis.directory
 
 
+def _masks_facts(masks_dir: Path | None) -> dict[str, Any]:
+    """What trackers are told of the masks."""
+    if masks_dir is None:
+        return {}
+    metadata = MaskStore(masks_dir).metadata
+    return {name: getattr(metadata, name) for name in ("keep_ratio", "scope", "unit", "score", "basis", "frozen", "entries")}
+
+
 def choose_trained(model: nn.Module, wanted: Sequence[str] | None) -> None:
     """Lets only the parameters of these names train; None lets every parameter train."""
     if wanted is not None:
@@ -174,24 +188,12 @@ def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
         return None
     checkpoint = Path(newest)
     wrote = consensus.on_rank_0(lambda: checkpoints.world_size_of(checkpoint), "reading a checkpoint")
-    consensus.on_rank_0(lambda: check_checkpoint(checkpoint), "checking the checkpoint")
+    consensus.on_rank_0(lambda: checkpoints.check(checkpoint), "checking the checkpoint")
     if wrote == processes.world_size():
         return checkpoint
     converted = universal.convert(checkpoint, settings.zero3_config(arguments, for_trainer=True), wrote)
-    consensus.on_rank_0(lambda: check_checkpoint(converted), "checking the converted checkpoint")
+    consensus.on_rank_0(lambda: checkpoints.check(converted), "checking the converted checkpoint")
     return converted
-
-
-def check_checkpoint(checkpoint: Path) -> None:
-    """ConfigError or ArtifactError, naming the file, where something of ``checkpoint`` would be run, would be waited for,
-    lies outside of it, or is not as this program left it."""
-    if odd := odd_file(checkpoint):
-        raise ArtifactError(f"{odd}: remove {checkpoint}, or start anew with --resume never")
-    refuse_pickles(checkpoint)
-    tag_of(checkpoint, "latest_universal" if universal.is_converted(checkpoint) else "latest")
-    checkpoints.check_trainer_state(checkpoint)
-    if not universal.is_converted(checkpoint):  # that is looked at by what made it
-        checkpoints.check_as_left(checkpoint)
 
 
 def fit(
@@ -202,7 +204,10 @@ def fit(
     directory: Path,
     checkpoint: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    passed: dict[str, Any] | None = None,
+    passed: Mapping[str, Any] | None = None,
+    *,
+    watched: Watched,
+    facts: Mapping[str, Any],
 ) -> GlobalBatchTrainer:
     """Trains ``model`` (ZeRO-3 partitioned) on ``samples`` (input_ids, labels), going on from ``checkpoint``
     (``find_checkpoint``). AdamW over all trained parameters, one mean over the response tokens of each global batch.
@@ -214,7 +219,12 @@ def fit(
     passed = {**training_arguments.DEFAULTS, **(passed or {})}
     keep = passed.pop("save_total_limit", None)
     converted = checkpoint is not None and universal.is_converted(checkpoint)
-    training = trainer_arguments(arguments, passed, directory, sampler.accumulation_steps, converted)
+    training = trainer_arguments(arguments, passed, directory, sampler.accumulation_steps, converted, facts)
+    if converted and training.load_best_model_at_end:
+        raise ConfigError(
+            "--load_best_model_at_end: the best checkpoint so far may be of another number of ranks, and could not be loaded: "
+            "go on with as many ranks as before"
+        )
     metrics = MetricsFile(directory / "metrics.jsonl")
     whole = WholeCheckpoints(arguments.save_minutes, keep or 1)
     trainer = GlobalBatchTrainer(
@@ -224,7 +234,8 @@ def fit(
         tokenizer=tokenizer,
         sampler=sampler,
         speed=Speed(active_parameters(model), device_peak(arguments.torch_dtype)),
-        callbacks=[*callbacks, metrics, whole],
+        watched=watched,
+        callbacks=[*callbacks, metrics, whole, *_stopping(arguments)],
     )
     _arrange_reporters(trainer, callbacks, directory)
     if checkpoint is not None:
@@ -245,6 +256,10 @@ def fit(
         raise preemption.Preempted(whole.stopped_by)
     consensus.on_rank_0(lambda: universal.remove_converted(directory / "trainer"), "removing a converted checkpoint")
     return trainer
+
+
+def _stopping(arguments: TrainingFlags) -> list[TrainerCallback]:
+    return [EarlyStopping(arguments.early_stopping_patience)] if arguments.early_stopping_patience else []
 
 
 def _arrange_reporters(trainer: Trainer, callbacks: Sequence[TrainerCallback], directory: Path) -> None:
