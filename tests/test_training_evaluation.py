@@ -22,7 +22,7 @@ from warp_ds.errors import ConfigError
 from warp_ds.evaluation.certificate import certify
 from warp_ds.evaluation.generate import generate_greedy, loss_per_token
 from warp_ds.evaluation.metrics import wilson
-from warp_ds.flags.arguments import TrainArguments
+from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
 from warp_ds.phases import training, watching
 from warp_ds.phases.identity import identify
 from warp_ds.phases.trainer import MetricsFile
@@ -93,6 +93,9 @@ def job(root: Path, output: Path) -> dict[str, str]:
         "resumed": ends(),
         "stopped": stops(),
     }
+    safety = {"safety_data": data["eval_safety"], "safety_samples": 0, "epochs": 1, "eval_safety": data["eval_safety"]}
+    tuning = SafetyTuningArguments(**common(root, output / "phase0", max_new_tokens=4, eval_safety_samples=3, **safety))
+    runs["tuned"] = training.run_safety_tuning(tuning)
     return {name: str(run) for name, run in runs.items()}
 
 
@@ -152,6 +155,7 @@ def test_the_best_model_is_that_of_its_step(root: Path, runs: Any, world: int, n
     assert any(not torch.equal(value, start[key]) for key, value in best.items())
     kept = certify(root / "m", runs[world][name] / "model", root / "artefacts" / "phase2_latest" / "masks")
     assert kept.kept, kept.problems
+    assert json.loads((runs[world][name] / "finished.json").read_text())["training"]["best_step"] == 1
     assert max(line["step"] for line in lines_of(runs[world][name], "eval_loss")) == (3 if name == "stopped" else 5)
 
 
@@ -164,6 +168,12 @@ def test_early_stopping(runs: Any, world: int) -> None:
     assert sorted(path.name for path in (run / "trainer").iterdir()) == ["checkpoint-1", "checkpoint-3"], (
         "the best and the newest"
     )
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_safety_tuning_is_watched_after_every_epoch(runs: Any, world: int) -> None:
+    (line,) = lines_of(runs[world]["tuned"], "eval_refusal_rate")
+    assert line["epoch"] == 1 and line["eval_refusal_judged"] <= 3 and "eval_loss" not in line
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,13 @@ class GlobalBatchTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def outcome(self) -> dict[str, Any]:
+        """What the run was, for its finished.json: speed and cost, and which step's model came out."""
+        best = {"best_step": self.state.best_global_step, "best_metric": self.state.best_metric}
+        if self.args.load_best_model_at_end and not self.state.best_global_step:
+            logger.warning("no evaluation had a metric to choose by: the model is that of the last step")
+        return {**self.speed.summary(), **(best if self.args.load_best_model_at_end else {})}
+
     def _load_best_model(self) -> None:
         """As Trainer does, with what makes loading a checkpoint safe; and not where a rank was asked to leave."""
         if any(isinstance(own, WholeCheckpoints) and own.stopped_by for own in self.callback_handler.callbacks):

@@ -93,7 +93,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
             model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed, watched=watched, facts=facts
         )
         export(trainer, tokenizer, run.directory / "model", _model_card(arguments, masks_dir, trainer.speed))
-        run.finish(training=trainer.speed.summary())
+        run.finish(training=trainer.outcome())
         end_engine(trainer.deepspeed)
         return run.directory
 
@@ -134,7 +134,7 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
                 arguments.safety_data,
             ),
         )
-        run.finish(training=trainer.speed.summary())
+        run.finish(training=trainer.outcome())
         end_engine(trainer.deepspeed)
         return run.directory
 
