@@ -81,7 +81,7 @@ def whole_coefficients(trainer: Any) -> dict[str, torch.Tensor]:
         if isinstance(callback, WarpCallback):
             for layer in callback.protection.layers:  # type: ignore[union-attr]
                 real = layer.partition.stop - layer.partition.start
-                pieces = processes.all_gather_object(callback.protection._coefficients(layer)[:real].clone())  # type: ignore[union-attr]
+                pieces = processes.all_gather_object(callback.protection.driver.coefficients(layer)[:real].clone())  # type: ignore[union-attr]
                 found[layer.target.name] = torch.cat(pieces).view(layer.target.m, layer.target.n)
     return found
 

@@ -170,6 +170,24 @@ def test_early_stopping(runs: Any, world: int) -> None:
     )
 
 
+def another_world(root: Path, output: Path) -> str:
+    data = {"eval_data": str(root / "harmless_heldout.jsonl"), "eval_samples": 2}
+    start = partial(phase3, root, root / "artefacts", output, WORST, **data)
+    if processes.world_size() == 2:
+        interrupted(start, 2)
+        return ""
+    try:
+        return str(start())
+    except ConfigError as error:
+        return str(error)
+
+
+def test_the_best_checkpoint_of_another_number_of_ranks_is_refused(root: Path) -> None:
+    run_ranks(2, another_world, root, root / "another")
+    (said,) = run_ranks(1, another_world, root, root / "another")
+    assert "--load_best_model_at_end" in said and "start again on 2 ranks" in said and "\n" not in said
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_safety_tuning_is_watched_after_every_epoch(runs: Any, world: int) -> None:
     (line,) = lines_of(runs[world]["tuned"], "eval_refusal_rate")

@@ -77,7 +77,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         if run.done:
             return run.directory
         samples, watched = tokenise(pairs, arguments), watched.tokenised(arguments)
-        checkpoint = find_checkpoint(run.directory, arguments)
+        checkpoint = find_checkpoint(run.directory, arguments, passed)
         model, tokenizer = load_model(arguments, settings.zero3_config(arguments))
         layers = (
             MaskStore(masks_dir).layers
@@ -119,7 +119,7 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
         if run.done:
             return run.directory
         samples, watched = tokenise(pairs, arguments), watched.tokenised(arguments)
-        checkpoint = find_checkpoint(run.directory, arguments)
+        checkpoint = find_checkpoint(run.directory, arguments, passed)
         model, tokenizer = load_model(arguments, settings.zero3_config(arguments))
         facts = run_facts(arguments, inputs, phase="phase0")
         trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, [], passed, watched=watched, facts=facts)
@@ -176,10 +176,10 @@ def choose_trained(model: nn.Module, wanted: Sequence[str] | None) -> None:
             param.requires_grad_(name in wanted)
 
 
-def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
+def find_checkpoint(directory: Path, arguments: TrainingFlags, passed: Mapping[str, Any] | None = None) -> Path | None:
     """The last whole checkpoint of the run in ``directory``, converted where another number of ranks wrote it. Collective.
 
-    Raises ConfigError where that cannot be done.
+    Raises ConfigError where that cannot be done, or could not be done for the best one at the end.
     """
     newest = consensus.on_rank_0(lambda: checkpoints.newest_whole(directory / "trainer"), "looking for a checkpoint")
     if newest is None:
@@ -191,6 +191,11 @@ def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
     consensus.on_rank_0(lambda: checkpoints.check(checkpoint), "checking the checkpoint")
     if wrote == processes.world_size():
         return checkpoint
+    if (passed or {}).get("load_best_model_at_end"):
+        raise ConfigError(
+            f"--load_best_model_at_end: {checkpoint} was written by {wrote} ranks, and these are {processes.world_size()}, "
+            f"which could not load the best one of them: start again on {wrote} ranks, or anew with --resume never"
+        )
     converted = universal.convert(checkpoint, settings.zero3_config(arguments, for_trainer=True), wrote)
     consensus.on_rank_0(lambda: checkpoints.check(converted), "checking the converted checkpoint")
     return converted
@@ -220,11 +225,6 @@ def fit(
     keep = passed.pop("save_total_limit", None)
     converted = checkpoint is not None and universal.is_converted(checkpoint)
     training = trainer_arguments(arguments, passed, directory, sampler.accumulation_steps, converted, facts)
-    if converted and training.load_best_model_at_end:
-        raise ConfigError(
-            "--load_best_model_at_end: the best checkpoint so far may be of another number of ranks, and could not be loaded: "
-            "go on with as many ranks as before"
-        )
     metrics = MetricsFile(directory / "metrics.jsonl")
     whole = WholeCheckpoints(arguments.save_minutes, keep or 1)
     trainer = GlobalBatchTrainer(
