@@ -76,6 +76,8 @@ def test_a_flag_has_one_nature() -> None:
         "foundation_data",
         "prompt_file",
         "refusal_file",
+        "eval_data",
+        "eval_safety",
     }
 
 

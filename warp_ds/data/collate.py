@@ -8,7 +8,7 @@ that never comes), and no sample is repeated or dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,21 @@ def pad_batch(samples: Sequence[Any], pad_token_id: int, side: str = "right") ->
         if "labels" in sample:
             batch["labels"][i, where] = torch.as_tensor(sample["labels"], dtype=torch.long)
     return batch
+
+
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[tokens, places] of a batch as int64, on its device, padded or packed (`position_ids` that begin anew).
+
+    A sequence without a label is no tokens: it is padding or EMPTY, or teaches nothing.
+    """
+    labelled = batch["labels"] != IGNORE
+    if "position_ids" in batch:
+        sequence = (batch["position_ids"] == 0).flatten().cumsum(0)
+        labels = torch.zeros(sequence.numel() + 1, dtype=torch.int64, device=sequence.device)
+        tokens = (labels.scatter_add_(0, sequence, labelled.flatten().long())[sequence] > 0).sum()
+    else:
+        tokens = (batch["attention_mask"] * labelled.any(dim=-1, keepdim=True)).sum()
+    return torch.stack([tokens, torch.full_like(tokens, labelled.numel())])
 
 
 class WithEmpty(Dataset[Any]):
