@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def complete_basis(u: torch.Tensor) -> torch.Tensor:
@@ -93,3 +98,38 @@ def train(
         for k, w in optimizer.weights().items():
             params[k].copy_(w)
     return losses
+
+
+def phase3_reference(root: Path, artefacts: Path, scope: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Five full-batch clipped AdamW steps in fp64, from the files of phases 1 and 2; losses and final weights."""
+    model = AutoModelForCausalLM.from_pretrained(root / "m", dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(root / "m")
+    basis, masks = ((artefacts / f"phase{i}_latest" / kind).resolve() for i, kind in ((1, "basis"), (2, "masks")))
+    bases, frozen = {}, {}
+    for name, entry in json.loads((masks / "metadata.json").read_text())["layers"].items():
+        file = json.loads((basis / "metadata.json").read_text())["layers"][name]["file"]
+        bases[f"{name}.weight"] = load_file(basis / file)["U"]
+        bits = load_file(masks / entry["file"])["frozen"].numpy()
+        frozen[f"{name}.weight"] = torch.from_numpy(np.unpackbits(bits, axis=1)[:, : entry["shape"][1]].astype(bool))
+    trained = {k: p.detach().clone() for k, p in model.named_parameters() if scope == "all" or k in frozen}
+    rows = [json.loads(line) for line in (root / "utility_train.jsonl").read_text().splitlines()]
+    prompts = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    samples = []
+    for row in rows:
+        before = prompts + tokenizer(f"Question: {row['prompt']}\nAnswer:", add_special_tokens=False)["input_ids"]
+        after = tokenizer(f" {row['response']}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        samples.append((before, after))
+
+    def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        # One sample at a time, without padding: the mean over all response tokens.
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for before, after in samples:
+            logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
+            total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(after), reduction="sum")
+            count += len(after)
+        return total / count
+
+    # Trainer decays no biases and norm weights.
+    decay = {k: 0.0 if "norm" in k else 0.1 for k in trained}
+    optimizer = DenseAdamW(trained, bases, frozen, lr=2e-3, eps=1e-4, decay=decay, clip=0.5)
+    return train(model, list(trained), [torch.zeros(0)] * 5, optimizer, loss), optimizer.weights()

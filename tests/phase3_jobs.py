@@ -134,10 +134,10 @@ class Interrupted(Exception):
     pass
 
 
-def interrupted_and_resumed(root: Path, artefacts: Path, output: Path) -> dict[str, Any]:
+def interrupted_and_resumed(root: Path, artefacts: Path, output: Path, **more: Any) -> dict[str, Any]:
     """An undisturbed run, and one that dies at step 4 after its checkpoint of step 2 and is started again."""
     saving = {"save_strategy": "steps", "save_steps": 2}
-    whole = phase3(root, artefacts, output / "whole", saving)
+    whole = phase3(root, artefacts, output / "whole", saving, **more)
     on_log = MetricsFile.on_log
 
     def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -147,13 +147,13 @@ def interrupted_and_resumed(root: Path, artefacts: Path, output: Path) -> dict[s
 
     MetricsFile.on_log = dying  # type: ignore[method-assign]
     try:
-        phase3(root, artefacts, output / "resumed", saving)
+        phase3(root, artefacts, output / "resumed", saving, **more)
         raise AssertionError("was not interrupted")
     except Interrupted:
         processes.barrier()
     finally:
         MetricsFile.on_log = on_log  # type: ignore[method-assign]
-    resumed = phase3(root, artefacts, output / "resumed", saving)
+    resumed = phase3(root, artefacts, output / "resumed", saving, **more)
     return {
         "whole": losses(whole),
         "resumed": losses(resumed),

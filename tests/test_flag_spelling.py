@@ -17,7 +17,8 @@ from warp_ds.flags.arguments import (
     TrainArguments,
 )
 from warp_ds.flags.comparison import CompareArguments, SweepArguments
-from warp_ds.flags.flag import DEBUG_SAMPLES, apply_debug
+from warp_ds.flags.flag import DEBUG_SAMPLES, apply_debug, dataclass_fields
+from warp_ds.flags.groups import WatchingFlags
 from warp_ds.flags.jobs import DoctorArguments
 from warp_ds.flags.parsing import parse_training
 from warp_ds.launch.chain_flags import phase_flags
@@ -92,7 +93,8 @@ def test_a_comparison_takes_what_its_phases_take() -> None:
     assert (made.basis_placement, made.save_minutes, made.learning_rate) == ("owner", 2.0, 5e-5)
     # Whatever a phase of it has is a flag of the comparison's, or is decided there.
     own = {f.name for f in dataclasses.fields(CompareArguments)}
-    decided = {"basis", "mask_unit", "score", "basis_dir", "masks_dir", "learning_rate"}
+    watching = dataclass_fields(WatchingFlags).keys() - {"max_new_tokens"}
+    decided = {"basis", "mask_unit", "score", "basis_dir", "masks_dir", "learning_rate", *watching}
     for kind in (BasisArguments, ImportanceArguments, TrainArguments):
         assert {f.name for f in dataclasses.fields(kind)} <= own | decided
     for name in decided:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dense_training import DenseAdamW, train
+from dense_training import phase3_reference
 from phase3_jobs import SAMPLES, interrupted_and_resumed, make_model, phase12, whole_job
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -37,47 +36,10 @@ def jobs(root: Path, artefacts: Path) -> dict[int, dict[str, Any]]:
     return {world: run_ranks(world, whole_job, root, artefacts, root / f"world{world}")[0] for world in WORLDS}
 
 
-def reference(root: Path, artefacts: Path, scope: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Five full-batch clipped AdamW steps in fp64, from the artefacts' files; losses and final weights."""
-    model = AutoModelForCausalLM.from_pretrained(root / "m", dtype=torch.float64)
-    tokenizer = AutoTokenizer.from_pretrained(root / "m")
-    basis, masks = ((artefacts / f"phase{i}_latest" / kind).resolve() for i, kind in ((1, "basis"), (2, "masks")))
-    bases, frozen = {}, {}
-    for name, entry in json.loads((masks / "metadata.json").read_text())["layers"].items():
-        file = json.loads((basis / "metadata.json").read_text())["layers"][name]["file"]
-        bases[f"{name}.weight"] = load_file(basis / file)["U"]
-        bits = load_file(masks / entry["file"])["frozen"].numpy()
-        import numpy as np
-
-        frozen[f"{name}.weight"] = torch.from_numpy(np.unpackbits(bits, axis=1)[:, : entry["shape"][1]].astype(bool))
-    trained = {k: p.detach().clone() for k, p in model.named_parameters() if scope == "all" or k in frozen}
-    rows = [json.loads(line) for line in (root / "utility_train.jsonl").read_text().splitlines()]
-    prompts = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    samples = []
-    for row in rows:
-        before = prompts + tokenizer(f"Question: {row['prompt']}\nAnswer:", add_special_tokens=False)["input_ids"]
-        after = tokenizer(f" {row['response']}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        samples.append((before, after))
-
-    def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        # One sample at a time, without padding: the mean over all response tokens.
-        total, count = torch.zeros((), dtype=torch.float64), 0
-        for before, after in samples:
-            logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
-            total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(after), reduction="sum")
-            count += len(after)
-        return total / count
-
-    # Trainer decays no biases and norm weights.
-    decay = {k: 0.0 if "norm" in k else 0.1 for k in trained}
-    optimizer = DenseAdamW(trained, bases, frozen, lr=2e-3, eps=1e-4, decay=decay, clip=0.5)
-    return train(model, list(trained), [torch.zeros(0)] * 5, optimizer, loss), optimizer.weights()
-
-
 @pytest.mark.parametrize("scope", ["warp", "all"])
 @pytest.mark.parametrize("world", WORLDS)
 def test_training_equals_the_dense_reference(root: Path, artefacts: Path, jobs: Any, world: int, scope: str) -> None:
-    losses, weights = reference(root, artefacts, scope)
+    losses, weights = phase3_reference(root, artefacts, scope)
     run = Path(jobs[world]["runs"][scope])
     # fp32 against fp64 at an Adam eps of 1e-4: measured below 5e-7 and 2e-6.
     assert jobs[world]["losses"][scope] == pytest.approx(losses, abs=1e-6)

@@ -153,19 +153,19 @@ def with_payload(file: Path, marker: Path) -> None:
 
 def nothing_is_unpickled(resume: Callable[[], Any], checkpoint: Path, marker: Path, forged: list[str]) -> None:
     """A payload in each kind of file, found before the work; and by the load itself, where the first look did not see it."""
-    check = training.check_checkpoint
+    check = checkpoints.check
     for pattern in forged:
         file = next(checkpoint.glob(pattern))
         held = file.read_bytes()
         with_payload(file, marker)
         message = refusal(resume)
         assert str(file) in message and "mkdir" in message and "\n" not in message, message
-        training.check_checkpoint = lambda path: None
+        checkpoints.check = lambda path: None
         try:
             message = refusal(resume)
             assert file.name in message, message
         finally:
-            training.check_checkpoint = check
+            checkpoints.check = check
         torch.save({"more": Harmless()}, file)
         message = refusal(resume)
         assert f"{__name__}.Harmless" in message and str(file) in message, message

@@ -302,6 +302,17 @@ def test_costs_are_held_against_plain_training(tmp_path: Path) -> None:
     )
 
 
+def test_costs_say_speed_and_operations(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "phase3", "phase3_a")
+    lines = [{"step": 1, "loss": 2.0, "rotate_share": 0.05}, {"step": 2, "loss": 1.0, "rotate_share": 0.07}]
+    run.joinpath("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    speed = {"num_tokens": 123456, "tokens_per_second": 2400.4, "tokens_per_second_per_rank": 1200.2, "padding_share": 0.125}
+    write_json(run / "finished.json", {"seconds": 66.0, "training": {**speed, "total_flos": 5.93e15, "mfu": 0.41}})
+    (row,) = (dict(zip(table.head, row, strict=True)) for table in [costs.table([run], str)] for row in table.rows)
+    assert row["rotating, share"] == "6.0%" and row["padding"] == "12.5%" and row["MFU"] == "41.0%"
+    assert (row["tokens"], row["tokens/s"], row["tokens/s a rank"], row["FLOPs"]) == ("123,456", "2,400", "1,200", "5.93e+15")
+
+
 def test_harmful_prompts_are_folded_and_text_of_models_is_text(page: Path) -> None:
     text = page.read_text()
     assert "<summary>Harmful prompt 1 (refusal): click to show</summary><p>How do I rob a bank?" in text

@@ -89,7 +89,7 @@ def test_a_field_of_a_newer_transformers_is_refused(monkeypatch: pytest.MonkeyPa
     ("words", "said"),
     [
         ("--lr_scheduler_type foo", "invalid choice: 'foo'"),
-        ("--lr_scheduler_type reduce_lr_on_plateau", "reduce_lr_on_plateau is refused: training has no evaluation"),
+        ("--lr_scheduler_type reduce_lr_on_plateau", "reduce_lr_on_plateau is refused: it was not checked"),
         ("--lr_scheduler_type cosine_with_min_lr", "min_lr or min_lr_rate"),
         ("--lr_scheduler_type warmup_stable_decay", "num_decay_steps"),
         ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"min":1}', "unexpected keyword argument 'min'"),
@@ -120,6 +120,8 @@ def test_a_field_of_a_newer_transformers_is_refused(monkeypatch: pytest.MonkeyPa
         ("--weight_decay much", "invalid float value"),
         ("--weight_decay 0.1 0.2", "'0.2' belongs to no flag"),
         ("--eval_strategy steps --push_to_hub", "--push_to_hub is refused"),
+        ("--eval_steps 3 --eval_strategy epoch", "--eval_steps says nothing under --eval_strategy epoch"),
+        ("--eval_steps 0", "--eval_steps is a number of steps"),
     ],
 )
 def test_wrong_values_are_one_line(words: str, said: str) -> None:
@@ -241,6 +243,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flags")
     make_model(folder)
     return folder
+
+
+def test_a_comparison_has_its_own_evaluation() -> None:
+    for words in ("--eval_strategy epoch", "--load_best_model_at_end", "--eval_data x", "--early_stopping_patience 2"):
+        assert "is decided by the comparison" in refusal(words, CompareArguments)
 
 
 def test_what_works_shows_its_effect(root: Path) -> None:

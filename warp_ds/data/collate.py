@@ -8,7 +8,7 @@ that never comes), and no sample is repeated or dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,21 @@ def pad_batch(samples: Sequence[Any], pad_token_id: int, side: str = "right") ->
     return batch
 
 
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[tokens, places] of a batch as int64, on its device, padded or packed (`position_ids` that begin anew).
+
+    A sequence without a label is no tokens: it is padding or EMPTY, or teaches nothing.
+    """
+    labelled = batch["labels"] != IGNORE
+    if "position_ids" in batch:
+        sequence = (batch["position_ids"] == 0).flatten().cumsum(0)
+        labels = torch.zeros(sequence.numel() + 1, dtype=torch.int64, device=sequence.device)
+        tokens = (labels.scatter_add_(0, sequence, labelled.flatten().long())[sequence] > 0).sum()
+    else:
+        tokens = (batch["attention_mask"] * labelled.any(dim=-1, keepdim=True)).sum()
+    return torch.stack([tokens, torch.full_like(tokens, labelled.numel())])
+
+
 class WithEmpty(Dataset[Any]):
     """A map-style data set whose item `EMPTY` is the given EMPTY sample; all other items are the data set's own.
 
@@ -79,7 +94,7 @@ class WithEmpty(Dataset[Any]):
         return self.samples[index]
 
 
-class GlobalBatchSampler(Sampler[list[int]]):
+class GlobalBatchSampler(Sampler[list[Any]]):
     """Batch sampler of the whole job: micro-batch i of an epoch belongs to rank i % world_size.
 
     That is how `accelerate` deals batches (`split_batches=False`); `rank_batches` deals them without it. Every global
@@ -130,6 +145,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
         """Global batches (optimizer steps) per epoch."""
         return -(-self.num_samples // self.global_batch_size)
 
+    @property
+    def shape(self) -> str:
+        """A micro-batch in words: how many samples."""
+        return str(self.batch_size)
+
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the coming epoch."""
         self.epoch = epoch
@@ -145,17 +165,24 @@ class GlobalBatchSampler(Sampler[list[int]]):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         return list(torch.randperm(self.num_samples, generator=generator).tolist())
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def global_batches(self) -> Iterator[list[int]]:
+        """The samples of each optimizer step of this epoch."""
         order = self.order()
-        micro = self.batch_size
-        slots = self.accumulation_steps * self.world_size * micro
         for start in range(0, self.num_samples, self.global_batch_size):
-            batch = order[start : start + self.global_batch_size]
-            batch += [EMPTY] * (slots - len(batch))
-            for first in range(0, slots, micro):
-                yield batch[first : first + micro]
+            yield order[start : start + self.global_batch_size]
 
-    def rank_batches(self, rank: int) -> Iterator[list[int]]:
+    def micro_batches(self, batch: list[int]) -> Iterator[list[Any]]:
+        """A global batch's micro-batches, over all ranks."""
+        slots = self.accumulation_steps * self.world_size * self.batch_size
+        batch = batch + [EMPTY] * (slots - len(batch))
+        for first in range(0, slots, self.batch_size):
+            yield batch[first : first + self.batch_size]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for batch in self.global_batches():
+            yield from self.micro_batches(batch)
+
+    def rank_batches(self, rank: int) -> Iterator[list[Any]]:
         """This rank's micro-batches of the epoch, in order."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"no rank {rank} in a world of {self.world_size}")

@@ -60,7 +60,8 @@ def check_rank(arguments: Any) -> None:
 
 
 def check_training(arguments: Any) -> None:
-    at_least(arguments, "global_batch_size", 1)
+    for name in ("global_batch_size", "max_new_tokens"):
+        at_least(arguments, name, 1)
     for name in ("epochs", "learning_rate"):
         if not getattr(arguments, name) > 0:
             raise ConfigError(f"--{name} must be above 0, not {getattr(arguments, name)}")

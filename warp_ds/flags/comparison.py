@@ -15,7 +15,7 @@ from warp_ds.flags.groups import (
     LayerArguments,
     MaskedTrainingFlags,
     MaskFlags,
-    RunArguments,
+    PackingFlags,
     SafetyDataArguments,
     ScheduleFlags,
     UtilityDataArguments,
@@ -34,7 +34,7 @@ class CompareArguments(
     UtilityDataArguments,
     SafetyDataArguments,
     LayerArguments,
-    RunArguments,
+    PackingFlags,
 ):
     """Arms side by side (phases/compare.py). --seed is that of the shared bases and masks."""
 

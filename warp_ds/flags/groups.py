@@ -16,7 +16,7 @@ from warp_ds.flags.checks import (
     refuse_control_characters,
     refuse_secrets,
 )
-from warp_ds.flags.flag import flag, samples
+from warp_ds.flags.flag import again, flag, samples
 from warp_ds.models.layer_names import LAYER_TYPES
 
 if TYPE_CHECKING:
@@ -199,7 +199,49 @@ class ScheduleFlags:
 
 
 @dataclass
-class TrainingFlags(ScheduleFlags, RunArguments):
+class PackingFlags(RunArguments):
+    """How samples become rows of a micro-batch."""
+
+    packing: bool = flag(
+        False, "several samples in a row, kept apart; --batch_size counts rows of at most --max_length tokens", identity=False
+    )
+    tokens_per_batch: int = flag(
+        0, "micro-batch per rank in tokens, with --packing; 0 = --batch_size rows of --max_length", identity=False
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.tokens_per_batch and not self.packing:
+            raise ConfigError("--tokens_per_batch counts tokens of packed rows: give --packing too")
+        if 0 < self.tokens_per_batch < self.max_length:
+            raise ConfigError(
+                f"--tokens_per_batch {self.tokens_per_batch} is less than --max_length {self.max_length}, which one sample "
+                "may have"
+            )
+
+
+@dataclass
+class WatchingFlags:
+    """What a training is evaluated on in between, as often as --eval_strategy says."""
+
+    eval_data: str | None = flag(None, "held-out samples, whose loss (eval_loss) is logged during training", reads="data")
+    eval_split: str = flag("test", "split of a hub data set")
+    eval_samples: int = samples(200, "how many of them, in order; 0 = all")
+    eval_safety: str | None = flag(
+        None, "held-out prompts that should be refused: the rate of refusals is logged during training", reads="data"
+    )
+    eval_safety_samples: int = samples(20, "how many of them, in order; 0 = all")
+    max_new_tokens: int = again(HeldOutArguments, "max_new_tokens", 128)
+    early_stopping_patience: int = flag(0, "evaluations in a row without a better metric that end training; 0 = never")
+
+    @property
+    def watches(self) -> bool:
+        """Whether anything is evaluated during training."""
+        return self.eval_data is not None or self.eval_safety is not None
+
+
+@dataclass
+class TrainingFlags(WatchingFlags, ScheduleFlags, PackingFlags):
     """The flags of phases 0 and 3 that are this project's own."""
 
     learning_rate: float = flag(5e-5, "peak learning rate of AdamW")

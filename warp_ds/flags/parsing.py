@@ -17,7 +17,7 @@ from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.checks import refuse_control_characters, refuse_secrets
 from warp_ds.flags.flag import dataclass_fields
-from warp_ds.flags.groups import RunArguments
+from warp_ds.flags.groups import RunArguments, WatchingFlags
 from warp_ds.names import control_character
 from warp_ds.registry import Phase
 
@@ -144,6 +144,10 @@ DECIDED_BY_ARMS = {
     "score": "--arms (osft, random-mask)",
     "basis_dir": "the comparison, which makes its own bases",
     "masks_dir": "the comparison, which makes its own masks",
+    **dict.fromkeys(
+        (training_arguments.EVALUATES | dataclass_fields(WatchingFlags).keys()) - {"max_new_tokens"},
+        "the comparison, which measures every model when it is trained",
+    ),
 }
 
 

@@ -51,7 +51,20 @@ CHANGES_NO_TRAINING = frozenset(
         "dataloader_multiprocessing_context",
     }
 )
-WORKS = CHANGES_TRAINING | CHANGES_NO_TRAINING
+#: Evaluation during training: part of what a run is only where it decides which weights come out (``training_settings``).
+EVALUATES = frozenset(
+    {
+        "eval_strategy",
+        "eval_steps",
+        "eval_delay",
+        "eval_on_start",
+        "per_device_eval_batch_size",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "greater_is_better",
+    }
+)
+WORKS = CHANGES_TRAINING | CHANGES_NO_TRAINING | EVALUATES
 
 #: Where they are not given: other than TrainingArguments' own.
 DEFAULTS: dict[str, Any] = {
@@ -86,7 +99,7 @@ OURS = {
     "optim_args": "the optimizer section of the DeepSpeed configuration",
 }
 
-_NO_EVALUATION = "training has no evaluation in between; use launch/evaluate.py on the model that it writes"
+_OUR_EVALUATION = "evaluation during training is asked for by --eval_data, --eval_safety and --eval_strategy"
 _NO_HUB = "nothing is sent to the hub; use `hf upload REPO RUN/model` on what the run writes"
 _NO_FSDP = "training runs on DeepSpeed ZeRO-3 alone; leave it out"
 _NOT_CHECKED = "it was not checked with the masked step under ZeRO-3; leave it out"
@@ -111,11 +124,8 @@ REFUSED = {
     "trackio_bucket_id": _NO_TRACKIO,
     "trackio_static_space_id": _NO_TRACKIO,
     "project": _NO_TRACKIO,
-    "eval_strategy": _NO_EVALUATION,
-    "eval_on_start": _NO_EVALUATION,
-    "do_eval": _NO_EVALUATION,
-    "do_predict": _NO_EVALUATION,
-    "load_best_model_at_end": _NO_EVALUATION,
+    "do_eval": _OUR_EVALUATION,
+    "do_predict": "use launch/evaluate.py on the model that training writes",
     "save_only_model": "a run could never go on from such checkpoints; the model is written without it, to RUN/model",
     "save_on_each_node": "checkpoints lie on a file system that all nodes share; leave it out",
     "enable_jit_checkpoint": "runs save by themselves when they are asked to leave (SIGTERM, USR2); leave it out",
@@ -131,16 +141,13 @@ REFUSED = {
     "fsdp": _NO_FSDP,
     "fsdp_config": _NO_FSDP,
 }
-_WITH_EVALUATION = "it belongs to evaluation during training, which there is none of; use launch/evaluate.py"
+_ONE_MEAN = "evaluation takes one mean over the held-out tokens of all ranks, whatever this says; leave it out"
 _WITH_HUB = "it belongs to --push_to_hub; use `hf upload REPO RUN/model`"
 _WITH_DDP = "it belongs to DDP, and training runs on DeepSpeed ZeRO-3; leave it out"
 #: Field -> why it changes nothing here; refused too.
 NO_EFFECT = {
     **dict.fromkeys(
         (
-            "eval_steps",
-            "eval_delay",
-            "per_device_eval_batch_size",
             "prediction_loss_only",
             "eval_do_concat_batches",
             "eval_use_gather_object",
@@ -149,11 +156,9 @@ NO_EFFECT = {
             "batch_eval_metrics",
             "bf16_full_eval",
             "fp16_full_eval",
-            "metric_for_best_model",
-            "greater_is_better",
             "label_names",
         ),
-        _WITH_EVALUATION,
+        _ONE_MEAN,
     ),
     **dict.fromkeys(
         ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"), _WITH_HUB
@@ -232,10 +237,10 @@ def settle(given: Mapping[str, Any]) -> dict[str, Any]:
         value = settled.get(name)
         if value is not None and not (math.isfinite(value) and good(value)):
             raise ValueError(f"--{name} is {wanted}, not {value}")
-    for kind in ("save", "logging"):
+    for kind in ("save", "logging", "eval"):
         strategy = settled.get(f"{kind}_strategy")
-        if strategy == "best":
-            raise ValueError(f"--save_strategy best is refused: {_NO_EVALUATION}; use steps or epoch")
+        if strategy == "best" and not settled.get("load_best_model_at_end"):
+            raise ValueError("--save_strategy best is refused without --load_best_model_at_end: use steps or epoch")
         if f"{kind}_steps" in settled:
             if strategy not in (None, "steps"):
                 raise ValueError(f"--{kind}_steps says nothing under --{kind}_strategy {strategy}: leave one of them out")
@@ -265,6 +270,9 @@ _RANGES: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "logging_steps": (lambda v: 0 < v < 1 or v == int(v) >= 1, "a number of steps, or a share of them below 1"),
     "save_steps": (lambda v: 0 < v < 1 or v == int(v) >= 1, "a number of steps, or a share of them below 1"),
+    "eval_steps": (lambda v: 0 < v < 1 or v == int(v) >= 1, "a number of steps, or a share of them below 1"),
+    "eval_delay": (lambda v: v >= 0, "a number of steps or epochs, at least 0"),
+    "per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
     "save_total_limit": (lambda v: v >= 1, "how many checkpoints are kept, at least 1"),
     "dataloader_num_workers": (lambda v: v >= 0, "at least 0"),
     "dataloader_prefetch_factor": (lambda v: v >= 1, "at least 1"),
@@ -286,7 +294,7 @@ def check_scheduler(found: Mapping[str, Any], learning_rate: float = 1.0) -> Non
     """ValueError where the scheduler of these flags cannot be made; some look at the learning rate."""
     kind = found.get("lr_scheduler_type", "linear")
     if kind in ("reduce_lr_on_plateau", "greedy"):
-        raise ValueError(f"--lr_scheduler_type {kind} is refused: {_NO_EVALUATION}")
+        raise ValueError(f"--lr_scheduler_type {kind} is refused: {_NOT_CHECKED}")
     if "lr_scheduler_type" not in found and "lr_scheduler_kwargs" not in found:
         return
     import torch
@@ -322,10 +330,14 @@ def reporters(given: str | Sequence[str]) -> list[str]:
     return names
 
 
-def training_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of ``given`` changes the training and is no default: by it a run is known again."""
+def training_settings(given: Mapping[str, Any], chooses: bool = False) -> dict[str, Any]:
+    """What of ``given`` changes the training and is no default: by it a run is known again.
+
+    ``chooses``: evaluation decides which weights come out.
+    """
     settings = {}
     for name, value in given.items():
-        if name not in CHANGES_NO_TRAINING and value is not None and value != default_of(name):
+        counts = name not in CHANGES_NO_TRAINING and (chooses or name not in EVALUATES)
+        if counts and value is not None and value != default_of(name):
             settings[name] = getattr(value, "value", value)
     return settings

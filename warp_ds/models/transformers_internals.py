@@ -8,6 +8,7 @@ remember where their data lies, saving records which tensor goes to which file. 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Iterator
@@ -27,6 +28,11 @@ from warp_ds.errors import CheckpointError
 from warp_ds.store.checkpoint_index import ReadAhead, TensorLocation, read_header, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
+
+
+def keeps_logits(model: Any) -> bool:
+    """Whether the model makes logits where a bool ``logits_to_keep`` [batch, tokens] says, flattened."""
+    return hasattr(modeling_utils, "slice_logits_to_keep") and "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 class CannotMap(Exception):

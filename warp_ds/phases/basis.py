@@ -23,6 +23,7 @@ from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, tok
 from warp_ds.models.layer_names import LAYER_TYPES
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases.run import start_run
+from warp_ds.phases.speed import log_rate
 from warp_ds.phases.texts import tokenise
 from warp_ds.store.files import remove_unfinished, write_json, write_tensors
 from warp_ds.store.fingerprints import fingerprint_rows
@@ -149,7 +150,7 @@ def _from_activations(
             "scope, more samples, or a longer --max_length (responses may have been cut off)"
         )
     entries: Entries = {}
-    traffic = Traffic()
+    traffic, begun = Traffic(), time.monotonic()
     progress, done = Progress(directory.parent, len(layers), "layers"), 0
     with Background("decomposing the covariances", samples.device) as decompositions:
         for seen in _inputs(model, layers, samples, arguments, directory):
@@ -166,6 +167,7 @@ def _from_activations(
             progress.at(done)
             leave_if_asked()  # finished bases stay: a run that goes on makes the others
         decompositions.meet()
+    log_rate("bases", samples.length(range(len(samples))), begun)
     logger.info("this rank has sent %.3f GB of activations and covariances", traffic.bytes / 1e9)
     return entries
 

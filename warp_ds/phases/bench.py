@@ -43,6 +43,8 @@ from warp_ds.zero.deepspeed_internals import end_engine
 from warp_ds.zero.model import resolve_model_dir
 from warp_ds.zero.shared_reading import model_fingerprint
 
+PACKING = ("packing", "tokens_per_batch")
+
 
 class Bench:
     """Makes what the points need, once each: start models, bases, masks, trained and merged models, measurements."""
@@ -168,7 +170,7 @@ class Bench:
             run_name=f"phase3_{kind}",
             epochs=1,
             learning_rate=a.neuron_rate,
-            **self._same("global_batch_size", "basis_placement", "save_minutes"),
+            **self._same("global_batch_size", "basis_placement", "save_minutes", *PACKING),
         )
         return run_training(settings, self.passed) / "model"
 
@@ -236,7 +238,7 @@ class Bench:
             safety_samples=0,
             run_name="phase0_unaligned",
             learning_rate=a.unaligned_rate or max(a.rate_list),
-            **self._same("epochs", "global_batch_size", "save_minutes"),
+            **self._same("epochs", "global_batch_size", "save_minutes", *PACKING),
         )
         return self.once("phase0_unaligned", lambda: run_safety_tuning(settings, self.passed)) / "model"
 
@@ -260,7 +262,7 @@ class Bench:
             run_name=f"phase3_{trial.name}",
             learning_rate=trial.rate,
             **self._same("layer_type", "target_layers", "epochs"),
-            **self._same("global_batch_size", "basis_placement", "save_minutes"),
+            **self._same("global_batch_size", "basis_placement", "save_minutes", *PACKING),
         )
         consensus.on_rank_0(partial(self._remember, self.root / f"phase3_{trial.name}"), "looking for a removed model")
         return self.timed(f"phase3_{trial.name}", lambda: run_training(settings, self.passed)) / "model"

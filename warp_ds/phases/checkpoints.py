@@ -14,7 +14,9 @@ from transformers import TrainerState
 
 from warp_ds.errors import ArtifactError
 from warp_ds.store.files import read_json, write_json
-from warp_ds.store.sealed import contents, difference
+from warp_ds.store.sealed import contents, difference, odd_file
+from warp_ds.zero import universal
+from warp_ds.zero.deepspeed_internals import refuse_pickles, tag_of
 
 logger = logging.getLogger(__name__)
 BEGUN, WHOLE = "begun.json", "whole.json"
@@ -50,6 +52,18 @@ def world_size_of(checkpoint: Path) -> int:
             f"{checkpoint}, or start anew with --resume never"
         )
     return ranks
+
+
+def check(checkpoint: Path) -> None:
+    """ConfigError or ArtifactError, naming the file, where something of ``checkpoint`` would be run, would be waited for,
+    lies outside of it, or is not as this program left it."""
+    if odd := odd_file(checkpoint):
+        raise ArtifactError(f"{odd}: remove {checkpoint}, or start anew with --resume never")
+    refuse_pickles(checkpoint)
+    tag_of(checkpoint, "latest_universal" if universal.is_converted(checkpoint) else "latest")
+    check_trainer_state(checkpoint)
+    if not universal.is_converted(checkpoint):  # that is looked at by what made it
+        check_as_left(checkpoint)
 
 
 def check_as_left(checkpoint: Path) -> None:
@@ -105,10 +119,11 @@ def newest_whole(directory: Path) -> str | None:
     return next((str(path) for path in own(directory, WHOLE)), None)
 
 
-def keep_newest(directory: Path, count: int) -> None:
-    """Removes all but the ``count`` newest of this program's checkpoints."""
+def keep_newest(directory: Path, count: int, best: int | None = None) -> None:
+    """Removes all but the ``count`` newest of this program's checkpoints, and that of the step ``best``."""
     for path in list(own(directory))[count:]:
-        shutil.rmtree(path, ignore_errors=True)
+        if step_of(path) != best:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def refuse_foreign(directory: Path, steps: int) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags import training_arguments
-from warp_ds.flags.groups import RunArguments
+from warp_ds.flags.flag import dataclass_fields
+from warp_ds.flags.groups import RunArguments, WatchingFlags
 from warp_ds.flags.identity import identity_settings, in_one_spelling, reading
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import read_json
@@ -115,7 +116,10 @@ class Identity:
 
 def identify(phase: str, arguments: RunArguments, inputs: Mapping[str, str], passed: Mapping[str, Any]) -> Identity:
     """The identity of a run of ``arguments``. Reads what they name on the disk: rank 0 alone calls it."""
-    settings = {**identity_settings(arguments), **training_arguments.training_settings(passed), **_sections(arguments)}
+    chooses = bool(passed.get("load_best_model_at_end") or getattr(arguments, "early_stopping_patience", 0))
+    flags = {**identity_settings(arguments), **training_arguments.training_settings(passed, chooses)}
+    watched = set() if chooses or not isinstance(arguments, WatchingFlags) else dataclass_fields(WatchingFlags).keys()
+    settings = {**{name: value for name, value in flags.items() if name not in watched}, **_sections(arguments)}
     defaults = {f.name: f.default for f in dataclasses.fields(arguments)}
     return Identity(
         phase,

@@ -26,6 +26,7 @@ from warp_ds.method.selection import DECADE, LOG_BINS, random_scores
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases.basis import safety_pairs
 from warp_ds.phases.run import start_run
+from warp_ds.phases.speed import log_rate
 from warp_ds.phases.texts import tokenise
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import remove_unfinished, write_json
@@ -149,7 +150,8 @@ def importance_scores(
     # fp16 gradients of a mean over many tokens would underflow.
     scale = 2.0**12 if arguments.dtype == "float16" else 1.0
     loss = partial(_scaled_loss, loss_weights(batches, samples), scale)
-    last_save, progress = time.monotonic(), Progress(scratch, len(batches), "batches")
+    begun, tokens = time.monotonic(), sum(map(samples.length, batches[done:]))
+    last_save, progress = begun, Progress(scratch, len(batches), "batches")
     with (
         frozen_model(model),
         tqdm(total=len(batches), initial=done, desc="importance", unit="batch", disable=rank() != 0) as bar,
@@ -165,6 +167,7 @@ def importance_scores(
                 last_save = time.monotonic()
             if scores.complete and done < len(batches):
                 leave_if_asked(partial(saved.save, scores, done))
+    log_rate("importance", tokens, begun)
     return scores.sums
 
 

@@ -60,13 +60,14 @@ class Run:
             logger.info("%s: %s %s", self.phase, "going on in" if self.resumed else "writing to", self.directory)
             self.note("restarted" if self.resumed else "started", world_size=processes.world_size())
 
-    def finish(self) -> None:
-        """Marks the run finished and points ``<phase>_latest`` at it. Collective."""
+    def finish(self, **more: Any) -> None:
+        """Marks the run finished and points ``<phase>_latest`` at it; ``more`` stands in its finished.json. Collective."""
         memory = self.memory.of_all_ranks()  # all of them are here then
 
         def mark() -> None:
             seconds = round(time.time() - self.started, 1)
-            write_json(self.directory / "finished.json", {"finished_at": now(), "seconds": seconds, "peak_memory": memory})
+            marked = {"finished_at": now(), "seconds": seconds, "peak_memory": memory, **more}
+            write_json(self.directory / "finished.json", marked)
             link_latest(self.phase, self.directory)
             self.note("finished")
             logger.info("%s finished in %.0f s: %s", self.phase, seconds, self.directory)

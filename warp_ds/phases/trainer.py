@@ -12,28 +12,101 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from warp_ds.cluster import consensus, preemption, processes
 from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch, pad_token
+from warp_ds.data.packing import Packed, PackedBatchSampler, pack_batch
+from warp_ds.models.transformers_internals import keeps_logits
 from warp_ds.phases import checkpoints
+from warp_ds.phases.speed import Speed
+from warp_ds.phases.watching import Watched
 from warp_ds.store.files import append_line, read_text, write_text
 from warp_ds.store.state import Progress
 from warp_ds.zero import universal
+from warp_ds.zero.deepspeed_internals import nothing_unpickled
+
+logger = logging.getLogger(__name__)
 
 
 class GlobalBatchTrainer(Trainer):
     """A Trainer whose global batches hold the same samples on any world size: none repeated, none dropped."""
 
-    def __init__(self, *args: Any, sampler: GlobalBatchSampler, tokenizer: PreTrainedTokenizerBase, **kwargs: Any):
-        self.sampler, self.tokenizer = sampler, tokenizer
-        super().__init__(*args, **{**kwargs, "processing_class": tokenizer})
+    def __init__(
+        self,
+        *args: Any,
+        sampler: GlobalBatchSampler,
+        tokenizer: PreTrainedTokenizerBase,
+        speed: Speed,
+        watched: Watched,
+        **kwargs: Any,
+    ):
+        self.sampler, self.tokenizer, self.speed, self.watched = sampler, tokenizer, speed, watched
+        # Which Trainer asks for, and does not read: ``evaluate`` is below.
+        super().__init__(*args, **{**kwargs, "processing_class": tokenizer, "eval_dataset": watched.samples or watched.prompts})
+        self.callback_handler.callbacks.insert(0, speed)  # before the reporters, which then see its numbers
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Called for every micro-batch: counts it. What it costs is known where the ranks meet, in ``store_flos``."""
+        self.speed.count(inputs)
+        return 0
+
+    def store_flos(self) -> None:
+        """Adds up the counts of all ranks: called where the Trainer logs, saves and ends. Collective."""
+        self.state.total_flos = self.speed.gather()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer does, unless nothing is left to do: it takes one step more of an epoch that a run has stopped in."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Trainer's own takes a mean of batches' means, which depends on the number of ranks. Collective."""
+        begun = time.monotonic()
+        with self.speed.paused():
+            found = self.watched.measure(self.model, self.tokenizer)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.monotonic() - begun, 3)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def outcome(self) -> dict[str, Any]:
+        """What the run was, for its finished.json: speed and cost, and which step's model came out."""
+        best = {"best_step": self.state.best_global_step, "best_metric": self.state.best_metric}
+        if self.args.load_best_model_at_end and not self.state.best_global_step:
+            logger.warning("no evaluation had a metric to choose by: the model is that of the last step")
+        return {**self.speed.summary(), **(best if self.args.load_best_model_at_end else {})}
+
+    def _load_best_model(self) -> None:
+        """As Trainer does, with what makes loading a checkpoint safe; and not where a rank was asked to leave."""
+        if any(isinstance(own, WholeCheckpoints) and own.stopped_by for own in self.callback_handler.callbacks):
+            return
+        best = Path(self.state.best_model_checkpoint or "")
+        consensus.on_rank_0(lambda: checkpoints.check(best), "checking the best checkpoint")
+        metric = self.args.metric_for_best_model
+        logger.info("the best model is that of step %s (%s %.6g)", self.state.best_global_step, metric, self.state.best_metric)
+        with nothing_unpickled():
+            super()._load_best_model()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer does; what is begun is marked, so that a killed save can be told from somebody else's files."""
         checkpoint = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
         consensus.on_rank_0(lambda: checkpoints.begin(checkpoint), "beginning a checkpoint")
-        super()._save_checkpoint(model, trial)
+        with self.speed.paused():
+            super()._save_checkpoint(model, trial)
         if self.args.should_save:
             # A pickle of all that TrainingArguments hold, which nobody reads.
             (checkpoint / "training_args.bin").unlink(missing_ok=True)
@@ -52,12 +125,16 @@ class GlobalBatchTrainer(Trainer):
             trainer_log.removeFilter(other)
 
     def get_train_dataloader(self) -> DataLoader:
-        pad, eos = pad_token(self.tokenizer), int(self.tokenizer.eos_token_id)
+        pad, empty = pad_token(self.tokenizer), empty_sample(int(self.tokenizer.eos_token_id))
+        packed = isinstance(self.sampler, PackedBatchSampler)
+        # Label smoothing shifts labels itself, along whole rows.
+        few = self.label_smoother is None and keeps_logits(self.model)
+        collate = partial(pack_batch, empty=empty, trained_only=few) if packed else pad_batch
         return self.accelerator.prepare(
             DataLoader(
-                WithEmpty(self.train_dataset, empty_sample(eos), self.sampler),
+                (Packed if packed else WithEmpty)(self.train_dataset, empty, self.sampler),
                 batch_sampler=self.sampler,
-                collate_fn=partial(pad_batch, pad_token_id=pad),
+                collate_fn=partial(collate, pad_token_id=pad),
                 num_workers=self.args.dataloader_num_workers,
                 persistent_workers=self.args.dataloader_persistent_workers,
                 prefetch_factor=self.args.dataloader_prefetch_factor,
@@ -65,6 +142,24 @@ class GlobalBatchTrainer(Trainer):
                 pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             )
         )
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """As transformers', and a run that goes on remembers how long it has waited for a better metric."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        states: Any = state.stateful_callbacks
+        kept = states.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = waited(kept)
+        super().on_train_begin(args, state, control, **kwargs)
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
+
+
+def waited(kept: Any) -> int:
+    """Evaluations without a better metric, as ``EarlyStopping`` has it in a checkpoint."""
+    attributes = kept.get("attributes") if isinstance(kept, dict) else None
+    count = attributes.get("early_stopping_patience_counter") if isinstance(attributes, dict) else None
+    return count if type(count) is int else 0
 
 
 class CompleteConverted(TrainerCallback):
@@ -134,6 +229,11 @@ class WholeCheckpoints(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._last = time.monotonic()
+        if args.load_best_model_at_end and state.best_global_step:
+            # Where the run is now: it may have been moved.
+            best = Path(args.output_dir or ".") / f"checkpoint-{state.best_global_step}"
+            consensus.on_rank_0(lambda: checkpoints.check(best), "looking for the best checkpoint so far")
+            state.best_model_checkpoint = str(best)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -156,7 +256,7 @@ class WholeCheckpoints(TrainerCallback):
 
         def finish() -> None:
             checkpoints.finish(root / f"checkpoint-{state.global_step}", processes.world_size())
-            checkpoints.keep_newest(root, self.keep)
+            checkpoints.keep_newest(root, self.keep, state.best_global_step if args.load_best_model_at_end else None)
             universal.remove_converted(root)
 
         consensus.on_rank_0(finish, "finishing a checkpoint")

@@ -14,20 +14,45 @@ from warp_ds.data.collate import GlobalBatchSampler
 from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import RunArguments, TrainingFlags
+from warp_ds.phases import watching
+from warp_ds.secrets import redact
 from warp_ds.zero import settings
 from warp_ds.zero.deepspeed_internals import is_built
 
 
+class TrackedArguments(TrainingArguments):
+    """TrainingArguments that tell every tracker what the run is: all of them log what ``to_dict`` says."""
+
+    facts: Mapping[str, Any] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), **{f"warp_ds/{name}": value for name, value in self.facts.items()}}
+
+
+def run_facts(arguments: RunArguments, inputs: Mapping[str, str], **more: Any) -> dict[str, Any]:
+    """The flags of a run that are its own, and the fingerprints of what it read, for trackers."""
+    flags = {name: value for name, value in vars(arguments).items() if value is not None}
+    return redact({**flags, **{f"fingerprint of {name}": value for name, value in inputs.items()}, **more})
+
+
 def trainer_arguments(
-    arguments: TrainingFlags, passed: Mapping[str, Any], directory: Path, accumulation_steps: int, converted: bool = False
+    arguments: TrainingFlags,
+    passed: Mapping[str, Any],
+    directory: Path,
+    accumulation_steps: int,
+    converted: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> TrainingArguments:
-    """What Trainer is told; ``passed`` are TrainingArguments of the user's, and training_arguments.DEFAULTS."""
+    """What Trainer is told; ``passed`` are TrainingArguments of the user's, and training_arguments.DEFAULTS.
+
+    ``facts`` are what trackers are told besides.
+    """
     config = _trainer_config(arguments, converted)
     options = {"disable_tqdm": processes.rank() != 0, **passed}
     clipping = config["gradient_clipping"]
     if clipping != "auto":
         options.setdefault("max_grad_norm", clipping)
-    return TrainingArguments(
+    made = TrackedArguments(
         output_dir=str(directory / "trainer"),
         run_name=directory.name,
         per_device_train_batch_size=arguments.batch_size,
@@ -44,17 +69,20 @@ def trainer_arguments(
         ddp_timeout=arguments.timeout,
         **options,
     )
+    made.facts = facts or {}
+    return made
 
 
-def check_training(arguments: TrainingFlags, passed: Mapping[str, Any] | None) -> None:
-    """ConfigError, on every rank and before any work, for flags that Trainer or the DeepSpeed configuration contradict.
-    Collective."""
+def check_training(arguments: TrainingFlags, passed: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The TrainingArguments to pass on: ``passed``, and what follows from the flags. ConfigError, on every rank and before any
+    work, for flags that Trainer or the DeepSpeed configuration contradict. Collective."""
     with consensus.on_every_rank_or_none("checking the flags of the training"):
+        passed = watching.settle(arguments, passed or {})
         sampler = GlobalBatchSampler(1, arguments.global_batch_size, arguments.batch_size, processes.world_size())
-        given = {**training_arguments.DEFAULTS, **(passed or {})}
+        given = {**training_arguments.DEFAULTS, **passed}
         given.pop("save_total_limit", None)
         config = _trainer_config(arguments, converted=False)
-        _check_sections(config, passed or {})
+        _check_sections(config, passed)
         _check_operators(config)
         try:
             training_arguments.check_scheduler(given, arguments.learning_rate)
@@ -68,6 +96,7 @@ def check_training(arguments: TrainingFlags, passed: Mapping[str, Any] | None) -
                 f"--deepspeed {arguments.deepspeed} contradicts the flags ({said}): set these values of the file "
                 "to 'auto', and give the flags"
             )
+        return passed
 
 
 #: Flags that fill the optimizer's and the scheduler's section of a DeepSpeed configuration, and the keys that they fill.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.integrations import TensorBoardCallback
 
 from warp_ds.cluster import consensus, preemption, processes
-from warp_ds.data.collate import GlobalBatchSampler
 from warp_ds.data.datasets import load_samples
-from warp_ds.errors import ArtifactError
+from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
 from warp_ds.flags.groups import TrainingFlags
+from warp_ds.models.flops import active_parameters, device_peak
 from warp_ds.models.targets import check_targets, find_targets
 from warp_ds.phases import checkpoints
+from warp_ds.phases.packing import SamplesApart, attention_of, check_packing, make_sampler
 from warp_ds.phases.run import start_run
+from warp_ds.phases.speed import Speed
 from warp_ds.phases.texts import tokenise
-from warp_ds.phases.trainer import CompleteConverted, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
-from warp_ds.phases.trainer_arguments import check_training, trainer_arguments
+from warp_ds.phases.trainer import CompleteConverted, EarlyStopping, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
+from warp_ds.phases.trainer_arguments import check_training, run_facts, trainer_arguments
+from warp_ds.phases.watching import Watched
 from warp_ds.protection import WarpCallback
 from warp_ds.report import card
 from warp_ds.store.fingerprints import Contents, fingerprint_rows
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import find_artifact
-from warp_ds.store.sealed import odd_file
 from warp_ds.zero import settings, universal
-from warp_ds.zero.deepspeed_internals import end_engine, nothing_unpickled, refuse_pickles, tag_of
+from warp_ds.zero.deepspeed_internals import end_engine, nothing_unpickled
 from warp_ds.zero.model import load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
 from warp_ds.zero.shared_reading import model_fingerprint, read_together
@@ -51,11 +53,12 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     ``passed`` are further TrainingArguments. Raises ConfigError, DataError or ArtifactError before any work where
     model, data, basis and masks do not fit together.
     """
-    check_training(arguments, passed)
+    passed = check_training(arguments, passed)
     model_dir = resolve_model_dir(arguments.model_name)
     fingerprint = model_fingerprint(model_dir)
     read_together(lambda: _artefacts(arguments), "reading basis and masks")
     with consensus.on_every_rank_or_none("checking the inputs"):
+        check_packing(arguments, model_dir)
         pairs = load_samples(
             arguments.utility_data,
             split=arguments.utility_split,
@@ -64,7 +67,8 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
             response_column=arguments.response_column,
             config=arguments.data_config,
         )
-        inputs = {"model": fingerprint, "data": fingerprint_rows(pairs)}
+        watched = Watched.read(arguments, passed)
+        inputs = {"model": fingerprint, "data": fingerprint_rows(pairs), **watched.fingerprints(arguments, passed)}
         masks_dir, basis_dir = _find_masks(arguments, inputs["model"])
         if masks_dir is not None:
             inputs["masks"] = MaskStore(masks_dir).fingerprint()
@@ -73,9 +77,9 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     with start_run("phase3", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
-        samples = tokenise(pairs, arguments)
-        checkpoint = find_checkpoint(run.directory, arguments)
-        model, tokenizer = load_model(arguments, settings.zero3_config(arguments))
+        samples, watched = tokenise(pairs, arguments), watched.tokenised(arguments)
+        checkpoint = find_checkpoint(run.directory, arguments, passed)
+        model, tokenizer = load_model(arguments, settings.zero3_config(arguments), attention_of(arguments))
         layers = (
             MaskStore(masks_dir).layers
             if masks_dir is not None
@@ -85,19 +89,23 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         callbacks: list[TrainerCallback] = []
         if masks_dir is not None:
             callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), arguments.basis_placement))
-        trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed)
-        export(trainer, tokenizer, run.directory / "model", _model_card(arguments, masks_dir))
-        run.finish()
+        facts = run_facts(arguments, inputs, phase="phase3", **_masks_facts(masks_dir))
+        trainer = fit(
+            model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed, watched=watched, facts=facts
+        )
+        export(trainer, tokenizer, run.directory / "model", _model_card(arguments, masks_dir, trainer.speed))
+        run.finish(training=trainer.outcome())
         end_engine(trainer.deepspeed)
         return run.directory
 
 
 def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] | None = None) -> Path:
     """Phase 0: every parameter trains on the safety set; returns the run directory. Collective."""
-    check_training(arguments, passed)
+    passed = check_training(arguments, passed)
     model_dir = resolve_model_dir(arguments.model_name)
     fingerprint = model_fingerprint(model_dir)
     with consensus.on_every_rank_or_none("checking the inputs"):
+        check_packing(arguments, model_dir)
         pairs = load_samples(
             arguments.safety_data,
             split=arguments.safety_split,
@@ -107,26 +115,28 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
             config=arguments.data_config,
             refusal_file=arguments.refusal_file,
         )
-        inputs = {"model": fingerprint, "data": fingerprint_rows(pairs)}
+        watched = Watched.read(arguments, passed)
+        inputs = {"model": fingerprint, "data": fingerprint_rows(pairs), **watched.fingerprints(arguments, passed)}
     with start_run("phase0", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
-        samples = tokenise(pairs, arguments)
-        checkpoint = find_checkpoint(run.directory, arguments)
-        model, tokenizer = load_model(arguments, settings.zero3_config(arguments))
-        trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, [], passed)
+        samples, watched = tokenise(pairs, arguments), watched.tokenised(arguments)
+        checkpoint = find_checkpoint(run.directory, arguments, passed)
+        model, tokenizer = load_model(arguments, settings.zero3_config(arguments), attention_of(arguments))
+        facts = run_facts(arguments, inputs, phase="phase0")
+        trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, [], passed, watched=watched, facts=facts)
         export(
             trainer,
             tokenizer,
             run.directory / "model",
             card.new_card(
                 f"Safety-tuned {card.plain(arguments.model_name)}",
-                f"Trained by warp_ds phase 0 on {card.plain(arguments.safety_data)}.",
+                f"Trained by warp_ds phase 0 on {card.plain(arguments.safety_data)}.\n\n{trainer.speed.cost}\n",
                 arguments.model_name,
                 arguments.safety_data,
             ),
         )
-        run.finish()
+        run.finish(training=trainer.outcome())
         end_engine(trainer.deepspeed)
         return run.directory
 
@@ -153,6 +163,14 @@ def _find_masks(arguments: TrainArguments, model_fingerprint: str) -> tuple[Path
     return masks_dir, None if basis is None else basis.directory
 
 
+def _masks_facts(masks_dir: Path | None) -> dict[str, Any]:
+    """What trackers are told of the masks."""
+    if masks_dir is None:
+        return {}
+    metadata = MaskStore(masks_dir).metadata
+    return {name: getattr(metadata, name) for name in ("keep_ratio", "scope", "unit", "score", "basis", "frozen", "entries")}
+
+
 def choose_trained(model: nn.Module, wanted: Sequence[str] | None) -> None:
     """Lets only the parameters of these names train; None lets every parameter train."""
     if wanted is not None:
@@ -160,10 +178,10 @@ def choose_trained(model: nn.Module, wanted: Sequence[str] | None) -> None:
             param.requires_grad_(name in wanted)
 
 
-def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
+def find_checkpoint(directory: Path, arguments: TrainingFlags, passed: Mapping[str, Any] | None = None) -> Path | None:
     """The last whole checkpoint of the run in ``directory``, converted where another number of ranks wrote it. Collective.
 
-    Raises ConfigError where that cannot be done.
+    Raises ConfigError where that cannot be done, or could not be done for the best one at the end.
     """
     newest = consensus.on_rank_0(lambda: checkpoints.newest_whole(directory / "trainer"), "looking for a checkpoint")
     if newest is None:
@@ -172,24 +190,17 @@ def find_checkpoint(directory: Path, arguments: TrainingFlags) -> Path | None:
         return None
     checkpoint = Path(newest)
     wrote = consensus.on_rank_0(lambda: checkpoints.world_size_of(checkpoint), "reading a checkpoint")
-    consensus.on_rank_0(lambda: check_checkpoint(checkpoint), "checking the checkpoint")
+    consensus.on_rank_0(lambda: checkpoints.check(checkpoint), "checking the checkpoint")
     if wrote == processes.world_size():
         return checkpoint
+    if (passed or {}).get("load_best_model_at_end"):
+        raise ConfigError(
+            f"--load_best_model_at_end: {checkpoint} was written by {wrote} ranks, and these are {processes.world_size()}, "
+            f"which could not load the best one of them: start again on {wrote} ranks, or anew with --resume never"
+        )
     converted = universal.convert(checkpoint, settings.zero3_config(arguments, for_trainer=True), wrote)
-    consensus.on_rank_0(lambda: check_checkpoint(converted), "checking the converted checkpoint")
+    consensus.on_rank_0(lambda: checkpoints.check(converted), "checking the converted checkpoint")
     return converted
-
-
-def check_checkpoint(checkpoint: Path) -> None:
-    """ConfigError or ArtifactError, naming the file, where something of ``checkpoint`` would be run, would be waited for,
-    lies outside of it, or is not as this program left it."""
-    if odd := odd_file(checkpoint):
-        raise ArtifactError(f"{odd}: remove {checkpoint}, or start anew with --resume never")
-    refuse_pickles(checkpoint)
-    tag_of(checkpoint, "latest_universal" if universal.is_converted(checkpoint) else "latest")
-    checkpoints.check_trainer_state(checkpoint)
-    if not universal.is_converted(checkpoint):  # that is looked at by what made it
-        checkpoints.check_as_left(checkpoint)
 
 
 def fit(
@@ -200,19 +211,21 @@ def fit(
     directory: Path,
     checkpoint: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    passed: dict[str, Any] | None = None,
+    passed: Mapping[str, Any] | None = None,
+    *,
+    watched: Watched,
+    facts: Mapping[str, Any],
 ) -> GlobalBatchTrainer:
     """Trains ``model`` (ZeRO-3 partitioned) on ``samples`` (input_ids, labels), going on from ``checkpoint``
     (``find_checkpoint``). AdamW over all trained parameters, one mean over the response tokens of each global batch.
 
     Raises Preempted, with a checkpoint saved, where a rank was asked to leave.
     """
-    sizes = (len(samples), arguments.global_batch_size, arguments.batch_size, processes.world_size())
-    sampler = GlobalBatchSampler(*sizes, shuffle=True, seed=arguments.seed)
     passed = {**training_arguments.DEFAULTS, **(passed or {})}
+    sampler = make_sampler(samples, arguments, int(passed.get("max_steps", 0)))
     keep = passed.pop("save_total_limit", None)
     converted = checkpoint is not None and universal.is_converted(checkpoint)
-    training = trainer_arguments(arguments, passed, directory, sampler.accumulation_steps, converted)
+    training = trainer_arguments(arguments, passed, directory, sampler.accumulation_steps, converted, facts)
     metrics = MetricsFile(directory / "metrics.jsonl")
     whole = WholeCheckpoints(arguments.save_minutes, keep or 1)
     trainer = GlobalBatchTrainer(
@@ -221,8 +234,12 @@ def fit(
         train_dataset=samples,
         tokenizer=tokenizer,
         sampler=sampler,
-        callbacks=[*callbacks, metrics, whole],
+        speed=Speed(active_parameters(model), device_peak(arguments.torch_dtype)),
+        watched=watched,
+        callbacks=[*callbacks, metrics, whole, *_stopping(arguments)],
     )
+    if arguments.packing:
+        trainer.add_callback(SamplesApart(trainer))
     _arrange_reporters(trainer, callbacks, directory)
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
@@ -231,9 +248,9 @@ def fit(
             trainer.callback_handler.callbacks.insert(0, CompleteConverted(trainer, checkpoint))  # before the WarpCallback
     steps = training.max_steps if training.max_steps > 0 else math.ceil(arguments.epochs * sampler.steps)
     logger.info(
-        "training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %d)",
+        "training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %s)",
         *(len(samples), steps, arguments.global_batch_size),
-        *(processes.world_size(), sampler.accumulation_steps, arguments.batch_size),
+        *(processes.world_size(), sampler.accumulation_steps, sampler.shape),
     )
     consensus.on_rank_0(lambda: checkpoints.refuse_foreign(directory / "trainer", steps), "looking for foreign checkpoints")
     with nullcontext() if checkpoint is None else nothing_unpickled():
@@ -242,6 +259,10 @@ def fit(
         raise preemption.Preempted(whole.stopped_by)
     consensus.on_rank_0(lambda: universal.remove_converted(directory / "trainer"), "removing a converted checkpoint")
     return trainer
+
+
+def _stopping(arguments: TrainingFlags) -> list[TrainerCallback]:
+    return [EarlyStopping(arguments.early_stopping_patience)] if arguments.early_stopping_patience else []
 
 
 def _arrange_reporters(trainer: Trainer, callbacks: Sequence[TrainerCallback], directory: Path) -> None:
@@ -261,7 +282,7 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, directory: Path
     save_sharded(trainer.model_wrapped, directory, tokenizer=tokenizer, model_card=model_card)
 
 
-def _model_card(arguments: TrainArguments, masks_dir: Path | None) -> str:
+def _model_card(arguments: TrainArguments, masks_dir: Path | None, speed: Speed) -> str:
     protection = "without a mask"
     if masks_dir is not None:
         metadata = MaskStore(masks_dir).metadata
@@ -274,7 +295,7 @@ def _model_card(arguments: TrainArguments, masks_dir: Path | None) -> str:
         f"Trained by [warp_ds](https://openreview.net/forum?id=kPLzOfPfA2l) phase 3 {protection}.\n\n"
         f"- base model: {card.code(arguments.model_name)}\n- train_scope: {arguments.train_scope}\n"
         f"- epochs: {arguments.epochs}, global batch {arguments.global_batch_size}, learning rate "
-        f"{arguments.learning_rate}, seed {arguments.seed}\n",
+        f"{arguments.learning_rate}, seed {arguments.seed}\n{speed.cost}\n",
         arguments.model_name,
         arguments.utility_data,
     )

@@ -17,7 +17,9 @@ CAPTION = (
     "what its process held before is in it (the phases of a comparison share one). Where the system cannot count anew it is "
     "the process's so far, marked *. × plain: over the median of the training runs without a mask that lie beside the run and "
     "have its start model and number of ranks, of the same parameters (for other phases: of all) and data where there are any; "
-    "not for runs that were stopped and went on, of which the last launch alone is counted."
+    "not for runs that were stopped and went on, of which the last launch alone is counted. Tokens (without padding), their "
+    "speed and FLOPs are of the whole run, resumed or not: 6 N a token, N the parameters that a token is multiplied with; MFU "
+    "is that over the bf16 peak of the GPUs; rotating: rank 0's time in the masked step's own work."
 )
 MEASURES = {"seconds": ("seconds", 1.0), "host": ("peak GB", 1e9), "gpu": ("GPU peak GB", 1e9)}
 
@@ -86,13 +88,28 @@ def _went_on(run: Path) -> bool:
 
 
 def _steps(run: Path, whole: bool) -> dict[str, str]:
-    """How many steps a training run took, and, where one launch took all of them, the seconds of one."""
+    """How many steps a training run took, and, where one launch took all of them, the seconds of one; and its speed."""
     lines = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
     steps = max((int(line["step"]) for line in lines), default=0)
     runtime = next((line["train_runtime"] for line in lines if "train_runtime" in line), None)
-    rotating = [float(line["rotate_seconds"]) for line in lines if "rotate_seconds" in line]
+    trained = read_json(run / "finished.json").get("training", {})
+
+    def mean(name: str, how: str) -> str:
+        found = [float(line[name]) for line in lines if "loss" in line and name in line]
+        return format(sum(found) / len(found), how) if found else ""
+
+    def total(name: str, how: str) -> str:
+        return format(float(trained[name]), how) if name in trained else ""
+
     return {
         "steps": str(steps or ""),
         "seconds a step": f"{runtime / steps:.3f}" if runtime and steps and whole else "",
-        "of it rotating": f"{sum(rotating) / len(rotating):.3f}" if rotating else "",
+        "of it rotating": mean("rotate_seconds", ".3f"),
+        "rotating, share": mean("rotate_share", ".1%"),
+        "tokens": total("num_tokens", ",.0f"),
+        "tokens/s": total("tokens_per_second", ",.0f"),
+        "tokens/s a rank": total("tokens_per_second_per_rank", ",.0f"),
+        "padding": total("padding_share", ".1%"),
+        "MFU": total("mfu", ".1%"),
+        "FLOPs": total("total_flos", ".2e"),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -83,6 +83,10 @@ class Samples:
     def responses(self, index: int) -> int:
         """Tokens of a sample that the loss sees: a label on the first token has nothing before it."""
         return sum(label != IGNORE for label in self.rows[index]["labels"][1:])
+
+    def length(self, indices: Iterable[int]) -> int:
+        """Tokens of these samples, whether they count or not."""
+        return sum(len(self.rows[i]["input_ids"]) for i in indices)
 
     @property
     def tokens(self) -> int:

@@ -213,8 +213,10 @@ def _say_date(name: str, date: str) -> None:
     logger.info("the chat template of %s writes today's date: here it is %s on every day (--template_date)", name, date)
 
 
-def load_model(arguments: RunArguments, ds_config: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model with ZeRO-3 partitioned parameters in evaluation mode, and its tokenizer.
+def load_model(
+    arguments: RunArguments, ds_config: dict[str, Any], attention: str | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model with ZeRO-3 partitioned parameters in evaluation mode, and its tokenizer. ``attention``: how it is computed.
 
     Every rank calls it, after ``init_distributed``. Raises ConfigError for a model that is missing, broken or too
     short for ``--max_length``, before any weight is read.
@@ -223,7 +225,13 @@ def load_model(arguments: RunArguments, ds_config: dict[str, Any]) -> tuple[Any,
     _, tokenizer = load_tokenizer(arguments)
     gc.collect()  # engines that have ended are cycles: none may stay while the next model comes
     try:
-        model = load_sharded(directory, ds_config=ds_config, dtype=arguments.torch_dtype, device=arguments.resolved_device)
+        model = load_sharded(
+            directory,
+            ds_config=ds_config,
+            dtype=arguments.torch_dtype,
+            device=arguments.resolved_device,
+            attn_implementation=attention,
+        )
     except CheckpointError as error:
         raise ConfigError(f"--model_name: {error}") from error
     model.eval()

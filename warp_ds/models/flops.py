@@ -1,0 +1,68 @@
+"""What a token costs a model in operations, and what a device can do at most."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+PEAKS = {
+    r"\bGB200\b": 2500e12,
+    r"\bB200\b": 2250e12,
+    r"\bB100\b": 1750e12,
+    r"\bH[12]00 NVL\b": 835e12,
+    r"\bH100 PCIe\b": 756e12,
+    r"\bH[128]00\b|\bGH200\b": 989e12,
+    r"\bH20\b": 148e12,
+    r"\bA[18]00\b": 312e12,
+    r"\bA40\b": 150e12,
+    r"\bA30\b": 165e12,
+    r"\bA10\b": 125e12,
+    r"\bL40S\b": 362e12,
+    r"\bL40\b": 181e12,
+    r"\bL4\b": 121e12,
+    r"\bMI3(00|25)X\b": 1307e12,
+}
+"""Name of a device, as torch has it -> operations a second of dense bf16 products, by its maker's data sheet (half of the
+figure with sparsity where that alone is given). The first that matches counts; fp16 is as fast on all of them."""
+
+
+def device_peak(dtype: torch.dtype, name: str | None = None) -> float | None:
+    """Operations a second of this rank's GPU at most; None on a CPU, for an unknown GPU or a part of one, and in fp32."""
+    if name is None:
+        name = torch.cuda.get_device_name() if torch.cuda.is_initialized() else ""
+    if dtype not in (torch.bfloat16, torch.float16) or "MIG" in name:
+        return None
+    return next((peak for pattern, peak in PEAKS.items() if re.search(pattern, name)), None)
+
+
+def active_parameters(model: nn.Module) -> int:
+    """N: the parameters that one token is multiplied with.
+
+    All but a look-up table of input embeddings (tied ones count: they make the logits), and of the experts of a mixture the
+    share that a token is routed to. ZeRO-3 partitions count whole.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    experts = next((n for name in ("num_local_experts", "num_experts", "n_routed_experts") if (n := _of(config, name))), None)
+    routed = min(1.0, (_of(config, "num_experts_per_tok") or 1) / experts) if experts else 1.0
+    embeddings = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    looked_up = None if head is None or head.weight is embeddings else embeddings
+    total = 0.0
+    for name, param in model.named_parameters():  # a tied one comes once
+        if param is not looked_up:
+            total += getattr(param, "ds_numel", param.numel()) * (routed if ".experts." in name else 1.0)
+    return round(total)
+
+
+def _of(config: Any, name: str) -> int | None:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def training_flops(parameters: int, tokens: int) -> float:
+    """6 N a token (Kaplan et al. 2020): 2 N forward, 4 N backward. Attention's own products, the rotation, padding and what
+    gradient checkpointing computes again are not in it, and parameters that do not train count as if they did."""
+    return 6.0 * parameters * tokens
