@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralCo
 from warp_ds.cluster import processes
 from warp_ds.data.collate import count_tokens, empty_sample, pad_batch
 from warp_ds.data.lengths import encode_dataset
+from warp_ds.data.packing import pack_batch
 from warp_ds.models.flops import active_parameters, device_peak
 from warp_ds.phases import run
 from warp_ds.phases.trainer import MetricsFile
@@ -89,6 +90,10 @@ def test_empty_samples_and_padding_are_no_tokens() -> None:
     assert count_tokens(pad_batch([*samples, empty_sample(1)], 0)).tolist() == [6, 12]
     packed = {"labels": [[-100, 5, -100, 5, 5, -100], [-100] * 6], "position_ids": [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]}
     assert count_tokens({name: torch.tensor(rows) for name, rows in packed.items()}).tolist() == [5, 12]
+    rows = [[{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [5, 6], "labels": [-100, -100]}], [samples[0]]]
+    for trained_only in (False, True):
+        assert count_tokens(pack_batch(rows, 0, empty_sample(1), trained_only)).tolist() == [7, 10]
+    assert count_tokens(pack_batch([[]], 0, empty_sample(1), trained_only=True)).tolist() == [0, 1]
 
 
 def test_parameters_that_a_token_is_multiplied_with() -> None:

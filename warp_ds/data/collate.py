@@ -58,6 +58,8 @@ def count_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     A sequence without a label is no tokens: it is padding or EMPTY, or teaches nothing.
     """
     labelled = batch["labels"] != IGNORE
+    if "logits_to_keep" in batch:  # labels of these places alone
+        labelled = torch.zeros_like(batch["logits_to_keep"]).masked_scatter(batch["logits_to_keep"], labelled)
     if "position_ids" in batch:
         sequence = (batch["position_ids"] == 0).flatten().cumsum(0)
         labels = torch.zeros(sequence.numel() + 1, dtype=torch.int64, device=sequence.device)
