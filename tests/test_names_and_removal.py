@@ -115,6 +115,9 @@ def test_only_what_was_begun_here_is_removed(tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     other.mkdir()
     own = run / "masks" / ".layer_00.0123abcd.warp_ds.tmp"
+    directory = run / "trainer" / ".checkpoint-6.0123abcd.warp_ds.tmp"
+    directory.mkdir(parents=True)
+    (directory / "begun.json").touch()
     kept = [run / ".x.tmp", run / ".x.0123abcd.tmp", run / "masks" / "y.warp_ds.tmp", other / own.name]
     for path in (own, *kept):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +125,7 @@ def test_only_what_was_begun_here_is_removed(tmp_path: Path) -> None:
     (run / "link").symlink_to(other)
     (run / f"{own.name[:-13]}99.warp_ds.tmp").symlink_to(other)
     store_files.remove_unfinished(run)
-    assert not own.exists() and all(path.exists() for path in kept)
+    assert not own.exists() and not directory.exists() and all(path.exists() for path in kept)
     assert (run / "link").is_symlink()
 
     for make in (Path.touch, Path.mkdir, lambda aside: aside.symlink_to("nowhere")):
@@ -134,6 +137,46 @@ def test_only_what_was_begun_here_is_removed(tmp_path: Path) -> None:
         with store_files.written_aside(run / f"{make.__name__}.json") as aside:
             make(aside)
         assert not aside.exists() and os.path.lexists(run / f"{make.__name__}.json")
+
+
+@pytest.mark.parametrize("work", ["begin", "keep_newest", "newest_whole"])
+def test_a_kill_at_any_moment_leaves_no_checkpoint_that_is_taken_for_somebody_elses(tmp_path: Path, work: str) -> None:
+    """In a process that ends, as killed, at the n-th call that changes the disk."""
+
+    def killed_at(call: int, trainer: Path) -> bool:
+        def dying(real: Any) -> Any:
+            def change(*args: Any, **kwargs: Any) -> Any:
+                nonlocal call
+                call -= 1
+                return os._exit(9) if call < 0 else real(*args, **kwargs)
+
+            return change
+
+        if (child := os.fork()) == 0:
+            for name in ("mkdir", "replace", "rename", "unlink", "rmdir"):
+                setattr(os, name, dying(getattr(os, name)))
+            {
+                "begin": lambda: checkpoints.begin(trainer / "checkpoint-6"),
+                "keep_newest": lambda: checkpoints.keep_newest(trainer, 1),
+                "newest_whole": lambda: checkpoints.newest_whole(trainer),
+            }[work]()
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+    for call in range(100):
+        trainer = tmp_path / str(call) / "trainer"
+        for step in (2, 4):
+            checkpoints.begin(trainer / f"checkpoint-{step}")
+            (trainer / f"checkpoint-{step}" / "a").touch()
+            if work != "newest_whole":
+                checkpoints.finish(trainer / f"checkpoint-{step}", 2)
+        died = killed_at(call, trainer)
+        store_files.remove_unfinished(tmp_path / str(call))
+        checkpoints.refuse_foreign(trainer, 12)
+        assert not list(trainer.glob(".*"))
+        if not died:
+            break
+    assert 2 <= call < 99
 
 
 def test_only_own_checkpoints_are_removed_or_gone_on_with(tmp_path: Path) -> None:

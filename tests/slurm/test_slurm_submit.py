@@ -277,7 +277,7 @@ def test_chain_from_safety_tuning_to_evaluation(slurm: ThrowAwaySlurm, reference
         assert slurm.wait(job) == "COMPLETED", launch_submit(slurm.environment, "--status", str(run), check=False).stdout
     print(launch_submit(slurm.environment, "--status", str(run)).stdout)
     for phase, model in {"phase1": "phase0", "phase2": "phase0", "phase3": "phase0", "evaluate": "phase3"}.items():
-        assert json.loads((run / phase / "config.json").read_text())["arguments"]["model_name"] == str(run / model / "model")
+        assert json.loads((run / phase / "config.json").read_text())["settings"]["model_name"] == str(run / model / "model")
     assert "refusal_rate" in json.loads((run / "evaluate" / "metrics.json").read_text())
 
 

@@ -6,14 +6,13 @@ import dataclasses
 import logging
 import math
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import TrainerState
 
 from warp_ds.errors import ArtifactError
-from warp_ds.store.files import read_json, write_json
+from warp_ds.store.files import begin_directory, read_json, remove_directory, write_json
 from warp_ds.store.sealed import contents, difference, odd_file
 from warp_ds.zero import universal
 from warp_ds.zero.deepspeed_internals import refuse_pickles, tag_of
@@ -30,7 +29,8 @@ def step_of(path: Path) -> int | None:
 
 
 def begin(checkpoint: Path) -> None:
-    """Marks a checkpoint as this program's before it is written."""
+    """Marks a checkpoint as this program's before it is written: the directory appears with its mark, or not at all."""
+    begin_directory(checkpoint, BEGUN)
     write_json(checkpoint / BEGUN, {"step": step_of(checkpoint)})
 
 
@@ -115,7 +115,7 @@ def newest_whole(directory: Path) -> str | None:
     """Path of the newest checkpoint that was written to its end; what this program left half written is removed."""
     for path in own(directory):
         if not (path / WHOLE).is_file():
-            shutil.rmtree(path, ignore_errors=True)
+            remove_directory(path)
     return next((str(path) for path in own(directory, WHOLE)), None)
 
 
@@ -123,7 +123,7 @@ def keep_newest(directory: Path, count: int, best: int | None = None) -> None:
     """Removes all but the ``count`` newest of this program's checkpoints, and that of the step ``best``."""
     for path in list(own(directory))[count:]:
         if step_of(path) != best:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_directory(path)
 
 
 def refuse_foreign(directory: Path, steps: int) -> None:

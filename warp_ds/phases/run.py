@@ -24,7 +24,7 @@ from warp_ds.phases.failures import FAILURE, explain, log_file, record_failure
 from warp_ds.phases.identity import Identity, identify, read_named, unfinished
 from warp_ds.phases.versions import installed_versions
 from warp_ds.secrets import Redacting
-from warp_ds.store.files import is_aside, remove_unfinished, write_json, written_aside
+from warp_ds.store.files import begin_directory, is_aside, remove_unfinished, write_json, written_aside
 from warp_ds.store.held import check_there, held
 from warp_ds.store.lock import RunLock
 from warp_ds.store.runs import is_run
@@ -131,7 +131,7 @@ def _open(
     for directory, resumed, certain in _candidates(phase, arguments, identity):
         if resumed:
             check_written(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        begin_directory(directory, ".lock")  # an empty one would be taken for somebody else's
         candidate = RunLock(directory)
         try:
             candidate.acquire()

@@ -28,7 +28,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     then takes its place, whole, or not at all."""
     check_there(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.warp_ds.tmp")
+    aside = _aside(path)
     try:
         yield aside
         if aside.is_file() and not aside.is_symlink():
@@ -63,12 +63,36 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         save_file(contiguous, str(aside), metadata=dict(metadata or {}))
 
 
+def begin_directory(directory: Path, mark: str, text: str = "") -> None:
+    """Makes ``directory``, if it is not there, with a file ``mark`` in it that says whose it is: both appear, or neither."""
+    if directory.exists():
+        return
+    try:
+        with written_aside(directory) as aside:
+            aside.mkdir()
+            write_text(aside / mark, text)
+    except OSError:
+        if not directory.is_dir():  # another process was first
+            raise
+
+
+def remove_directory(directory: Path) -> None:
+    """Removes a directory of this program's: first its name, so that a killed removal leaves none without its mark."""
+    aside = _aside(directory)
+    os.replace(directory, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def remove_unfinished(directory: Path) -> None:
     """Removes what a process of this program that was killed had begun to write anywhere under ``directory``."""
-    for parent, _, files in os.walk(directory):  # through no link
-        for name in filter(is_aside, files):
+    for parent, directories, files in os.walk(directory):  # through no link
+        for name in filter(is_aside, [*directories, *files]):
             aside = Path(parent, name)
-            if not aside.is_symlink():
+            if aside.is_symlink():
+                continue
+            if aside.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
                 aside.unlink(missing_ok=True)
 
 
@@ -89,7 +113,11 @@ def is_aside(name: str) -> bool:
     return _ASIDE.fullmatch(name) is not None
 
 
-#: What ``written_aside`` calls the files it writes, and nobody else.
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.warp_ds.tmp")
+
+
+#: What ``_aside`` calls files and directories, and nobody else.
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{8}\.warp_ds\.tmp", re.DOTALL)
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from warp_ds.cluster import consensus, preemption, processes
 from warp_ds.cluster.memory import host_memory
 from warp_ds.errors import ArtifactError, ConfigError
-from warp_ds.store.files import read_json, write_json
+from warp_ds.store.files import begin_directory, read_json, remove_directory, write_json
 from warp_ds.store.sealed import contents, difference
 from warp_ds.zero import deepspeed_internals
 from warp_ds.zero.zero3_step import COEFFICIENTS
@@ -56,7 +56,7 @@ def convert(checkpoint: Path, deepspeed_config: dict[str, Any], wrote: int) -> P
     with consensus.on_every_rank_or_none("converting the checkpoint"):
         if processes.rank() == 0:
             if _is_own(part):
-                shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+                remove_directory(part)  # of a process that was killed
             source = checkpoint / deepspeed_internals.tag_of(checkpoint)
             if problem := _inconvertible(source, deepspeed_config) or _no_room(source):
                 raise ConfigError(
@@ -77,7 +77,7 @@ def convert(checkpoint: Path, deepspeed_config: dict[str, Any], wrote: int) -> P
     def rename() -> None:
         if status != 0:
             log = (part / "conversion.log").read_text(errors="replace").strip().splitlines()
-            shutil.rmtree(part, ignore_errors=True)
+            remove_directory(part)
             said = log[-1] if log else f"status {status}"
             raise ConfigError(f"DeepSpeed could not convert {checkpoint}, of {wrote} ranks: {said}. {cure}")
         for name in ("trainer_state.json", "scheduler.pt"):  # not rng_state: those are of the ranks that wrote it
@@ -99,7 +99,7 @@ def remove_converted(directory: Path) -> None:
     """Removes what ``convert`` made, or was making, in ``directory``."""
     for path in directory.glob(f"{PREFIX}*"):
         if re.fullmatch(rf"{PREFIX}\d+(\.part)?", path.name) and not path.is_symlink() and (path / _BEGUN).is_file():
-            shutil.rmtree(path, ignore_errors=True)
+            remove_directory(path)
 
 
 def _is_own(path: Path) -> bool:
@@ -176,6 +176,7 @@ def _workers(source: Path, memory: int) -> int:
 
 
 def _start(source: Path, part: Path, workers: int) -> subprocess.Popen[bytes]:
+    begin_directory(part, _BEGUN)
     write_json(part / _BEGUN, {"source": str(source)})
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
