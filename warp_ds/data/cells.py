@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from warp_ds.data.readers import Table, kind_of
 from warp_ds.data.sample import Message
+from warp_ds.data.table import Table, kind_of
 from warp_ds.data.turns import NotText, turns_of
 from warp_ds.errors import DataError
 
@@ -94,8 +94,9 @@ def refuse_rows(rows: Table, column: str, missing: Sequence[bool], empty: Sequen
                 if (what == "missing" and not _is_file(rows))
                 else ""
             )
+            of = rows.number(len(flags) - 1) + 1
             raise DataError(
-                f"{rows.source}: column {column!r} is {what} in {len(wrong)} of {len(flags)} rows "
+                f"{rows.source}: column {column!r} is {what} in {len(wrong)} of {of} rows "
                 f"{rows.places(wrong)}: fill or remove them{hint}"
             )
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from warp_ds.data.cells import Place, cells, check_characters, refuse_rows, texts
-from warp_ds.data.readers import Table, kind_of
 from warp_ds.data.sample import Message, Sample
+from warp_ds.data.table import Table, kind_of
 from warp_ds.data.turns import CONVERSATION_COLUMNS, NotText, dialogue_of, parsed, roles_of, tools_of, turns_of
 from warp_ds.errors import DataError
 
@@ -84,12 +84,16 @@ class Wanted:
 def samples_of(rows: Table, wanted: Wanted) -> list[Sample]:
     """A sample of every row, in order. Raises `DataError`, by row and column, for what is missing, empty or no text."""
     shape = _conversation_column(rows, wanted)
-    if shape is not None:
-        return _conversations(rows, shape, wanted)
     has_prompt = any(name in rows.columns for name in PROMPT_COLUMNS)
-    if not wanted.prompts and wanted.guessed and not has_prompt and _has(rows, "text", RESPONSE_COLUMNS, wanted):
-        return [Sample(text=text, row=row) for row, text in enumerate(texts(rows, "text"))]
-    return _pairs(rows, wanted)
+    bare = not wanted.prompts and wanted.guessed and not has_prompt and _has(rows, "text", RESPONSE_COLUMNS, wanted)
+    rows.settled.same("the column of conversations or bare texts", shape or ("text" if bare else None), rows)
+    if shape is not None:
+        found = _conversations(rows, shape, wanted)
+    elif bare:
+        found = [Sample(text=text, row=row) for row, text in enumerate(texts(rows, "text"))]
+    else:
+        found = _pairs(rows, wanted)
+    return found if rows.numbers is None else [replace(sample, row=rows.number(sample.row)) for sample in found]
 
 
 def _has(rows: Table, column: str, others: Sequence[str], wanted: Wanted) -> bool:
@@ -179,15 +183,15 @@ def _pairs(rows: Table, wanted: Wanted) -> list[Sample]:
     layout = wanted.layout
     prompt = _pick("--prompt_column", wanted.prompt_column, layout.prompt if layout else None, PROMPT_COLUMNS, rows)
     response = None if wanted.prompts else _response_column(rows, wanted)
+    rows.settled.same("the prompts' column", prompt, rows)
+    rows.settled.same("the responses' column", response, rows)
     if response == prompt:
         raise DataError(
             f"{rows.source}: the column {prompt!r} would be both prompt and response: name the other one with "
             "--prompt_column or --response_column"
         )
     if layout and layout.keep and response == layout.response:
-        rows = replace(rows, rows=[row for row in rows.rows if layout.keep(dict(row))], lines=None)
-        if len(rows) == 0:
-            raise DataError(f"{rows.source}: no row is left, since every response is marked as harmful")
+        rows = rows.only([number for number, row in enumerate(rows.rows) if layout.keep(dict(row))])
     bad = [row for row, label in enumerate(rows.column("label")) if str(label).lower() == "false"]
     if bad and response is not None:
         raise DataError(
@@ -274,7 +278,8 @@ def _alpaca_inputs(rows: Table, prompt: str, wanted: Wanted) -> list[str] | None
     """Alpaca's `input` of every row, where the prompt is its `instruction`."""
     if not wanted.guessed or prompt != "instruction" or "input" not in rows.columns:
         return None
-    log.info("%s: the prompt is 'instruction' and, where it is not empty, 'input' after a blank line", rows.source)
+    how = "the prompt is 'instruction' and, where it is not empty, 'input' after a blank line"
+    rows.settled.say(log.info, f"{rows.source}: {how}")
     return texts(rows, "input", holes=True)
 
 
@@ -288,7 +293,11 @@ class _Extras:
         def readable(name: str, test: Callable[[Any], bool]) -> list[Any] | None:
             values = rows.column(name)
             filled = [value for value in values if value not in (None, "", [])]
-            return values if guessed and filled and all(map(test, filled)) and name not in used else None
+            if not guessed or not filled or name in used:
+                return None
+            good = all(map(test, filled))
+            rows.settled.same(f"whether the column {name!r} is read", good, rows)
+            return values if good else None
 
         self.system = next((values for name in SYSTEM_COLUMNS if (values := readable(name, _is_text))), None)
         self.history = readable("history", _is_exchanges)
@@ -296,7 +305,7 @@ class _Extras:
         taken = [name for name in SYSTEM_COLUMNS if self.system is not None and name in rows.columns][:1]
         taken += ["history"] * (self.history is not None) + ["tools"] * (self.tools is not None)
         if taken:
-            log.info("%s: %s read as a part of the prompt", rows.source, _are(taken))
+            rows.settled.say(log.info, f"{rows.source}: {_are(taken)} read as a part of the prompt")
         _say_unused(rows, [*used, *taken])
 
     def around(self, sample: Sample) -> Sample:
@@ -338,23 +347,21 @@ def _say_unused(rows: Table, used: Sequence[str]) -> None:
         and any(value not in (None, "", [], {}) for value in rows.column(name))
     ]
     if unused:
-        log.warning(
-            "%s: %s not part of the prompt, which is %r: where it should be, write both into one column and name "
-            "it with --prompt_column",
-            rows.source,
-            _are(unused),
-            used[0],
+        rows.settled.say(
+            log.warning,
+            f"{rows.source}: {_are(unused)} not part of the prompt, which is {used[0]!r}: where it should be, write both into "
+            "one column and name it with --prompt_column",
         )
 
 
 def _say_preferred(rows: Table) -> None:
-    log.info("%s: the preferred answers ('chosen') are trained; 'rejected' is not used", rows.source)
+    rows.settled.say(log.info, f"{rows.source}: the preferred answers ('chosen') are trained; 'rejected' is not used")
 
 
 def _say_other_responses(rows: Table, response: str) -> None:
     others = [name for name in RESPONSE_COLUMNS if name in rows.columns and name != response]
     if others:
-        log.warning("%s: the response is %r; %s not used", rows.source, response, _are(others))
+        rows.settled.say(log.warning, f"{rows.source}: the response is {response!r}; {_are(others)} not used")
 
 
 def _are(columns: Sequence[str]) -> str:

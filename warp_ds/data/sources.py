@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from bisect import bisect_right
-from collections.abc import Mapping
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from warp_ds.data.readers import READERS, Table, read_file, suffix_of, without_holes
+from warp_ds.data.readers import CHUNK, READERS, read_chunks, suffix_of, without_holes
+from warp_ds.data.table import Settled, Table, regrouped
 from warp_ds.errors import DataError
 
 
@@ -62,14 +63,26 @@ def local_path(source: str) -> Path | None:
     return None
 
 
-def read_source(source: str, split: str, config: str | None = None) -> Table:
-    """The rows of one source. Raises `DataError`."""
+def read_source(
+    source: str, split: str, config: str | None = None, size: int = CHUNK, streaming: bool = False
+) -> Iterator[Table]:
+    """The rows of one source, about `size` at a time and no further than is asked for; `streaming` keeps no copy of what the
+    hub has. Raises `DataError`."""
     path = local_path(source)
+    settled = Settled()
+    columns: dict[str, None] = {}
+    start = 0
     if path is None or (path.is_dir() and saved_kind(path) is None and _has_card(path)):
-        return _read_hub(source, split, config)
-    if path.is_file():
-        return read_file(path, source)
-    return _read_saved(path, source, split) if saved_kind(path) else _read_folder(path, source, split)
+        tables = _read_hub(source, split, config, size, streaming)
+    elif path.is_file():
+        tables = read_chunks(path, source, size)
+    else:
+        tables = _read_saved(path, source, split, size) if saved_kind(path) else _read_folder(path, source, split, size)
+    for table in tables:
+        columns |= dict.fromkeys(table.columns)
+        numbers = range(start, start + len(table))
+        yield replace(table, columns=list(columns), numbers=numbers, settled=settled)
+        start += len(table)
 
 
 # ---------------------------------------------------------------- directories
@@ -82,16 +95,17 @@ def saved_kind(path: Path) -> str | None:
     return "dataset" if (path / "state.json").is_file() and (path / "dataset_info.json").is_file() else None
 
 
-def _read_saved(path: Path, source: str, split: str) -> Table:
+def _read_saved(path: Path, source: str, split: str, size: int) -> Iterator[Table]:
     try:
         if saved_kind(path) == "splits":
             splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
             if split not in splits:
                 raise DataError(f"{source} has no split {split!r}: its splits are {', '.join(splits)}")
             path = path / split
-        return _table(datasets.load_from_disk(str(path)), source, split)
+        data = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source} cannot be read as what save_to_disk wrote: {_cause(error)}") from error
+    return _tables(data, source, split, size)
 
 
 def _has_card(path: Path) -> bool:
@@ -135,44 +149,75 @@ def _split_of(file: Path) -> str | None:
     return next((SPLITS[key] for word in words if (key := word.lower().split("-")[0].split("_")[0]) in SPLITS), None)
 
 
-def _read_folder(path: Path, source: str, split: str) -> Table:
+def _read_folder(path: Path, source: str, split: str, size: int) -> Iterator[Table]:
     files, named = files_of(path, split)
     if not files:
         raise DataError(f"{source} has no files of the split {split!r}" if named else f"{source} holds no data files")
-    tables = [read_file(file, str(file)) for file in files]
-    if len(tables) == 1:
-        return tables[0]
-    columns = list(dict.fromkeys(name for table in tables for name in table.columns))
-    ends = list(accumulate(map(len, tables)))
+    if len(files) == 1:
+        return read_chunks(files[0], str(files[0]), size)
+    return _read_files(path, source, files, size)
 
-    def where(row: int) -> str:
-        number = bisect_right(ends, row)
-        return f"{files[number].name}, {tables[number].place(row - ends[number] + len(tables[number]))}"
 
-    return Table(source, columns, [row for table in tables for row in table.rows], where=where)
+def _read_files(path: Path, source: str, files: Sequence[Path], size: int) -> Iterator[Table]:
+    def of_files() -> Iterator[Table]:
+        for file in files:
+            start = 0
+            for table in read_chunks(file, str(file), size):
+                numbers = range(start, start := start + len(table))
+                yield replace(table, source=str(file.relative_to(path)), numbers=numbers)
+
+    for table in regrouped(of_files(), size, where=True):
+        yield replace(table, source=source)
 
 
 # ---------------------------------------------------------------- the hub
 
 
-def _read_hub(source: str, split: str, config: str | None) -> Table:
+def _read_hub(source: str, split: str, config: str | None, size: int, streaming: bool) -> Iterator[Table]:
     try:
-        data = datasets.load_dataset(source, config, split=split)
+        data: Any = datasets.load_dataset(source, config, split=split, streaming=streaming)
     except Exception as error:
-        offline = "HF_HUB_OFFLINE is set, so only the local cache was searched; " if datasets.config.HF_HUB_OFFLINE else ""
-        raise DataError(
-            f"no data set {source!r} (split {split!r}): {offline}give the path of a local "
-            f"{', '.join(READERS)} file, or fetch the data set into the cache where there is internet. "
-            f"Cause: {_cause(error)}"
-        ) from error
-    return _table(data, source, split)
+        raise _no_data_set(source, split, error) from error
+    return _streamed(data, source, split, size) if streaming else _tables(data, source, split, size)
 
 
-def _table(data: Any, source: str, split: str) -> Table:
+def _no_data_set(source: str, split: str, error: Exception) -> DataError:
+    offline = "HF_HUB_OFFLINE is set, so only the local cache was searched; " if datasets.config.HF_HUB_OFFLINE else ""
+    return DataError(
+        f"no data set {source!r} (split {split!r}): {offline}give the path of a local "
+        f"{', '.join(READERS)} file, or fetch the data set into the cache where there is internet. "
+        f"Cause: {_cause(error)}"
+    )
+
+
+def _streamed(data: Any, source: str, split: str, size: int) -> Iterator[Table]:
+    """The rows of an IterableDataset."""
+    rows = iter(data)
+    some = False
+    while True:
+        try:
+            chunk = [without_holes(row) for row in islice(rows, size)]
+        except Exception as error:
+            raise _no_data_set(source, split, error) from error
+        if not chunk:
+            break
+        some = True
+        yield Table(source, list(dict.fromkeys(name for row in chunk for name in row)), chunk)
+    if not some:
+        raise _no_rows(source, split)
+
+
+def _tables(data: Any, source: str, split: str, size: int) -> Iterator[Table]:
+    """The rows of a Dataset, which lies on disk."""
     if len(data) == 0:
-        raise DataError(f"{source} ({split}) has no rows: give a data set or file with at least one sample")
-    rows: list[Mapping[str, Any]] = [without_holes(row) for row in data.to_list()]
-    return Table(source, list(data.column_names), rows)
+        raise _no_rows(source, split)
+    for first in range(0, len(data), size):
+        some = data.select(range(first, min(first + size, len(data))))
+        yield Table(source, list(data.column_names), [without_holes(row) for row in some.to_list()])
+
+
+def _no_rows(source: str, split: str) -> DataError:
+    return DataError(f"{source} ({split}) has no rows: give a data set or file with at least one sample")
 
 
 def _cause(error: BaseException) -> str:

@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from warp_ds.data.readers import Number, kind_of
 from warp_ds.data.sample import Message
+from warp_ds.data.table import Number, kind_of
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 ROLES = {
