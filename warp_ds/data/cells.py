@@ -69,7 +69,9 @@ def texts(rows: Table, column: str, holes: bool = False) -> list[str]:
             if value is not None and type(value) is not str:
                 raise NotText(f"is {kind_of(value)}, not a text: give one text a row, in quotes where it is a number")
     if not holes:
-        refuse_rows(rows, column, [value is None for value in values], [not (value or "x").strip() for value in values])
+        refuse_rows(
+            rows, column, [value is None for value in values], [value is not None and not value.strip() for value in values]
+        )
     for row, value in enumerate(values):
         check_characters(value or "", column, rows, row)
     return [value or "" for value in values]

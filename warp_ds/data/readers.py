@@ -107,22 +107,33 @@ def _convert(encoding: str, path: Path) -> str:
 
 @contextmanager
 def opened(path: Path, source: str, newline: str) -> Iterator[TextIO]:
-    """As `read_text`, a line at a time: a block in which what cannot be read is a `DataError`."""
+    """As `read_text`, a line at a time: a block in which what cannot be read is a `DataError`.
+
+    Bytes that are no UTF-8 are for `checked` to find: those of lines that nobody asks for are nobody's concern.
+    """
     unpack: Any = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with unpack(path, "rb") as file:
             head = file.read(4096)
         if b"\0" in head or any(head.startswith(mark) for mark, _ in BYTE_ORDER_MARKS):
             read_text(path, source)
-        with io.TextIOWrapper(unpack(path, "rb"), encoding="utf-8-sig", newline=newline) as text:
+        with io.TextIOWrapper(unpack(path, "rb"), encoding="utf-8-sig", errors="surrogateescape", newline=newline) as text:
             yield text
-    except UnicodeDecodeError:
-        read_text(path, source)  # which says where
-        raise
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{source} cannot be unpacked as gzip: {error}: it is cut or no gzip file") from error
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror}") from error
+
+
+def checked(text: str, path: Path, source: str) -> str:
+    """A line of an `opened` file; `DataError` where it is no UTF-8."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            read_text(path, source)  # which says where
+            raise
+    return text
 
 
 # ---------------------------------------------------------------- csv
@@ -132,7 +143,8 @@ def read_csv(path: Path, source: str, size: int) -> Iterator[Table]:
     """A comma-separated file (.tsv: by tabs) with a header line, quoted as in RFC 4180; an empty cell is an empty text."""
     tabs = suffix_of(path) == ".tsv"
     with opened(path, source, "") as text:
-        records = _records(csv.reader(text, strict=True, delimiter="\t" if tabs else ","), source)
+        lines = (checked(line, path, source) for line in text)
+        records = _records(csv.reader(lines, strict=True, delimiter="\t" if tabs else ","), source)
         header = next(records, (0, []))[1]
         if not header:
             raise DataError(f"{source} is empty: give a csv file with a header and at least one sample")
@@ -188,7 +200,7 @@ _Value = tuple[int | None, Any]
 def read_json_lines(path: Path, source: str, size: int) -> Iterator[Table]:
     """One JSON object a line; blank lines are passed over."""
     with opened(path, source, "\n") as text:
-        yield from _tables(_values_of_lines(text, source), path, source, size)
+        yield from _tables(_values_of_lines(text, path, source), path, source, size)
 
 
 def read_json(path: Path, source: str, size: int) -> Iterator[Table]:
@@ -203,7 +215,7 @@ def json_values(path: Path, source: str) -> list[_Value]:
     """Each line of a jsonl file, or each item of a json list. Raises `DataError`."""
     if suffix_of(path) in (".jsonl", ".ndjson") or _has_lines(path, source):
         with opened(path, source, "\n") as text:
-            return list(_unwrapped(_values_of_lines(text, source), source))
+            return list(_unwrapped(_values_of_lines(text, path, source), source))
     try:
         return _items(_parse(read_text(path, source)), source)
     except ValueError as error:
@@ -223,18 +235,18 @@ def _has_lines(path: Path, source: str) -> bool:
     return True
 
 
-def _values_of_lines(lines: Iterable[str], source: str) -> Iterator[_Value]:
+def _values_of_lines(lines: Iterable[str], path: Path, source: str) -> Iterator[_Value]:
     # Lines end with \\n alone: a JSON text may hold U+2028 and its like as they are.
     row = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            yield number, _parse(line)
+            yield number, _parse(checked(line, path, source))
         except ValueError as error:
             raise DataError(
                 f"{source} cannot be read as json, one object a line: row {row} (line {number}): {_reason(error)}, "
-                f"in {line[:60].rstrip()!r}"
+                f"in {line[:60].rstrip()!r}: write every object on one line (jq -c . {path.name})"
             ) from error
         row += 1
     if not row:

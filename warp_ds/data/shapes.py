@@ -23,6 +23,7 @@ PROMPT_COLUMNS = ("prompt", "question", "instruction", "input")
 RESPONSE_COLUMNS = ("response", "answer", "output", "completion")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 CHOSEN = "chosen"
+NOT_TEXT = ("image", "images", "audio", "audios", "video", "videos")
 PROMPT_PARTS = (
     *PROMPT_COLUMNS,
     *CONVERSATION_COLUMNS,
@@ -45,9 +46,7 @@ PROMPT_PARTS = (
     "history",
     "tools",
     "functions",
-    "image",
-    "images",
-    "audio",
+    *NOT_TEXT,
     "premise",
     "hypothesis",
 )
@@ -88,12 +87,15 @@ def samples_of(rows: Table, wanted: Wanted) -> list[Sample]:
     bare = not wanted.prompts and wanted.guessed and not has_prompt and _has(rows, "text", RESPONSE_COLUMNS, wanted)
     rows.settled.same("the column of conversations or bare texts", shape or ("text" if bare else None), rows)
     if shape is not None:
-        found = _conversations(rows, shape, wanted)
-    elif bare:
-        found = [Sample(text=text, row=row) for row, text in enumerate(texts(rows, "text"))]
-    else:
-        found = _pairs(rows, wanted)
-    return found if rows.numbers is None else [replace(sample, row=rows.number(sample.row)) for sample in found]
+        return _numbered(_conversations(rows, shape, wanted), rows)
+    if bare:
+        return [Sample(text=text, row=rows.number(row)) for row, text in enumerate(texts(rows, "text"))]
+    return _pairs(rows, wanted)
+
+
+def _numbered(samples: list[Sample], rows: Table) -> list[Sample]:
+    """Samples whose `row` is of their table, with that of their source."""
+    return samples if rows.numbers is None else [replace(sample, row=rows.number(sample.row)) for sample in samples]
 
 
 def _has(rows: Table, column: str, others: Sequence[str], wanted: Wanted) -> bool:
@@ -227,7 +229,7 @@ def _pairs(rows: Table, wanted: Wanted) -> list[Sample]:
                 )
         with Place(rows, row, prompt):
             found.append(extras.around(Sample([*before, *after], row=row)))
-    return found
+    return _numbered(found, rows)
 
 
 def _response_column(rows: Table, wanted: Wanted) -> str | None:
@@ -261,6 +263,11 @@ def _pick(flag: str, given: str | None, known: str | None, guesses: tuple[str, .
     for guess in guesses:
         if guess in columns:
             return guess
+    if any({who, what} <= set(columns) for who, what in (("role", "content"), ("from", "value"))):
+        raise DataError(
+            f"{source}: its rows are the turns of a conversation (columns {listed(columns)}): give a conversation a row, as "
+            '{"messages": [{"role": "user", "content": "…"}, …]}'
+        )
     hint = ""
     if len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"):
         hint = " (are they separated by something else than a comma?)"
@@ -302,6 +309,8 @@ class _Extras:
         self.system = next((values for name in SYSTEM_COLUMNS if (values := readable(name, _is_text))), None)
         self.history = readable("history", _is_exchanges)
         self.tools = readable("tools", _is_tools)
+        if guessed:
+            _refuse_pictures(rows)
         taken = [name for name in SYSTEM_COLUMNS if self.system is not None and name in rows.columns][:1]
         taken += ["history"] * (self.history is not None) + ["tools"] * (self.tools is not None)
         if taken:
@@ -335,6 +344,16 @@ def _is_exchanges(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(map(_is_text, pair)) for pair in value
     )
+
+
+def _refuse_pictures(rows: Table) -> None:
+    for name in (name for name in rows.columns if name.lower() in NOT_TEXT):
+        seen = [row for row, value in enumerate(rows.column(name)) if value not in (None, "", [], {})]
+        if seen:
+            raise DataError(
+                f"{rows.source}: column {name!r} has content in {len(seen)} rows {rows.places(seen)}, and texts alone are "
+                "read: leave those rows out, or say with --prompt_column what to read without it"
+            )
 
 
 def _say_unused(rows: Table, used: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,12 +17,16 @@ from warp_ds.data.readers import CHUNK, READERS, read_chunks, suffix_of, without
 from warp_ds.data.table import Settled, Table, regrouped
 from warp_ds.errors import DataError
 
+log = logging.getLogger(__name__)
+
 
 def sources_of(text: str) -> list[tuple[str, float]]:
     """(source, weight) of each part of 'a.jsonl,b.jsonl@0.5,hub/name@2'; a weight of 2 takes every sample twice.
 
     A path that is there is one source, whatever characters it has. Raises `DataError` for a weight that is none.
     """
+    if not text.strip():
+        raise DataError("an empty text names no data: give a file, a folder, or a data set of the hub")
     if Path(text).expanduser().exists():
         return [(text, 1.0)]
     found = []
@@ -36,6 +41,8 @@ def sources_of(text: str) -> list[tuple[str, float]]:
         if not name or not 0 < value < math.inf:
             raise DataError(f"{text!r}: {part!r} is no source: give NAME or NAME@WEIGHT with a weight above 0, by commas")
         found.append((name, value))
+    for name in sorted({name for name, _ in found if sum(name == other for other, _ in found) > 1}):
+        log.warning("%s is named more than once, and all its samples are taken as often: a weight says so in one word", name)
     return found
 
 
@@ -58,6 +65,12 @@ def local_path(source: str) -> Path | None:
         return path
     if path.is_dir() and (saved_kind(path) is not None or files_of(path, "train")[0]):
         return path
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{source} is a device or a pipe: write what comes from it into a file, and name that")
+    if "://" in source:
+        raise DataError(f"{source} is an address, and nothing is fetched from there: fetch the file and name it")
+    if "*" in source:
+        raise DataError(f"no such file: {source}; patterns are not expanded: name the folder, or the files by commas")
     if suffix_of(path) in READERS or source.startswith(("/", "./", "../", "~")) and not path.is_dir():
         raise DataError(f"no such file: {source}")
     return None
@@ -103,8 +116,10 @@ def _read_saved(path: Path, source: str, split: str, size: int) -> Iterator[Tabl
                 raise DataError(f"{source} has no split {split!r}: its splits are {', '.join(splits)}")
             path = path / split
         data = datasets.load_from_disk(str(path))
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{source} cannot be read as what save_to_disk wrote: {_cause(error)}") from error
+        raise DataError(f"{source} cannot be read as what save_to_disk wrote: {_cause(error)}: save it again") from error
     return _tables(data, source, split, size)
 
 
@@ -120,11 +135,16 @@ def files_of(path: Path, split: str) -> tuple[list[Path], bool]:
 
     Files or folders named by a split (`train.jsonl`, `train-00000-of-00002.parquet`, `train/…`) are that split's alone.
     """
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file() and suffix_of(file) in READERS and "/." not in f"/{file.relative_to(path)}"
-    )
+    try:
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if suffix_of(file) in READERS and file.is_file() and "/." not in f"/{file.relative_to(path)}"
+        )
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be looked through ({error.strerror}: {error.filename}): name a folder of data"
+        ) from error
     data = [file for file in files if file.name not in ("dataset_infos.json", "dataset_info.json", "state.json", "config.json")]
     named = {file: _split_of(file.relative_to(path)) for file in data}
     if any(named.values()):

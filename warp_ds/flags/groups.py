@@ -120,7 +120,7 @@ class SampleArguments:
     long_samples: str = flag("error", "beyond --max_length: error, truncate or drop", choices=LONG_SAMPLES)
     streaming: bool = flag(False, "read hub data sets row by row, without a copy of the whole set on disk", identity=False)
     num_proc: int = flag(
-        0, "processes that tokenise, on one rank of each machine; 0 = as many as it has cores and help", identity=False
+        0, "processes that tokenise, once for all ranks; 0 = as many as there are cores and help", identity=False
     )
 
 

@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 
 def read_texts(name: str, **options: Any) -> StoredSamples:
-    """`data.datasets.read_samples` with its options, read by one rank of each machine and memory-mapped by all. Collective.
+    """`data.datasets.read_samples` with its options, read by rank 0 and memory-mapped by all; where machines do not
+    share the cache, read by one rank of each. Collective.
 
     Raises DataError, also where the machines have other texts under this name.
     """
@@ -43,25 +44,31 @@ def read_texts(name: str, **options: Any) -> StoredSamples:
         part = count()
         return store(work, read_samples(name, hold=hold, **options))
 
-    found = None
-    with consensus.long_step(f"reading {name}"):
-        if processes.local_rank() == 0:
+    what, found = f"reading {name}", None
+    with consensus.long_step(what):
+        if processes.rank() == 0:
             found = read().directory.name
-    names = [of_rank for of_rank in processes.all_gather_object(found) if of_rank is not None]
-    with consensus.long_step(f"reading {name}"):
-        if len(set(names)) > 1:
-            raise DataError(f"{name} holds other texts on one machine than on another: give all of them the same files")
-        # What another rank has stored is found, but where the ranks of a machine do not count from 0.
-        place = cache.place_of(names[0]) if names else None
-        stored = read() if place is None else StoredSamples(place)
-        if names and stored.directory.name != names[0]:
-            raise DataError(f"{name} holds other texts on {socket.gethostname()} than on another machine: give the same files")
-    return stored
+    known = str(processes.broadcast_object(found))
+    for mine in _turns():
+        with consensus.long_step(what):
+            if mine and cache.place_of(known) is None and read().directory.name != known:
+                raise DataError(
+                    f"{name} holds other texts on {socket.gethostname()} than on rank 0's machine: give all the same files"
+                )
+    return StoredSamples(cache.root() / known)
+
+
+def _turns() -> tuple[bool, bool]:
+    """Whether this rank looks now for what rank 0 has made, and makes it where its machine does not see that: first one rank of
+    each machine, then, where ranks do not count from 0 there, any."""
+    return processes.local_rank() == 0, True
 
 
 def tokenise(samples: Any, arguments: Any, prompt_only: bool = False) -> Any:
-    """Samples as tokens of the tokenizer of --model_name, made by one rank of each machine and memory-mapped by all; shows the
-    first two. Collective. Raises DataError."""
+    """Samples as tokens of the tokenizer of --model_name, made once as `read_texts` does; shows the first two. Collective.
+
+    Raises DataError.
+    """
     config, tokenizer = load_tokenizer(arguments)
     found = samples if isinstance(samples, StoredSamples) else as_samples(samples)
     options = {"max_length": arguments.max_length, "prompt_only": prompt_only, "train_on": arguments.train_on}
@@ -69,15 +76,14 @@ def tokenise(samples: Any, arguments: Any, prompt_only: bool = False) -> Any:
     def on_disk() -> Path:
         return tokens_on_disk(found, tokenizer, arguments.num_proc, **options)
 
-    with consensus.long_step("tokenising"):
-        if processes.local_rank() == 0:
-            on_disk()
-    with consensus.long_step("reading the tokens"):
-        # What another rank has made is found, but where the ranks of a machine do not count from 0.
-        tokens = tokens_from(on_disk())
+    for mine in (processes.rank() == 0, *_turns()):
+        with consensus.long_step("tokenising"):
+            directory = on_disk() if mine else None
+    with consensus.on_every_rank_or_none("reading the tokens"):
+        tokens = tokens_from(directory or on_disk())
         encoded = fitting(tokens, found, arguments.max_length, prompt_only=prompt_only, long_samples=arguments.long_samples)
         largest = tokens.data.column("largest").to_numpy()
-        rows = encoded.data.column("row").to_pylist() if "row" in encoded.column_names else range(len(encoded))
+        rows = encoded["row"][:] if "row" in encoded.column_names else range(len(encoded))
         check_largest(((row, int(largest[row])) for row in rows), config)
     for line in first_samples(encoded.select(range(min(2, len(encoded)))), tokenizer):
         logger.info("%s", line)
