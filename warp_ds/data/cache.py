@@ -9,7 +9,7 @@ import fcntl
 import logging
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +60,8 @@ def named_once_made(work: str, make: Callable[[Path], str], known: bool = False)
             # Of processes that were killed: nobody else works at this now.
             for left in root().glob(f"{work}.making-*") if alone else ():
                 shutil.rmtree(left, ignore_errors=True)
-            making = Path(tempfile.mkdtemp(prefix=f"{work}.making-", dir=root()))
+            making = root() / f"{work}.making-{uuid.uuid4().hex[:8]}"
+            making.mkdir()
             try:
                 place = root() / make(making)
                 _keep(making, place)
@@ -79,7 +80,6 @@ def _keep(making: Path, place: Path) -> None:
     for path in making.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    making.chmod(0o755)  # of mkdtemp, for its owner alone
     try:
         making.rename(place)
     except OSError:
