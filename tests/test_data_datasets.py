@@ -131,7 +131,7 @@ def test_a_configuration_that_is_given_wins(monkeypatch):
 
     asked = []
 
-    def read(source, split, config):
+    def read(source, split, config, *_):
         asked.append(config)
         raise DataError("that is all that is looked at")
 

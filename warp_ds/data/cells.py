@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from warp_ds.data.readers import Table, kind_of
 from warp_ds.data.sample import Message
+from warp_ds.data.table import Table, kind_of
 from warp_ds.data.turns import NotText, turns_of
 from warp_ds.errors import DataError
 
@@ -69,7 +69,9 @@ def texts(rows: Table, column: str, holes: bool = False) -> list[str]:
             if value is not None and type(value) is not str:
                 raise NotText(f"is {kind_of(value)}, not a text: give one text a row, in quotes where it is a number")
     if not holes:
-        refuse_rows(rows, column, [value is None for value in values], [not (value or "x").strip() for value in values])
+        refuse_rows(
+            rows, column, [value is None for value in values], [value is not None and not value.strip() for value in values]
+        )
     for row, value in enumerate(values):
         check_characters(value or "", column, rows, row)
     return [value or "" for value in values]
@@ -94,8 +96,9 @@ def refuse_rows(rows: Table, column: str, missing: Sequence[bool], empty: Sequen
                 if (what == "missing" and not _is_file(rows))
                 else ""
             )
+            of = rows.number(len(flags) - 1) + 1
             raise DataError(
-                f"{rows.source}: column {column!r} is {what} in {len(wrong)} of {len(flags)} rows "
+                f"{rows.source}: column {column!r} is {what} in {len(wrong)} of {of} rows "
                 f"{rows.places(wrong)}: fill or remove them{hint}"
             )
 

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from warp_ds.data.formats import IGNORE, encode_sample
-from warp_ds.data.readers import few
 from warp_ds.data.sample import Sample
+from warp_ds.data.table import few
 from warp_ds.errors import DataError
 
 OPEN, CLOSE = "⟦", "⟧"

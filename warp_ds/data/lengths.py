@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from warp_ds.data.formats import Tokens, encode_sample, prompt_tokens, window
-from warp_ds.data.readers import few
 from warp_ds.data.sample import Sample, as_samples
+from warp_ds.data.table import few
+from warp_ds.data.tokens import text_rows, tokens_of
 from warp_ds.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -38,59 +39,38 @@ def encode_dataset(
     train_on: str = "assistant",
     long_samples: str = "error",
 ) -> Dataset:
-    """The samples as tokens, in order, with a progress bar.
-
-    Columns of the result: `input_ids`, `attention_mask`, `labels`, and `row`, which each was, where samples were dropped.
-    `prompt_only` is `--token_scope prompt`. What begins to
-    be trained within `max_length` tokens and ends beyond is cut there, with a warning that names the rows. `long_samples`
-    says what becomes of the others: 'error' raises one `DataError` that names them all; 'truncate' takes the beginning
-    of their prompts away; 'drop' drops them, and those that would be cut.
-    """
+    """The samples as tokens, in order, in memory: `fitting` of what data/tokens.py makes."""
     check_length(max_length, model_context)
     found = as_samples(samples)
-    lengths: list[tuple[int, int]] = []
-
-    def one(_: Any, number: int) -> dict[str, Any]:
-        try:
-            if prompt_only:
-                tokens, before = prompt_tokens(found[number], tokenizer), 0
-            else:
-                tokens, before = encode_sample(found[number], tokenizer, train_on)
-        except DataError as error:
-            raise DataError(f"row {number}: {error}") from error
-        lengths.append((before, len(tokens["input_ids"])))
-        return dict(_fitted(tokens, before, max_length, prompt_only))
-
-    # Nothing is cached: a fingerprint of the closure would have to hash the tokenizer on every rank.
-    encoded = Dataset.from_dict({"row": range(len(found))}).map(
-        one, with_indices=True, remove_columns=["row"], desc="tokenising", load_from_cache_file=False, keep_in_memory=True
-    )
-    wrong = {row: whole if prompt_only else before for row, (before, whole) in enumerate(lengths)}
-    wrong = {row: length for row, length in wrong.items() if length > max_length - (not prompt_only)}
-    cut = {row: whole for row, (_, whole) in enumerate(lengths) if whole > max_length and row not in wrong}
-    if long_samples == "drop":
-        return _without(encoded, {**wrong, **cut}, max_length)
-    if wrong and long_samples == "error":
-        raise DataError(_refusal(wrong, found, max_length, prompt_only))
-    _say_cut(wrong, cut, len(found), max_length)
-    return encoded
+    tokens = tokens_of(text_rows(found), tokenizer, max_length, prompt_only=prompt_only, train_on=train_on)
+    return fitting(tokens, found, max_length, prompt_only=prompt_only, long_samples=long_samples)
 
 
-def _fitted(tokens: Tokens, before: int, length: int, prompt_only: bool) -> Tokens:
-    """At most `length` tokens, from the first on; where nothing trained would be left, without the prompt's beginning.
+def fitting(
+    tokens: Dataset, samples: Sequence[Any], max_length: int, *, prompt_only: bool = False, long_samples: str = "error"
+) -> Dataset:
+    """What of the tokenised samples is used, and how: `tokens` are of `tokens_of`, `samples` what they are of, for a message.
 
-    Then half of the tokens, or what the answer leaves, are the prompt's. A prompt alone keeps its end.
+    Columns of the result: `input_ids`, `attention_mask`, `labels`, and `row`, which each was, where samples were dropped.
+    What begins to be trained within `max_length` tokens and ends beyond was cut there, with a warning that names the rows.
+    `long_samples` says what becomes of the others: 'error' raises one `DataError` that names them all; 'truncate' takes
+    the beginning of their prompts away; 'drop' drops them, and those that would be cut.
     """
-    whole = len(tokens["input_ids"])
-    if whole <= length or before < length and not prompt_only:
-        return window(tokens, 0, length)
-    kept = length if prompt_only else max(length - (whole - before), length // 2)
-    return window(tokens, (whole if prompt_only else before) - kept, length)
+    before, whole = (tokens.data.column(name).to_numpy() for name in ("before", "whole"))
+    tokens = tokens.remove_columns(["before", "whole", "largest"])
+    length = whole if prompt_only else before
+    refused = length > max_length - (not prompt_only)
+    wrong = {int(row): int(length[row]) for row in numpy.flatnonzero(refused)}
+    cut = {int(row): int(whole[row]) for row in numpy.flatnonzero((whole > max_length) & ~refused)}
+    if long_samples == "drop" and (wrong or cut):
+        return _without(tokens, {**wrong, **cut}, max_length)
+    if wrong and long_samples == "error":
+        raise DataError(_refusal(wrong, samples, max_length, prompt_only))
+    _say_cut(wrong, cut, len(tokens), max_length)
+    return tokens.remove_columns("row")
 
 
 def _without(encoded: Dataset, dropped: Mapping[int, int], max_length: int) -> Dataset:
-    if not dropped:
-        return encoded
     if len(dropped) == len(encoded):
         raise DataError(f"every one of {len(encoded)} samples is longer than --max_length {max_length}: raise it")
     logger.warning(
@@ -100,16 +80,15 @@ def _without(encoded: Dataset, dropped: Mapping[int, int], max_length: int) -> D
         max_length,
         _named(dropped),
     )
-    kept = [row for row in range(len(encoded)) if row not in dropped]
-    return encoded.select(kept).add_column("row", kept)
+    return encoded.select([row for row in range(len(encoded)) if row not in dropped], new_fingerprint=f"drop{len(dropped)}")
 
 
-def _refusal(wrong: dict[int, int], samples: Sequence[Sample], max_length: int, prompt_only: bool) -> str:
+def _refusal(wrong: dict[int, int], samples: Sequence[Any], max_length: int, prompt_only: bool) -> str:
     least = max(wrong.values()) + (not prompt_only)
     return (
         f"{too_long(wrong, len(samples))} {'do not fit' if prompt_only else 'leave no room for a response'} in "
         f"--max_length {max_length}: raise --max_length to {least} or more, or leave these rows out (--long_samples drop, or "
-        f"truncate). The first begins: {samples[next(iter(wrong))].prompt[:80]!r}"
+        f"truncate). The first begins: {Sample.of(samples[next(iter(wrong))]).prompt[:80]!r}"
     )
 
 

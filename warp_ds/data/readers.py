@@ -1,4 +1,5 @@
-"""Reads local files of rows (csv, tsv, json, jsonl, parquet, arrow; gzipped ones too) with every value as it is written.
+"""Reads local files of rows (csv, tsv, json, jsonl, parquet, arrow; gzipped ones too) with every value as it is written, some
+rows at a time.
 
 Python's own csv and json modules and pyarrow rather than the loaders of `datasets`, which re-type what they read: `007`
 becomes 7, `NA` a hole, and a date in a JSON string a timestamp.
@@ -13,11 +14,13 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from warp_ds.data.table import Number, Table, joined, kind_of, regrouped
 from warp_ds.errors import DataError
 from warp_ds.store.files import parse_json
 
@@ -29,50 +32,26 @@ BYTE_ORDER_MARKS = (
 )
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of named columns."""
+CHUNK = 10_000
+"""Rows that are read at a time."""
 
-    source: str
-    columns: Sequence[str]
-    """In the order in which they first appear."""
-    rows: Sequence[Mapping[str, Any]]
-    """A text is a `str`, a hole None or absent; anything else is as its format has it."""
-    lines: Sequence[int] | None = None
-    """The line of the file at which each row begins, from 1; None where rows have none."""
-    where: Callable[[int], str] | None = None
-    """Where each row stands, in words, of a table of several files."""
 
-    def __len__(self) -> int:
-        return len(self.rows)
+def read_chunks(path: Path, source: str, size: int = CHUNK) -> Iterator[Table]:
+    """The rows of a local file, by its extension (a key of READERS), at most `size` at a time and no further than is asked for.
 
-    def column(self, name: str) -> list[Any]:
-        """The values of one column, None where a row has none."""
-        return [row.get(name) for row in self.rows]
-
-    def place(self, row: int) -> str:
-        """'row 3 (line 5)': rows count from 0, lines from 1."""
-        if self.where is not None:
-            return f"row {row} ({self.where(row)})"
-        return f"row {row}" + ("" if self.lines is None else f" (line {self.lines[row]})")
-
-    def places(self, rows: Sequence[int], most: int = 5) -> str:
-        """'(rows 3, 7), lines 5, 9': the first few of ``rows``."""
-
-        def first(numbers: Sequence[int]) -> str:
-            return ", ".join(map(str, numbers[:most])) + (", …" if len(numbers) > most else "")
-
-        if self.where is not None:
-            return f"(rows {first(rows)}), {'; '.join(self.where(row) for row in rows[:most])}"
-        return f"(rows {first(rows)})" + ("" if self.lines is None else f", lines {first([self.lines[row] for row in rows])}")
+    Raises `DataError`, naming ``source``.
+    """
+    some = False
+    for table in regrouped(READERS[suffix_of(path)](path, source, size), size):
+        some = True
+        yield table
+    if not some:
+        raise DataError(f"{source} has no rows: give a file with at least one sample")
 
 
 def read_file(path: Path, source: str) -> Table:
-    """The rows of a local file, by its extension (a key of READERS). Raises `DataError`, naming ``source``."""
-    table = READERS[suffix_of(path)](path, source)
-    if not table.rows:
-        raise DataError(f"{source} has no rows: give a file with at least one sample")
-    return table
+    """As `read_chunks`, all rows in memory."""
+    return joined(list(read_chunks(path, source)))
 
 
 def suffix_of(path: Path) -> str:
@@ -126,105 +105,180 @@ def _convert(encoding: str, path: Path) -> str:
     return f"convert it with iconv -f {encoding} -t UTF-8 {path.name} > {path.stem}.utf8{path.suffix}"
 
 
+@contextmanager
+def opened(path: Path, source: str, newline: str) -> Iterator[TextIO]:
+    """As `read_text`, a line at a time: a block in which what cannot be read is a `DataError`.
+
+    Bytes that are no UTF-8 are for `checked` to find: those of lines that nobody asks for are nobody's concern.
+    """
+    unpack: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with unpack(path, "rb") as file:
+            head = file.read(4096)
+        if b"\0" in head or any(head.startswith(mark) for mark, _ in BYTE_ORDER_MARKS):
+            read_text(path, source)
+        with io.TextIOWrapper(unpack(path, "rb"), encoding="utf-8-sig", errors="surrogateescape", newline=newline) as text:
+            yield text
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{source} cannot be unpacked as gzip: {error}: it is cut or no gzip file") from error
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror}") from error
+
+
+def checked(text: str, path: Path, source: str) -> str:
+    """A line of an `opened` file; `DataError` where it is no UTF-8."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            read_text(path, source)  # which says where
+            raise
+    return text
+
+
 # ---------------------------------------------------------------- csv
 
 
-def read_csv(path: Path, source: str) -> Table:
+def read_csv(path: Path, source: str, size: int) -> Iterator[Table]:
     """A comma-separated file (.tsv: by tabs) with a header line, quoted as in RFC 4180; an empty cell is an empty text."""
     tabs = suffix_of(path) == ".tsv"
-    text = read_text(path, source)
-    limit = csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter="\t" if tabs else ",")
-    records: list[tuple[int, list[str]]] = []
-    line = 1
-    try:
-        for record in reader:
-            if record:  # nothing on the line
-                records.append((line, record))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{source}, {_csv_row(records)} (line {line}) cannot be read as csv with at least one sample: {error}: "
-            'a quote inside a quoted cell is doubled ("")'
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-    if not records:
-        raise DataError(f"{source} is empty: give a csv file with a header and at least one sample")
-    header = records.pop(0)[1]
-    if not records:
-        raise DataError(f"{source} has a header ({', '.join(header)}) and no rows: give a csv file with at least one sample")
-    doubled = sorted({name for name in header if header.count(name) > 1})
-    if doubled:
-        raise DataError(f"{source} has more than one column {doubled[0]!r}: give each its own name")
-    for row, (line, record) in enumerate(records):
-        if len(record) != len(header):
+    with opened(path, source, "") as text:
+        lines = (checked(line, path, source) for line in text)
+        records = _records(csv.reader(lines, strict=True, delimiter="\t" if tabs else ","), source)
+        header = next(records, (0, []))[1]
+        if not header:
+            raise DataError(f"{source} is empty: give a csv file with a header and at least one sample")
+        doubled = sorted({name for name in header if header.count(name) > 1})
+        if doubled:
+            raise DataError(f"{source} has more than one column {doubled[0]!r}: give each its own name")
+        row = 0
+        while chunk := list(islice(records, size)):
+            for line, record in chunk:
+                if len(record) != len(header):
+                    raise DataError(
+                        f"{source}, row {row} (line {line}) has {len(record)} cells, but the header has {len(header)} "
+                        f"({', '.join(header)}): put cells that hold a {'tab' if tabs else 'comma'}, a quote or a line "
+                        "break in double quotes"
+                    )
+                row += 1
+            rows = [dict(zip(header, record, strict=True)) for _, record in chunk]
+            yield Table(source, header, rows, [line for line, _ in chunk])
+        if not row:
             raise DataError(
-                f"{source}, row {row} (line {line}) has {len(record)} cells, but the header has {len(header)} "
-                f"({', '.join(header)}): put cells that hold a {'tab' if tabs else 'comma'}, a quote or a line "
-                "break in double quotes"
+                f"{source} has a header ({', '.join(header)}) and no rows: give a csv file with at least one sample"
             )
-    rows = [dict(zip(header, record, strict=True)) for _, record in records]
-    return Table(source, header, rows, [line for line, _ in records])
 
 
-def _csv_row(records: Sequence[Any]) -> str:
-    return f"row {len(records) - 1}" if records else "the header"
+def _records(reader: Any, source: str) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of each record that has any."""
+    line, row = 1, -1
+    while True:
+        limit = csv.field_size_limit(sys.maxsize)
+        try:
+            record = next(reader, None)
+        except csv.Error as error:
+            raise DataError(
+                f"{source}, {f'row {row}' if row >= 0 else 'the header'} (line {line}) cannot be read as csv with at least one "
+                f'sample: {error}: a quote inside a quoted cell is doubled ("")'
+            ) from error
+        finally:
+            csv.field_size_limit(limit)
+        if record is None:
+            return
+        if record:  # else nothing is on the line
+            yield line, record
+            row += 1
+        line = reader.line_num + 1
 
 
 # ---------------------------------------------------------------- json
 
+_Value = tuple[int | None, Any]
+"""The line of a JSON value, and it."""
 
-def read_json_lines(path: Path, source: str) -> Table:
+
+def read_json_lines(path: Path, source: str, size: int) -> Iterator[Table]:
     """One JSON object a line; blank lines are passed over."""
-    return table_of(_values_of_lines(path, source), path, source)
+    with opened(path, source, "\n") as text:
+        yield from _tables(_values_of_lines(text, path, source), path, source, size)
 
 
-def read_json(path: Path, source: str) -> Table:
+def read_json(path: Path, source: str, size: int) -> Iterator[Table]:
     """A list of objects; or, as many call it, one object a line."""
-    return table_of(json_values(path, source), path, source)
+    if _has_lines(path, source):
+        yield from read_json_lines(path, source, size)
+    else:
+        yield from _tables(iter(json_values(path, source)), path, source, size)
 
 
-def json_values(path: Path, source: str) -> list[tuple[int | None, Any]]:
-    """(line, value) of each line of a jsonl file, or of each item of a json list. Raises `DataError`."""
-    if suffix_of(path) in (".jsonl", ".ndjson"):
-        return _values_of_lines(path, source)
+def json_values(path: Path, source: str) -> list[_Value]:
+    """Each line of a jsonl file, or each item of a json list. Raises `DataError`."""
+    if suffix_of(path) in (".jsonl", ".ndjson") or _has_lines(path, source):
+        with opened(path, source, "\n") as text:
+            return list(_unwrapped(_values_of_lines(text, path, source), source))
     try:
-        value = _parse(read_text(path, source))
+        return _items(_parse(read_text(path, source)), source)
     except ValueError as error:
-        if "Extra data" in str(error):
-            return _values_of_lines(path, source)
         raise DataError(f"{source} cannot be read as json with at least one sample: {_reason(error, whole=True)}") from error
-    return _items(value, source)
 
 
-def _values_of_lines(path: Path, source: str) -> list[tuple[int | None, Any]]:
-    # Not splitlines: a JSON text may hold U+2028 and its like as they are.
-    lines = [(number, line) for number, line in enumerate(read_text(path, source).split("\n"), 1) if line.strip()]
-    if not lines:
-        raise DataError(f"{source} is empty: give a jsonl file with at least one sample")
-    values: list[tuple[int | None, Any]] = []
-    for row, (number, line) in enumerate(lines):
+def _has_lines(path: Path, source: str) -> bool:
+    """Whether the first line that is not blank is a JSON value by itself, and no list."""
+    with opened(path, source, "\n") as text:
+        first = next((line for line in text if line.strip()), "")
+    if first.lstrip().startswith("["):
+        return False
+    try:
+        _parse(first)
+    except ValueError:
+        return False
+    return True
+
+
+def _values_of_lines(lines: Iterable[str], path: Path, source: str) -> Iterator[_Value]:
+    # Lines end with \\n alone: a JSON text may hold U+2028 and its like as they are.
+    row = 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            values.append((number, _parse(line)))
+            yield number, _parse(checked(line, path, source))
         except ValueError as error:
             raise DataError(
                 f"{source} cannot be read as json, one object a line: row {row} (line {number}): {_reason(error)}, "
-                f"in {line[:60]!r}"
+                f"in {line[:60].rstrip()!r}: write every object on one line (jq -c . {path.name})"
             ) from error
-    return _items(values[0][1], source) if len(values) == 1 and isinstance(values[0][1], list) else values
+        row += 1
+    if not row:
+        raise DataError(f"{source} is empty: give a jsonl file with at least one sample")
 
 
-def _items(value: Any, source: str) -> list[tuple[int | None, Any]]:
+def _unwrapped(values: Iterator[_Value], source: str) -> Iterator[_Value]:
+    """The values; of one that is a list, its items."""
+    first = list(islice(values, 1))
+    if first and isinstance(first[0][1], list) and (after := list(islice(values, 1))) == []:
+        return iter(_items(first[0][1], source))
+    return chain(first, after if first and isinstance(first[0][1], list) else (), values)
+
+
+def _items(value: Any, source: str) -> list[_Value]:
     if value == []:
         raise DataError(f"{source} is an empty list: give a file with at least one sample")
     return [(None, item) for item in (value if isinstance(value, list) else [value])]
 
 
-def table_of(values: Sequence[tuple[int | None, Any]], path: Path, source: str) -> Table:
-    """The table of (line, object); DataError for what is no object."""
+def _tables(values: Iterator[_Value], path: Path, source: str, size: int) -> Iterator[Table]:
+    values = _unwrapped(values, source)
+    row = 0
+    while chunk := list(islice(values, size)):
+        yield table_of(chunk, path, source, row)
+        row += len(chunk)
+
+
+def table_of(values: Sequence[_Value], path: Path, source: str, start: int = 0) -> Table:
+    """The table of (line, object), of which the first is row `start`; DataError for what is no object."""
     rows: list[dict[str, Any]] = []
-    for row, (line, value) in enumerate(values):
+    for row, (line, value) in enumerate(values, start):
         if not isinstance(value, dict):
             where = f"{source}, row {row}" + ("" if line is None else f" (line {line})")
             raise DataError(
@@ -232,7 +286,7 @@ def table_of(values: Sequence[tuple[int | None, Any]], path: Path, source: str) 
             )
         rows.append(value)
     inside = [name for name, item in rows[0].items() if isinstance(item, list) and item and isinstance(item[0], dict)]
-    if len(rows) == 1 and len(inside) == 1 and not any(key in rows[0][inside[0]][0] for key in ("role", "from")):
+    if start + len(rows) == 1 and len(inside) == 1 and not any(key in rows[0][inside[0]][0] for key in ("role", "from")):
         # What pandas, the hub's viewer and many an API write: the rows are one level down.
         raise DataError(
             f"{source} is one object, whose {inside[0]!r} holds a list of {len(rows[0][inside[0]])} objects: give "
@@ -248,10 +302,6 @@ def _parse(text: str) -> Any:
     return parse_json(text, parse_int=Number, parse_float=Number, parse_constant=Number)
 
 
-class Number(str):
-    """A JSON number, as it is written."""
-
-
 def _reason(error: ValueError, whole: bool = False) -> str:
     if not isinstance(error, json.JSONDecodeError):
         return str(error)
@@ -261,43 +311,51 @@ def _reason(error: ValueError, whole: bool = False) -> str:
 # ---------------------------------------------------------------- parquet and arrow
 
 
-def read_parquet(path: Path, source: str) -> Table:
+def read_parquet(path: Path, source: str, size: int) -> Iterator[Table]:
     """A parquet file."""
-    import pyarrow.parquet
 
-    return _arrow_table(lambda data: pyarrow.parquet.read_table(data), path, source)
+    def batches(data: Any) -> Iterator[Any]:
+        import pyarrow.parquet
+
+        yield from pyarrow.parquet.ParquetFile(data).iter_batches(batch_size=size)
+
+    return _arrow_tables(batches, path, source, size)
 
 
-def read_arrow(path: Path, source: str) -> Table:
+def read_arrow(path: Path, source: str, size: int) -> Iterator[Table]:
     """An arrow file, of either kind (stream, as `datasets` writes, or random access)."""
-    import pyarrow
 
-    def read(data: Any) -> Any:
+    def batches(data: Any) -> Iterator[Any]:
+        import pyarrow
+
         try:
-            return pyarrow.ipc.open_file(data).read_all()
+            file = pyarrow.ipc.open_file(data)
         except pyarrow.ArrowInvalid:
             data.seek(0)
-            return pyarrow.ipc.open_stream(data).read_all()
+            yield from pyarrow.ipc.open_stream(data)
+        else:
+            yield from map(file.get_batch, range(file.num_record_batches))
 
-    return _arrow_table(read, path, source)
+    return _arrow_tables(batches, path, source, size)
 
 
-def _arrow_table(read: Callable[[Any], Any], path: Path, source: str) -> Table:
+def _arrow_tables(read: Callable[[Any], Iterator[Any]], path: Path, source: str, size: int) -> Iterator[Table]:
     import pyarrow
 
-    kind = suffix_of(path)[1:]
     try:
-        table = read(io.BytesIO(read_bytes(path, source)) if path.suffix.lower() == ".gz" else pyarrow.memory_map(str(path)))
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{source} cannot be read as {kind} with at least one sample: {str(error).splitlines()[0]}") from error
-    names = table.column_names
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise DataError(f"{source} has more than one column {doubled[0]!r}: give each its own name")
-    try:
-        return Table(source, names, [without_holes(row) for row in table.to_pylist()])
+        data = io.BytesIO(read_bytes(path, source)) if path.suffix.lower() == ".gz" else pyarrow.memory_map(str(path))
+        for batch in read(data):
+            names = batch.schema.names
+            doubled = sorted({name for name in names if names.count(name) > 1})
+            if doubled:
+                raise DataError(f"{source} has more than one column {doubled[0]!r}: give each its own name")
+            for first in range(0, batch.num_rows, size):
+                yield Table(source, names, [without_holes(row) for row in batch.slice(first, size).to_pylist()])
     except UnicodeDecodeError as error:
         raise DataError(f"{source} holds text that is not UTF-8: {error}") from error
+    except (OSError, pyarrow.ArrowException) as error:
+        kind = suffix_of(path)[1:]
+        raise DataError(f"{source} cannot be read as {kind} with at least one sample: {str(error).splitlines()[0]}") from error
 
 
 def without_holes(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -311,30 +369,7 @@ def without_holes(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: filled(value) for name, value in row.items()}
 
 
-# ---------------------------------------------------------------- values
-
-
-def few(items: Sequence[Any], most: int = 10) -> str:
-    """'a, b, … 3 more': the first few."""
-    return ", ".join(map(str, items[:most])) + (f", … {len(items) - most} more" if len(items) > most else "")
-
-
-def kind_of(value: Any) -> str:
-    """What a value is, in words."""
-    if isinstance(value, Number):
-        return f"the number {value}"
-    if isinstance(value, bool):
-        return f"the boolean {str(value).lower()}"
-    if value is None:
-        return "missing"
-    words = {"str": "a text", "dict": "an object", "list": "a list", "bytes": "bytes"}
-    kind = type(value).__name__
-    name = words.get(kind, f"a value of type {kind}")
-    shown = str(value)
-    return f"{name} ({shown[:60]}{'…' if len(shown) > 60 else ''})"
-
-
-Reader = Callable[[Path, str], Table]
+Reader = Callable[[Path, str, int], Iterator[Table]]
 READERS: dict[str, Reader] = {
     ".json": read_json,
     ".jsonl": read_json_lines,

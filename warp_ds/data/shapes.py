@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from warp_ds.data.cells import Place, cells, check_characters, refuse_rows, texts
-from warp_ds.data.readers import Table, kind_of
 from warp_ds.data.sample import Message, Sample
+from warp_ds.data.table import Table, kind_of
 from warp_ds.data.turns import CONVERSATION_COLUMNS, NotText, dialogue_of, parsed, roles_of, tools_of, turns_of
 from warp_ds.errors import DataError
 
@@ -23,6 +23,7 @@ PROMPT_COLUMNS = ("prompt", "question", "instruction", "input")
 RESPONSE_COLUMNS = ("response", "answer", "output", "completion")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 CHOSEN = "chosen"
+NOT_TEXT = ("image", "images", "audio", "audios", "video", "videos")
 PROMPT_PARTS = (
     *PROMPT_COLUMNS,
     *CONVERSATION_COLUMNS,
@@ -45,9 +46,7 @@ PROMPT_PARTS = (
     "history",
     "tools",
     "functions",
-    "image",
-    "images",
-    "audio",
+    *NOT_TEXT,
     "premise",
     "hypothesis",
 )
@@ -84,12 +83,19 @@ class Wanted:
 def samples_of(rows: Table, wanted: Wanted) -> list[Sample]:
     """A sample of every row, in order. Raises `DataError`, by row and column, for what is missing, empty or no text."""
     shape = _conversation_column(rows, wanted)
-    if shape is not None:
-        return _conversations(rows, shape, wanted)
     has_prompt = any(name in rows.columns for name in PROMPT_COLUMNS)
-    if not wanted.prompts and wanted.guessed and not has_prompt and _has(rows, "text", RESPONSE_COLUMNS, wanted):
-        return [Sample(text=text, row=row) for row, text in enumerate(texts(rows, "text"))]
+    bare = not wanted.prompts and wanted.guessed and not has_prompt and _has(rows, "text", RESPONSE_COLUMNS, wanted)
+    rows.settled.same("the column of conversations or bare texts", shape or ("text" if bare else None), rows)
+    if shape is not None:
+        return _numbered(_conversations(rows, shape, wanted), rows)
+    if bare:
+        return [Sample(text=text, row=rows.number(row)) for row, text in enumerate(texts(rows, "text"))]
     return _pairs(rows, wanted)
+
+
+def _numbered(samples: list[Sample], rows: Table) -> list[Sample]:
+    """Samples whose `row` is of their table, with that of their source."""
+    return samples if rows.numbers is None else [replace(sample, row=rows.number(sample.row)) for sample in samples]
 
 
 def _has(rows: Table, column: str, others: Sequence[str], wanted: Wanted) -> bool:
@@ -179,15 +185,15 @@ def _pairs(rows: Table, wanted: Wanted) -> list[Sample]:
     layout = wanted.layout
     prompt = _pick("--prompt_column", wanted.prompt_column, layout.prompt if layout else None, PROMPT_COLUMNS, rows)
     response = None if wanted.prompts else _response_column(rows, wanted)
+    rows.settled.same("the prompts' column", prompt, rows)
+    rows.settled.same("the responses' column", response, rows)
     if response == prompt:
         raise DataError(
             f"{rows.source}: the column {prompt!r} would be both prompt and response: name the other one with "
             "--prompt_column or --response_column"
         )
     if layout and layout.keep and response == layout.response:
-        rows = replace(rows, rows=[row for row in rows.rows if layout.keep(dict(row))], lines=None)
-        if len(rows) == 0:
-            raise DataError(f"{rows.source}: no row is left, since every response is marked as harmful")
+        rows = rows.only([number for number, row in enumerate(rows.rows) if layout.keep(dict(row))])
     bad = [row for row, label in enumerate(rows.column("label")) if str(label).lower() == "false"]
     if bad and response is not None:
         raise DataError(
@@ -223,7 +229,7 @@ def _pairs(rows: Table, wanted: Wanted) -> list[Sample]:
                 )
         with Place(rows, row, prompt):
             found.append(extras.around(Sample([*before, *after], row=row)))
-    return found
+    return _numbered(found, rows)
 
 
 def _response_column(rows: Table, wanted: Wanted) -> str | None:
@@ -257,6 +263,11 @@ def _pick(flag: str, given: str | None, known: str | None, guesses: tuple[str, .
     for guess in guesses:
         if guess in columns:
             return guess
+    if any({who, what} <= set(columns) for who, what in (("role", "content"), ("from", "value"))):
+        raise DataError(
+            f"{source}: its rows are the turns of a conversation (columns {listed(columns)}): give a conversation a row, as "
+            '{"messages": [{"role": "user", "content": "…"}, …]}'
+        )
     hint = ""
     if len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"):
         hint = " (are they separated by something else than a comma?)"
@@ -274,7 +285,8 @@ def _alpaca_inputs(rows: Table, prompt: str, wanted: Wanted) -> list[str] | None
     """Alpaca's `input` of every row, where the prompt is its `instruction`."""
     if not wanted.guessed or prompt != "instruction" or "input" not in rows.columns:
         return None
-    log.info("%s: the prompt is 'instruction' and, where it is not empty, 'input' after a blank line", rows.source)
+    how = "the prompt is 'instruction' and, where it is not empty, 'input' after a blank line"
+    rows.settled.say(log.info, f"{rows.source}: {how}")
     return texts(rows, "input", holes=True)
 
 
@@ -288,15 +300,21 @@ class _Extras:
         def readable(name: str, test: Callable[[Any], bool]) -> list[Any] | None:
             values = rows.column(name)
             filled = [value for value in values if value not in (None, "", [])]
-            return values if guessed and filled and all(map(test, filled)) and name not in used else None
+            if not guessed or not filled or name in used:
+                return None
+            good = all(map(test, filled))
+            rows.settled.same(f"whether the column {name!r} is read", good, rows)
+            return values if good else None
 
         self.system = next((values for name in SYSTEM_COLUMNS if (values := readable(name, _is_text))), None)
         self.history = readable("history", _is_exchanges)
         self.tools = readable("tools", _is_tools)
+        if guessed:
+            _refuse_pictures(rows)
         taken = [name for name in SYSTEM_COLUMNS if self.system is not None and name in rows.columns][:1]
         taken += ["history"] * (self.history is not None) + ["tools"] * (self.tools is not None)
         if taken:
-            log.info("%s: %s read as a part of the prompt", rows.source, _are(taken))
+            rows.settled.say(log.info, f"{rows.source}: {_are(taken)} read as a part of the prompt")
         _say_unused(rows, [*used, *taken])
 
     def around(self, sample: Sample) -> Sample:
@@ -328,6 +346,16 @@ def _is_exchanges(value: Any) -> bool:
     )
 
 
+def _refuse_pictures(rows: Table) -> None:
+    for name in (name for name in rows.columns if name.lower() in NOT_TEXT):
+        seen = [row for row, value in enumerate(rows.column(name)) if value not in (None, "", [], {})]
+        if seen:
+            raise DataError(
+                f"{rows.source}: column {name!r} has content in {len(seen)} rows {rows.places(seen)}, and texts alone are "
+                "read: leave those rows out, or say with --prompt_column what to read without it"
+            )
+
+
 def _say_unused(rows: Table, used: Sequence[str]) -> None:
     """Warns of columns with content that look like a part of the prompt and are not used."""
     unused = [
@@ -338,23 +366,21 @@ def _say_unused(rows: Table, used: Sequence[str]) -> None:
         and any(value not in (None, "", [], {}) for value in rows.column(name))
     ]
     if unused:
-        log.warning(
-            "%s: %s not part of the prompt, which is %r: where it should be, write both into one column and name "
-            "it with --prompt_column",
-            rows.source,
-            _are(unused),
-            used[0],
+        rows.settled.say(
+            log.warning,
+            f"{rows.source}: {_are(unused)} not part of the prompt, which is {used[0]!r}: where it should be, write both into "
+            "one column and name it with --prompt_column",
         )
 
 
 def _say_preferred(rows: Table) -> None:
-    log.info("%s: the preferred answers ('chosen') are trained; 'rejected' is not used", rows.source)
+    rows.settled.say(log.info, f"{rows.source}: the preferred answers ('chosen') are trained; 'rejected' is not used")
 
 
 def _say_other_responses(rows: Table, response: str) -> None:
     others = [name for name in RESPONSE_COLUMNS if name in rows.columns and name != response]
     if others:
-        log.warning("%s: the response is %r; %s not used", rows.source, response, _are(others))
+        rows.settled.say(log.warning, f"{rows.source}: the response is {response!r}; {_are(others)} not used")
 
 
 def _are(columns: Sequence[str]) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from bisect import bisect_right
-from collections.abc import Mapping
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from warp_ds.data.readers import READERS, Table, read_file, suffix_of, without_holes
+from warp_ds.data.readers import CHUNK, READERS, read_chunks, suffix_of, without_holes
+from warp_ds.data.table import Settled, Table, regrouped
 from warp_ds.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 def sources_of(text: str) -> list[tuple[str, float]]:
@@ -21,6 +25,8 @@ def sources_of(text: str) -> list[tuple[str, float]]:
 
     A path that is there is one source, whatever characters it has. Raises `DataError` for a weight that is none.
     """
+    if not text.strip():
+        raise DataError("an empty text names no data: give a file, a folder, or a data set of the hub")
     if Path(text).expanduser().exists():
         return [(text, 1.0)]
     found = []
@@ -35,6 +41,8 @@ def sources_of(text: str) -> list[tuple[str, float]]:
         if not name or not 0 < value < math.inf:
             raise DataError(f"{text!r}: {part!r} is no source: give NAME or NAME@WEIGHT with a weight above 0, by commas")
         found.append((name, value))
+    for name in sorted({name for name, _ in found if sum(name == other for other, _ in found) > 1}):
+        log.warning("%s is named more than once, and all its samples are taken as often: a weight says so in one word", name)
     return found
 
 
@@ -57,19 +65,37 @@ def local_path(source: str) -> Path | None:
         return path
     if path.is_dir() and (saved_kind(path) is not None or files_of(path, "train")[0]):
         return path
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{source} is a device or a pipe: write what comes from it into a file, and name that")
+    if "://" in source:
+        raise DataError(f"{source} is an address, and nothing is fetched from there: fetch the file and name it")
+    if "*" in source:
+        raise DataError(f"no such file: {source}; patterns are not expanded: name the folder, or the files by commas")
     if suffix_of(path) in READERS or source.startswith(("/", "./", "../", "~")) and not path.is_dir():
         raise DataError(f"no such file: {source}")
     return None
 
 
-def read_source(source: str, split: str, config: str | None = None) -> Table:
-    """The rows of one source. Raises `DataError`."""
+def read_source(
+    source: str, split: str, config: str | None = None, size: int = CHUNK, streaming: bool = False
+) -> Iterator[Table]:
+    """The rows of one source, about `size` at a time and no further than is asked for; `streaming` keeps no copy of what the
+    hub has. Raises `DataError`."""
     path = local_path(source)
+    settled = Settled()
+    columns: dict[str, None] = {}
+    start = 0
     if path is None or (path.is_dir() and saved_kind(path) is None and _has_card(path)):
-        return _read_hub(source, split, config)
-    if path.is_file():
-        return read_file(path, source)
-    return _read_saved(path, source, split) if saved_kind(path) else _read_folder(path, source, split)
+        tables = _read_hub(source, split, config, size, streaming)
+    elif path.is_file():
+        tables = read_chunks(path, source, size)
+    else:
+        tables = _read_saved(path, source, split, size) if saved_kind(path) else _read_folder(path, source, split, size)
+    for table in tables:
+        columns |= dict.fromkeys(table.columns)
+        numbers = range(start, start + len(table))
+        yield replace(table, columns=list(columns), numbers=numbers, settled=settled)
+        start += len(table)
 
 
 # ---------------------------------------------------------------- directories
@@ -82,16 +108,19 @@ def saved_kind(path: Path) -> str | None:
     return "dataset" if (path / "state.json").is_file() and (path / "dataset_info.json").is_file() else None
 
 
-def _read_saved(path: Path, source: str, split: str) -> Table:
+def _read_saved(path: Path, source: str, split: str, size: int) -> Iterator[Table]:
     try:
         if saved_kind(path) == "splits":
             splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
             if split not in splits:
                 raise DataError(f"{source} has no split {split!r}: its splits are {', '.join(splits)}")
             path = path / split
-        return _table(datasets.load_from_disk(str(path)), source, split)
+        data = datasets.load_from_disk(str(path))
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{source} cannot be read as what save_to_disk wrote: {_cause(error)}") from error
+        raise DataError(f"{source} cannot be read as what save_to_disk wrote: {_cause(error)}: save it again") from error
+    return _tables(data, source, split, size)
 
 
 def _has_card(path: Path) -> bool:
@@ -106,11 +135,16 @@ def files_of(path: Path, split: str) -> tuple[list[Path], bool]:
 
     Files or folders named by a split (`train.jsonl`, `train-00000-of-00002.parquet`, `train/…`) are that split's alone.
     """
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file() and suffix_of(file) in READERS and "/." not in f"/{file.relative_to(path)}"
-    )
+    try:
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if suffix_of(file) in READERS and file.is_file() and "/." not in f"/{file.relative_to(path)}"
+        )
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be looked through ({error.strerror}: {error.filename}): name a folder of data"
+        ) from error
     data = [file for file in files if file.name not in ("dataset_infos.json", "dataset_info.json", "state.json", "config.json")]
     named = {file: _split_of(file.relative_to(path)) for file in data}
     if any(named.values()):
@@ -135,44 +169,75 @@ def _split_of(file: Path) -> str | None:
     return next((SPLITS[key] for word in words if (key := word.lower().split("-")[0].split("_")[0]) in SPLITS), None)
 
 
-def _read_folder(path: Path, source: str, split: str) -> Table:
+def _read_folder(path: Path, source: str, split: str, size: int) -> Iterator[Table]:
     files, named = files_of(path, split)
     if not files:
         raise DataError(f"{source} has no files of the split {split!r}" if named else f"{source} holds no data files")
-    tables = [read_file(file, str(file)) for file in files]
-    if len(tables) == 1:
-        return tables[0]
-    columns = list(dict.fromkeys(name for table in tables for name in table.columns))
-    ends = list(accumulate(map(len, tables)))
+    if len(files) == 1:
+        return read_chunks(files[0], str(files[0]), size)
+    return _read_files(path, source, files, size)
 
-    def where(row: int) -> str:
-        number = bisect_right(ends, row)
-        return f"{files[number].name}, {tables[number].place(row - ends[number] + len(tables[number]))}"
 
-    return Table(source, columns, [row for table in tables for row in table.rows], where=where)
+def _read_files(path: Path, source: str, files: Sequence[Path], size: int) -> Iterator[Table]:
+    def of_files() -> Iterator[Table]:
+        for file in files:
+            start = 0
+            for table in read_chunks(file, str(file), size):
+                numbers = range(start, start := start + len(table))
+                yield replace(table, source=str(file.relative_to(path)), numbers=numbers)
+
+    for table in regrouped(of_files(), size, where=True):
+        yield replace(table, source=source)
 
 
 # ---------------------------------------------------------------- the hub
 
 
-def _read_hub(source: str, split: str, config: str | None) -> Table:
+def _read_hub(source: str, split: str, config: str | None, size: int, streaming: bool) -> Iterator[Table]:
     try:
-        data = datasets.load_dataset(source, config, split=split)
+        data: Any = datasets.load_dataset(source, config, split=split, streaming=streaming)
     except Exception as error:
-        offline = "HF_HUB_OFFLINE is set, so only the local cache was searched; " if datasets.config.HF_HUB_OFFLINE else ""
-        raise DataError(
-            f"no data set {source!r} (split {split!r}): {offline}give the path of a local "
-            f"{', '.join(READERS)} file, or fetch the data set into the cache where there is internet. "
-            f"Cause: {_cause(error)}"
-        ) from error
-    return _table(data, source, split)
+        raise _no_data_set(source, split, error) from error
+    return _streamed(data, source, split, size) if streaming else _tables(data, source, split, size)
 
 
-def _table(data: Any, source: str, split: str) -> Table:
+def _no_data_set(source: str, split: str, error: Exception) -> DataError:
+    offline = "HF_HUB_OFFLINE is set, so only the local cache was searched; " if datasets.config.HF_HUB_OFFLINE else ""
+    return DataError(
+        f"no data set {source!r} (split {split!r}): {offline}give the path of a local "
+        f"{', '.join(READERS)} file, or fetch the data set into the cache where there is internet. "
+        f"Cause: {_cause(error)}"
+    )
+
+
+def _streamed(data: Any, source: str, split: str, size: int) -> Iterator[Table]:
+    """The rows of an IterableDataset."""
+    rows = iter(data)
+    some = False
+    while True:
+        try:
+            chunk = [without_holes(row) for row in islice(rows, size)]
+        except Exception as error:
+            raise _no_data_set(source, split, error) from error
+        if not chunk:
+            break
+        some = True
+        yield Table(source, list(dict.fromkeys(name for row in chunk for name in row)), chunk)
+    if not some:
+        raise _no_rows(source, split)
+
+
+def _tables(data: Any, source: str, split: str, size: int) -> Iterator[Table]:
+    """The rows of a Dataset, which lies on disk."""
     if len(data) == 0:
-        raise DataError(f"{source} ({split}) has no rows: give a data set or file with at least one sample")
-    rows: list[Mapping[str, Any]] = [without_holes(row) for row in data.to_list()]
-    return Table(source, list(data.column_names), rows)
+        raise _no_rows(source, split)
+    for first in range(0, len(data), size):
+        some = data.select(range(first, min(first + size, len(data))))
+        yield Table(source, list(data.column_names), [without_holes(row) for row in some.to_list()])
+
+
+def _no_rows(source: str, split: str) -> DataError:
+    return DataError(f"{source} ({split}) has no rows: give a data set or file with at least one sample")
 
 
 def _cause(error: BaseException) -> str:

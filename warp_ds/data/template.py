@@ -64,6 +64,11 @@ def fix_date(date: str) -> None:
     _fixed["date"] = date
 
 
+def fixed_date() -> str:
+    """The day that templates of this process write."""
+    return _fixed["date"]
+
+
 def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template writes today's date."""
     return bool(tokenizer.chat_template) and "strftime_now" in _template(tokenizer)

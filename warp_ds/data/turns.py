@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from warp_ds.data.readers import Number, kind_of
 from warp_ds.data.sample import Message
+from warp_ds.data.table import Number, kind_of
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 ROLES = {
@@ -110,10 +110,15 @@ def _content(content: Any) -> str:
     if type(content) is str:
         return content
     if isinstance(content, Sequence) and content and all(isinstance(part, Mapping) for part in content):
-        texts = [part.get("text") for part in content if part.get("type", "text") == "text"]
-        if len(texts) == len(content) and all(type(text) is str for text in texts):
+        for part in content:
+            if part.get("type", "text") != "text":
+                raise NotText(f"holds a part of the type {part['type']!r}: texts alone are read; leave such rows out")
+        texts = [part.get("text") for part in content]
+        if all(type(text) is str for text in texts):
             return "".join(map(str, texts))
-    raise NotText(f"is {kind_of(content)}, not a text")
+    if content is None:
+        raise NotText("has no content: fill it, or leave the row out")
+    raise NotText(f"is {kind_of(content)}, not a text: give a text, or a list of parts of the type 'text'")
 
 
 # ---------------------------------------------------------------- tools
@@ -167,7 +172,7 @@ def parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise NotText(f"is the text {text[:60]!r}, which is no JSON ({error})") from error
+        raise NotText(f"is the text {text[:60]!r}, which is no JSON ({error}): write it as json.dumps does") from error
 
 
 # ---------------------------------------------------------------- texts that hold turns

@@ -118,6 +118,10 @@ class SampleArguments:
     data_config: str | None = flag(None, "configuration of the hub data set; where there are several data sets, of the task's")
     train_on: str = flag("assistant", "assistant (every answer), last (the last one) or all tokens", choices=TRAIN_ON)
     long_samples: str = flag("error", "beyond --max_length: error, truncate or drop", choices=LONG_SAMPLES)
+    streaming: bool = flag(False, "read hub data sets row by row, without a copy of the whole set on disk", identity=False)
+    num_proc: int = flag(
+        0, "processes that tokenise, once for all ranks; 0 = as many as there are cores and help", identity=False
+    )
 
 
 @dataclass

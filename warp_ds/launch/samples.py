@@ -34,6 +34,7 @@ def examined(sources: str, a: DataArguments) -> list[str]:
         response_column=a.response_column,
         refusal_file=a.refusal_file,
         config=a.data_config,
+        streaming=a.streaming,
     )
     directory = local_model_dir(a.model_name) or snapshot(a.model_name, files=("*.json", "*.model", "*.txt", "*.jinja"))
     config = read_config(directory)

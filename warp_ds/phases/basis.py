@@ -16,7 +16,6 @@ from warp_ds.cluster.dealing import LeastLoaded
 from warp_ds.cluster.peaks import returning_large_pieces
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.cluster.processes import all_gather_object, init_distributed, rank, world_size
-from warp_ds.data.datasets import load_samples
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.arguments import BasisArguments
 from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, weight_basis
@@ -24,7 +23,7 @@ from warp_ds.models.layer_names import LAYER_TYPES
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import log_rate
-from warp_ds.phases.texts import tokenise
+from warp_ds.phases.texts import read_texts, tokenise
 from warp_ds.store.files import remove_unfinished, write_json, write_tensors
 from warp_ds.store.fingerprints import fingerprint_rows
 from warp_ds.store.layers import TargetLayer
@@ -74,16 +73,16 @@ def run_basis(arguments: BasisArguments, pairs: Any = None) -> Path:
 
 def safety_pairs(arguments: Any) -> Any:
     """The safety set of phases 1 and 2, in order."""
-    with on_every_rank_or_none("reading the safety data"):
-        return load_samples(
-            arguments.safety_data,
-            split=arguments.safety_split,
-            samples=arguments.safety_samples,
-            prompt_column=arguments.prompt_column,
-            response_column=arguments.response_column,
-            config=arguments.data_config,
-            refusal_file=arguments.refusal_file,
-        )
+    return read_texts(
+        arguments.safety_data,
+        split=arguments.safety_split,
+        samples=arguments.safety_samples,
+        prompt_column=arguments.prompt_column,
+        response_column=arguments.response_column,
+        config=arguments.data_config,
+        streaming=arguments.streaming,
+        refusal_file=arguments.refusal_file,
+    )
 
 
 @returning_large_pieces()

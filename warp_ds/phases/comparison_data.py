@@ -54,24 +54,25 @@ def overlaps(data: ComparisonData) -> dict[tuple[str, str], int]:
 
 def load_data(a: CompareArguments) -> ComparisonData:
     """Raises DataError for a file that is missing, empty or without the columns."""
-    columns: dict[str, Any] = {"prompt_column": a.prompt_column, "response_column": a.response_column}
+    streaming = a.streaming
+    columns: dict[str, Any] = {"prompt_column": a.prompt_column, "response_column": a.response_column, "streaming": streaming}
     safety = load_samples(a.safety_data, split=a.safety_split, samples=a.safety_samples, refusal_file=a.refusal_file, **columns)
     task = load_samples(a.utility_data, split=a.utility_split, samples=a.utility_samples, config=a.data_config, **columns)
     heldout = load_samples(
         a.utility_heldout or a.utility_data, split=a.heldout_split, samples=a.heldout_samples, config=a.data_config, **columns
     )
-    mix = load_samples(a.mix_file)[: safety_share(len(task), a.mix_ratio)] if a.mix_file else []
+    mix = load_samples(a.mix_file, streaming=streaming)[: safety_share(len(task), a.mix_ratio)] if a.mix_file else []
     return ComparisonData(
         safety,
         task,
         EvaluationSets(
-            load_prompts(a.harmful_data, samples=a.harmful_samples, prompt_column=a.prompt_column),
-            load_prompts(a.harmless_data, samples=a.harmless_samples) if a.harmless_data else (),
+            load_prompts(a.harmful_data, samples=a.harmful_samples, prompt_column=a.prompt_column, streaming=streaming),
+            load_prompts(a.harmless_data, samples=a.harmless_samples, streaming=streaming) if a.harmless_data else (),
             heldout,
         ),
         mix,
-        load_samples(a.unaligned_data) if a.unaligned_data else [],
-        load_prompts(a.foundation_data, samples=len(safety))
+        load_samples(a.unaligned_data, streaming=streaming) if a.unaligned_data else [],
+        load_prompts(a.foundation_data, samples=len(safety), streaming=streaming)
         if a.foundation_data
         else [sample.asked() for sample in task if sample.messages][: len(safety)],
     )

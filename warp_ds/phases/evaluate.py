@@ -178,7 +178,7 @@ def _suites(arguments: EvaluateArguments) -> tuple[list[str], list[str]]:
 
 def _sets(arguments: EvaluateArguments, suites: Sequence[str]) -> EvaluationSets:
     """Raises DataError for a file that is empty, without the column, or without numbers to score."""
-    prompts = partial(load_prompts, prompt_column=arguments.prompt_column)
+    prompts = partial(load_prompts, prompt_column=arguments.prompt_column, streaming=arguments.streaming)
     sets = EvaluationSets(
         prompts(arguments.harmful_data, samples=arguments.harmful_samples) if "refusal" in suites else (),
         prompts(arguments.harmless_data or "", samples=arguments.harmless_samples) if "over_refusal" in suites else (),
@@ -189,6 +189,7 @@ def _sets(arguments: EvaluateArguments, suites: Sequence[str]) -> EvaluationSets
             prompt_column=arguments.prompt_column,
             response_column=arguments.response_column,
             config=arguments.data_config,
+            streaming=arguments.streaming,
         )
         if {"gsm8k", "loss"} & set(suites)
         else (),

@@ -2,44 +2,106 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
 from typing import Any
 
-from warp_ds.cluster import consensus
+from warp_ds.cluster import consensus, processes
+from warp_ds.data import cache
+from warp_ds.data.datasets import read_samples
 from warp_ds.data.formats import encode_prompt
 from warp_ds.data.inspect import first_samples
-from warp_ds.data.lengths import encode_dataset, too_long
+from warp_ds.data.lengths import encode_dataset, fitting, too_long
 from warp_ds.data.sample import Sample, as_samples
+from warp_ds.data.stored import StoredSamples, store
+from warp_ds.data.tokens import tokens_from, tokens_on_disk
 from warp_ds.errors import DataError
 from warp_ds.models.context import context_length
-from warp_ds.zero.model import check_ids, load_tokenizer
+from warp_ds.zero.model import check_ids, check_largest, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
+def read_texts(name: str, **options: Any) -> StoredSamples:
+    """`data.datasets.read_samples` with its options, read by rank 0 and memory-mapped by all; where machines do not
+    share the cache, read by one rank of each. Collective.
+
+    Raises DataError, also where the machines have other texts under this name.
+    """
+    said = json.dumps([os.path.abspath(name), name, sorted(options.items())], default=str)
+    work = f"reading-{hashlib.sha256(said.encode()).hexdigest()[:32]}"
+
+    def read() -> StoredSamples:
+        def hold(samples: Iterator[Sample]) -> StoredSamples:
+            return store(f"{work}-{next(part)}", samples)
+
+        part = count()
+        return store(work, read_samples(name, hold=hold, **options))
+
+    what, found = f"reading {name}", None
+    with consensus.long_step(what):
+        if processes.rank() == 0:
+            found = read().directory.name
+    known = str(processes.broadcast_object(found))
+    for mine in _turns():
+        with consensus.long_step(what):
+            if mine and cache.place_of(known) is None and read().directory.name != known:
+                raise DataError(
+                    f"{name} holds other texts on {socket.gethostname()} than on rank 0's machine: give all the same files"
+                )
+    return StoredSamples(cache.root() / known)
+
+
+def _turns() -> tuple[bool, bool]:
+    """Whether this rank looks now for what rank 0 has made, and makes it where its machine does not see that: first one rank of
+    each machine, then, where ranks do not count from 0 there, any."""
+    return processes.local_rank() == 0, True
+
+
 def tokenise(samples: Any, arguments: Any, prompt_only: bool = False) -> Any:
-    """``encode_dataset`` of samples with the tokenizer of --model_name; shows the first two. Collective. Raises DataError."""
+    """Samples as tokens of the tokenizer of --model_name, made once as `read_texts` does; shows the first two. Collective.
+
+    Raises DataError.
+    """
     config, tokenizer = load_tokenizer(arguments)
-    with consensus.on_every_rank_or_none("tokenising"):
-        encoded = _encoded(samples, config, tokenizer, arguments, prompt_only=prompt_only)
+    found = samples if isinstance(samples, StoredSamples) else as_samples(samples)
+    options = {"max_length": arguments.max_length, "prompt_only": prompt_only, "train_on": arguments.train_on}
+
+    def on_disk() -> Path:
+        return tokens_on_disk(found, tokenizer, arguments.num_proc, **options)
+
+    for mine in (processes.rank() == 0, *_turns()):
+        with consensus.long_step("tokenising"):
+            directory = on_disk() if mine else None
+    with consensus.on_every_rank_or_none("reading the tokens"):
+        tokens = tokens_from(directory or on_disk())
+        encoded = fitting(tokens, found, arguments.max_length, prompt_only=prompt_only, long_samples=arguments.long_samples)
+        largest = tokens.data.column("largest").to_numpy()
+        rows = encoded["row"][:] if "row" in encoded.column_names else range(len(encoded))
+        check_largest(((row, int(largest[row])) for row in rows), config)
     for line in first_samples(encoded.select(range(min(2, len(encoded)))), tokenizer):
         logger.info("%s", line)
     return encoded
 
 
-def _encoded(samples: Any, config: Any, tokenizer: Any, arguments: Any, **options: Any) -> Any:
-    encoded = encode_dataset(
-        samples,
-        tokenizer,
-        arguments.max_length,
-        context_length(config),
-        train_on=arguments.train_on,
-        long_samples=arguments.long_samples,
-        **options,
+def _check_scored(samples: Any, config: Any, tokenizer: Any, arguments: Any) -> None:
+    check_ids(
+        encode_dataset(
+            samples,
+            tokenizer,
+            arguments.max_length,
+            context_length(config),
+            train_on=arguments.train_on,
+            long_samples=arguments.long_samples,
+        ),
+        config,
     )
-    check_ids(encoded, config)
-    return encoded
 
 
 def check_lengths(
@@ -71,7 +133,7 @@ def check_lengths(
         for name, samples in scored.items():
             try:
                 if samples:
-                    _encoded(samples, config, tokenizer, arguments)
+                    _check_scored(samples, config, tokenizer, arguments)
             except DataError as error:
                 wrong.append(f"{name}: {error}")
         if wrong:

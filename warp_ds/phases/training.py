@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.integrations import TensorBoardCallback
 
 from warp_ds.cluster import consensus, preemption, processes
-from warp_ds.data.datasets import load_samples
 from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
@@ -29,7 +28,7 @@ from warp_ds.phases import checkpoints
 from warp_ds.phases.packing import SamplesApart, attention_of, check_packing, make_sampler
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import Speed
-from warp_ds.phases.texts import tokenise
+from warp_ds.phases.texts import read_texts, tokenise
 from warp_ds.phases.trainer import CompleteConverted, EarlyStopping, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
 from warp_ds.phases.trainer_arguments import check_training, run_facts, trainer_arguments
 from warp_ds.phases.watching import Watched
@@ -59,14 +58,16 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     read_together(lambda: _artefacts(arguments), "reading basis and masks")
     with consensus.on_every_rank_or_none("checking the inputs"):
         check_packing(arguments, model_dir)
-        pairs = load_samples(
-            arguments.utility_data,
-            split=arguments.utility_split,
-            samples=arguments.utility_samples,
-            prompt_column=arguments.prompt_column,
-            response_column=arguments.response_column,
-            config=arguments.data_config,
-        )
+    pairs = read_texts(
+        arguments.utility_data,
+        split=arguments.utility_split,
+        samples=arguments.utility_samples,
+        prompt_column=arguments.prompt_column,
+        response_column=arguments.response_column,
+        config=arguments.data_config,
+        streaming=arguments.streaming,
+    )
+    with consensus.on_every_rank_or_none("checking the inputs"):
         watched = Watched.read(arguments, passed)
         inputs = {"model": fingerprint, "data": fingerprint_rows(pairs), **watched.fingerprints(arguments, passed)}
         masks_dir, basis_dir = _find_masks(arguments, inputs["model"])
@@ -106,15 +107,17 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
     fingerprint = model_fingerprint(model_dir)
     with consensus.on_every_rank_or_none("checking the inputs"):
         check_packing(arguments, model_dir)
-        pairs = load_samples(
-            arguments.safety_data,
-            split=arguments.safety_split,
-            samples=arguments.safety_samples,
-            prompt_column=arguments.prompt_column,
-            response_column=arguments.response_column,
-            config=arguments.data_config,
-            refusal_file=arguments.refusal_file,
-        )
+    pairs = read_texts(
+        arguments.safety_data,
+        split=arguments.safety_split,
+        samples=arguments.safety_samples,
+        prompt_column=arguments.prompt_column,
+        response_column=arguments.response_column,
+        config=arguments.data_config,
+        streaming=arguments.streaming,
+        refusal_file=arguments.refusal_file,
+    )
+    with consensus.on_every_rank_or_none("checking the inputs"):
         watched = Watched.read(arguments, passed)
         inputs = {"model": fingerprint, "data": fingerprint_rows(pairs), **watched.fingerprints(arguments, passed)}
     with start_run("phase0", arguments, inputs, passed) as run:

@@ -48,9 +48,12 @@ class Watched:
                 prompt_column=arguments.prompt_column,
                 response_column=arguments.response_column,
                 config=arguments.data_config,
+                streaming=arguments.streaming,
             )
         if arguments.eval_safety is not None:
-            watched.prompts = load_prompts(arguments.eval_safety, samples=arguments.eval_safety_samples)
+            watched.prompts = load_prompts(
+                arguments.eval_safety, samples=arguments.eval_safety_samples, streaming=arguments.streaming
+            )
         return watched
 
     def fingerprints(self, arguments: TrainingFlags, passed: Mapping[str, Any]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import gc
 import json
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -131,12 +131,16 @@ def check_special_ids(tokenizer: PreTrainedTokenizerBase, rows: int | None, flag
 
 def check_ids(samples: Sequence[Any], config: Any) -> None:
     """DataError, naming the row, for a sample (input_ids) with an id beyond the model's embedding."""
+    check_largest(((sample.get("row", row), max(sample["input_ids"], default=0)) for row, sample in enumerate(samples)), config)
+
+
+def check_largest(largest: Iterable[tuple[int, int]], config: Any) -> None:
+    """``check_ids`` of (row, largest id) of each sample."""
     rows = embedding_rows(config)
-    for row, sample in enumerate(samples):
-        worst = max(sample["input_ids"], default=0)
+    for row, worst in largest:
         if rows is not None and worst >= rows:
             raise DataError(
-                f"row {sample.get('row', row)} holds the token id {worst}, but the model has {rows} embeddings (ids 0 to "
+                f"row {row} holds the token id {worst}, but the model has {rows} embeddings (ids 0 to "
                 f"{rows - 1}): the text has a token that was added to the tokenizer alone; take it out, or resize "
                 "the model's embeddings"
             )
