@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralCo
 from warp_ds.cluster import processes
 from warp_ds.data.collate import count_tokens, empty_sample, pad_batch
 from warp_ds.data.lengths import encode_dataset
+from warp_ds.data.packing import pack_batch
 from warp_ds.models.flops import active_parameters, device_peak
 from warp_ds.phases import run
 from warp_ds.phases.trainer import MetricsFile
@@ -89,6 +90,9 @@ def test_empty_samples_and_padding_are_no_tokens() -> None:
     assert count_tokens(pad_batch([*samples, empty_sample(1)], 0)).tolist() == [6, 12]
     packed = {"labels": [[-100, 5, -100, 5, 5, -100], [-100] * 6], "position_ids": [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]}
     assert count_tokens({name: torch.tensor(rows) for name, rows in packed.items()}).tolist() == [5, 12]
+    for rows in ([samples[:1], [], samples[1:]], [[empty_sample(1)]]):
+        whole, kept = (count_tokens(pack_batch(rows, 0, empty_sample(1), few)).tolist() for few in (False, True))
+        assert whole == kept
 
 
 def test_parameters_that_a_token_is_multiplied_with() -> None:
@@ -106,8 +110,10 @@ def test_parameters_that_a_token_is_multiplied_with() -> None:
     [
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H100 NVL", None),
         ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA A10G", None),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),

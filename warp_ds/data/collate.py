@@ -58,6 +58,9 @@ def count_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     A sequence without a label is no tokens: it is padding or EMPTY, or teaches nothing.
     """
     labelled = batch["labels"] != IGNORE
+    if "logits_to_keep" in batch:  # the labels are those of the kept positions alone
+        labelled = batch["logits_to_keep"].clone()
+        labelled[batch["logits_to_keep"]] = batch["labels"] != IGNORE
     if "position_ids" in batch:
         sequence = (batch["position_ids"] == 0).flatten().cumsum(0)
         labels = torch.zeros(sequence.numel() + 1, dtype=torch.int64, device=sequence.device)
