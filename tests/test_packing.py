@@ -13,23 +13,30 @@ import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from dense_training import phase3_reference
 from phase3_jobs import common, interrupted_and_resumed, losses, make_model, phase3, phase12
+from phase12_jobs import Tokenizer, basis_arguments, importance_arguments, load, make_rows
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from warp_ds.cluster import processes
-from warp_ds.data.collate import GlobalBatchSampler, empty_sample, pad_batch
+from warp_ds.data.collate import EMPTY, GlobalBatchSampler, empty_sample, pad_batch
 from warp_ds.data.formats import IGNORE
 from warp_ds.data.packing import Packed, PackedBatchSampler, best_fit, pack_batch, seen_of_another, spread
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
 from warp_ds.models.packable import check_packable
 from warp_ds.models.transformers_internals import keeps_logits
+from warp_ds.phases.basis import run_basis
+from warp_ds.phases.importance import run_importance
+from warp_ds.phases.packing import check_apart
 from warp_ds.phases.training import run_safety_tuning
+from warp_ds.zero.batches import Samples
+from warp_ds.zero.importance_steps import importance_batches, plan_steps
 
 WORLDS = (1, 2, 3)
 LENGTHS = random.Random(0).choices(range(2, 61), k=50)
+PAIRS = [{"prompt": "Say it.", "response": "No."}]
 
 
 def test_best_fit_puts_a_sample_where_it_leaves_the_least_room():
@@ -163,6 +170,64 @@ def test_samples_that_see_each_other_are_found_by_trying() -> None:
         model = AutoModelForCausalLM.from_config(tiny(kind), attn_implementation="eager").eval()
         seen[kind] = seen_of_another(model, range(3, 12), range(20, 30), "cpu")
     assert seen["llama"] < 1e-5 and seen["gpt_oss"] > 0.1
+
+
+def test_the_rows_of_phases_1_and_2() -> None:
+    """Every sample once, in rows that hold no more than they may; importance batches whole where one fits."""
+    samples = Samples(make_rows(), Tokenizer(), "cpu", capacity=40)
+    batches, _ = importance_batches(samples, 2)
+    for rows, ranks in [(1, 1), (2, 1), (1, 2), (2, 3)]:
+        dealt = [i for rank in range(ranks) for batch in samples.deal(rows, ranks, rank) for i in batch if i != EMPTY]
+        assert sorted(dealt) == list(range(len(samples)))
+        assert len({len(samples.deal(rows, ranks, rank)) for rank in range(ranks)}) == 1
+        steps = plan_steps(batches, samples, rows, ranks)
+        assert [i for step in steps for part in step.parts for i in part if i != EMPTY] == [i for b in batches for i in b]
+        for step in steps:
+            assert all(len(samples.packed(part)) <= rows for part in step.parts)
+            assert all(samples.length(row) <= 40 for part in step.parts for row in samples.packed(part))
+            assert all(last for _, _, last in step.segments)  # no two samples of these have more than 40 tokens
+    assert len(plan_steps(batches, samples, 2, 1)) < len(batches)
+    short = plan_steps(batches, Samples(make_rows(), Tokenizer(), "cpu", capacity=21), 1, 1)
+    assert {last for step in short for *_, last in step.segments} == {True, False}
+
+
+def test_a_packed_batch_of_phases_1_and_2() -> None:
+    samples = Samples(make_rows(), Tokenizer(), "cpu", "response", capacity=40)
+    batch = samples.batch([6, 0, EMPTY, 3, 9])
+    assert batch.samples == [6, 0, 3, 9] and batch.sequence is not None and len(batch.input_ids) == 2
+    labels = [label for i in batch.samples for label in samples.rows[i]["labels"] if label != IGNORE]
+    assert batch.take(batch.input_ids.unsqueeze(-1)).flatten().tolist() == labels
+    x = torch.zeros(*batch.labels.shape, 3)
+    x[tuple((batch.sequence == 2).nonzero()[1])] = float("inf")
+    assert torch.isfinite(batch.sums(x)).tolist() == [True, True, False, True]
+    assert samples.batch([EMPTY]).counted.sum() == 0
+
+
+def apart_job(*names: str) -> list[str]:
+    """What phases 1 and 2 say of models that are packed, whether they are known to mix samples or not."""
+    said = []
+    for name in names:
+        arguments = basis_arguments(Path(name), packing=True, layer_type="attn_o")
+        model, _ = load(arguments)
+        try:
+            check_apart(arguments, model, [{"input_ids": list(range(3, 12))}, {"input_ids": list(range(20, 30))}])
+            said.append("")
+        except ConfigError as error:
+            said.append(str(error))
+    return said
+
+
+def test_samples_that_see_each_other_are_found_before_phases_1_and_2(tmp_path: Path) -> None:
+    for kind in ("llama", "gpt_oss"):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(tiny(kind), attn_implementation="eager").save_pretrained(tmp_path / kind)
+    fine, mixed = run_ranks(2, apart_job, str(tmp_path / "llama"), str(tmp_path / "gpt_oss"))[0]
+    assert not fine and "samples of one row see each other" in mixed
+    refused: Any = pytest.raises(ConfigError, match="--packing cannot be used with .*, a model of type gpt_oss")
+    with refused:
+        run_basis(basis_arguments(tmp_path / "gpt_oss", packing=True, layer_type="attn_o"), PAIRS)
+    with refused:
+        run_importance(importance_arguments(tmp_path / "gpt_oss", packing=True, layer_type="attn_o", basis="identity"), PAIRS)
 
 
 MIXING = "mamba mamba2 jamba bamba zamba2 falcon_h1 lfm2 qwen3_next nemotron_h recurrent_gemma rwkv"

@@ -18,6 +18,8 @@ from warp_ds.store.masks import MaskStore
 WORLDS = [1, 2, 3]
 ROWS = make_rows()
 IMPORTANCE_BATCH = 2
+#: Up to two rows of at most 40 tokens: of samples of 5 to 20 tokens, two to eight in a row.
+PACKED: dict[str, Any] = {"packing": True, "batch_size": 2, "max_length": 40}
 
 # Rounding of an fp32 forward and backward pass and of fp32 sums over about 150 tokens, relative to the largest value:
 # measured 2e-7 to 2e-6 on these models.
@@ -45,6 +47,9 @@ def basis_cases(models: dict[str, Path], root: Path) -> dict[str, tuple[Any, lis
         "rank0": (basis_arguments(models["llama"], svd_placement="rank0"), ROWS),
         "hooks": (basis_arguments(models["llama"], collect="hooks"), ROWS),
         "few_hooks": (basis_arguments(models["llama"], collect="hooks"), few),
+        "packed": (basis_arguments(models["llama"], **PACKED), ROWS),
+        "packed_hooks": (basis_arguments(models["llama"], **PACKED, collect="hooks"), ROWS),
+        "packed_response": (basis_arguments(models["qwen2"], **PACKED, token_scope="response"), ROWS),
         "cut": (basis_arguments(models["llama"], energy=0.9, max_rank=20, layer_type="ffn_down,attn_q"), ROWS),
         "weight": (basis_arguments(models["llama"], basis="weight"), ROWS),
         "random": (basis_arguments(models["llama"], basis="random"), ROWS),
@@ -91,10 +96,13 @@ def assert_basis(u: np.ndarray, s: np.ndarray, sigma: np.ndarray, what: str) -> 
     assert compared >= 3, what
 
 
-@pytest.mark.parametrize("case", [*FAMILIES, "response", "few", "few_hooks", "one_sample", "rank0", "hooks"])
+@pytest.mark.parametrize(
+    "case",
+    [*FAMILIES, "response", "few", "few_hooks", "one_sample", "rank0", "hooks", "packed", "packed_hooks", "packed_response"],
+)
 def test_bases_are_the_covariances_eigenvectors(bases: Any, dense: dict[str, Any], case: str) -> None:
     arguments, rows, directory, metadata = bases[case]
-    family = case if case in FAMILIES else "llama"
+    family = case if case in FAMILIES else Path(arguments.model_name).name
     inputs = reference.layer_inputs(dense[family], list(metadata["layers"]), rows, arguments.token_scope)
     for name, x in inputs.items():
         u, s = stored(bases, case, name)
@@ -206,6 +214,10 @@ def score_cases(models: dict[str, Path], given: dict[str, Path], root: Path) -> 
         # Importance batches that lie on several steps, and micro-batches that hold several importance batches.
         "one_at_a_time": (importance_arguments(llama, batch_size=1), ROWS, given["llama"]),
         "many_at_a_time": (importance_arguments(llama, batch_size=5), ROWS, given["llama"]),
+        "packed": (importance_arguments(llama, **PACKED), ROWS, given["llama"]),
+        # One row a rank that one sample nearly fills: importance batches lie on several steps.
+        "packed_short": (importance_arguments(llama, **{**PACKED, "batch_size": 1, "max_length": 21}), ROWS, given["llama"]),
+        "packed_recomputed": (importance_arguments(llama, **PACKED, gradient_checkpointing=True), ROWS, given["llama"]),
     }
     return {name: (*case, root / name) for name, case in cases.items()}
 
@@ -224,7 +236,20 @@ def scores(
     return found
 
 
-@pytest.mark.parametrize("case", [*FAMILIES, "identity", "thin", "checkpointing", "one_at_a_time", "many_at_a_time"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *FAMILIES,
+        "identity",
+        "thin",
+        "checkpointing",
+        "one_at_a_time",
+        "many_at_a_time",
+        "packed",
+        "packed_short",
+        "packed_recomputed",
+    ],
+)
 def test_importance(scores: Any, dense_gradients: dict[str, Any], case: str) -> None:
     (_, _, basis, _), found, notes = scores[case]
     names, gradients = dense_gradients[case if case in FAMILIES else "llama"]

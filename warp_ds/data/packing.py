@@ -53,6 +53,13 @@ def spread(lengths: Sequence[int], count: int) -> list[list[int]]:
     return [rows[row] for _, row in sorted(heap, key=lambda item: (-item[0], item[1]))]
 
 
+def even_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """As few rows of at most `capacity` tokens as best-fit finds, of even length where they can be: less padding."""
+    rows = best_fit(lengths, capacity)
+    even = spread(lengths, len(rows))
+    return even if all(sum(lengths[i] for i in row) <= capacity for row in even) else rows
+
+
 @torch.no_grad()
 def seen_of_another(model: Any, first: Sequence[int], second: Sequence[int], device: Any) -> float:
     """How much the logits of `second` change, in their standard deviations, when what stands before it in its row does.

@@ -15,6 +15,7 @@ from warp_ds.flags.groups import (
     LayerArguments,
     MaskedTrainingFlags,
     MaskFlags,
+    PackingFlags,
     RunArguments,
     SafetyDataArguments,
     TrainingFlags,
@@ -34,7 +35,7 @@ class SafetyTuningArguments(SafetyDataArguments, TrainingFlags):
 
 
 @dataclass
-class BasisArguments(BasisFlags, SafetyDataArguments, LayerArguments, RunArguments):
+class BasisArguments(BasisFlags, SafetyDataArguments, LayerArguments, PackingFlags):
     """Phase 1."""
 
     basis: str = flag(
@@ -51,7 +52,7 @@ class BasisArguments(BasisFlags, SafetyDataArguments, LayerArguments, RunArgumen
 
 
 @dataclass
-class ImportanceArguments(MaskFlags, SafetyDataArguments, LayerArguments, RunArguments):
+class ImportanceArguments(MaskFlags, SafetyDataArguments, LayerArguments, PackingFlags):
     """Phase 2."""
 
     safety_samples: int = again(SafetyDataArguments, "safety_samples", 50)

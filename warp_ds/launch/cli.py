@@ -124,6 +124,16 @@ def _add_verify_and_shrink(commands: Any) -> None:
     shrink.add_argument("--output", required=True, help="directory for the new basis/ and masks/")
     shrink.set_defaults(run=_shrink)
 
+    convert = commands.add_parser(
+        "convert-basis", help="bases and masks of the original Safety-WaRP-LLM (.pt), in this project's formats"
+    )
+    convert.add_argument("--basis_dir", required=True, help="its basis/, or the run that holds it")
+    convert.add_argument("--masks_dir", help="its masks/, made with that basis")
+    convert.add_argument("--model_name", required=True, help="the model that they were made for: directory or hub name")
+    convert.add_argument("--layer_type", help="of files that lie in no layer type's directory, as its first version wrote them")
+    convert.add_argument("--output", required=True, help="directory for the new basis/ and masks/")
+    convert.set_defaults(run=_convert)
+
 
 def underscored(words: Sequence[str]) -> list[str]:
     """Flags in the phases' spelling: --gpus-per-node is --gpus_per_node."""
@@ -239,6 +249,20 @@ def _shrink(arguments: argparse.Namespace) -> int:
 
     print_shrunk(shrink(arguments.masks_dir, arguments.basis_dir, Path(arguments.output)))
     print(f"train with --masks_dir {Path(arguments.output) / 'masks'}")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from warp_ds.phases.convert import convert
+    from warp_ds.zero.model import resolve_model_dir
+
+    output, model_dir = Path(arguments.output), resolve_model_dir(arguments.model_name)
+    basis, masks = convert(
+        arguments.basis_dir, arguments.masks_dir, model_dir, arguments.model_name, output, arguments.layer_type
+    )
+    print(f"{len(basis.bases)} bases: {output / 'basis'}")
+    if masks is not None:
+        print(f"{masks.frozen:,} of {masks.entries:,} coefficients frozen: {output / 'masks'}")
     return 0
 
 

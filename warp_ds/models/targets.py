@@ -83,16 +83,23 @@ def find_targets(model: nn.Module, target_layers: str, layer_type: str) -> list[
     ]
 
 
+def targets_of(model_dir: Path, target_layers: str, layer_type: str) -> list[TargetLayer]:
+    """``find_targets`` from the configuration in ``model_dir`` alone: no weight is read. Raises what transformers does, too."""
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    # A Trainer of the same process leaves its configuration behind, by which transformers would gather and fill.
+    with zero3_hidden_from_transformers(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return find_targets(model, target_layers, layer_type)
+
+
 def check_targets(model_dir: Path, target_layers: str, layer_type: str) -> None:
-    """Raises what ``find_targets`` would, from the configuration in ``model_dir`` alone: before any weight is read."""
+    """Raises what ``find_targets`` would, before any weight is read."""
     try:
-        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-        # A Trainer of the same process leaves its configuration behind, by which transformers would gather and fill.
-        with zero3_hidden_from_transformers(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        targets_of(model_dir, target_layers, layer_type)
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError):
         return  # What is wrong with the model itself is said where it is loaded.
-    find_targets(model, target_layers, layer_type)
 
 
 def _target(block: nn.Module, prefix: str, index: int, kind: str) -> TargetLayer:

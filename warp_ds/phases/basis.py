@@ -21,6 +21,7 @@ from warp_ds.flags.arguments import BasisArguments
 from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, weight_basis
 from warp_ds.models.layer_names import LAYER_TYPES
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
+from warp_ds.phases.packing import attention_of, check_apart, check_packing, micro_batch
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import log_rate
 from warp_ds.phases.texts import read_texts, tokenise
@@ -59,12 +60,14 @@ def run_basis(arguments: BasisArguments, pairs: Any = None) -> Path:
     model_dir = resolve_model_dir(arguments.model_name)
     with on_every_rank_or_none("looking for the layers"):
         check_targets(model_dir, arguments.target_layers, arguments.layer_type)
+        check_packing(arguments, model_dir)
     inputs = {"model": model_fingerprint(model_dir), "data": fingerprint_rows(pairs)}
     with start_run("phase1", arguments, inputs=inputs) as run:
         if run.done:
             return run.directory
         dataset = tokenise(pairs, arguments, prompt_only=arguments.token_scope == "prompt")
-        model, tokenizer = load_model(arguments, ds_config)
+        model, tokenizer = load_model(arguments, ds_config, attention_of(arguments))
+        check_apart(arguments, model, dataset)
         layers = find_targets(model, arguments.target_layers, arguments.layer_type)
         compute_basis(model, tokenizer, layers, dataset, arguments, run.directory / "basis", inputs)
         run.finish()
@@ -102,7 +105,8 @@ def compute_basis(
     ConfigError.
     """
     _check(arguments)
-    samples = Samples(dataset, tokenizer, arguments.resolved_device, arguments.token_scope)
+    _, capacity = micro_batch(arguments)
+    samples = Samples(dataset, tokenizer, arguments.resolved_device, arguments.token_scope, capacity)
     metadata = BasisMetadata(
         basis=arguments.basis,
         model_fingerprint=fingerprints["model"],
@@ -176,12 +180,12 @@ def _inputs(
 ) -> Iterator[LayerInput]:
     """The distinct layer inputs, layer by layer (--collect walk) or all at once (hooks)."""
     _, blocks = find_blocks(model)
-    itemsize = arguments.torch_dtype.itemsize
+    itemsize, (rows, _) = arguments.torch_dtype.itemsize, micro_batch(arguments)
     if arguments.collect != "hooks":
         walk = BlockWalk(model, list(blocks))
         reason = walk.why_not(samples.batch([0]))
         if reason is None:
-            yield from collect_by_walk(walk, layers, samples, arguments.batch_size, directory, itemsize)
+            yield from collect_by_walk(walk, layers, samples, rows, directory, itemsize)
             logger.info("each block's parameters were fetched %d time(s)", max(walk.fetches))
             return
         if arguments.collect == "walk":
@@ -189,7 +193,7 @@ def _inputs(
         logger.warning(
             "this model cannot be run layer by layer (%s): all layers are collected at once, as with --collect hooks", reason
         )
-    yield from collect_with_hooks(model, list(blocks), layers, samples, arguments.batch_size, itemsize)
+    yield from collect_with_hooks(model, list(blocks), layers, samples, rows, itemsize)
 
 
 def _decomposition(

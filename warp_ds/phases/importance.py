@@ -25,6 +25,7 @@ from warp_ds.method.mask import frozen_count, pack_bits
 from warp_ds.method.selection import DECADE, LOG_BINS, random_scores
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases.basis import safety_pairs
+from warp_ds.phases.packing import attention_of, check_apart, check_packing, micro_batch
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import log_rate
 from warp_ds.phases.texts import tokenise
@@ -66,6 +67,7 @@ def run_importance(arguments: ImportanceArguments, pairs: Any = None) -> Path:
     model_dir = resolve_model_dir(arguments.model_name)
     with on_every_rank_or_none("looking for the layers"):
         check_targets(model_dir, arguments.target_layers, arguments.layer_type)
+        check_packing(arguments, model_dir)
     inputs = {"model": model_fingerprint(model_dir), "data": fingerprint_rows(pairs)}
     if basis is not None:
         read_together(lambda: [basis.contents()], "reading the basis")
@@ -74,7 +76,8 @@ def run_importance(arguments: ImportanceArguments, pairs: Any = None) -> Path:
         if run.done:
             return run.directory
         dataset = tokenise(pairs, arguments)
-        model, tokenizer = load_model(arguments, ds_config)
+        model, tokenizer = load_model(arguments, ds_config, attention_of(arguments))
+        check_apart(arguments, model, dataset)
         layers = find_targets(model, arguments.target_layers, arguments.layer_type)
         compute_masks(model, tokenizer, layers, dataset, basis, arguments, run.directory / "masks", inputs)
         run.finish()
@@ -139,7 +142,8 @@ def importance_scores(
 
     ``scratch``: where finished importance batches are saved, and found again by a run that goes on.
     """
-    samples = Samples(dataset, tokenizer, arguments.resolved_device)
+    _, capacity = micro_batch(arguments)
+    samples = Samples(dataset, tokenizer, arguments.resolved_device, capacity=capacity)
     batches = _speaking_batches(samples, arguments, notes)
     inputs = _scored_inputs(layers, basis, samples.tokens / len(batches))
     scores, saved = RowScores(inputs, samples.device), SavedScores(scratch / "scores")
@@ -191,8 +195,8 @@ def _speaking_batches(samples: Samples, arguments: ImportanceArguments, notes: l
 
 def _scaled_loss(weights: dict[int, float], scale: float, logits: Tensor, batch: Batch, last: int) -> Tensor:
     """A micro-batch's part of scale x Σ_b L_b, of the logits of its ``last`` positions; ``weights``: ``loss_weights``."""
-    of_rows = torch.tensor([[weights.get(i, 0.0)] for i in batch.samples], device=logits.device)
-    return scale * response_loss(logits, batch.labels[:, -last:], of_rows.expand(-1, last))
+    of_tokens = batch.of_samples(torch.tensor([weights.get(i, 0.0) for i in batch.samples], device=logits.device))
+    return scale * response_loss(logits, batch.labels[:, -last:], of_tokens[:, -last:])
 
 
 def _add_shown(
@@ -219,7 +223,7 @@ def _passes(
     scratch: Path,
 ) -> Iterator[tuple[Sequence[Step], Shown]]:
     """Forward and backward passes over ``batches``: the steps that go together, and what they show."""
-    steps = plan_steps(batches, samples, arguments.batch_size, world_size())
+    steps = plan_steps(batches, samples, micro_batch(arguments)[0], world_size())
     blocks = list(find_blocks(model)[1])
     walk = BlockWalk(model, blocks)
     reason = walk.why_not(samples.batch([0]))

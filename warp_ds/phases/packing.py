@@ -16,6 +16,8 @@ from warp_ds.data.packing import PackedBatchSampler, seen_of_another
 from warp_ds.errors import ConfigError
 from warp_ds.flags.groups import PackingFlags, TrainingFlags
 from warp_ds.models.packable import check_packable, packed_attention
+from warp_ds.models.targets import find_blocks
+from warp_ds.zero.fetch import FetchHooks, outside
 from warp_ds.zero.model import read_config
 
 
@@ -41,6 +43,37 @@ def row_shape(arguments: PackingFlags) -> tuple[int, int]:
     return rows, tokens // rows
 
 
+def micro_batch(arguments: PackingFlags) -> tuple[int, int | None]:
+    """Rows of a micro-batch of phases 1 and 2, and the tokens that each may have; None where samples are padded."""
+    return row_shape(arguments) if arguments.packing else (arguments.batch_size, None)
+
+
+def check_apart(arguments: PackingFlags, model: Any, rows: Any) -> None:
+    """Tries on a model without an engine, for --packing, that a sample of ``rows`` sees nothing of another. Collective.
+
+    ConfigError on every rank where one does.
+    """
+    if arguments.packing:
+        blocks = list(find_blocks(model)[1])
+        with FetchHooks(outside(model, blocks), blocks):
+            _refuse_leaks(seen_of_another(model, *_two_beginnings(rows), arguments.resolved_device))
+
+
+def _two_beginnings(rows: Any) -> tuple[Any, Any]:
+    """The first tokens of the first sample and of the last."""
+    return rows[0]["input_ids"][:16], rows[len(rows) - 1]["input_ids"][:16]
+
+
+def _refuse_leaks(seen: float) -> None:
+    # bf16 rounds a mixture of experts otherwise when other tokens come along; what leaks is of the logits' own size.
+    leaks = torch.tensor([float(not seen < 0.05)], device=processes.collective_device())
+    if processes.all_reduce_sum(leaks).item():
+        raise ConfigError(
+            f"--packing cannot be used with this model: samples of one row see each other (logits change by {seen:.2g} of "
+            "their standard deviation); leave --packing out"
+        )
+
+
 class SamplesApart(TrainerCallback):
     """Tries on the model itself, before the first step, that a sample sees nothing of another in its row."""
 
@@ -49,20 +82,13 @@ class SamplesApart(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Collective. ConfigError on every rank where it does."""
-        samples: Any = self.trainer.train_dataset
-        first, second = samples[0]["input_ids"][:16], samples[len(samples) - 1]["input_ids"][:16]
+        first, second = _two_beginnings(self.trainer.train_dataset)
         model: Any = self.trainer.model_wrapped
         training = model.training
         model.eval()
         seen = seen_of_another(model, first, second, args.device)
         model.train(training)
-        # bf16 rounds a mixture of experts otherwise when other tokens come along; what leaks is of the logits' own size.
-        leaks = torch.tensor([float(not seen < 0.05)], device=processes.collective_device())
-        if processes.all_reduce_sum(leaks).item():
-            raise ConfigError(
-                f"--packing cannot be used with this model: samples of one row see each other (logits change by {seen:.2g} of "
-                "their standard deviation); leave --packing out"
-            )
+        _refuse_leaks(seen)
 
 
 def sample_lengths(samples: Any) -> list[int]:

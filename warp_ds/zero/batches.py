@@ -13,30 +13,54 @@ from torch import Tensor
 from warp_ds.cluster.dealing import in_turn
 from warp_ds.data.collate import EMPTY, empty_sample, pad_batch, pad_token
 from warp_ds.data.formats import IGNORE
+from warp_ds.data.packing import even_rows, pack_batch
 
 
 @dataclass
 class Batch:
-    """A padded micro-batch on the device."""
+    """A micro-batch on the device: of one sample a row, padded, or of several (packed)."""
 
     samples: list[int]
-    """Which sample of the data set each row is; EMPTY for none."""
+    """Its samples, by their place in the data set: of each row, where it is padded, and EMPTY for none."""
     input_ids: Tensor
-    attention_mask: Tensor
+    attention: Tensor
+    """[B, L], what keeps attention to a sample: a mask that is 0 for padding, or of packed rows the position ids."""
     labels: Tensor
     counted: Tensor
     """bool [B, L]: the tokens that count; never padding, never EMPTY."""
+    sequence: Tensor | None = None
+    """Of packed rows, [B, L]: which of ``samples`` each token is of; their number for padding."""
+
+    @property
+    def context(self) -> dict[str, Tensor]:
+        """What a model is told beside the tokens."""
+        return {"attention_mask" if self.sequence is None else "position_ids": self.attention}
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return {"input_ids": self.input_ids, **self.context}
 
     @cached_property
     def _places(self) -> Tensor:
-        return self.counted.flatten().nonzero().squeeze(1)
+        places = self.counted.flatten().nonzero().squeeze(1)
+        return places if self.sequence is None else places[self.sequence.flatten()[places].argsort(stable=True)]
+
+    def of_samples(self, values: Tensor) -> Tensor:
+        """[B, L] from [samples]: each token's sample's; 0 for padding of packed rows."""
+        if self.sequence is None:
+            return values.unsqueeze(1).expand(self.labels.shape)
+        return torch.cat([values, values.new_zeros(1)])[self.sequence]
+
+    def sums(self, x: Tensor) -> Tensor:
+        """fp32 [samples]: ``sample_sums`` of x [B, L, n], packed or not."""
+        if self.sequence is None:
+            return sample_sums(x)
+        of_tokens = x.sum(dim=-1, dtype=torch.float32).flatten()
+        found = of_tokens.new_zeros(len(self.samples) + 1).index_add_(0, self.sequence.flatten(), of_tokens)
+        return found[: len(self.samples)]
 
     def take(self, x: Tensor) -> Tensor:
-        """The tokens that count [t, n] of x [B, L, n]: a copy, or x itself where all do.
+        """The tokens that count [t, n] of x [B, L, n], sample by sample: a copy, or x itself where all do.
 
         Raises ValueError for any other shape, as of a layer that sees some of the tokens, or in another order.
         """
@@ -44,7 +68,8 @@ class Batch:
             raise ValueError(f"a layer's input is {tuple(x.shape)}, but the batch is {tuple(self.counted.shape)} tokens")
         x = x.reshape(-1, x.shape[-1])
         # Several times faster than x[counted] on a CPU.
-        return x if len(self._places) == len(x) else x.index_select(0, self._places)
+        whole = self.sequence is None and len(self._places) == len(x)
+        return x if whole else x.index_select(0, self._places)
 
 
 def sample_sums(x: Tensor) -> Tensor:
@@ -56,10 +81,13 @@ def sample_sums(x: Tensor) -> Tensor:
 
 
 class Samples:
-    """A tokenised data set, the tokens of it that count, and how it is padded."""
+    """A tokenised data set, the tokens of it that count, and how it is padded or packed."""
 
-    def __init__(self, dataset: Any, tokenizer: Any, device: torch.device | str, token_scope: str = "all"):
-        """``dataset``: rows of input_ids and labels. ``token_scope``: 'response' counts those alone, others all."""
+    def __init__(
+        self, dataset: Any, tokenizer: Any, device: torch.device | str, token_scope: str = "all", capacity: int | None = None
+    ):
+        """``dataset``: rows of input_ids and labels. ``token_scope``: 'response' counts those alone, others all.
+        ``capacity``: tokens that a packed row may have; None pads samples, each in a row of its own."""
         eos = tokenizer.eos_token_id
         self.device = device
         self.pad = pad_token(tokenizer)
@@ -71,6 +99,7 @@ class Samples:
             for row in dataset
         ]
         self.response = token_scope == "response"
+        self.capacity = None if capacity is None else max([capacity, *(len(row["input_ids"]) for row in self.rows)])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -93,16 +122,50 @@ class Samples:
         """Tokens that count, of all samples."""
         return sum(self.counts(i) for i in range(len(self)))
 
+    def packed(self, indices: Iterable[int]) -> list[list[int]]:
+        """The rows that hold these samples: one in each, or as many as fit; EMPTY is left out."""
+        there = [i for i in indices if i != EMPTY]
+        if self.capacity is None:
+            return [[i] for i in there]
+        return [[there[k] for k in row] for row in even_rows([self.length([i]) for i in there], self.capacity)]
+
+    def area(self, indices: Iterable[int]) -> int:
+        """Tokens of these samples' micro-batch, with its padding."""
+        rows = self.packed(indices)
+        return len(rows) * max(map(self.length, rows), default=0)
+
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The given samples (EMPTY allowed) as one padded micro-batch."""
+        """The given samples (EMPTY allowed) as one micro-batch."""
+        if self.capacity is not None:
+            return self._packed_batch(indices)
         padded = pad_batch([self.empty if i == EMPTY else self.rows[i] for i in indices], self.pad)
         there = torch.tensor([i != EMPTY for i in indices]).unsqueeze(1)
         counted = (padded["labels"] != IGNORE if self.response else padded["attention_mask"].bool()) & there
         tensors = (padded["input_ids"], padded["attention_mask"], padded["labels"], counted)
         return Batch(list(indices), *(t.to(self.device) for t in tensors))
 
+    def _packed_batch(self, indices: Sequence[int]) -> Batch:
+        rows = self.packed(indices)
+        batch = pack_batch([[self.rows[i] for i in row] for row in rows], self.pad, self.empty)
+        samples = [i for i in indices if i != EMPTY]
+        sequence = torch.full_like(batch["labels"], len(samples))
+        counted = torch.zeros_like(batch["labels"], dtype=torch.bool)
+        number = {i: k for k, i in enumerate(samples)}
+        for r, row in enumerate(rows):
+            at = 0
+            for i in row:
+                there = slice(at, at := at + self.length([i]))
+                sequence[r, there] = number[i]
+                counted[r, there] = torch.as_tensor(self.rows[i]["labels"]) != IGNORE if self.response else True
+        tensors = (batch["input_ids"], batch["position_ids"], batch["labels"], counted, sequence)
+        return Batch(samples, *(t.to(self.device) for t in tensors))
+
     def deal(self, batch_size: int, world_size: int, rank: int) -> list[list[int]]:
-        """This rank's micro-batches of the whole set, longest samples together: as many on every rank."""
+        """This rank's micro-batches of the whole set, of ``batch_size`` rows, longest together: as many on every rank."""
+        if self.capacity is not None:
+            rows = sorted(self.packed(range(len(self))), key=lambda row: -self.length(row))
+            together = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+            return in_turn([[i for row in part for i in row] for part in together], world_size, rank, [EMPTY])
         order = sorted(range(len(self)), key=lambda i: (-len(self.rows[i]["input_ids"]), i))
         order += [EMPTY] * (-len(order) % batch_size)
         batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]

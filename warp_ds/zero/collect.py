@@ -26,7 +26,7 @@ from warp_ds.data.collate import EMPTY
 from warp_ds.method.covariance import Covariance
 from warp_ds.models.layer_names import LAYER_TYPES
 from warp_ds.store.layers import TargetLayer
-from warp_ds.zero.batches import Batch, Samples, sample_sums
+from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.fetch import FetchHooks, outside
 from warp_ds.zero.walk import BlockWalk, HiddenStates
 
@@ -267,7 +267,7 @@ class InputHooks:
             covariance = Covariance(layer.n, self.samples.device) if way == REDUCE else None
             self.inputs[layer.name] = LayerInput([layer], way, covariance)
         # Padding counts too, since real tokens attend to nothing that is not finite.
-        self._sums.append((layer, self.batch, sample_sums(x)))
+        self._sums.append((layer, self.batch, self.batch.sums(x)))
         self.inputs[layer.name].add(self.batch.take(x))
 
     def end_of_pass(self) -> None:
@@ -338,7 +338,7 @@ def collect_by_walk(
 def in_small_pieces(
     batches: list[list[int]], layers: Sequence[TargetLayer], samples: Samples, itemsize: int
 ) -> list[list[int]]:
-    """On a CPU, micro-batches cut until their widest activation is below LARGE_PIECE, or down to single samples.
+    """On a CPU, micro-batches cut until their widest activation is below LARGE_PIECE, or down to single rows.
 
     Smaller ones are no slower there, and memory for them need not be asked of the system in every pass.
     """
@@ -347,9 +347,10 @@ def in_small_pieces(
     width = max(max(layer.m, layer.n) for layer in layers) * itemsize
     pieces = []
     for part in batches:
-        longest = max(len(samples.rows[i]["input_ids"]) for i in part)
-        rows = max(1, (LARGE_PIECE - 1) // (longest * width))
-        pieces += [part[first : first + rows] for first in range(0, len(part), rows)]
+        rows = samples.packed(part)
+        most = max(1, (LARGE_PIECE - 1) // (max(map(samples.length, rows)) * width))
+        together = [rows[first : first + most] for first in range(0, len(rows), most)]
+        pieces += [[i for row in piece for i in row] for piece in together]
     return pieces
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from warp_ds.cluster.memory import host_memory
 from warp_ds.cluster.processes import all_gather_object, rank
-from warp_ds.data.collate import EMPTY
 from warp_ds.data.formats import IGNORE
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.batches import Batch, Samples
@@ -199,8 +198,7 @@ def steps_at_once(
     parts: list[list[Step]] = [[]]
     used = 0
     for step in steps:
-        longest = max(len(part) * max((samples.counts(i) for i in part if i != EMPTY), default=1) for part in step.parts)
-        size = longest * width * itemsize * depth
+        size = max(1, *map(samples.area, step.parts)) * width * itemsize * depth
         if parts[-1] and used + size > budget:
             parts.append([])
             used = 0

@@ -19,7 +19,7 @@ from warp_ds.cluster.processes import collective_device, rank, world_size
 from warp_ds.data.collate import EMPTY
 from warp_ds.method.importance import add_importance
 from warp_ds.store.layers import TargetLayer
-from warp_ds.zero.batches import Batch, sample_sums
+from warp_ds.zero.batches import Batch
 from warp_ds.zero.gradients import Tapped
 from warp_ds.zero.importance_steps import Step
 
@@ -50,7 +50,7 @@ class Finite:
 
     def watch(self, layer: TargetLayer, batch: Batch, tapped: Tapped) -> None:
         """One pass over each; padding counts too, since real tokens attend to nothing that is not finite."""
-        self._seen.append((layer, batch, torch.stack([sample_sums(tapped.x), sample_sums(tapped.g)])))
+        self._seen.append((layer, batch, torch.stack([batch.sums(tapped.x), batch.sums(tapped.g)])))
 
     def failure(self) -> tuple[int, str, int] | None:
         """(order, layer name, sample) of the first that was not finite: an input of the lowest block, else a gradient

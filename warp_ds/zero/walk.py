@@ -116,7 +116,7 @@ class BlockWalk:
             raise _Done
 
         # The embeddings stand for shape and dtype alone: the block is given ``hidden`` itself.
-        self._forward(take, inputs_embeds=hidden.detach(), attention_mask=batch.attention_mask)
+        self._forward(take, inputs_embeds=hidden.detach(), **batch.context)
         return taken[0]
 
     def logits(self, hidden: Tensor, batch: Batch, last: int) -> Tensor:
@@ -127,7 +127,7 @@ class BlockWalk:
             return hidden if position == final else passing
 
         with self._replaced(replace):
-            inputs = {"inputs_embeds": hidden.detach(), "attention_mask": batch.attention_mask}
+            inputs = {"inputs_embeds": hidden.detach(), **batch.context}
             output = self.model(**inputs, use_cache=False, **keep_last(self.model, last))
         return output.logits[:, -last:]
 
