@@ -48,14 +48,15 @@ def frozen_columns(artefacts: Artefacts) -> dict[str, Tensor]:
 def lora_reference(
     artefacts: Artefacts, batches: list[Tensor], lr: float, eps: float, decay: float, clip: float, **more: Any
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses and trained A and B of clipped AdamW in fp64: A starts without its part in U_F, whose gradient is left out."""
+    """Losses and trained A and B of clipped AdamW in fp64 on A [U_F, complement]: A starts without its part in U_F, whose
+    gradient is left out."""
     model = adapted(torch.float64, **more)
     named = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
     bases, frozen = {}, {}
     for layer, u in frozen_columns(artefacts).items():
         a = named[a_name(layer)]
         a -= a @ u @ u.T
-        bases[a_name(layer)] = artefacts.bases[f"{layer}.weight"]
-        frozen[a_name(layer)] = artefacts.frozen[f"{layer}.weight"][:1].expand(len(a), -1)
+        bases[a_name(layer)] = u if u.shape[1] else None
+        frozen[a_name(layer)] = (torch.arange(len(u)) < u.shape[1]).expand(len(a), -1)
     optimizer = DenseAdamW(named, bases, frozen, lr, eps, dict.fromkeys(named, decay), clip)
     return train(model, list(named), batches, optimizer, loss_of), optimizer.weights()

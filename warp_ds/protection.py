@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from warp_ds import errors
 from warp_ds.cluster import consensus, processes
 from warp_ds.errors import ArtifactError
-from warp_ds.method.mask import unpack_bits
+from warp_ds.method.mask import pack_bits, unpack_bits
 from warp_ds.method.rotation import Rotation
 from warp_ds.models.lora import is_adapted, lora_pairs
 from warp_ds.store.bases import BasisStore
@@ -141,6 +141,29 @@ class _Masked:
     """With the parameter's own number of rows."""
     param: nn.Parameter
     adapter_b: nn.Parameter | None = None
+    columns: Tensor | None = None
+    """Which columns of the basis an adapter stays out of, bool [n]."""
+
+    def held(self, basis: BasisStore | None) -> tuple[str, int]:
+        """The key of its basis, and the bytes that its rotation takes."""
+        if basis is None:  # the identity rotates layers of any width; a stored basis fits one
+            return "identity", 0
+        if self.columns is None:
+            return basis.held(self.target.name)
+        return self.target.name, Rotation.held_bytes(self.target.n, int(self.columns.sum()))
+
+    def rotation(self, basis: BasisStore | None, device: torch.device) -> Rotation:
+        """Its complete basis, on ``device``. An adapter's is that of its frozen columns alone, [U_F, complement]: it takes less
+        room, and its free coordinates are nearly those that a LoRA without masks trains in."""
+        if basis is None or self.columns is None:
+            return _rotation(basis, self.target, device)
+        if not bool(self.columns.any()):
+            return Rotation(None, self.target.n)
+        stored, _ = basis.columns(self.target.name)
+        if bool(self.columns[stored.shape[1] :].any()):
+            stored = basis.rotation(self.target.name).rotate(torch.eye(self.target.n))
+            return Rotation(stored[:, self.columns], self.target.n).to(device)
+        return Rotation(stored.to(device)[:, self.columns[: stored.shape[1]].to(device)], self.target.n)
 
 
 def _masked(model: nn.Module, masks: MaskStore) -> list[_Masked]:
@@ -169,7 +192,8 @@ def _masked(model: nn.Module, masks: MaskStore) -> list[_Masked]:
                 f"the masks in {masks.directory} have {layer.name} as {layer.shape}, but its adapter is of "
                 f"{(outputs, columns)}: they belong to another model"
             )
-        found.append(_Masked(replace(layer, m=rows), pair.a, pair.b))
+        columns = unpack_bits(masks.columns(layer.name), layer.n)[0]
+        found.append(_Masked(replace(layer, m=rows), pair.a, pair.b, columns))
     return found
 
 
@@ -205,37 +229,37 @@ def _layers(
 ) -> tuple[list[ProtectedLayer], Placement]:
     """This rank's share of every masked layer, and where the bases lie. Collective."""
     with consensus.on_every_rank_or_none("reading basis and masks"):
-        # The identity rotates layers of any width; a stored basis fits one.
         targets = [each.target for each in masked]
-        bases = {target.name: ("identity", 0) if basis is None else basis.held(target.name) for target in targets}
+        bases = {each.target.name: each.held(basis) for each in masked}
         machine = CPU if all(_compute_device(each.param).type == "cpu" for each in masked) else GPU
         asked = asked if basis is not None else "replicated"
         placement, why = place_bases(asked, targets, bases, world_size, machine, rank=rank)
         if rank == 0 and world_size > 1 and basis is not None:
             logger.info("bases are placed as %s (--basis_placement %s): %s", placement.name, asked, why)
         for key, each in {bases[each.target.name][0]: each for each in masked}.items():
-            placement.keep(key, partial(_rotation, basis, each.target, _compute_device(each.param)))
-        layers = [_share(masks, each, bases[each.target.name][0], world_size, rank) for each in masked]
+            placement.keep(key, partial(each.rotation, basis, _compute_device(each.param)))
+        layers = [_share(masks, each, bases[each.target.name][0], basis, world_size, rank) for each in masked]
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # what completing the bases took in fp64, which NCCL may want
     return layers, placement
 
 
-def _share(masks: MaskStore, masked: _Masked, basis: str, world_size: int, rank: int) -> ProtectedLayer:
+def _share(masks: MaskStore, masked: _Masked, key: str, basis: BasisStore | None, world_size: int, rank: int) -> ProtectedLayer:
     """This rank's share of one masked parameter."""
     target, device = masked.target, _compute_device(masked.param)
     partition, frozen = RowPartition(target.m, target.n, world_size, rank), int(masks.metadata.layers[target.name]["frozen"])
-    if masked.adapter_b is None:
+    if masked.columns is None:
         whole = masks.packed(target.name, partition.rows.start, partition.rows.stop)
         cut = [masks.packed(target.name, row, row + 1) for row in partition.cut_rows]
     else:
-        columns = masks.columns(target.name)
-        whole, cut = columns.expand(len(partition.rows), -1), [columns] * len(partition.cut_rows)
-        frozen = target.m * int(unpack_bits(columns, target.n).sum())
+        count = int(masked.columns.sum())
+        first = masked.columns if basis is None else torch.arange(target.n) < count  # U_F comes first, see ``rotation``
+        row = pack_bits(first[None])
+        whole, cut, frozen = row.expand(len(partition.rows), -1), [row] * len(partition.cut_rows), target.m * count
     return ProtectedLayer(
         target,
         masked.param,
-        basis,
+        key,
         partition,
         whole.contiguous().to(device),
         torch.cat(cut) if cut else whole.new_zeros(0, whole.shape[1]),

@@ -202,8 +202,8 @@ class StepCheckpoints:
                     local[layer.real].copy_(c[layer.real])
                     local[layer.real.stop :] = 0.0
                 self._write_adapters(layers)
-        _raise_together(self._lost_of_trained(problems))
         if any(layer.adapter_b is not None for layer, _ in problems):
+            _raise_together(self._lost_of_trained(problems))
             deepspeed_internals.gather_persistent(self.zero)
         if marks is not None:
             self._repair_universal(marks)
@@ -221,9 +221,10 @@ class StepCheckpoints:
         trained = torch.tensor(
             [float(deepspeed_internals.any_nonzero(layer.adapter_b)) for layer, _ in adapters], device=self.driver.device
         )
-        if adapters:
-            self.driver.over_ranks(trained)
-        return next((problem for (_, problem), is_trained in zip(adapters, trained.tolist(), strict=True) if is_trained), "")
+        self.driver.over_ranks(trained)
+        return next(
+            (problem for (_, problem), is_trained in zip(adapters, trained.tolist(), strict=True) if is_trained and problem), ""
+        )
 
     def _foreign_state(self, marks: list[dict[str, Any] | None]) -> str:
         """Why the loaded moments are not those of this run's rotated coefficients; empty where they are."""
