@@ -40,6 +40,11 @@ def is_adapted(model: nn.Module) -> bool:
     return any(isinstance(module, PeftModel | BaseTunerLayer) for module in model.modules())
 
 
+def without_adapter(model: Any) -> Any:
+    """The transformers model that PEFT has wrapped; ``model`` itself where it has not."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def lora_pairs(model: nn.Module, layers: Iterable[TargetLayer]) -> dict[str, LoraPair]:
     """The adapter of each of ``layers`` that has one, by the layer's name.
 
