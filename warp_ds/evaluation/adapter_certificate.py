@@ -1,7 +1,8 @@
 """The freeze certificate of a LoRA adapter: from its files and the masks alone, whether ΔW = s B A reads frozen directions.
 
 ΔW U_F = s B (A U_F) is known to fp64's rounding, since no base weight is subtracted: where A is as the masked step leaves it,
-A U_F is what rounding A to its stored dtype made of 0, a thousand times smaller than what any other A of its size has there.
+A U_F is what rounding A to its stored dtype made of 0, far smaller than what any other A of its size has there (the numbers are
+in docs/adapters.md).
 Rounding is bounded as in drift.py, entry by entry of A U_F, and through B by the triangle inequality.
 """
 
