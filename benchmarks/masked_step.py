@@ -136,9 +136,11 @@ def write_artefacts(a: argparse.Namespace, root: Path) -> None:
 
     with torch.device("meta"):
         shape_of = make_model(argparse.Namespace(**{**vars(a), "device": "meta", "layers": a.layers}))
+    unit = getattr(a, "mask_unit", "entry")
+    columns = inputs = 0
     basis = BasisMetadata("random", "benchmark", "none", "all", "benchmark", 0)
     masks = MasksMetadata(
-        a.keep_ratio, "global", "entry", "random", "random", str(root / "basis"), None, "benchmark", "none", "benchmark"
+        a.keep_ratio, "global", unit, "random", "random", str(root / "basis"), None, "benchmark", "none", "benchmark"
     )
     for name, kind, i, module in targets(a, shape_of):
         m, n = module.weight.shape
@@ -150,10 +152,11 @@ def write_artefacts(a: argparse.Namespace, root: Path) -> None:
             basis.bases[file] = {"n": n, "rank": r}
         basis.layers[name] = layer_entry(layer, file)
         frozen = random_mask(m, n, r, a.keep_ratio, i, a.device)
+        columns, inputs = columns + int(frozen[0].sum()), inputs + n
         write_mask(root / "masks", layer, pack_bits(frozen))
         masks.layers[name] = layer_entry(layer, layer.mask_file, frozen=int(frozen.sum()), wanted=None, threshold=None)
         masks.frozen, masks.entries = masks.frozen + int(frozen.sum()), masks.entries + m * n
-    masks.keep_ratio = masks.frozen / masks.entries
+    masks.keep_ratio = columns / inputs if unit == "column" else masks.frozen / masks.entries
     write_json(root / "basis" / "metadata.json", metadata_dict(basis))
     masks.basis_fingerprint = BasisStore(root / "basis").fingerprint()
     write_json(root / "masks" / "metadata.json", metadata_dict(masks))
@@ -353,7 +356,7 @@ def run_workers(a: argparse.Namespace, what: str, root: Path) -> list[dict[str, 
             environment["DS_ACCELERATOR"] = "cpu"
         processes.append(
             subprocess.Popen(
-                [sys.executable, __file__, *sys.argv[1:], "--worker", what],
+                [sys.executable, sys.argv[0], *sys.argv[1:], "--worker", what],
                 env=environment,
                 stdout=subprocess.DEVNULL if rank else None,
             )

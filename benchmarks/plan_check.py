@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--phases", type=int, nargs="+", default=[0, 1, 2, 3], help="phase 3 needs 2, and 2 needs 1")
+    parser.add_argument("--adapter", default="none", choices=["none", "lora"], help="what phase 3 trains; lora is not recorded")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -52,6 +53,7 @@ def compare(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="plan_check_") as folder:
         root = Path(folder)
         tokens = make(root, arguments.hidden, arguments.layers)
+        (root / "adapter").write_text(arguments.adapter)
         measured: dict[str, dict[str, float]] = {}
         for phase in (f"phase {number}" for number in arguments.phases):
             (root / "phase").write_text(phase)
@@ -64,7 +66,7 @@ def compare(arguments: argparse.Namespace) -> None:
                 "disk": max(rank["disk"] for rank in ranks),
             }
         ratios = judge(root, measured, tokens, arguments)
-    if arguments.write:
+    if arguments.write and arguments.adapter == "none":
         path = ROOT / "warp_ds" / "launch" / "plan_checked.json"
         before = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(dict(sorted({**before, **ratios}.items())), indent=2) + "\n")
@@ -94,6 +96,8 @@ def judge(
             epochs=EPOCHS,
             on_gpu=False,
         )
+        if arguments.adapter != "none" and phase == "phase 3":
+            job = replace(job, adapter=arguments.adapter)
         if phase == "phase 3":  # whose bases come from the safety set
             job = replace(job, max_rank=SAMPLES * tokens["safety"])
         shape = read_shape(str(root / "model"), job.layer_type, job.target_layers)
@@ -262,7 +266,8 @@ def worker(root: Path) -> None:
 
     processes.init_distributed("cpu")
     phase = (root / "phase").read_text()
-    output = root / "out" / phase.replace(" ", "")
+    output, adapter = root / "out" / phase.replace(" ", ""), (root / "adapter").read_text()
+    columns_alone = {"mask_unit": "column"} if adapter != "none" else {}
     read = 0
     preadv, columns = os.preadv, bases.BasisStore.columns
 
@@ -296,7 +301,9 @@ def worker(root: Path) -> None:
         "phase 0": lambda: run_safety_tuning(SafetyTuningArguments(**common, **safety, **tuning), twice),
         "phase 1": lambda: run_basis(BasisArguments(**common, **safety, layer_type=LAYERS)),
         "phase 2": lambda: run_importance(
-            ImportanceArguments(**common, **safety, layer_type=LAYERS, basis_dir=latest(root, "phase1", "basis"))
+            ImportanceArguments(
+                **common, **safety, layer_type=LAYERS, basis_dir=latest(root, "phase1", "basis"), **columns_alone
+            )
         ),
         "phase 3": lambda: run_training(
             TrainArguments(
@@ -305,6 +312,7 @@ def worker(root: Path) -> None:
                 utility_data=str(root / "utility.jsonl"),
                 utility_samples=0,
                 masks_dir=latest(root, "phase2", "masks"),
+                adapter=adapter,
             ),
             twice,
         ),

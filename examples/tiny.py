@@ -26,8 +26,9 @@ class Start:
     out: Path
 
 
-def from_command_line(name: str) -> Start:
-    """What the flags name; without them the tiny model under ``--directory``, made first where it is not there."""
+def from_command_line(name: str, masks: str = "phase2") -> Start:
+    """What the flags name; without them the tiny model under ``--directory`` and the masks of its run ``masks``, made first
+    where they are not there."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model_name", help="model directory")
     parser.add_argument("--masks_dir", help="masks/ of phase 2")
@@ -35,12 +36,12 @@ def from_command_line(name: str) -> Start:
     parser.add_argument("--directory", type=Path, default=Path("checkpoints/tiny"), help="where the example writes")
     given = parser.parse_args()
     here = given.directory
-    if not given.masks_dir and not (here / "phase2" / "finished.json").exists():
+    if not given.masks_dir and not (here / masks / "finished.json").exists():
         subprocess.run([sys.executable, __file__, str(here)], check=True)  # phases belong into a process of their own
     rows = Path(given.task or here / "task.jsonl").read_text().splitlines()
     return Start(
         given.model_name or str(here / "model"),
-        given.masks_dir or str(here / "phase2" / "masks"),
+        given.masks_dir or str(here / masks / "masks"),
         [json.loads(row) for row in rows],
         here / name,
     )
@@ -57,7 +58,8 @@ def encode(tokenizer: Any, rows: list[dict[str, str]]) -> list[dict[str, list[in
 
 
 def make(here: Path) -> None:
-    """Model, task and safety set under ``here``, then phases 1 and 2: two layers, a tenth of their coefficients frozen."""
+    """Model, task and safety set under ``here``, then phases 1 and 2: two layers, a tenth of their coefficients frozen,
+    and a tenth of their columns."""
     from warp_ds.phases.basis import run_basis
     from warp_ds.phases.importance import run_importance
 
@@ -70,7 +72,9 @@ def make(here: Path) -> None:
     common: dict[str, Any] = dict(model_name=str(here / "model"), safety_data=str(here / "safety.jsonl"), dtype="float32")
     common.update(device="cpu", output_dir=str(here), log_dir=str(here / "logs"), resume="never", layer_type="ffn_down,attn_q")
     basis = run_basis(BasisArguments(**common, run_name="phase1"))
-    run_importance(ImportanceArguments(**common, run_name="phase2", basis_dir=str(basis / "basis")))
+    masks: dict[str, Any] = dict(common, basis_dir=str(basis / "basis"))
+    run_importance(ImportanceArguments(**masks, run_name="phase2"))
+    run_importance(ImportanceArguments(**masks, run_name="phase2_columns", mask_unit="column"))  # for adapters
 
 
 if __name__ == "__main__":

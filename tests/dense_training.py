@@ -112,6 +112,15 @@ def phase3_reference(root: Path, artefacts: Path, scope: str) -> tuple[list[floa
         bits = load_file(masks / entry["file"])["frozen"].numpy()
         frozen[f"{name}.weight"] = torch.from_numpy(np.unpackbits(bits, axis=1)[:, : entry["shape"][1]].astype(bool))
     trained = {k: p.detach().clone() for k, p in model.named_parameters() if scope == "all" or k in frozen}
+    loss = task_loss(root, tokenizer)
+    # Trainer decays no biases and norm weights.
+    decay = {k: 0.0 if "norm" in k else 0.1 for k in trained}
+    optimizer = DenseAdamW(trained, bases, frozen, lr=2e-3, eps=1e-4, decay=decay, clip=0.5)
+    return train(model, list(trained), [torch.zeros(0)] * 5, optimizer, loss), optimizer.weights()
+
+
+def task_loss(root: Path, tokenizer: Any) -> Callable[[torch.nn.Module, Any], torch.Tensor]:
+    """Mean loss over all response tokens of the task's file, whatever batch it is asked for."""
     rows = [json.loads(line) for line in (root / "utility_train.jsonl").read_text().splitlines()]
     prompts = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     samples = []
@@ -129,7 +138,4 @@ def phase3_reference(root: Path, artefacts: Path, scope: str) -> tuple[list[floa
             count += len(after)
         return total / count
 
-    # Trainer decays no biases and norm weights.
-    decay = {k: 0.0 if "norm" in k else 0.1 for k in trained}
-    optimizer = DenseAdamW(trained, bases, frozen, lr=2e-3, eps=1e-4, decay=decay, clip=0.5)
-    return train(model, list(trained), [torch.zeros(0)] * 5, optimizer, loss), optimizer.weights()
+    return loss

@@ -87,6 +87,7 @@ def write_artefacts(
     seed: int = 1,
     basis: str = "activation",
     model_fingerprint: str = "f",
+    unit: str = "entry",
 ) -> Artefacts:
     """Random bases of at most ``ranks[layer type]`` columns and random masks; columns beyond the rank stay free.
 
@@ -96,9 +97,9 @@ def write_artefacts(
     g = torch.Generator().manual_seed(seed)
     bases, masks = (
         BasisMetadata("activation", model_fingerprint, "d", "all", "tiny", 10),
-        MasksMetadata(share, "global", "entry", "importance", basis, str(root / "basis"), None, model_fingerprint, "d", "tiny"),
+        MasksMetadata(share, "global", unit, "importance", basis, str(root / "basis"), None, model_fingerprint, "d", "tiny"),
     )
-    params = dict(model.named_parameters())
+    params, units = dict(model.named_parameters()), [0, 0]
     for i in range(2):
         for kind, r in ranks.items():
             name = f"model.layers.{i}.{MODULES[kind]}"
@@ -111,10 +112,13 @@ def write_artefacts(
                 write_tensors(root / "basis" / file, {"U": u, "S": torch.ones(u.shape[1])})
                 bases.layers[name], bases.bases[file] = layer_entry(target, file), {"n": n, "rank": u.shape[1]}
                 frozen[:, u.shape[1] :] = False
+            if unit == "column":
+                frozen = frozen[:1].expand(m, n)
+            units[0], units[1] = units[0] + int(frozen[0].sum()), units[1] + n
             write_mask(root / "masks", target, pack_bits(frozen))
             masks.layers[name] = layer_entry(target, target.mask_file, frozen=int(frozen.sum()), wanted=None, threshold=None)
             masks.frozen, masks.entries = masks.frozen + int(frozen.sum()), masks.entries + frozen.numel()
-    masks.keep_ratio = masks.frozen / masks.entries
+    masks.keep_ratio = units[0] / units[1] if unit == "column" else masks.frozen / masks.entries
     if basis != "identity":
         write_json(root / "basis" / "metadata.json", metadata_dict(bases))
         masks.basis_fingerprint = BasisStore(root / "basis").fingerprint()

@@ -21,7 +21,7 @@ def run_example(name: str, directory: str) -> None:
     """As a script of its own would: in a fresh process, its directory first on the path."""
     sys.path.insert(0, str(EXAMPLES))
     sys.argv = [name, directory] if name == "tiny.py" else [name, "--directory", directory]
-    if name in ("trainer.py", "trl_sft.py"):
+    if name in ("trainer.py", "trl_sft.py", "lora_trl.py"):
         os.environ["ACCELERATE_USE_CPU"] = "true"
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
@@ -46,6 +46,20 @@ def test_training_keeps_what_is_frozen(directory: Path, name: str) -> None:
     assert kept(directory, name, "phase2/masks") == 0
     certificate = json.loads((directory / f"{name}.json").read_text())
     assert certificate["outcome"] == "kept"
+
+
+def test_an_adapter_keeps_what_is_frozen(directory: Path) -> None:
+    pytest.importorskip("trl")
+    run_ranks(1, run_example, "lora_trl.py", str(directory))
+    words = [
+        "--before",
+        directory / "model",
+        "--adapter",
+        directory / "lora_trl",
+        "--masks_dir",
+        directory / "phase2_columns/masks",
+    ]
+    assert warp_ds(["verify", *map(str, words), "--output", str(directory / "lora_trl.json")]) == 0
 
 
 def test_artefacts_of_ones_own(directory: Path) -> None:

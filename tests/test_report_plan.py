@@ -146,3 +146,26 @@ def test_the_record_of_runs() -> None:
         assert phase.pop("where")
         assert sorted(phase) == ["disk", "memory", "read", "sent", "written"]
         assert all(0.9 <= ratio <= 1.4 for ratio in phase.values()), phase
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_lora_of_70b(configs: Path, nodes: int) -> None:
+    """Phase 3 of an adapter on every layer type, on one node already, against arithmetic by hand."""
+    kinds = "ffn_down,ffn_up,ffn_gate,attn_q,attn_k,attn_v,attn_o"
+    settings = dict(layer_type=kinds, tokens=512, gradient_checkpointing=True, gpu_memory=80e9, adapter="lora", lora_r=16)
+    made = make_plan(str(configs / "70b"), nodes=nodes, **settings)
+    training, ranks = made.phases[3], 8 * nodes
+    assert training.gpu_total < USABLE * 80e9
+    # A and B of q, o (8,192 in and out), k, v (1,024 out), gate, up and down, of 80 blocks.
+    trained = 80 * 16 * (2 * 2 * 8192 + 2 * (8192 + 1024) + 3 * (8192 + 28672))
+    assert trained == 207_093_760
+    assert training.gpu["adapters"] == 2 * trained / ranks
+    assert training.gpu["masters and moments"] == 12 * trained / ranks
+    assert training.gpu["weights"] * ranks == pytest.approx(2 * 70_553_706_496, rel=1e-6)
+    # [U_F, complement] of a tenth of the columns as reflectors, two matrices of n x |F| and their signs, dealt to owners.
+    bases = 80 * 4 * (6 * (2 * 8192 + 1) * 819 + (2 * 28672 + 1) * 2867)
+    assert bases / ranks <= training.gpu["bases"] < 1.2 * bases / ranks  # an owner has whole ones
+    # Only A and B are checkpointed, with masters, moments and rotated coefficients, and only they are written at the end.
+    assert training.checkpoint == 18 * trained and training.written == 2 * trained + 2 * training.checkpoint
+    full = make_plan(str(configs / "70b"), nodes=nodes, **{**settings, "adapter": "none"}).phases[3]
+    assert full.gpu_total > training.gpu_total and training.sent < full.sent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from warp_ds import errors
 from warp_ds.cluster import consensus, processes
 from warp_ds.errors import ArtifactError
+from warp_ds.method.mask import pack_bits, unpack_bits
 from warp_ds.method.rotation import Rotation
+from warp_ds.models.lora import is_adapted, lora_pairs
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.fingerprints import Contents, fingerprint_model, model_contents
 from warp_ds.store.layers import TargetLayer
@@ -93,17 +96,17 @@ def protect_optimizer(
         masks.check(basis, fingerprint, name)
         if basis is not None:
             basis.check(masks.layers, fingerprint, name)
-        params = _parameters(model, masks.layers, masks.directory)
+        masked = _masked(model, masks)
         mark = masks.fingerprint() + (basis.fingerprint() if basis is not None else "identity")
     if not by_deepspeed:
-        if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in params.values()):
+        if any(isinstance(each.param, DTensor) or hasattr(each.param, "ds_id") for each in masked):
             raise errors.UnsupportedSetting(
                 "the model is sharded, but the optimizer is not DeepSpeed's: the masked step runs under ZeRO stage 3, or "
                 "on whole parameters (one process, or DDP); not under FSDP"
             )
-        alone, placement = _layers(basis, masks, params, 1, 0, "replicated")
+        alone, placement = _layers(basis, masks, masked, 1, 0, "replicated")
         return MaskedStep(PlainDriver(optimizer, alone), placement)
-    layers, placement = _layers(basis, masks, params, processes.world_size(), processes.rank(), basis_placement)
+    layers, placement = _layers(basis, masks, masked, processes.world_size(), processes.rank(), basis_placement)
     return MaskedStep(Zero3Driver(optimizer, layers, mark), placement)
 
 
@@ -128,6 +131,70 @@ def _covered(
     yield masks.contents()
     if (basis := masks.find_basis(basis_dir)) is not None:
         yield basis.contents()
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """A parameter whose rotated coefficients are masked: a layer's weight [m, n], or the A [r, n] of its adapter."""
+
+    target: TargetLayer
+    """With the parameter's own number of rows."""
+    param: nn.Parameter
+    adapter_b: nn.Parameter | None = None
+    columns: Tensor | None = None
+    """Which columns of the basis an adapter stays out of, bool [n]."""
+
+    def held(self, basis: BasisStore | None) -> tuple[str, int]:
+        """The key of its basis, and the bytes that its rotation takes."""
+        if basis is None:  # the identity rotates layers of any width; a stored basis fits one
+            return "identity", 0
+        if self.columns is None:
+            return basis.held(self.target.name)
+        return self.target.name, Rotation.held_bytes(self.target.n, int(self.columns.sum()))
+
+    def rotation(self, basis: BasisStore | None, device: torch.device) -> Rotation:
+        """Its complete basis, on ``device``. An adapter's is that of its frozen columns alone, [U_F, complement]: it takes less
+        room, and its free coordinates are nearly those that a LoRA without masks trains in."""
+        if basis is None or self.columns is None:
+            return _rotation(basis, self.target, device)
+        if not bool(self.columns.any()):
+            return Rotation(None, self.target.n)
+        stored, _ = basis.columns(self.target.name)
+        if bool(self.columns[stored.shape[1] :].any()):
+            stored = basis.rotation(self.target.name).rotate(torch.eye(self.target.n))
+            return Rotation(stored[:, self.columns], self.target.n).to(device)
+        return Rotation(stored.to(device)[:, self.columns[: stored.shape[1]].to(device)], self.target.n)
+
+
+def _masked(model: nn.Module, masks: MaskStore) -> list[_Masked]:
+    if not is_adapted(model):
+        params = _parameters(model, masks.layers, masks.directory)
+        return [_Masked(layer, params[layer.name]) for layer in masks.layers]
+    if masks.metadata.unit != "column":
+        raise errors.UnsupportedSetting(
+            f"the masks in {masks.directory} freeze single coefficients (unit {masks.metadata.unit}), which an adapter cannot "
+            "keep with its rank: find masks of whole columns, with --mask_unit column in phase 2"
+        )
+    pairs = lora_pairs(model, masks.layers)
+    if not pairs:
+        raise ArtifactError(
+            f"none of the layers in the masks of {masks.directory} has an adapter in this model (the first is "
+            f"{masks.layers[0].name}): give the adapter these layers (target_modules), or make masks of those that it has"
+        )
+    found = []
+    for layer in masks.layers:
+        if layer.name not in pairs:
+            continue  # its W is frozen, and nothing is added to it
+        pair = pairs[layer.name]
+        (rows, columns), (outputs, rank) = (tuple(getattr(p, "ds_shape", p.shape)) for p in (pair.a, pair.b))
+        if (outputs, columns) != layer.shape or rows != rank:
+            raise ArtifactError(
+                f"the masks in {masks.directory} have {layer.name} as {layer.shape}, but its adapter is of "
+                f"{(outputs, columns)}: they belong to another model"
+            )
+        columns = unpack_bits(masks.columns(layer.name), layer.n)[0]
+        found.append(_Masked(replace(layer, m=rows), pair.a, pair.b, columns))
+    return found
 
 
 def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> dict[str, nn.Parameter]:
@@ -158,43 +225,47 @@ def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> di
 
 
 def _layers(
-    basis: BasisStore | None, masks: MaskStore, params: dict[str, nn.Parameter], world_size: int, rank: int, asked: str
+    basis: BasisStore | None, masks: MaskStore, masked: list[_Masked], world_size: int, rank: int, asked: str
 ) -> tuple[list[ProtectedLayer], Placement]:
     """This rank's share of every masked layer, and where the bases lie. Collective."""
     with consensus.on_every_rank_or_none("reading basis and masks"):
-        # The identity rotates layers of any width; a stored basis fits one.
-        bases = {target.name: ("identity", 0) if basis is None else basis.held(target.name) for target in masks.layers}
-        machine = CPU if all(_compute_device(p).type == "cpu" for p in params.values()) else GPU
+        targets = [each.target for each in masked]
+        bases = {each.target.name: each.held(basis) for each in masked}
+        machine = CPU if all(_compute_device(each.param).type == "cpu" for each in masked) else GPU
         asked = asked if basis is not None else "replicated"
-        placement, why = place_bases(asked, masks.layers, bases, world_size, machine, rank=rank)
+        placement, why = place_bases(asked, targets, bases, world_size, machine, rank=rank)
         if rank == 0 and world_size > 1 and basis is not None:
             logger.info("bases are placed as %s (--basis_placement %s): %s", placement.name, asked, why)
-        for key, target in {bases[target.name][0]: target for target in masks.layers}.items():
-            placement.keep(key, partial(_rotation, basis, target, _compute_device(params[target.name])))
-        layers = [
-            _share(masks, target, params[target.name], bases[target.name][0], world_size, rank) for target in masks.layers
-        ]
+        for key, each in {bases[each.target.name][0]: each for each in masked}.items():
+            placement.keep(key, partial(each.rotation, basis, _compute_device(each.param)))
+        layers = [_share(masks, each, bases[each.target.name][0], basis, world_size, rank) for each in masked]
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # what completing the bases took in fp64, which NCCL may want
     return layers, placement
 
 
-def _share(
-    masks: MaskStore, target: TargetLayer, param: nn.Parameter, basis: str, world_size: int, rank: int
-) -> ProtectedLayer:
-    """This rank's share of one masked layer."""
-    partition, device = RowPartition(target.m, target.n, world_size, rank), _compute_device(param)
-    whole = masks.packed(target.name, partition.rows.start, partition.rows.stop)
-    cut = [masks.packed(target.name, row, row + 1) for row in partition.cut_rows]
+def _share(masks: MaskStore, masked: _Masked, key: str, basis: BasisStore | None, world_size: int, rank: int) -> ProtectedLayer:
+    """This rank's share of one masked parameter."""
+    target, device = masked.target, _compute_device(masked.param)
+    partition, frozen = RowPartition(target.m, target.n, world_size, rank), int(masks.metadata.layers[target.name]["frozen"])
+    if masked.columns is None:
+        whole = masks.packed(target.name, partition.rows.start, partition.rows.stop)
+        cut = [masks.packed(target.name, row, row + 1) for row in partition.cut_rows]
+    else:
+        count = int(masked.columns.sum())
+        first = masked.columns if basis is None else torch.arange(target.n) < count  # U_F comes first, see ``rotation``
+        row = pack_bits(first[None])
+        whole, cut, frozen = row.expand(len(partition.rows), -1), [row] * len(partition.cut_rows), target.m * count
     return ProtectedLayer(
         target,
-        param,
-        basis,
+        masked.param,
+        key,
         partition,
-        whole.to(device),
+        whole.contiguous().to(device),
         torch.cat(cut) if cut else whole.new_zeros(0, whole.shape[1]),
-        int(masks.metadata.layers[target.name]["frozen"]),
+        frozen,
         device,
+        masked.adapter_b,
     )
 
 

@@ -129,16 +129,16 @@ def certify_layers(
     last, complete = "", None
     for target in sorted(masks.layers, key=lambda t: files[t.name]):
         if basis is None:
-            complete = _Complete(Rotation(None, target.n))
+            complete = Complete(Rotation(None, target.n))
         elif complete is None or last != files[target.name]:
             complete = None  # frees the last one first
-            last, complete = files[target.name], _orthonormal(basis, target)
+            last, complete = files[target.name], orthonormal(basis, target)
         certified[target.name] = _certify_layer(target, before, after, masks, complete)
     return [certified[target.name] for target in masks.layers]
 
 
 def _certify_layer(
-    target: TargetLayer, before: ModelDirectory, after: ModelDirectory, masks: MaskStore, basis: _Complete
+    target: TargetLayer, before: ModelDirectory, after: ModelDirectory, masks: MaskStore, basis: Complete
 ) -> tuple[LayerCertificate, Sums]:
     w_before, w_after = before.weight(target), after.weight(target)
     not_finite = int((~torch.isfinite(w_before)).sum()) + int((~torch.isfinite(w_after)).sum())
@@ -147,8 +147,7 @@ def _certify_layer(
         return LayerCertificate(
             target.name, count, target.m * target.n - count, nan, nan, nan, nan, nan, nan, 0, nan, nan, 0, not_finite, nan, nan
         ), Sums()
-    rotation, absolute, squared, skew = basis.rotation, basis.absolute, basis.squared, basis.skew
-    grid = _grid(w_after)
+    rotation, grid = basis.rotation, grid_of(w_after)
     low_precision = torch.finfo(grid).eps > 1e-6
     figures, sums = _Layer(), Sums()
     for rows in _chunks(target.m, target.n):
@@ -156,19 +155,10 @@ def _certify_layer(
         moved, size = rotation.rotate(new - old), rotation.rotate(old)
         # The start model is exact as stored: only W after training was rounded.
         row_size = old.square().mean(dim=1, keepdim=True).sqrt()
-        rounding = _half_ulp(new, grid)
-        products = row_size * max(FP32_PRODUCTS * max(16.0, 2 * target.n**0.5), TF32_PRODUCTS if low_precision else 0.0)
-        allowed, variance = rounding + products, rounding.square().div(3)
-        skewed: Tensor | float = 0.0
-        if absolute is not None and squared is not None and skew is not None:
-            variance = _weighted(rounding.square(), squared).div(3)
-            deviation = variance.sqrt() + products / 3**0.5
-            allowed = torch.minimum(_weighted(allowed, absolute), SIGMAS * deviation) + row_size * target.n**0.5 * skew
-            skewed = 2 * row_size * skew.max()
+        rounding = half_ulp(new, grid)
+        allowed, variance, typical = explained(rounding, row_size, low_precision, basis)
         frozen = unpack_bits(masks.packed(target.name, rows.start, rows.stop), target.n)
         figures.add(moved, size, allowed, frozen)
-        typical = row_size * max(FP32_PRODUCTS * max(12.0, 1.5 * target.n**0.5), TF32_PRODUCTS if low_precision else 0.0)
-        typical = typical + skewed
         sums.add(moved, size, frozen, variance, rounding, typical, basis.matrix)
     counts = figures.counts
     return LayerCertificate(
@@ -189,8 +179,24 @@ def _certify_layer(
     ), sums
 
 
+def explained(rounding: Tensor, row_size: Tensor, low_precision: bool, basis: Complete) -> tuple[Tensor, Tensor, Tensor]:
+    """Of coefficients of rows that were rounded by at most ``rounding`` [k, n] after products that made them: how far each may
+    be off, its variance by rounding, both [k, n], and the products' root mean square [k, 1]. ``row_size`` [k, 1]: root mean
+    square of the rows' entries; ``low_precision``: the products may have been TF32."""
+    n = rounding.shape[1]
+    products = row_size * max(FP32_PRODUCTS * max(16.0, 2 * n**0.5), TF32_PRODUCTS if low_precision else 0.0)
+    allowed, variance = rounding + products, rounding.square().div(3)
+    typical = row_size * max(FP32_PRODUCTS * max(12.0, 1.5 * n**0.5), TF32_PRODUCTS if low_precision else 0.0)
+    if basis.absolute is not None and basis.squared is not None and basis.skew is not None:
+        variance = _weighted(rounding.square(), basis.squared).div(3)
+        deviation = variance.sqrt() + products / 3**0.5
+        allowed = torch.minimum(_weighted(allowed, basis.absolute), SIGMAS * deviation) + row_size * n**0.5 * basis.skew
+        typical = typical + 2 * row_size * basis.skew.max()
+    return allowed, variance, typical
+
+
 @dataclass(frozen=True)
-class _Complete:
+class Complete:
     """A complete basis U [n, n] as it is asked for; None for the identity."""
 
     rotation: Rotation
@@ -203,7 +209,7 @@ class _Complete:
     """Length [n] of each column of UᵀU - I, fp64."""
 
 
-def _orthonormal(basis: BasisStore, target: TargetLayer) -> _Complete:
+def orthonormal(basis: BasisStore, target: TargetLayer) -> Complete:
     """The layer's basis, every entry of UᵀU - I looked at."""
     columns, _ = basis.columns(target.name)
     try:
@@ -227,7 +233,7 @@ def _orthonormal(basis: BasisStore, target: TargetLayer) -> _Complete:
         )
     skew = torch.linalg.vector_norm(gram, dim=0)
     del gram
-    return _Complete(rotation, u.float(), u.abs().float(), u.square().float(), skew)
+    return Complete(rotation, u.float(), u.abs().float(), u.square().float(), skew)
 
 
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:
@@ -236,7 +242,7 @@ def _weighted(values: Tensor, weights: Tensor) -> Tensor:
     return ((values / largest).float() @ weights).double() * largest * (1 + 1e-5)
 
 
-def _grid(w: Tensor) -> torch.dtype:
+def grid_of(w: Tensor) -> torch.dtype:
     """The coarsest dtype that holds every entry: of a model that was stored in 16 bits once, those."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         if dtype.itemsize < w.dtype.itemsize and torch.equal(w.to(dtype).to(w.dtype), w):
@@ -244,7 +250,7 @@ def _grid(w: Tensor) -> torch.dtype:
     return w.dtype
 
 
-def _half_ulp(w: Tensor, dtype: torch.dtype) -> Tensor:
+def half_ulp(w: Tensor, dtype: torch.dtype) -> Tensor:
     """Half the distance between neighbours in ``dtype`` of each entry of w (fp64), fp64."""
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(w)

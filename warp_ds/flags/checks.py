@@ -62,6 +62,7 @@ def check_rank(arguments: Any) -> None:
 def check_training(arguments: Any) -> None:
     for name in ("global_batch_size", "max_new_tokens"):
         at_least(arguments, name, 1)
+    arguments.check_adapter()
     for name in ("epochs", "learning_rate"):
         if not getattr(arguments, name) > 0:
             raise ConfigError(f"--{name} must be above 0, not {getattr(arguments, name)}")

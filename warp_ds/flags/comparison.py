@@ -13,6 +13,7 @@ from warp_ds.flags.groups import (
     BasisFlags,
     HeldOutArguments,
     LayerArguments,
+    LoraFlags,
     MaskedTrainingFlags,
     MaskFlags,
     PackingFlags,
@@ -35,6 +36,7 @@ class CompareArguments(
     SafetyDataArguments,
     LayerArguments,
     PackingFlags,
+    LoraFlags,
 ):
     """Arms side by side (phases/compare.py). --seed is that of the shared bases and masks."""
 
@@ -49,11 +51,14 @@ class CompareArguments(
     heldout_samples: int = samples(100, "how many of them; 0 = all")
     mix_file: str | None = flag(None, "your own examples, mixed into every arm's task", reads="data")
     mix_ratio: float = flag(0.1, "how many of them, as a share of the task's samples")
-    unaligned_model: str | None = flag(None, "resta: the start model without its alignment", reads="model")
-    unaligned_data: str | None = flag(None, "resta: examples that undo the alignment, to train such a model on", reads="data")
+    unaligned_model: str | None = flag(None, "resta, safelora: the start model without its alignment", reads="model")
+    unaligned_data: str | None = flag(None, "resta, safelora: examples that undo it, to train such a model on", reads="data")
     unaligned_rate: float = flag(0.0, "resta: learning rate of that training; 0 = the largest of --learning_rates")
     resta_alpha: float = flag(0.3, "resta: share of the safety vector that is added")
     safedelta_s: float = flag(0.1, "safedelta: safety budget of a layer of 4,096 rows")
+    safelora_threshold: float = flag(
+        0.35, "safelora: cosine of a layer's change and its projection up to which it is projected"
+    )
     neuron_share: float = flag(0.05, "sn-tune, rsn-tune: share of the neurons that count as safety (foundation) neurons")
     neuron_rate: float = flag(5e-5, "sn-tune, rsn-tune: learning rate of the safety neurons, for one epoch")
     foundation_data: str | None = flag(None, "rsn-tune: prompts of general use; the task's if not given", reads="data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from warp_ds.flags.checks import (
     refuse_secrets,
 )
 from warp_ds.flags.flag import again, flag, samples
-from warp_ds.models.layer_names import LAYER_TYPES
+from warp_ds.models.layer_names import LAYER_TYPES, parse_layer_types
 
 if TYPE_CHECKING:
     import torch
@@ -244,8 +245,56 @@ class WatchingFlags:
         return self.eval_data is not None or self.eval_safety is not None
 
 
+#: Adapters that are asked for by their names, and why they are none of ours.
+_NO_ADAPTERS = {
+    "dora": "DoRA scales whole rows of W + s B A, so that W moves in every direction and nothing is kept",
+    "qlora": "QLoRA's base is quantised, so its weights are not those that masks are made for (WarpCallback refuses it too)",
+}
+
+
 @dataclass
-class TrainingFlags(WatchingFlags, ScheduleFlags, PackingFlags):
+class LoraFlags:
+    """A LoRA adapter's sizes: W' = W + (alpha / r) B A."""
+
+    lora_r: int = flag(16, "LoRA: rank r of A and B")
+    lora_alpha: int = flag(32, "LoRA: alpha; W' = W + (alpha / r) B A")
+    lora_dropout: float = flag(0.05, "LoRA: dropout before A")
+    lora_rslora: bool = flag(False, "LoRA: scale by alpha / sqrt(r) (rsLoRA)")
+
+
+@dataclass
+class AdapterFlags(LoraFlags):
+    """Whether weights train, or a LoRA adapter on them."""
+
+    adapter: str = flag("none", "none: the weights themselves train; lora: a LoRA adapter on them, which is what is written")
+    lora_layers: str | None = flag(
+        None, "LoRA: layer types with an adapter, as --layer_type; the masked layers where not given, all types without masks"
+    )
+    merge_adapter: bool = flag(False, "LoRA: also write the merged model, as model/")
+
+    def check_adapter(self) -> None:
+        if self.adapter in _NO_ADAPTERS:
+            raise ConfigError(f"--adapter {self.adapter} is not supported: {_NO_ADAPTERS[self.adapter]}; use lora")
+        if self.adapter not in ("none", "lora"):
+            raise ConfigError(f"--adapter is none or lora, not {self.adapter!r}")
+        if self.adapter == "none":
+            changed = [f.name for f in dataclasses.fields(AdapterFlags) if getattr(self, f.name) != f.default]
+            if changed:
+                raise ConfigError(f"--{changed[0]} is of an adapter: give --adapter lora too")
+            return
+        at_least(self, "lora_r", 1)
+        if not self.lora_alpha > 0 or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(
+                f"--lora_alpha {self.lora_alpha} is above 0, --lora_dropout {self.lora_dropout} from 0 to below 1"
+            )
+        if self.lora_layers is not None:
+            parse_layer_types(self.lora_layers)
+        if getattr(self, "train_scope", "warp") == "all":
+            raise ConfigError("--train_scope all trains every parameter: with --adapter lora the adapter alone trains")
+
+
+@dataclass
+class TrainingFlags(AdapterFlags, WatchingFlags, ScheduleFlags, PackingFlags):
     """The flags of phases 0 and 3 that are this project's own."""
 
     learning_rate: float = flag(5e-5, "peak learning rate of AdamW")

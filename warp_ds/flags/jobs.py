@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from warp_ds.flags.flag import again, flag
 from warp_ds.flags.groups import (
+    AdapterFlags,
     BasisFlags,
     ColumnArguments,
     LayerArguments,
@@ -31,7 +32,7 @@ class NodeFlags:
 
 
 @dataclass
-class PlanArguments(MaskedTrainingFlags, LayerArguments, NodeFlags):
+class PlanArguments(AdapterFlags, MaskedTrainingFlags, LayerArguments, NodeFlags):
     """What changes what a job needs."""
 
     model_name: str = again(RunArguments, "model_name", "", "hub name, local folder, or a config.json")
@@ -45,6 +46,7 @@ class PlanArguments(MaskedTrainingFlags, LayerArguments, NodeFlags):
     batch_size: int | None = again(RunArguments, "batch_size", None, "micro-batch of every phase; else 4, phase 3: 2")
     global_batch_size: int = again(ScheduleFlags, "global_batch_size", ScheduleFlags.global_batch_size)
     importance_batch_size: int = again(MaskFlags, "importance_batch_size", MaskFlags.importance_batch_size)
+    keep_ratio: float = again(MaskFlags, "keep_ratio", MaskFlags.keep_ratio, "LoRA: share of the columns to freeze")
     epochs: float = again(ScheduleFlags, "epochs", ScheduleFlags.epochs)
     max_length: int = again(RunArguments, "max_length", RunArguments.max_length, "tokens of a sample, at most")
     max_rank: int = again(BasisFlags, "max_rank", BasisFlags.max_rank)

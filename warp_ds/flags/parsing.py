@@ -142,6 +142,9 @@ DECIDED_BY_ARMS = {
     "basis": "--arms (original, osft, random-basis), and --bases of a sweep",
     "mask_unit": "--arms (column), and --units of a sweep",
     "score": "--arms (osft, random-mask)",
+    "adapter": "--arms (lora, lora+column)",
+    "lora_layers": "--layer_type",
+    "merge_adapter": "the comparison, which measures merged models",
     "basis_dir": "the comparison, which makes its own bases",
     "masks_dir": "the comparison, which makes its own masks",
     **dict.fromkeys(

@@ -154,5 +154,9 @@ def check_flags(flags: dict[str, list[str]]) -> None:
             arguments.device = "auto"  # a login node has no GPU
         arguments.check()
         arguments.check_machine()
+        later = list(flags)[list(flags).index(phase) + 1 :]
+        if getattr(arguments, "adapter", "none") != "none" and not arguments.merge_adapter:
+            if phase == "phase0" and later or phase == "phase3" and "evaluate" in later:
+                raise ConfigError(f"{later[0]} of this chain reads the model that {phase} makes: give --merge_adapter too")
         if isinstance(arguments, CompareArguments):
             arguments.rates([arm.name for arm in parse_arms(arguments.arms)])

@@ -108,13 +108,25 @@ def _add_verify_and_shrink(commands: Any) -> None:
         description="Exit status: 0 kept, 1 broken, 3 cannot tell (what was kept does not show in these files), 2 wrong input.",
     )
     verify.add_argument("--before", required=True, help="model directory before training")
-    verify.add_argument("--after", required=True, help="model directory after training")
+    after = verify.add_mutually_exclusive_group(required=True)
+    after.add_argument("--after", help="model directory after training")
+    after.add_argument("--adapter", help="LoRA adapter directory instead: A and B of it are looked at, on the model --before")
     verify.add_argument("--masks_dir", required=True, help="masks/ of phase 2")
     verify.add_argument("--basis_dir", help="basis/ of phase 1, where it is not the one that the masks name")
     verify.add_argument(
-        "--output", help="where the certificate is written; certificate.json in the run of --after, or here where it is in none"
+        "--output", help="where the certificate is written; else certificate.json in the run of what was certified, or here"
     )
     verify.set_defaults(run=_verify)
+
+    merge = commands.add_parser(
+        "merge",
+        help="a LoRA adapter merged into its base model: an ordinary model directory",
+        description="W + s B A in place of W, file by file. More ranks take the files in turn: torchrun -m warp_ds merge …",
+    )
+    merge.add_argument("--model_name", required=True, help="directory or hub name of the base model")
+    merge.add_argument("--adapter", required=True, help="adapter directory, as PEFT or phase 3 has saved it")
+    merge.add_argument("--output", required=True, help="new directory for the merged model")
+    merge.set_defaults(run=_merge)
 
     shrink = commands.add_parser(
         "shrink", help="a smaller basis for masks at hand: cheaper steps, other coordinates for what trains freely"
@@ -233,15 +245,34 @@ def _free_port() -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from warp_ds.evaluation.adapter_certificate import certify_adapter
     from warp_ds.evaluation.certificate import EXIT, certify
     from warp_ds.evaluation.certificate_output import certificate_path, print_certificate, write_certificate
 
-    certificate = certify(arguments.before, arguments.after, arguments.masks_dir, arguments.basis_dir)
+    after = arguments.after or arguments.adapter
+    judge = certify if arguments.after else certify_adapter
+    certificate = judge(arguments.before, after, arguments.masks_dir, arguments.basis_dir)
     print_certificate(certificate)
-    output = Path(arguments.output) if arguments.output else certificate_path(Path(arguments.after))
+    output = Path(arguments.output) if arguments.output else certificate_path(Path(after))
     write_certificate(certificate, output)
     print(f"certificate: {output}")
     return EXIT[certificate.outcome]
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from warp_ds.cluster import processes
+    from warp_ds.phases.merge import merge_adapter
+    from warp_ds.zero.model import resolve_model_dir
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        processes.init_distributed("cpu")
+    try:
+        merge_adapter(resolve_model_dir(arguments.model_name), Path(arguments.adapter), Path(arguments.output))
+        if processes.rank() == 0:
+            print(f"merged: {arguments.output}")
+    finally:
+        processes.shutdown()
+    return 0
 
 
 def _shrink(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from warp_ds.errors import ConfigError
 from warp_ds.flags.jobs import PlanArguments
 from warp_ds.launch.planning.estimate import gb
 from warp_ds.launch.planning.fit import MOST_NODES, Plan, make_plan
@@ -22,6 +23,9 @@ CHECKED = Path(__file__).with_name("plan_checked.json")
 
 def run(arguments: PlanArguments) -> int:
     """``warp-ds plan``; exit status 1 where the job does not fit."""
+    arguments.check_adapter()
+    if arguments.lora_layers is not None:
+        raise ConfigError("plan counts an adapter on each layer of --layer_type: give the types there, without --lora_layers")
     known = {f.name for f in fields(Job)}
     given = {name: value for name, value in vars(arguments).items() if name in known and name != "batch_size"}
     given.update(

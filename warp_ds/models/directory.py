@@ -94,6 +94,11 @@ class ModelDirectory:
             raise ArtifactError(f"{self.directory} has no readable weight {name} ({error})") from error
 
 
+def by_parameter(model: ModelDirectory) -> ModelDirectory:
+    """The same directory by the names that from_pretrained gives its parameters, where those are not the stored ones."""
+    return ModelDirectory(model.directory, _by_parameter(model.directory, model.tensors))
+
+
 def _by_parameter(directory: Path, tensors: dict[str, TensorLocation]) -> dict[str, TensorLocation]:
     """The tensors in the same order, by the names of the parameters that from_pretrained makes of them; those that it makes
     none of keep theirs."""

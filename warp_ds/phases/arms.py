@@ -23,9 +23,11 @@ class Arm:
     start: str | None = None
     """How the start model is changed first: 'sn-tune' or 'rsn-tune'."""
     merge: str | None = None
-    """What is done to the weights afterwards: 'resta' or 'safedelta'."""
+    """What is done to the weights afterwards: 'resta', 'safedelta' or 'safelora'."""
     strength: float | None = None
-    """Of the merge: alpha or s; None: as --resta_alpha and --safedelta_s say."""
+    """Of the merge: alpha, s or the threshold; None: as --resta_alpha, --safedelta_s and --safelora_threshold say."""
+    adapter: bool = False
+    """Whether a LoRA adapter trains in place of the weights; its masks are of whole columns."""
 
 
 ARMS = {
@@ -45,6 +47,8 @@ ARMS = {
         Arm("safedelta", merge="safedelta"),
         Arm("sn-tune", start="sn-tune"),
         Arm("rsn-tune", start="rsn-tune"),
+        Arm("lora", trains="target", adapter=True),
+        Arm("safelora", merge="safelora"),
     )
 }
 
@@ -61,7 +65,8 @@ def parse_arms(text: str) -> list[Arm]:
 
 
 def compose(name: str) -> Arm:
-    """The arm of a name, or of several joined by '+'. Composed with 'full', a masked arm trains every parameter.
+    """The arm of a name, or of several joined by '+'. Composed with 'full', a masked arm trains every parameter; with 'lora',
+    an adapter trains, kept out of the masked columns.
 
     A merge takes its strength after '@': safedelta@10.
     """
@@ -83,10 +88,17 @@ def compose(name: str) -> Arm:
     for setting in ("basis", "start", "merge", "safety_share"):
         if sum(bool(getattr(arm, setting)) for arm in arms) > 1:
             raise ConfigError(f"--arms {name}: two of its parts set the {setting}: they exclude each other")
-    masked = next((arm for arm in arms if arm.basis), ARMS["full"])
+    adapter = "lora" in parts
+    if adapter and ("full" in parts or any(arm.basis and arm.unit == "entry" and arm.basis != "identity" for arm in arms)):
+        raise ConfigError(
+            f"--arms {name}: an adapter trains alone, and its masks are of whole columns: lora+column, lora+original"
+        )
+    masked = next((arm for arm in arms if arm.basis), ARMS["lora" if adapter else "full"])
     return replace(
         masked,
         name=name,
+        adapter=adapter,
+        unit="column" if adapter else masked.unit,
         trains="all" if "full" in parts else masked.trains,
         safety_share=max(arm.safety_share for arm in arms),
         start=next((arm.start for arm in arms if arm.start), None),
@@ -98,7 +110,7 @@ def compose(name: str) -> Arm:
 def _strength(name: str, arm: Arm, value: str) -> float:
     try:
         if arm.merge is None:
-            raise ValueError("only resta and safedelta take a strength")
+            raise ValueError("only resta, safedelta and safelora take a strength")
         return float(value)
     except ValueError as error:
         raise ConfigError(f"--arms {name}: {error}; a strength is written resta@0.5 or safedelta@10") from error

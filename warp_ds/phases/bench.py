@@ -30,7 +30,7 @@ from warp_ds.phases.comparison_data import ComparisonData, overlaps
 from warp_ds.phases.evaluate import load_engine, movement_metrics, write_card
 from warp_ds.phases.importance import run_importance
 from warp_ds.phases.measuring import Measuring
-from warp_ds.phases.merge import merge, resta_formula, safe_delta_formula
+from warp_ds.phases.merge import merge, resta_formula, safe_delta_formula, safe_lora_formula
 from warp_ds.phases.neurons import LAYERS, safety_neuron_masks
 from warp_ds.phases.run import link_latest
 from warp_ds.phases.texts import check_lengths
@@ -44,6 +44,7 @@ from warp_ds.zero.model import resolve_model_dir
 from warp_ds.zero.shared_reading import model_fingerprint
 
 PACKING = ("packing", "tokens_per_batch")
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_rslora")
 
 
 class Bench:
@@ -252,7 +253,8 @@ class Bench:
         if arm.merge:
             return self._merged(trial)
         a = self.arguments
-        scope = "all" if arm.trains == "all" or (arm.basis and a.train_scope == "all") else "warp"
+        adapter = {"adapter": "lora", "merge_adapter": True, **self._same(*LORA)} if arm.adapter else {}
+        scope = "warp" if arm.adapter else "all" if arm.trains == "all" or (arm.basis and a.train_scope == "all") else "warp"
         settings = TrainArguments(
             **self.common(self.start(arm.start), seed=trial.seed),
             train_scope=scope,
@@ -261,6 +263,7 @@ class Bench:
             utility_samples=0,
             run_name=f"phase3_{trial.name}",
             learning_rate=trial.rate,
+            **adapter,
             **self._same("layer_type", "target_layers", "epochs"),
             **self._same("global_batch_size", "basis_placement", "save_minutes", *PACKING),
         )
@@ -283,6 +286,8 @@ class Bench:
         if arm.merge == "resta":
             formula = resta_formula(self.unaligned(), a.resta_alpha if arm.strength is None else arm.strength)
             self.measuring.measured("unaligned", self.unaligned)  # so that the report shows how unaligned that model is
+        elif arm.merge == "safelora":
+            formula = safe_lora_formula(self.unaligned(), a.safelora_threshold if arm.strength is None else arm.strength)
         else:
             formula = safe_delta_formula(
                 self.basis(arm.start, "activation", LAYERS, a.seed), a.safedelta_s if arm.strength is None else arm.strength

@@ -99,7 +99,7 @@ def compare_arms(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence
         "keep_ratio": bench.arguments.keep_ratio,
         "layer_type": bench.arguments.layer_type,
         "noise_threshold": bench.measuring.noise_threshold(),
-        "unaligned": bench.measuring.known("unaligned") if any(arm.merge == "resta" for arm in arms) else None,
+        "unaligned": bench.measuring.known("unaligned") if any(arm.merge in ("resta", "safelora") for arm in arms) else None,
         "seconds": bench.seconds,
         "total_seconds": round(time.time() - started, 1),
         "world_size": processes.world_size(),

@@ -79,9 +79,10 @@ def load_data(a: CompareArguments) -> ComparisonData:
 
 
 def check_data(arms: Sequence[Arm], a: CompareArguments, data: ComparisonData) -> None:
-    if any(arm.merge == "resta" for arm in arms) and not (a.unaligned_model or data.unaligned):
+    asking = next((str(arm.merge) for arm in arms if arm.merge in ("resta", "safelora")), None)
+    if asking and not (a.unaligned_model or data.unaligned):
         raise ConfigError(
-            "--arms resta adds what undoing the alignment takes away: give an unaligned model with "
+            f"--arms {asking} reckons with what undoing the alignment takes away: give an unaligned model with "
             "--unaligned_model, or examples that undo it with --unaligned_data (none are shipped)"
         )
     check_golds(data.sets.utility, a.utility_heldout or a.utility_data)

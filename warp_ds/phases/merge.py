@@ -1,4 +1,5 @@
-"""Weight-space baselines on model directories: Resta and Safe Delta, file by file, ranks taking the files in turn."""
+"""Model directories made of others, file by file, ranks taking the files in turn: Resta, Safe Delta, a LoRA merged into its
+base."""
 
 from __future__ import annotations
 
@@ -11,8 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from warp_ds.cluster import consensus, processes
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.method.baselines import resta, safe_delta, safety_hessian
-from warp_ds.models.directory import ModelDirectory
+from warp_ds.method.lora_baselines import safe_lora
+from warp_ds.models.adapter_directory import AdapterDirectory
+from warp_ds.models.directory import ModelDirectory, by_parameter
 from warp_ds.report.card import without_sections
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import write_json, write_tensors, write_text
@@ -29,6 +33,18 @@ def resta_formula(unaligned: Path, alpha: float) -> Formula:
     return lambda name, tuned, aligned: resta(tuned, aligned, weights.read(name), alpha)
 
 
+def safe_lora_formula(unaligned: Path, threshold: float) -> Formula:
+    """Every matrix that training changed, by Safe LoRA; the rest as trained."""
+    weights = ModelDirectory.of(unaligned)
+
+    def merged(name: str, tuned: Tensor, aligned: Tensor) -> Tensor:
+        if tuned.ndim != 2 or tuned.equal(aligned):
+            return tuned
+        return safe_lora(aligned, tuned, weights.read(name), threshold)[0]
+
+    return merged
+
+
 def safe_delta_formula(basis_dir: Path, s: float) -> Formula:
     """The layers of the basis by Safe Delta; every other parameter stays the aligned one, as in its authors' code."""
     basis = BasisStore(basis_dir)
@@ -43,7 +59,41 @@ def safe_delta_formula(basis_dir: Path, s: float) -> Formula:
     return merged
 
 
-def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula) -> None:
+def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
+    """Writes the model directory ``output``: ``base`` with W + s B A in place of each W that ``adapter`` has a pair for, added
+    in fp32 and rounded once to the dtype of W. A rank holds one file of the base. Collective.
+
+    Raises ArtifactError for an adapter that is no plain LoRA, holds more than A and B, or is of another model.
+    """
+    with consensus.on_every_rank_or_none("opening the adapter"):
+        found = AdapterDirectory.of(adapter)
+        if found.others:
+            raise ArtifactError(
+                f"{adapter} holds {len(found.others)} weights beside A and B ({found.others[0]}), which are not merged here: "
+                "merge it with PEFT (merge_and_unload)"
+            )
+        source = ModelDirectory.of(base)
+        if not all(f"{layer}.weight" in source.tensors for layer in found.layers):
+            source = by_parameter(source)
+        for layer in found.layers:
+            location = source.tensors.get(f"{layer}.weight")
+            if location is None or location.shape != found.shape(layer):
+                raise ArtifactError(
+                    f"{adapter} changes {layer} of {found.shape(layer)}, which {base} has not"
+                    + ("" if location is None else f" (but of {location.shape})")
+                    + ": it is of another model"
+                )
+        if output.exists() and not (output / MARK).is_file() and any(output.iterdir()):
+            raise ConfigError(f"{output} is there already: give a new directory")
+    stored = {source.tensors[f"{layer}.weight"].name: layer for layer in found.layers}
+
+    def merged(name: str, w: Tensor, _: Tensor) -> Tensor:
+        return w.float() + found.factors(stored[name]).delta() if name in stored else w
+
+    merge(base, base, output, merged, mark={"base": str(base), "adapter": str(adapter)})
+
+
+def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula, mark: dict[str, str] | None = None) -> None:
     """Writes the model directory ``output``, in the files and dtypes of ``fine_tuned``. Collective; each file is made once.
 
     Raises ArtifactError where the models do not have the same parameters.
@@ -65,7 +115,8 @@ def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula) -> No
                 tensors = {}
                 for name in (name for name, where in places.items() if where == file):
                     tuned = source.read(name)
-                    tensors[name] = formula(name, tuned, before.read(name)).to(tuned.dtype)
+                    other = tuned if aligned == fine_tuned else before.read(name)
+                    tensors[name] = formula(name, tuned, other).to(tuned.dtype)
                 write_tensors(output / file, tensors, {"format": "pt"})
 
     def rest() -> None:
@@ -75,6 +126,6 @@ def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula) -> No
                 write_text(output / path.name, without_sections(path.read_text(encoding="utf-8")))
             elif path.is_file() and path.name not in files:
                 shutil.copyfile(path, output / path.name)
-        write_json(output / MARK, {"fine_tuned": str(fine_tuned), "aligned": str(aligned)})
+        write_json(output / MARK, mark or {"fine_tuned": str(fine_tuned), "aligned": str(aligned)})
 
     consensus.on_rank_0(rest, "writing the merged model's other files")

@@ -25,6 +25,7 @@ from transformers import (
 from warp_ds.cluster import consensus, preemption, processes
 from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch, pad_token
 from warp_ds.data.packing import Packed, PackedBatchSampler, pack_batch
+from warp_ds.models.lora import without_adapter
 from warp_ds.models.transformers_internals import keeps_logits
 from warp_ds.phases import checkpoints
 from warp_ds.phases.speed import Speed
@@ -128,7 +129,7 @@ class GlobalBatchTrainer(Trainer):
         pad, empty = pad_token(self.tokenizer), empty_sample(int(self.tokenizer.eos_token_id))
         packed = isinstance(self.sampler, PackedBatchSampler)
         # Label smoothing shifts labels itself, along whole rows.
-        few = self.label_smoother is None and keeps_logits(self.model)
+        few = self.label_smoother is None and keeps_logits(without_adapter(self.model))
         collate = partial(pack_batch, empty=empty, trained_only=few) if packed else pad_batch
         return self.accelerator.prepare(
             DataLoader(

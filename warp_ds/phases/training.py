@@ -25,7 +25,7 @@ from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
 from warp_ds.flags.groups import TrainingFlags
 from warp_ds.models.flops import active_parameters, device_peak
 from warp_ds.models.targets import check_targets, find_targets
-from warp_ds.phases import checkpoints
+from warp_ds.phases import adapters, checkpoints
 from warp_ds.phases.packing import SamplesApart, attention_of, check_packing, make_sampler
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import Speed
@@ -69,6 +69,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         streaming=arguments.streaming,
     )
     with consensus.on_every_rank_or_none("checking the inputs"):
+        adapters.check_peft(arguments)
         watched = Watched.read(arguments, passed)
         inputs = {"model": fingerprint, "data": fingerprint_rows(pairs), **watched.fingerprints(arguments, passed)}
         masks_dir, basis_dir = _find_masks(arguments, inputs["model"])
@@ -87,7 +88,10 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
             if masks_dir is not None
             else find_targets(model, arguments.target_layers, arguments.layer_type)
         )
-        choose_trained(model, [layer.parameter for layer in layers] if arguments.train_scope == "warp" else None)
+        if arguments.adapter == "lora":
+            model = adapters.add_lora(model, layers, arguments, arguments.seed)
+        else:
+            choose_trained(model, [layer.parameter for layer in layers] if arguments.train_scope == "warp" else None)
         callbacks: list[TrainerCallback] = []
         if masks_dir is not None:
             callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), arguments.basis_placement))
@@ -95,7 +99,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         trainer = fit(
             model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed, watched=watched, facts=facts
         )
-        export(trainer, tokenizer, run.directory / "model", _model_card(arguments, masks_dir, trainer.speed))
+        write_result(trainer, tokenizer, arguments, run.directory, _model_card(arguments, masks_dir, trainer.speed))
         run.finish(training=trainer.outcome())
         end_engine(trainer.deepspeed)
         return run.directory
@@ -119,6 +123,7 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
         refusal_file=arguments.refusal_file,
     )
     with consensus.on_every_rank_or_none("checking the inputs"):
+        adapters.check_peft(arguments)
         watched = Watched.read(arguments, passed)
         inputs = {"model": fingerprint, "data": fingerprint_rows(pairs), **watched.fingerprints(arguments, passed)}
     with start_run("phase0", arguments, inputs, passed) as run:
@@ -127,19 +132,18 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
         samples, watched = tokenise(pairs, arguments), watched.tokenised(arguments)
         checkpoint = find_checkpoint(run.directory, arguments, passed)
         model, tokenizer = load_model(arguments, settings.zero3_config(arguments), attention_of(arguments))
+        if arguments.adapter == "lora":
+            model = adapters.add_lora(model, [], arguments, arguments.seed)
         facts = run_facts(arguments, inputs, phase="phase0")
         trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, [], passed, watched=watched, facts=facts)
-        export(
-            trainer,
-            tokenizer,
-            run.directory / "model",
-            card.new_card(
-                f"Safety-tuned {card.plain(arguments.model_name)}",
-                f"Trained by warp_ds phase 0 on {card.plain(arguments.safety_data)}.\n\n{trainer.speed.cost}\n",
-                arguments.model_name,
-                arguments.safety_data,
-            ),
+        model_card = card.new_card(
+            f"Safety-tuned {card.plain(arguments.model_name)}",
+            f"Trained by warp_ds phase 0 on {card.plain(arguments.safety_data)}.\n\n{_adapter_line(arguments)}"
+            f"{trainer.speed.cost}\n",
+            arguments.model_name,
+            arguments.safety_data,
         )
+        write_result(trainer, tokenizer, arguments, run.directory, model_card)
         run.finish(training=trainer.outcome())
         end_engine(trainer.deepspeed)
         return run.directory
@@ -298,6 +302,28 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, directory: Path
     save_sharded(trainer.model_wrapped, directory, tokenizer=tokenizer, model_card=model_card)
 
 
+def write_result(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, arguments: TrainingFlags, directory: Path, model_card: str
+) -> None:
+    """What came out, in the run's directory: model/, or adapter/ and, where it is asked for, the merged model/. Collective."""
+    if arguments.adapter == "none":
+        export(trainer, tokenizer, directory / "model", model_card)
+        return
+    adapters.export_adapter(trainer.model, tokenizer, directory / "adapter", model_card, arguments.model_name)
+    if arguments.merge_adapter:
+        adapters.write_merged(resolve_model_dir(arguments.model_name), directory / "adapter", directory / "model")
+
+
+def _adapter_line(arguments: TrainingFlags) -> str:
+    if arguments.adapter == "none":
+        return ""
+    scale = "alpha / sqrt(r)" if arguments.lora_rslora else "alpha / r"
+    return (
+        f"- adapter: LoRA, r {arguments.lora_r}, alpha {arguments.lora_alpha} (scaled by {scale}), dropout "
+        f"{arguments.lora_dropout:g}\n"
+    )
+
+
 def _model_card(arguments: TrainArguments, masks_dir: Path | None, speed: Speed) -> str:
     protection = "without a mask"
     if masks_dir is not None:
@@ -309,7 +335,7 @@ def _model_card(arguments: TrainArguments, masks_dir: Path | None, speed: Speed)
     return card.new_card(
         f"{card.plain(Path(arguments.model_name).name)}, fine-tuned on {card.plain(arguments.utility_data)}",
         f"Trained by [warp_ds](https://openreview.net/forum?id=kPLzOfPfA2l) phase 3 {protection}.\n\n"
-        f"- base model: {card.code(arguments.model_name)}\n- train_scope: {arguments.train_scope}\n"
+        f"- base model: {card.code(arguments.model_name)}\n- train_scope: {arguments.train_scope}\n{_adapter_line(arguments)}"
         f"- epochs: {arguments.epochs}, global batch {arguments.global_batch_size}, learning rate "
         f"{arguments.learning_rate}, seed {arguments.seed}\n{speed.cost}\n",
         arguments.model_name,

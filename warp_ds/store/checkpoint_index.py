@@ -220,7 +220,8 @@ def _names_weights(config: object) -> bool:
 def how_to_merge(directory: str | os.PathLike) -> str:
     """Commands that merge an adapter into its base model."""
     return (
-        'With PEFT: python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer '
+        f"warp-ds merge --model_name BASE --adapter {directory} --output NEW; or, with PEFT: "
+        'python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer '
         f"as T; M.from_pretrained({str(directory)!r}, dtype='auto').merge_and_unload().save_pretrained('NEW'); "
         f"T.from_pretrained({str(directory)!r}).save_pretrained('NEW')\" (a tokenizer that the adapter lacks is its base "
         "model's), then give the new directory"

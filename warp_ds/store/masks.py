@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from warp_ds.errors import ArtifactError
-from warp_ds.method.mask import frozen_count
+from warp_ds.method.mask import frozen_count, unpack_bits
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.digests import Part
 from warp_ds.store.files import read_json, write_tensors
@@ -56,6 +56,19 @@ class MaskStore:
         entry = self.metadata.layers[name]
         with open_tensors(self.directory / entry["file"]) as file:
             return file.get_slice("frozen")[first : entry["shape"][0] if last is None else last]
+
+    def columns(self, name: str) -> Tensor:
+        """Packed bits uint8 [1, ceil(n / 8)] of the columns that a mask of whole columns freezes in the layer called ``name``.
+
+        ArtifactError where it is no such mask. Whether every row is the same is seen by who reads all of them.
+        """
+        first, entry = self.packed(name, 0, 1), self.metadata.layers[name]
+        m, n = entry["shape"]
+        if self.metadata.unit != "column" or int(unpack_bits(first, n).sum()) * m != entry["frozen"]:
+            raise ArtifactError(
+                f"{self.directory / entry['file']} is no mask of whole columns; run phase 2 with --mask_unit column"
+            )
+        return first
 
     def scores(self) -> dict[str, Any] | None:
         """How the scores lie: bins_per_decade b; layer name -> {zeros, first, counts}, the counts of the bins that begin at

@@ -75,4 +75,4 @@ def odd_file(directory: Path) -> str:
 
 
 _FILES = (".json", ".jsonl", ".md", ".safetensors", ".pt", ".pth")
-_DIRECTORIES = ("basis", "masks", "model", "trainer", "scores", "points")
+_DIRECTORIES = ("basis", "masks", "model", "adapter", "trainer", "scores", "points")

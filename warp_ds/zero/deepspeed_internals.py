@@ -17,9 +17,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import Tensor, nn
@@ -142,6 +144,24 @@ def master_gradient(optimizer: Any, sub_group: int) -> Tensor:
 def shard(param: Any) -> Tensor:
     """The flat 16-bit (or fp32) partition that forward and backward are gathered from, padding included."""
     return param.ds_tensor.data.view(-1)
+
+
+def any_nonzero(param: Any) -> bool:
+    """Whether this rank's partition of ``param`` holds anything but 0, its padding left out."""
+    mine = shard(param)
+    first = dist.get_rank(group=param.ds_process_group) * mine.numel()
+    return bool(mine[: max(0, min(mine.numel(), param.ds_numel - first))].any())
+
+
+def gather_persistent(optimizer: Any) -> None:
+    """Gathers the small parameters that stay whole on every rank anew, after their partitions were written. Collective.
+
+    Inside of a load none are whole: DeepSpeed gathers them at its end.
+    """
+    whole = [p for p in optimizer.persistent_parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
+    if whole:
+        whole[0].partition(whole)
+        whole[0].all_gather(whole)
 
 
 def sub_group_count(optimizer: Any) -> int:

@@ -46,11 +46,20 @@ class PlainDriver(Driver):
         self._handles: list[Any] = []
 
     def install(self, step: MaskedStep) -> None:
+        problems = []
         for layer, c in step.placement.rotate(step.layers, lambda layer: layer.param.detach().flatten(), fast=True):
+            found = layer.start(c)
+            if layer.adapter_b is not None and bool(layer.adapter_b.any()):
+                problems.append(found)
             self._c[layer] = c.view(layer.target.m, layer.target.n)
             # A checkpoint's moments were loaded as the weights' dtype; those of C are fp32.
             state = self.optimizer.state.get(layer.param, {})
             state.update({k: v.float() for k, v in state.items() if torch.is_tensor(v) and v.is_floating_point()})
+        if problem := next(filter(None, problems), None):
+            raise ValueError(problem)
+        adapters = [layer for layer in step.layers if layer.adapter_b is not None]
+        for layer, weights in step.placement.rotate_back(adapters, self.coefficients, fast=True):
+            layer.param.data.copy_(weights.view_as(layer.param))
         setattr(self.optimizer, _PROTECTED, True)
         restores: list[Callable[[], None]] = []
 

@@ -14,19 +14,21 @@ from warp_ds.zero.partition import RowPartition
 
 #: Rows are rotated in pieces of at most this many elements: bounds temporary memory to 64 MB of fp32 a matrix.
 CHUNK = 1 << 24
+#: What bf16's rounding of an adapter's A leaves in frozen directions is 2^-9 of its size; a few times that in the worst entry.
+ADAPTER_ROUNDING = 2.0**-5
 
 
 @dataclass(eq=False)
 class ProtectedLayer:
-    """Rows of one parameter with one basis and one mask: today all rows of a layer's weight [m, n]. Compared by identity.
+    """Rows of one parameter with one basis and one mask: all rows of a layer's weight [m, n], or of the A [r, n] of its
+    LoRA adapter, whose mask freezes whole columns of A U. Compared by identity.
 
     Where more is to be said, it goes here, and nothing that takes the step need know:
 
     - stacked experts: a parameter of many row blocks gives one of these a block, with the block's rows beside ``param``
       (``partition`` then cuts the parameter, and its whole and cut rows are those of the block);
     - a left basis, C = Vᵀ W U: the key of V beside ``basis``. V mixes rows, which in-place placements do not have
-      together: ``Owner`` does, so a left basis is placed by it, or by a placement that gathers column blocks;
-    - adapters: the masked parameter is A [r, n], whose mask freezes whole columns of A U: one of these for each A.
+      together: ``Owner`` does, so a left basis is placed by it, or by a placement that gathers column blocks.
     """
 
     target: TargetLayer
@@ -42,6 +44,9 @@ class ProtectedLayer:
     """Frozen entries of the whole layer, all ranks."""
     device: torch.device
     """Where it is rotated."""
+    adapter_b: nn.Parameter | None = None
+    """B [m, r], where ``param`` is the A of an adapter W' = W + s B A: its frozen coefficients are then 0, whatever it
+    started as, so that W' U = W U in the frozen columns."""
 
     @property
     def real(self) -> slice:
@@ -58,6 +63,26 @@ class ProtectedLayer:
             cut = unpack_bits(self.cut_frozen.to(device), n)
             for fragment in self.partition.fragments:
                 yield fragment.local, cut[fragment.cut, fragment.columns]
+
+    def start(self, coefficients: Tensor) -> str:
+        """Puts the frozen entries of an adapter's C, the local partition, to 0 in place; any other layer's stay as they are.
+
+        What was wrong with it for one that has been trained already, in words: more than rounding was there to be lost.
+        """
+        if self.adapter_b is None:
+            return ""
+        lost = 0.0
+        for piece, frozen in self.frozen_pieces(coefficients.device):
+            part = coefficients[piece]
+            lost = max(lost, float(part.masked_select(frozen).abs().max()) if bool(frozen.any()) else 0.0)
+            part.masked_fill_(frozen, 0.0)
+        size = float(coefficients[self.real].square().mean().sqrt()) if coefficients[self.real].numel() else 0.0
+        return (
+            f"the adapter of {self.target.name} has been trained (B is not 0) and reads frozen directions (a coefficient of "
+            f"{lost:.1e} among others of {size:.1e}): taking that out would change what it does; start from a new adapter"
+            if lost > ADAPTER_ROUNDING * size
+            else ""
+        )
 
 
 def row_chunks(rows: int, n: int) -> Iterator[slice]:

@@ -16,6 +16,7 @@ from warp_ds.cluster.processes import rank
 from warp_ds.store.held import check_there
 
 WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+_MARKS = ("config.json", "adapter_config.json")
 
 
 @contextmanager
@@ -53,8 +54,8 @@ def _prepare(target: Path, aside: Path) -> None:
             previous.rename(target)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: give the directory to save the model in.")
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
-        raise ValueError(f"{target} holds files but no model (no config.json): give a new or empty directory.")
+    if target.is_dir() and any(target.iterdir()) and not any((target / name).exists() for name in _MARKS):
+        raise ValueError(f"{target} holds files but no model (no {' nor '.join(_MARKS)}): give a new or empty directory.")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
 

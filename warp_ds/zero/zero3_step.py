@@ -188,6 +188,7 @@ class StepCheckpoints:
                 found_here = self._foreign_weights(sub_group, saved[sub_group])
                 problem = problem or found_here
         _raise_together(problem)
+        problems: list[tuple[ProtectedLayer, str]] = []
         for sub_group, layers in self.driver.units.items():
             with deepspeed_internals.resident(self.zero, sub_group, weights=True):
                 found: Rotated
@@ -196,11 +197,34 @@ class StepCheckpoints:
                 else:
                     found = self.placement.rotate(layers, self.driver.coefficients)
                 for layer, c in found:
+                    problems.append((layer, layer.start(c)))
                     local = self.driver.coefficients(layer)
                     local[layer.real].copy_(c[layer.real])
                     local[layer.real.stop :] = 0.0
+                self._write_adapters(layers)
+        if any(layer.adapter_b is not None for layer, _ in problems):
+            _raise_together(self._lost_of_trained(problems))
+            deepspeed_internals.gather_persistent(self.zero)
         if marks is not None:
             self._repair_universal(marks)
+
+    def _write_adapters(self, layers: list[ProtectedLayer]) -> None:
+        """Gives forward and backward what ``ProtectedLayer.start`` has left of an adapter. Collective."""
+        adapters = [layer for layer in layers if layer.adapter_b is not None]
+        for layer, weights in self.placement.rotate_back(adapters, self.driver.coefficients, fast=True):
+            self.driver.write(layer, weights)
+
+    def _lost_of_trained(self, found: list[tuple[ProtectedLayer, str]]) -> str:
+        """The first of the problems that ``ProtectedLayer.start`` found on this rank with an adapter whose B, on all ranks, is
+        not 0. Collective."""
+        adapters = [(layer, problem) for layer, problem in found if layer.adapter_b is not None]
+        trained = torch.tensor(
+            [float(deepspeed_internals.any_nonzero(layer.adapter_b)) for layer, _ in adapters], device=self.driver.device
+        )
+        self.driver.over_ranks(trained)
+        return next(
+            (problem for (_, problem), is_trained in zip(adapters, trained.tolist(), strict=True) if is_trained and problem), ""
+        )
 
     def _foreign_state(self, marks: list[dict[str, Any] | None]) -> str:
         """Why the loaded moments are not those of this run's rotated coefficients; empty where they are."""

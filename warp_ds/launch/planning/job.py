@@ -67,6 +67,12 @@ class Job:
     max_rank: int = BasisArguments.max_rank
     basis_placement: str = TrainArguments.basis_placement
     train_scope: str = TrainArguments.train_scope
+    adapter: str = TrainArguments.adapter
+    lora_r: int = TrainArguments.lora_r
+    lora_dropout: float = TrainArguments.lora_dropout
+    merge_adapter: bool = TrainArguments.merge_adapter
+    keep_ratio: float = ImportanceArguments.keep_ratio
+    """Share of the columns that an adapter stays out of."""
     gradient_checkpointing: bool = TrainArguments.gradient_checkpointing
     on_gpu: bool = True
     """False for a CPU, where buffers that are reserved but not filled take no memory."""

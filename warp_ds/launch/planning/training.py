@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from warp_ds.launch.planning.estimate import Estimate, after_loading, basis_rank, logits, others_share, saved_activations
 from warp_ds.launch.planning.job import Job, Shape, Sharding
+from warp_ds.method.mask import frozen_count
 from warp_ds.method.rotation import Rotation
 from warp_ds.models.targets import shared_inputs
 from warp_ds.zero.placements import CPU, GPU, place_bases
@@ -19,10 +21,15 @@ TRAINER_SAVES = 2
 def training(shape: Shape, job: Job, sharding: Sharding, phase: str, samples: int, masked: bool) -> Estimate:
     """Phases 0 and 3: DeepSpeed's ZeRO-3 with AdamW, and the masked step around its own."""
     need, b = after_loading(phase, shape, job, sharding), job.itemsize
-    trained = shape.parameters if job.train_scope == "all" else sum(layer.m * layer.n for layer in shape.targets)
+    lora = job.adapter == "lora"
+    trained = _trained(shape, job)
+    if lora:
+        need.gpu["adapters"] = trained * b / job.ranks
     steps = math.ceil(job.epochs * samples / job.global_batch_size)
     step = _optimizer(need, trained, job, sharding)
     passes = _passes(shape, job, sharding)
+    if lora:
+        passes["activations"] += _adapter_activations(shape, job)
     if masked:
         step["rotating"] = _masked_step(need, shape, job, steps)
     # Passes and steps take turns.
@@ -33,16 +40,33 @@ def training(shape: Shape, job: Job, sharding: Sharding, phase: str, samples: in
     # Nothing is kept in the first forward pass, in which DeepSpeed learns the order.
     gathers = steps * micro * fetches + (2 - fetches)
     need.sent += (gathers * shape.parameters + steps * micro * trained) * b * others_share(job.ranks)
-    model = shape.parameters * b
+    model = (trained + shape.parameters * job.merge_adapter if lora else shape.parameters) * b
     # The export is gathered once more; its writers hold four buffers.
     need.sent += model * others_share(job.ranks)
     need.host["export"] = min(4.0 * GATHER_BYTES, model)
-    # Masters, moments, and C beside them; weights that do not train.
-    need.checkpoint = (16.0 if masked else 12.0) * trained + (shape.parameters - trained) * b
+    # Masters, moments, and C beside them; weights that do not train, but for those that an adapter is put on.
+    need.checkpoint = (16.0 if masked else 12.0) * trained + (trained if lora else shape.parameters - trained) * b
     need.written = model + TRAINER_SAVES * need.checkpoint
     # While a checkpoint replaces the one before, both exist; the last one stays beside the model.
     need.disk = need.checkpoint + max(model, need.checkpoint)
     return need
+
+
+def _trained(shape: Shape, job: Job) -> int:
+    """Elements that train."""
+    if job.adapter == "lora":
+        return sum(job.lora_r * (layer.m + layer.n) for layer in shape.targets)
+    return shape.parameters if job.train_scope == "all" else sum(layer.m * layer.n for layer in shape.targets)
+
+
+def _adapter_activations(shape: Shape, job: Job) -> float:
+    """What the adapters' graph keeps besides: A x, and under dropout a copy of x and its mask for each."""
+    by_block: dict[int, float] = {}
+    for layer in shape.targets:
+        kept = job.lora_r * job.itemsize + (layer.n * (job.itemsize + 1) if job.lora_dropout else 0)
+        by_block[layer.layer] = by_block.get(layer.layer, 0.0) + kept
+    blocks = max(by_block.values()) if job.gradient_checkpointing else sum(by_block.values())
+    return blocks * job.train_batch_size * job.tokens
 
 
 def _optimizer(need: Estimate, trained: int, job: Job, sharding: Sharding) -> dict[str, float]:
@@ -71,20 +95,24 @@ def _passes(shape: Shape, job: Job, sharding: Sharding) -> dict[str, float]:
 
 def _masked_step(need: Estimate, shape: Shape, job: Job, steps: int) -> float:
     """Adds bases, masks and what ``steps`` rotations move; returns what one takes on the GPU beyond that."""
-    ranks = job.ranks
+    ranks, targets = job.ranks, shape.targets
     held = {
         layer.name: (group[0].name, Rotation.held_bytes(layer.n, basis_rank(layer.n, job)))
         for group in shared_inputs(shape.targets)
         for layer in group
     }
-    placement, _ = place_bases(job.basis_placement, shape.targets, held, ranks, GPU if job.on_gpu else CPU)
+    if job.adapter == "lora":
+        # A [r, n] of each layer, with a basis of its own frozen columns (protection.py).
+        targets = [replace(layer, m=job.lora_r) for layer in shape.targets]
+        held = {t.name: (t.name, Rotation.held_bytes(t.n, frozen_count(job.keep_ratio, t.n))) for t in targets}
+    placement, _ = place_bases(job.basis_placement, targets, held, ranks, GPU if job.on_gpu else CPU)
     need.gpu["bases"] = float(placement.kept())
-    need.gpu["masks"] = sum(layer.m * math.ceil(layer.n / 8) for layer in shape.targets) / ranks
+    need.gpu["masks"] = sum(layer.m * math.ceil(layer.n / 8) for layer in targets) / ranks
     need.sent += steps * placement.cost().sent
-    stored = {held[layer.name][0]: 4.0 * layer.n * basis_rank(layer.n, job) for layer in shape.targets}
+    stored = {held[layer.name][0]: 4.0 * layer.n * basis_rank(layer.n, job) for layer in targets}
     readers = {key: placement.readers(key) for key in stored}
     need.read += max(sum(size for key, size in stored.items() if readers[key] == who) for who in readers.values())
-    largest = 4.0 * max(layer.m * layer.n for layer in shape.targets)
+    largest = 4.0 * max(layer.m * layer.n for layer in targets)
     if placement.name == "owner":
         # An owner gets its layer whole, and gives its own shards away; one piece of rows is rotated at a time.
         return 2 * largest + 4.0 * CHUNK

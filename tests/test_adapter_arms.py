@@ -1,0 +1,92 @@
+"""The arms with a LoRA adapter in a comparison on a tiny model: what each trains, and Safe LoRA's weights by its formula."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluation_jobs import make_models
+from ranks import run_ranks
+from safetensors.torch import load_file
+from test_compare import comparison
+
+from warp_ds.errors import ConfigError
+from warp_ds.evaluation.adapter_certificate import certify_adapter
+from warp_ds.flags.arguments import TrainArguments
+from warp_ds.launch.chain_flags import check_flags, phase_flags
+from warp_ds.method.lora_baselines import safe_lora
+from warp_ds.phases.arms import parse_arms
+
+ARMS = "before,lora,lora+column,lora+original,lora+safelora@0.99"
+
+
+def test_what_an_adapters_arm_is() -> None:
+    arms = {
+        arm.name: arm for arm in parse_arms("lora,lora+column,lora+original,lora+osft,column,lora+column+safeinstr+safelora")
+    }
+    assert all(arm.adapter for name, arm in arms.items() if "lora" in name) and not arms["column"].adapter
+    assert arms["lora"].basis is None and arms["lora"].trains == "target"
+    assert (arms["lora+original"].basis, arms["lora+original"].unit) == ("identity", "column")
+    assert (arms["lora+column"].basis, arms["lora+osft"].basis) == ("activation", "weight")
+    last = arms["lora+column+safeinstr+safelora"]
+    assert last.safety_share == 0.1 and last.merge == "safelora" and last.unit == "column"
+    for name in ("lora+rotated", "lora+full"):
+        with pytest.raises(ConfigError, match="whole columns"):
+            parse_arms(name)
+
+
+def compared(root: Path) -> str:
+    return str(comparison(root, root / "out", arms=ARMS, lora_r=4, lora_dropout=0.0, learning_rates="1e-2"))
+
+
+def test_arms_of_adapters(tmp_path: Path) -> None:
+    make_models(tmp_path)
+    run = Path(run_ranks(1, compared, tmp_path)[0])
+    rows: dict[str, Any] = {row["arm"]: row for row in json.loads((run / "report.json").read_text())["points"]}
+    assert list(rows) == ARMS.split(",")
+    start = next(Path(json.loads(path.read_text())["settings"]["model_name"]) for path in run.glob("phase3_lora_*/config.json"))
+    adapters = {arm: run / f"phase3_{arm}_lr0.01_seed42" / "adapter" for arm in ("lora", "lora+column", "lora+original")}
+    masks = {
+        "lora+column": run / "phase2_start_activation_column_importance" / "masks",
+        "lora+original": run / "phase2_start_identity_column_importance" / "masks",
+    }
+    for arm, directory in masks.items():
+        assert certify_adapter(start, adapters[arm], directory).outcome == "kept"
+        assert certify_adapter(start, adapters["lora"], directory).outcome == "broken"
+    unaligned = load_file(run / "phase0_unaligned" / "model" / "model.safetensors")
+    aligned, trained = (load_file(path / "model.safetensors") for path in (start, adapters["lora"].parent / "model"))
+    merged = load_file(run / "merge_lora+safelora@0.99_lr0.01_seed42" / "model" / "model.safetensors")
+    changed = [name for name in aligned if not torch.equal(aligned[name], trained[name])]
+    assert changed and all("q_proj" in name or "down_proj" in name for name in changed)
+    for name, value in merged.items():
+        expected = safe_lora(aligned[name], trained[name], unaligned[name], 0.99)[0] if name in changed else aligned[name]
+        assert torch.allclose(value, expected, atol=1e-6), name
+        assert name not in changed or not torch.allclose(value, trained[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"adapter": "dora"}, "DoRA scales whole rows"),
+        ({"adapter": "qlora"}, "base is quantised"),
+        ({"adapter": "ia3"}, "none or lora"),
+        ({"lora_r": 8}, "--lora_r is of an adapter: give --adapter lora too"),
+        ({"adapter": "lora", "train_scope": "all"}, "the adapter alone trains"),
+        ({"adapter": "lora", "lora_dropout": 1.0}, "from 0 to below 1"),
+        ({"adapter": "lora", "lora_layers": "attn_x"}, "choose from ffn_down"),
+    ],
+)
+def test_flags_that_are_refused(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainArguments(model_name=str(tmp_path), **flags).check()
+
+
+def test_a_chain_that_reads_the_trained_model_merges_it(tmp_path: Path) -> None:
+    words = ["--adapter", "lora", "--model_name", str(tmp_path), "--device", "cpu"]
+    with pytest.raises(ConfigError, match="evaluate of this chain reads the model that phase3 makes: give --merge_adapter"):
+        check_flags(phase_flags(["phase3", "evaluate"], words, tmp_path))
+    check_flags(phase_flags(["phase3", "evaluate"], [*words, "--merge_adapter"], tmp_path))
+    check_flags(phase_flags(["phase2", "phase3"], words, tmp_path))

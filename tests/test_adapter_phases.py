@@ -1,0 +1,269 @@
+"""Phase 3 with --adapter lora on 1, 2 and 3 ranks against the dense reference, over stops and other numbers of ranks, to the
+certificate and the merged model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dense_training import DenseAdamW, complete_basis, task_loss, train
+from peft import LoraConfig, PeftModel, get_peft_model
+from phase3_jobs import losses, make_model, phase3, phase12
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from warp_ds.cluster import preemption, processes
+from warp_ds.errors import ArtifactError
+from warp_ds.evaluation.adapter_certificate import certify_adapter
+from warp_ds.evaluation.certificate import certify
+from warp_ds.launch.cli import main
+from warp_ds.models.adapter_directory import AdapterDirectory
+from warp_ds.phases.trainer import MetricsFile
+from warp_ds.protection import WarpCallback
+from warp_ds.store.masks import MaskStore
+
+LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 5, "lora_alpha": 10, "lora_dropout": 0.0}
+SEED = 42
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("adapters")
+    make_model(path)
+    run_ranks(1, column_masks, path)
+    return path
+
+
+def column_masks(root: Path) -> None:
+    phase12(root, root / "artefacts", mask_unit="column")
+
+
+def masks_of(root: Path) -> Path:
+    return root / "artefacts" / "phase2_latest" / "masks"
+
+
+def stray_bits(callback: WarpCallback) -> int:
+    found = 0
+    assert callback.protection is not None
+    for layer in callback.protection.layers:
+        c = callback.protection.driver.coefficients(layer)
+        found += sum(int((c.view(torch.int32)[piece][frozen] != 0).sum()) for piece, frozen in layer.frozen_pieces(c.device))
+    return found
+
+
+def job(root: Path, output: Path, stop_at: int | None = None, **more: Any) -> dict[str, Any] | None:
+    """Phase 3, every step of which is looked at; None where it was stopped at the end of step ``stop_at``."""
+    preemption.watch()
+    on_train_end, on_step_end, seen = WarpCallback.on_train_begin, MetricsFile.on_step_end, []
+
+    def begin(self: WarpCallback, *args: Any, **kwargs: Any) -> None:
+        on_train_end(self, *args, **kwargs)
+        seen.append((self, stray_bits(self)))
+
+    def step(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_step_end(self, args, state, control, **kwargs)
+        seen.append((seen[0][0], stray_bits(seen[0][0])))
+        if state.global_step == stop_at and processes.rank() == processes.world_size() - 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    WarpCallback.on_train_begin, MetricsFile.on_step_end = begin, step  # type: ignore[method-assign]
+    try:
+        run = phase3(root, root / "artefacts", output, None, **{**LORA, **more})
+    except preemption.Preempted:
+        processes.barrier()
+        return None
+    finally:
+        WarpCallback.on_train_begin, MetricsFile.on_step_end = on_train_end, on_step_end  # type: ignore[method-assign]
+        preemption._asked = None
+    return {"run": str(run), "losses": losses(run), "stray": [bits for _, bits in seen]}
+
+
+def jobs(root: Path, output: Path) -> dict[str, Any]:
+    """A whole run; on one rank one with activations computed again; on two one that is stopped at step 2 and goes on."""
+    whole = job(root, output / "whole", merge_adapter=True)
+    assert whole is not None
+    if processes.world_size() == 1:
+        again = job(root, output / "checkpointing", gradient_checkpointing=True)
+        assert again is not None
+        assert again["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    if processes.world_size() == 2:
+        assert job(root, output / "same", stop_at=2) is None
+        if processes.rank() == 0:
+            for other in ("1", "3"):
+                shutil.copytree(output / "same", output / other, symlinks=True)
+        processes.barrier()
+        resumed = job(root, output / "same")
+        assert resumed is not None
+        return {**whole, "resumed": resumed}
+    return whole
+
+
+def go_on(root: Path, output: Path) -> dict[str, Any]:
+    found = job(root, output)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> dict[int, dict[str, Any]]:
+    return {world: run_ranks(world, jobs, root, root / f"world{world}")[0] for world in (1, 2, 3)}
+
+
+@pytest.fixture(scope="module")
+def reference(root: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Five full-batch clipped AdamW steps of A and B in fp64, A's part in U_F taken out by hand."""
+    masks = json.loads((masks_of(root) / "metadata.json").read_text())["layers"]
+    basis = (root / "artefacts" / "phase1_latest" / "basis").resolve()
+    files = json.loads((basis / "metadata.json").read_text())["layers"]
+    model = AutoModelForCausalLM.from_pretrained(root / "m")
+    torch.manual_seed(SEED)
+    config = LoraConfig(task_type="CAUSAL_LM", r=5, lora_alpha=10, target_modules=list(masks))
+    adapted = get_peft_model(model, config).double()
+    named = {k: p.detach().clone() for k, p in adapted.named_parameters() if p.requires_grad}
+    bases, frozen = {}, {}
+    for layer, entry in masks.items():
+        bits = np.unpackbits(load_file(masks_of(root) / entry["file"])["frozen"].numpy(), axis=1)[0, : entry["shape"][1]]
+        name = f"base_model.model.{layer}.lora_A.default.weight"
+        columns = torch.from_numpy(bits.astype(bool))
+        bases[name] = u = complete_basis(load_file(basis / files[layer]["file"])["U"])[:, columns]
+        named[name] = named[name] - named[name] @ u @ u.T
+        frozen[name] = (torch.arange(len(u)) < u.shape[1]).expand(5, -1)
+    optimizer = DenseAdamW(named, bases, frozen, lr=2e-3, eps=1e-4, decay=dict.fromkeys(named, 0.1), clip=0.5)
+    loss = task_loss(root, AutoTokenizer.from_pretrained(root / "m"))
+    return train(adapted, list(named), [torch.zeros(0)] * 5, optimizer, loss), optimizer.weights()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_training_equals_the_dense_reference(runs: Any, reference: Any, world: int) -> None:
+    losses, weights = reference
+    assert runs[world]["losses"] == pytest.approx(losses, abs=1e-6)
+    assert runs[world]["stray"] == [0] * 6
+    saved = load_file(Path(runs[world]["run"]) / "adapter" / "adapter_model.safetensors")
+    assert saved.keys() == {name.replace(".default", "") for name in weights}
+    for name, value in weights.items():
+        assert (saved[name.replace(".default", "")].double() - value).abs().max() < 1e-5, name
+    assert max(float(value.abs().max()) for name, value in weights.items() if "lora_B" in name) > 5e-3
+
+
+def test_a_stopped_run_goes_on(runs: Any) -> None:
+    whole, resumed = runs[2], runs[2]["resumed"]
+    assert resumed["losses"] == whole["losses"] and resumed["stray"] == [0] * 4
+    files = [load_file(Path(each["run"]) / "adapter" / "adapter_model.safetensors") for each in (whole, resumed)]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_a_stopped_run_goes_on_on_another_number_of_ranks(root: Path, runs: Any, world: int) -> None:
+    found = run_ranks(world, go_on, root, root / "world2" / str(world))[0]
+    assert found["stray"] == [0] * 4
+    assert found["losses"] == pytest.approx(runs[2]["losses"], abs=1e-6)
+
+
+def test_the_adapter_is_pefts_and_the_merged_model_is_its_merge(root: Path, runs: Any) -> None:
+    run = Path(runs[2]["run"])
+    assert "adapter: LoRA, r 5" in (run / "adapter" / "README.md").read_text()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "m"), run / "adapter")
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        unmerged = adapted(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(run / "model")(ids).logits
+        theirs = adapted.merge_and_unload()(ids).logits
+        start = AutoModelForCausalLM.from_pretrained(root / "m")(ids).logits
+    assert (merged - theirs).abs().max() < 1e-5 and (merged - unmerged).abs().max() < 1e-5
+    assert (merged - start).abs().max() > 1e-2
+    assert (
+        main(["merge", "--model_name", str(root / "m"), "--adapter", str(run / "adapter"), "--output", str(root / "by cli")])
+        == 0
+    )
+    again, files = load_file(root / "by cli" / "model.safetensors"), load_file(run / "model" / "model.safetensors")
+    assert all(torch.equal(again[name], files[name]) for name in files)
+
+
+def tampered(source: Path, target: Path, change: Any) -> Path:
+    shutil.copytree(source, target)
+    tensors = load_file(source / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "adapter_model.safetensors", {"format": "pt"})
+    return target
+
+
+def test_the_certificate_of_an_adapter(root: Path, runs: Any, tmp_path: Path) -> None:
+    adapter, masks = Path(runs[3]["run"]) / "adapter", masks_of(root)
+    words = [
+        "verify",
+        "--before",
+        str(root / "m"),
+        "--masks_dir",
+        str(masks),
+        "--output",
+        str(tmp_path / "c.json"),
+        "--adapter",
+    ]
+    assert main([*words, str(adapter)]) == 0
+    written = json.loads((tmp_path / "c.json").read_text())
+    assert written["kept"] and all(layer["free_rms"] > 1e4 * layer["frozen_rms"] > 0 for layer in written["layers"])
+    # After merging, the certificate of the models finds the same.
+    assert certify(root / "m", Path(runs[2]["run"]) / "model", masks).kept
+
+    name = MaskStore(masks).layers[3].name
+    a, b = (f"base_model.model.{name}.lora_{side}.weight" for side in "AB")
+    frozen = np.unpackbits(MaskStore(masks).columns(name).numpy(), axis=1)[0]
+    basis = MaskStore(masks).find_basis()
+    assert basis is not None
+    u = complete_basis(basis.columns(name)[0])[:, int(frozen.argmax())].float()
+
+    def one_direction(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[a][2] += 1e-5 * u  # a thousandth of a row
+
+    assert main([*words, str(tampered(adapter, tmp_path / "one", one_direction))]) == 1
+    problems = json.loads((tmp_path / "c.json").read_text())["problems"]
+    assert len(problems) == 1 and problems[0].startswith(f"{name}: ")
+    other = certify_adapter(root / "m", tampered(adapter, tmp_path / "nan", lambda t: t[b].fill_(float("nan"))), masks)
+    assert other.outcome == "broken" and "NaN" in other.problems[0]
+    assert (
+        main([*words, str(tampered(adapter, tmp_path / "still", lambda t: [v.zero_() for k, v in t.items() if "_B" in k]))])
+        == 3
+    )
+    # In bf16 its rounding is larger, and the same is seen.
+    half = tampered(adapter, tmp_path / "bf16", lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
+    assert certify_adapter(root / "m", half, masks).kept
+    loose = tampered(half, tmp_path / "loose", lambda t: t.update({a: torch.randn_like(t[a].float()).bfloat16()}))
+    assert certify_adapter(root / "m", loose, masks).outcome == "broken"
+
+
+def test_an_adapter_without_the_constraint_is_broken(root: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    names = [layer.name for layer in MaskStore(masks_of(root)).layers]
+    model = AutoModelForCausalLM.from_pretrained(root / "m")
+    free = get_peft_model(model, LoraConfig(r=4, target_modules=names, init_lora_weights=False))
+    free.save_pretrained(tmp_path / "free")
+    found = certify_adapter(root / "m", tmp_path / "free", masks_of(root))
+    assert found.outcome == "broken" and len(found.problems) == len(names)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"use_dora": True}, "DoRA scales whole rows"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"init_lora_weights": "pissa"}, "changes the base weights"),
+        ({"something_new": 1}, "something_new is 1"),
+    ],
+)
+def test_adapters_that_are_not_understood_are_refused(
+    root: Path, runs: Any, tmp_path: Path, changes: Any, message: str
+) -> None:
+    copy = tmp_path / "adapter"
+    shutil.copytree(Path(runs[3]["run"]) / "adapter", copy)
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ArtifactError, match=message):
+        AdapterDirectory.of(copy)

@@ -1,0 +1,158 @@
+"""A LoRA adapter as PEFT saves it (adapter_config.json, adapter_model.safetensors): which layers it changes, and by what.
+
+Read without PEFT, and so that what is not understood is refused by name: ΔW = s B A, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from warp_ds.errors import ArtifactError
+from warp_ds.models.directory import FLOATS
+from warp_ds.store.checkpoint_index import TensorLocation, read_header
+from warp_ds.store.files import read_json
+from warp_ds.store.layers import TargetLayer
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+#: Of LoraConfig (PEFT 0.21): what changes nothing of what W' = W + s B A means, or is read here.
+_UNDERSTOOD = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+    *("megatron_core", "qalora_group_size", "runtime_config", "modules_to_save", "lora_bias", "trainable_token_indices"),
+}
+#: Starts that leave the base weights as they are; PiSSA, OLoRA, CorDA, LoftQ and others change them.
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """ΔW = s B A of one layer, in the dtype of the file."""
+
+    a: Tensor
+    """[r, n]"""
+    b: Tensor
+    """[m, r]"""
+    scaling: float
+
+    def delta(self) -> Tensor:
+        """ΔW [m, n] fp32."""
+        return (self.scaling * self.b.float()) @ self.a.float()
+
+
+@dataclass(frozen=True)
+class AdapterDirectory:
+    """The files of an adapter."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorLocation]
+    """By the name of a parameter of the adapted model, such as model.layers.0.mlp.down_proj.lora_A.weight."""
+
+    @staticmethod
+    def of(directory: str | Path) -> AdapterDirectory:
+        """Raises ArtifactError where it is no adapter, or not plain LoRA; CheckpointError for damaged weights."""
+        directory = Path(directory)
+        if not (directory / CONFIG).is_file():
+            raise ArtifactError(f"{directory} is no adapter (no {CONFIG}): give a directory that PEFT or phase 3 has saved")
+        config = read_json(directory / CONFIG)
+        if not isinstance(config, dict):
+            raise ArtifactError(f"{directory / CONFIG} holds no JSON object")
+        if problem := _not_plain(config):
+            raise ArtifactError(f"{directory / CONFIG}: {problem}; what is known is plain LoRA, W' = W + s B A")
+        if not (directory / WEIGHTS).is_file():
+            raise ArtifactError(
+                f"{directory} has no {WEIGHTS}: pickled adapters (.bin) are not read; load and save it again with PEFT"
+            )
+        tensors = {name.removeprefix(PREFIX): location for name, location in read_header(directory / WEIGHTS).items()}
+        found = AdapterDirectory(directory, config, tensors)
+        for name in found.layers:
+            found._check(name)
+        return found
+
+    @property
+    def layers(self) -> list[str]:
+        """Module names of the layers with an A."""
+        return [name.removesuffix(".lora_A.weight") for name in self.tensors if name.endswith(".lora_A.weight")]
+
+    @property
+    def others(self) -> list[str]:
+        """What it holds besides A and B: whole weights (modules_to_save), biases, tokens."""
+        own = {f"{layer}.lora_{side}.weight" for layer in self.layers for side in "AB"}
+        return sorted(self.tensors.keys() - own)
+
+    def shape(self, layer: str) -> tuple[int, int]:
+        """(m, n) of the layer that it changes."""
+        return self.tensors[f"{layer}.lora_B.weight"].shape[0], self.tensors[f"{layer}.lora_A.weight"].shape[1]
+
+    def factors(self, layer: str) -> LoraFactors:
+        """A, B and s of a layer."""
+        a, b = (self.read(f"{layer}.lora_{side}.weight") for side in "AB")
+        return LoraFactors(a, b, self._scaling(layer, len(a)))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; ArtifactError where it cannot be read."""
+        try:
+            with safe_open(self.tensors[name].path, framework="pt") as file:
+                return file.get_tensor(self.tensors[name].name)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{self.directory} has no readable {name} ({error})") from error
+
+    def of_targets(self, targets: list[TargetLayer]) -> Iterator[tuple[TargetLayer, LoraFactors | None]]:
+        """Each layer with what the adapter adds to it; None: nothing. ArtifactError for another shape."""
+        for target in targets:
+            if f"{target.name}.lora_A.weight" not in self.tensors:
+                yield target, None
+                continue
+            if self.shape(target.name) != target.shape:
+                raise ArtifactError(
+                    f"{self.directory}: {target.name} is {self.shape(target.name)}, not {target.shape} as the masks have it: "
+                    "it is of another model"
+                )
+            yield target, self.factors(target.name)
+
+    def _check(self, layer: str) -> None:
+        a, b = (self.tensors.get(f"{layer}.lora_{side}.weight") for side in "AB")
+        shapes = [None if side is None else side.shape for side in (a, b)]
+        if (
+            a is None
+            or b is None
+            or (len(a.shape), len(b.shape)) != (2, 2)
+            or a.shape[0] != b.shape[1]
+            or not {a.dtype, b.dtype} <= set(FLOATS)
+        ):
+            raise ArtifactError(
+                f"{self.directory / WEIGHTS}: A and B of {layer} are {shapes}, no pair [r, n] and [m, r] of floats"
+            )
+
+    def _scaling(self, layer: str, r: int) -> float:
+        """alpha / r, or alpha / √r of rsLoRA (Kalajdzievski, 2023), as peft/tuners/lora/layer.py has it."""
+        patterns = self.config.get("alpha_pattern") or {}
+        alpha = next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", layer)), self.config.get("lora_alpha"))
+        return float(alpha or 0.0) / (math.sqrt(r) if self.config.get("use_rslora") else r)
+
+
+def _not_plain(config: dict[str, Any]) -> str:
+    """Why W' is not W + s B A; empty where it is."""
+    if config.get("peft_type") != "LORA":
+        return f"peft_type is {config.get('peft_type')!r}"
+    if config.get("use_dora"):
+        return "use_dora: DoRA scales whole rows of W + s B A, so that W moves in every direction"
+    for name, value in config.items():
+        if name not in _UNDERSTOOD and value not in (None, False, "none", {}, []):
+            return f"{name} is {value!r}"
+    if config.get("init_lora_weights", True) not in _STARTS:
+        return f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base weights too"
+    alphas = [config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
+    if not all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in alphas):
+        return f"lora_alpha is {config.get('lora_alpha')!r}"
+    return ""

@@ -1,0 +1,101 @@
+"""Phases 0 and 3 with ``--adapter lora``: a PEFT adapter on a ZeRO-3 model, and its export as PEFT saves it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from warp_ds.cluster import consensus, processes
+from warp_ds.errors import ConfigError
+from warp_ds.flags.groups import AdapterFlags
+from warp_ds.models.adapter_directory import WEIGHTS
+from warp_ds.models.layer_names import LAYER_TYPES
+from warp_ds.models.targets import find_targets
+from warp_ds.phases.merge import merge_adapter
+from warp_ds.store.files import write_text
+from warp_ds.store.layers import TargetLayer
+from warp_ds.zero import saved_directory
+
+logger = logging.getLogger(__name__)
+NAME = "default"
+
+
+def check_peft(arguments: AdapterFlags) -> None:
+    """ConfigError where an adapter is asked for and PEFT is not installed."""
+    if arguments.adapter != "none" and find_spec("peft") is None:
+        raise ConfigError("--adapter lora needs PEFT: pip install 'warp_ds[peft]' (or peft)")
+
+
+def add_lora(model: PreTrainedModel, masked: Sequence[TargetLayer], arguments: AdapterFlags, seed: int) -> Any:
+    """The PEFT model around ``model`` (ZeRO-3 partitioned, whose weights stop training): A and B on --lora_layers, else on the
+    ``masked`` layers, else on every linear layer that --layer_type can name. The same on every rank.
+
+    A is drawn from ``seed`` (Kaiming, as PEFT does), B is 0, both in the model's dtype.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    layers = list(masked)
+    if arguments.lora_layers or not layers:
+        layers = find_targets(model, getattr(arguments, "target_layers", "all"), arguments.lora_layers or ",".join(LAYER_TYPES))
+        own = {layer.name for layer in masked}
+        free = [layer.name for layer in layers if layer.name not in own]
+        if free and own and processes.rank() == 0:
+            logger.warning(
+                "%d of %d layers with an adapter have no mask (the first is %s): nothing protects what they change",
+                *(len(free), len(layers), free[0]),
+            )
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        use_rslora=arguments.lora_rslora,
+        target_modules=[layer.name for layer in layers],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config, adapter_name=NAME, autocast_adapter_dtype=False)
+    if processes.rank() == 0:
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        logger.info("LoRA of rank %d on %d layers: %.2f M parameters train", arguments.lora_r, len(layers), trained / 1e6)
+    return adapted
+
+
+def export_adapter(adapted: Any, tokenizer: PreTrainedTokenizerBase, directory: Path, model_card: str, base_model: str) -> None:
+    """Writes A and B as PEFT does (adapter_config.json, adapter_model.safetensors), with our card. Collective; ``adapted`` is
+    the PEFT model, one parameter of which is whole at a time. What is there is replaced when the new one is whole."""
+    state: dict[str, Any] = {}
+    for name, param in adapted.named_parameters():
+        if param.requires_grad:
+            with deepspeed.zero.GatheredParameters([param]):
+                if processes.rank() == 0:
+                    state[name] = param.detach().to("cpu", copy=True)
+    with saved_directory.replaced(directory) as aside:
+        with consensus.on_every_rank_or_none(f"saving to {directory}"):
+            if processes.rank() == 0:
+                config = adapted.peft_config[NAME]
+                config.base_model_name_or_path = str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model
+                adapted.save_pretrained(aside, state_dict=state, save_embedding_layers=False)
+                tokenizer.save_pretrained(aside)
+                write_text(aside / "README.md", model_card)
+                assert (aside / WEIGHTS).is_file()
+
+
+def write_merged(base: Path, adapter: Path, output: Path) -> None:
+    """The adapter merged into its base, as an ordinary model directory, with the adapter's card and tokenizer. Collective."""
+    merge_adapter(base, adapter, output)
+
+    def rest() -> None:
+        for path in adapter.iterdir():
+            if path.is_file() and not path.name.startswith("adapter_"):
+                shutil.copyfile(path, output / path.name)
+
+    consensus.on_rank_0(rest, "writing the merged model's card")
