@@ -9,6 +9,7 @@ from typing import Any
 
 from warp_ds.errors import ArtifactError
 from warp_ds.names import printable
+from warp_ds.report.recommendation import with_recommendation
 from warp_ds.report.tradeoff import Comparison, compare_points
 from warp_ds.store import files, runs
 
@@ -96,6 +97,8 @@ def comparisons(runs: Runs) -> list[tuple[list[Path], Comparison]]:
 def _pool(parts: Sequence[Comparison]) -> Comparison:
     if len(parts) == 1:
         return parts[0]
-    points = {(p.arm, p.rate, p.seed): p for part in reversed(parts) for p in reversed(part.points)}
+    points = {(p.arm, p.rate, p.seed, p.start): p for part in reversed(parts) for p in reversed(part.points)}
     pooled = compare_points(list(reversed(points.values())), parts[0].prompts, about=parts[0].about)
+    said = parts[0].about.get("recommendation")
+    pooled = with_recommendation(pooled, said["floor"]) if said else pooled
     return replace(pooled, front=parts[0].front)
