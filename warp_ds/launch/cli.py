@@ -124,6 +124,13 @@ def _add_verify_and_shrink(commands: Any) -> None:
     shrink.add_argument("--output", required=True, help="directory for the new basis/ and masks/")
     shrink.set_defaults(run=_shrink)
 
+    overlap = commands.add_parser(
+        "overlap", help="how much of what masks freeze is the same, layer by layer, beside what chance gives"
+    )
+    overlap.add_argument("masks", nargs="+", metavar="MASKS", help="masks/ of phase 2, or its run; of other safety sets, say")
+    overlap.add_argument("--output", default="overlap.json", help="the same as JSON; warp-ds report of its directory shows it")
+    overlap.set_defaults(run=_overlap)
+
 
 def underscored(words: Sequence[str]) -> list[str]:
     """Flags in the phases' spelling: --gpus-per-node is --gpus_per_node."""
@@ -239,6 +246,19 @@ def _shrink(arguments: argparse.Namespace) -> int:
 
     print_shrunk(shrink(arguments.masks_dir, arguments.basis_dir, Path(arguments.output)))
     print(f"train with --masks_dir {Path(arguments.output) / 'masks'}")
+    return 0
+
+
+def _overlap(arguments: argparse.Namespace) -> int:
+    from warp_ds.evaluation.overlap import overlap
+    from warp_ds.report.overlap_section import overlap_blocks
+    from warp_ds.report.tables import to_terminal
+    from warp_ds.store.files import write_json
+
+    found = overlap(arguments.masks)
+    write_json(Path(arguments.output), found)
+    to_terminal(overlap_blocks(found))
+    print(f"overlap: {arguments.output}")
     return 0
 
 

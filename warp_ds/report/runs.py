@@ -13,6 +13,9 @@ from warp_ds.report.recommendation import with_recommendation
 from warp_ds.report.tradeoff import Comparison, compare_points
 from warp_ds.store import files, runs
 
+OVERLAP = "overlap.json"
+"""What warp-ds overlap writes."""
+
 
 def read_json(path: Path) -> Any:
     """As ``files.read_json``; strings that a page and a picture can hold."""
@@ -62,13 +65,14 @@ def find_runs(given: Sequence[str | Path]) -> Runs:
     for name in map(Path, given):
         if not name.is_dir():
             raise ArtifactError(f"{name}: no such run directory")
-        marks = sorted([*name.rglob("config.json"), *name.rglob("report.json")])
+        marks = sorted(mark for kind in ("config.json", "report.json", OVERLAP) for mark in name.rglob(kind))
         inside = dict.fromkeys(
-            mark.parent for mark in marks if mark.name == "report.json" or "phase" in run_config(mark.parent)
+            mark.parent for mark in marks if mark.name != "config.json" or "phase" in run_config(mark.parent)
         )
         if not inside:
             raise ArtifactError(
-                f"{name} holds no run (no config.json of a phase, no report.json): give a directory under --output_dir"
+                f"{name} holds no run (no config.json of a phase, no report.json, no {OVERLAP}): "
+                "give a directory under --output_dir"
             )
         known.all += [run for run in inside if run.resolve() not in {r.resolve() for r in known.all}]
     return known
