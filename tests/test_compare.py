@@ -136,6 +136,10 @@ def test_every_arm_has_its_point(done: Any) -> None:
             "utility_accuracy",
             "refusal_p_against_before",
         } <= set(row)
+        told = row["outcomes"]
+        assert told["refusal"].count("r") == round(row["refusal_rate"] * len(told["refusal"])) and len(told["gsm8k"]) == 7
+        assert sum(told["loss"]["nats"]) / sum(told["loss"]["tokens"]) == pytest.approx(row["utility_nll"], rel=1e-4)
+    assert done["more"]["recommendation"]["text"] in done["table"]
     assert rows["before"]["frozen_drift"] == rows["before"]["movement"] == 0.0
     assert rows["rotated"]["frozen_drift"] < 1e-5 < 1e-3 < rows["full"]["frozen_drift"]
     assert done["report"]["overlap"] == {"task in the task set": 7, "harmless in --unaligned_data": 5}

@@ -285,8 +285,13 @@ def loss_per_token(model: Any, encoded: Sequence[Tokens], **options: Any) -> flo
 
     Options as for `token_scores`.
     """
-    losses = [loss for sample in token_losses(model, encoded, **options) for loss in sample]
-    return math.fsum(losses) / len(losses) if losses else math.nan
+    return mean_loss(token_losses(model, encoded, **options))
+
+
+def mean_loss(losses: Sequence[Sequence[float]]) -> float:
+    """One mean over all tokens of all samples; nan without any."""
+    count = sum(map(len, losses))
+    return math.fsum(loss for sample in losses for loss in sample) / count if count else math.nan
 
 
 def answer_surprise(

@@ -13,9 +13,10 @@ from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.data.collate import pad_token
 from warp_ds.data.lengths import encode_dataset
 from warp_ds.evaluation.answers import AnswerLog, Row, collect_answers, prompt_of
-from warp_ds.evaluation.generate import loss_per_token, noise_threshold
+from warp_ds.evaluation.generate import mean_loss, noise_threshold, token_losses
 from warp_ds.evaluation.judge import Judge, judge_all
 from warp_ds.evaluation.metrics import agreement, exact_match, mcnemar, same_value
+from warp_ds.evaluation.paired import outcomes
 from warp_ds.evaluation.results import rate
 from warp_ds.evaluation.sets import SUITES, EvaluationSets
 from warp_ds.evaluation.verdicts import verdict
@@ -181,10 +182,10 @@ def measure(
     rows = collect_answers(model, tokenizer, sets, batch_size=batch_size, max_new_tokens=max_new_tokens, suites=suites, log=log)
     judge_answers(rows, noise, judge)
     leave_if_asked()
-    measured = Measurement(summarise(rows), rows)
+    measured, losses = Measurement(summarise(rows), rows), list[list[float]]()
     if "loss" in suites and sets.utility:
         encoded = encode_dataset(sets.utility, tokenizer, max_length, train_on=train_on, long_samples=long_samples).to_list()
-        measured.metrics["utility_nll"] = loss_per_token(
-            model, encoded, pad_token_id=pad_token(tokenizer), batch_size=batch_size
-        )
+        losses = token_losses(model, encoded, pad_token_id=pad_token(tokenizer), batch_size=batch_size)
+        measured.metrics["utility_nll"] = mean_loss(losses)
+    measured.metrics["outcomes"] = outcomes(rows, losses)
     return measured

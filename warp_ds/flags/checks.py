@@ -41,6 +41,11 @@ def check_keep_ratio(keep_ratio: float) -> None:
         raise ConfigError(f"--keep_ratio is the share of coefficients to freeze, from 0 to 1, not {keep_ratio}")
 
 
+def check_floor(floor: float) -> None:
+    if not 0.0 <= floor <= 1.0:
+        raise ConfigError(f"--floor is the share of the start model's refusals that must stay, from 0 to 1, not {floor}")
+
+
 def at_least(arguments: Any, name: str, least: int) -> None:
     if getattr(arguments, name) < least:
         raise ConfigError(f"--{name} must be at least {least}, not {getattr(arguments, name)}")

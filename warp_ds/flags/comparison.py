@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from warp_ds.errors import ConfigError
-from warp_ds.flags.checks import at_least, check_keep_ratio, check_rank
+from warp_ds.flags.checks import at_least, check_floor, check_keep_ratio, check_rank
 from warp_ds.flags.flag import DEBUG_SAMPLES, again, flag, samples
 from warp_ds.flags.groups import (
     ArmFlags,
@@ -71,6 +71,7 @@ class CompareArguments(
             at_least(self, name, 1)
         parse_layer_types(self.layer_type)
         check_keep_ratio(self.keep_ratio)
+        check_floor(self.floor)
         check_rank(self)
         if not 0.0 < self.neuron_share <= 1.0:
             raise ConfigError(f"--neuron_share is a share above 0 and at most 1, not {self.neuron_share}")

@@ -325,3 +325,4 @@ class ArmFlags:
     arm_rates: str | None = flag(None, "other grids, such as 'osft=1e-5:5e-5,full=1e-5'", identity=False)
     seeds: str = flag("42", "comma-separated seeds of the training (order of the data; random bases and masks)", identity=False)
     at_utility: float = flag(0.0, "task NLL to compare at; 0 = the best that the arm 'rotated' reaches", identity=False)
+    floor: float = flag(0.95, "share of the start model's refusals that a recommended arm must keep", identity=False)

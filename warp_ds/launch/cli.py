@@ -145,6 +145,12 @@ def _add_verify_and_shrink(commands: Any) -> None:
     convert.add_argument("--layer_type", help="of files that lie in no layer type's directory, as its first version wrote them")
     convert.add_argument("--output", required=True, help="directory for the new basis/ and masks/")
     convert.set_defaults(run=_convert)
+    overlap = commands.add_parser(
+        "overlap", help="how much of what masks freeze is the same, layer by layer, beside what chance gives"
+    )
+    overlap.add_argument("masks", nargs="+", metavar="MASKS", help="masks/ of phase 2, or its run; of other safety sets, say")
+    overlap.add_argument("--output", default="overlap.json", help="the same as JSON; warp-ds report of its directory shows it")
+    overlap.set_defaults(run=_overlap)
 
 
 def underscored(words: Sequence[str]) -> list[str]:
@@ -294,6 +300,19 @@ def _convert(arguments: argparse.Namespace) -> int:
     print(f"{len(basis.bases)} bases: {output / 'basis'}")
     if masks is not None:
         print(f"{masks.frozen:,} of {masks.entries:,} coefficients frozen: {output / 'masks'}")
+    return 0
+
+
+def _overlap(arguments: argparse.Namespace) -> int:
+    from warp_ds.evaluation.overlap import overlap
+    from warp_ds.report.overlap_section import overlap_blocks
+    from warp_ds.report.tables import to_terminal
+    from warp_ds.store.files import write_json
+
+    found = overlap(arguments.masks)
+    write_json(Path(arguments.output), found)
+    to_terminal(overlap_blocks(found))
+    print(f"overlap: {arguments.output}")
     return 0
 
 

@@ -27,6 +27,7 @@ from warp_ds.phases.trainer_arguments import check_training
 from warp_ds.phases.trials import Trial, is_needed, merged_from
 from warp_ds.phases.versions import installed_versions
 from warp_ds.report import costs
+from warp_ds.report.recommendation import with_recommendation
 from warp_ds.report.tables import Block, comparison_blocks, to_markdown, to_terminal
 from warp_ds.report.tradeoff import Comparison, Point, compare_points
 from warp_ds.store.files import write_json, write_text
@@ -68,6 +69,7 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
         }
     with start_run("compare", arguments, inputs, passed) as run:
         comparison = compare_arms(Bench(arguments, model_dir, run.directory, data, passed or {}), arms, rates, seeds)
+        comparison = with_recommendation(comparison, arguments.floor)
         consensus.on_rank_0(lambda: write_report(run.directory, comparison), "writing the report")
         run.finish()
         show(run.directory, comparison)

@@ -83,7 +83,8 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
         where = f"By `launch/evaluate.py`, run {card.code(run.directory.name)}, data {inputs['data']}."
         _write_card(model_dir, arguments, where, measured.metrics, summarise(before))
         for name, value in measured.metrics.items():
-            logger.info("%s: %s", name, value)
+            if name != "outcomes":
+                logger.info("%s: %s", name, value)
         run.finish()
         return run.directory
 

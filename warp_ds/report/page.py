@@ -17,7 +17,7 @@ from markupsafe import Markup
 from warp_ds import __version__
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.names import printable
-from warp_ds.report import figures, mask_section, sections
+from warp_ds.report import figures, mask_section, overlap_section, sections
 from warp_ds.report.runs import Runs, comparisons, find_runs
 from warp_ds.report.sections import MakesSections, Section
 from warp_ds.secrets import redact
@@ -31,6 +31,7 @@ SECTIONS: tuple[MakesSections, ...] = (
     sections.answers,
     sections.bases,
     mask_section.masks,
+    overlap_section.overlaps,
     sections.curves,
     sections.spent,
     sections.certificates,

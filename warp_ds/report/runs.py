@@ -9,8 +9,12 @@ from typing import Any
 
 from warp_ds.errors import ArtifactError
 from warp_ds.names import printable
+from warp_ds.report.recommendation import with_recommendation
 from warp_ds.report.tradeoff import Comparison, compare_points
 from warp_ds.store import files, runs
+
+OVERLAP = "overlap.json"
+"""What warp-ds overlap writes."""
 
 
 def read_json(path: Path) -> Any:
@@ -61,13 +65,14 @@ def find_runs(given: Sequence[str | Path]) -> Runs:
     for name in map(Path, given):
         if not name.is_dir():
             raise ArtifactError(f"{name}: no such run directory")
-        marks = sorted([*name.rglob("config.json"), *name.rglob("report.json")])
+        marks = sorted(mark for kind in ("config.json", "report.json", OVERLAP) for mark in name.rglob(kind))
         inside = dict.fromkeys(
-            mark.parent for mark in marks if mark.name == "report.json" or "phase" in run_config(mark.parent)
+            mark.parent for mark in marks if mark.name != "config.json" or "phase" in run_config(mark.parent)
         )
         if not inside:
             raise ArtifactError(
-                f"{name} holds no run (no config.json of a phase, no report.json): give a directory under --output_dir"
+                f"{name} holds no run (no config.json of a phase, no report.json, no {OVERLAP}): "
+                "give a directory under --output_dir"
             )
         known.all += [run for run in inside if run.resolve() not in {r.resolve() for r in known.all}]
     return known
@@ -96,6 +101,8 @@ def comparisons(runs: Runs) -> list[tuple[list[Path], Comparison]]:
 def _pool(parts: Sequence[Comparison]) -> Comparison:
     if len(parts) == 1:
         return parts[0]
-    points = {(p.arm, p.rate, p.seed): p for part in reversed(parts) for p in reversed(part.points)}
+    points = {(p.arm, p.rate, p.seed, p.start): p for part in reversed(parts) for p in reversed(part.points)}
     pooled = compare_points(list(reversed(points.values())), parts[0].prompts, about=parts[0].about)
+    said = parts[0].about.get("recommendation")
+    pooled = with_recommendation(pooled, said["floor"]) if said else pooled
     return replace(pooled, front=parts[0].front)

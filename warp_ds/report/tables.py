@@ -87,7 +87,14 @@ def comparison_blocks(comparison: Comparison) -> list[Block]:
         Table(["arm", "rate", "task NLL", *head], raw),
         *([caution] if one_sided else []),
         "In brackets: 95 % Wilson intervals over the prompts.",
+        *recommended(comparison),
     ]
+
+
+def recommended(comparison: Comparison) -> list[Block]:
+    """What the comparison comes to, in one paragraph, where it says so."""
+    found = comparison.about.get("recommendation")
+    return [f"Recommendation. {found['text']}"] if found else []
 
 
 def _by_seed(reading: Reading) -> str:

@@ -35,6 +35,8 @@ class Point:
     """Whether at rate 0 the arm is the start model: false where it changes weights without training."""
     home: str | None = None
     """Where its answers lie, from the report's directory; None: points/<name>."""
+    start: str | None = None
+    """The start model, where there are several."""
 
     @property
     def name(self) -> str:
@@ -46,12 +48,15 @@ class Point:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Point:
-        rest = {name: value for name, value in row.items() if name not in ("arm", "rate", "seed", "from_start", "home")}
-        return cls(str(row["arm"]), _rate(row), row["seed"], rest, bool(row.get("from_start", True)), row.get("home"))
+        own = ("arm", "rate", "seed", "from_start", "home", "start")
+        rest = {name: value for name, value in row.items() if name not in own}
+        places = row.get("home"), row.get("start")
+        return cls(str(row["arm"]), _rate(row), row["seed"], rest, bool(row.get("from_start", True)), *places)
 
     def to_json(self) -> dict[str, Any]:
         own = {"arm": self.arm, "rate": self.rate, "seed": self.seed, "from_start": self.from_start}
-        return {**own, **self.measured, **({} if self.home is None else {"home": self.home})}
+        where = {"home": self.home, "start": self.start}
+        return {**own, **self.measured, **{name: place for name, place in where.items() if place is not None}}
 
 
 @dataclass(frozen=True)
