@@ -13,7 +13,8 @@ from warp_ds.data.lengths import encode_dataset, too_long
 from warp_ds.data.sample import Sample, as_samples
 from warp_ds.errors import DataError
 from warp_ds.models.context import context_length
-from warp_ds.zero.model import check_ids, load_tokenizer
+from warp_ds.models.source import check_ids
+from warp_ds.zero.model import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
