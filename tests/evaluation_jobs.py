@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -77,25 +79,26 @@ def _save(model: LlamaForCausalLM, tokenizer: Any, directory: Path) -> None:
 
 def evaluate(root: Path, output: Path, model: str, **more: Any) -> dict[str, Any]:
     """The results of one evaluation against m."""
-    run = run_evaluation(
-        EvaluateArguments(
-            **{
-                **common(
-                    root,
-                    output,
-                    harmful_data=str(root / "refusals.jsonl"),
-                    harmless_data=str(root / "harmless.jsonl"),
-                    utility_data=str(root / "utility.jsonl"),
-                    utility_samples=0,
-                    max_new_tokens=12,
-                    reference_model=str(root / "m"),
-                ),
-                "model_name": str(root / model),
-                **more,
-            }
-        )
+    arguments = EvaluateArguments(
+        **{
+            **common(
+                root,
+                output,
+                harmful_data=str(root / "refusals.jsonl"),
+                harmless_data=str(root / "harmless.jsonl"),
+                utility_data=str(root / "utility.jsonl"),
+                utility_samples=0,
+                max_new_tokens=12,
+                reference_model=str(root / "m"),
+            ),
+            "model_name": str(root / model),
+            **more,
+        }
     )
+    with redirect_stdout(StringIO()) as printed:
+        run = run_evaluation(arguments)
     return {
+        "printed": printed.getvalue(),
         "metrics": json.loads((run / "metrics.json").read_text()),
         "run": str(run),
         "answers": [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()],

@@ -134,6 +134,17 @@ def test_a_card_of_ours_gets_the_table_and_no_other_does(root: Path, results: An
     assert not (root / "words" / "README.md").exists()
 
 
+def test_it_ends_in_one_table_on_rank_0(results: Any) -> None:
+    for world in WORLDS:
+        lines = results[world]["moved"]["printed"].splitlines()
+        cells = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines if line[0] in "│┃"]
+        assert [row[0] for row in cells] == [
+            *("model", "before training", "before training, jailbreaks", "this model", "this model, jailbreaks")
+        ]
+        assert cells[0][1] == "refuses" and cells[1][1].startswith("100% [")
+        assert "refusals lost and" in "".join(lines) and lines[-1].endswith("metrics.json")
+
+
 def test_movement_is_what_the_outputs_do_on_the_safety_tokens(root: Path, results: Any) -> None:
     assert results[1]["m"]["metrics"]["movement"] == 0.0
     found = results[1]["moved"]["metrics"]["movement_by_layer"]

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, LlamaFo
 from warp_ds.errors import ConfigError, DataError
 from warp_ds.flags.arguments import EvaluateArguments
 from warp_ds.launch.inputs import check_inputs
+from warp_ds.models.source import check_ids, check_model_dir, local_model_dir, read_config, read_tokenizer
 from warp_ds.models.targets import find_targets
 from warp_ds.models.transformers_internals import weights_as_loaded
-from warp_ds.zero.model import check_ids, check_model_dir, local_model_dir, read_config, read_tokenizer
 
 
 @pytest.fixture(scope="module")

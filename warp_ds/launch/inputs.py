@@ -11,10 +11,10 @@ from warp_ds.data.sources import check_source
 from warp_ds.errors import ConfigError
 from warp_ds.flags.flag import dataclass_fields, nature
 from warp_ds.flags.groups import RunArguments
+from warp_ds.models.source import check_model_dir, local_model_dir, read_config
 from warp_ds.registry import phase_of
 from warp_ds.store.runs import find_artifact
 from warp_ds.zero import settings
-from warp_ds.zero.model import check_model_dir, local_model_dir, read_config
 
 
 def check_inputs(arguments: RunArguments) -> None:

@@ -12,7 +12,7 @@ from warp_ds.data.lengths import check_length
 from warp_ds.flags.jobs import DataArguments
 from warp_ds.flags.parsing import parse_arguments
 from warp_ds.models.context import context_length
-from warp_ds.zero.model import local_model_dir, read_config, read_tokenizer, snapshot
+from warp_ds.models.source import local_model_dir, read_config, read_tokenizer, snapshot
 
 
 def show_samples(given: argparse.Namespace) -> int:

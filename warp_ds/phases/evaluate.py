@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from warp_ds.cluster import consensus
+from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.data.datasets import load_prompts, load_samples
 from warp_ds.errors import ConfigError
@@ -27,6 +27,7 @@ from warp_ds.phases.fitting import fitting_sets
 from warp_ds.phases.run import start_run
 from warp_ds.phases.texts import check_lengths
 from warp_ds.report import card
+from warp_ds.report.tables import evaluation_blocks, to_terminal
 from warp_ds.store.files import write_json, write_text
 from warp_ds.store.fingerprints import fingerprint_rows, model_contents
 from warp_ds.store.runs import find_artifact
@@ -81,11 +82,11 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
             measured.metrics |= movement_metrics(start, model_dir, basis)
         consensus.on_rank_0(lambda: write_measurement(run.directory, measured), "writing the results")
         where = f"By `launch/evaluate.py`, run {card.code(run.directory.name)}, data {inputs['data']}."
-        _write_card(model_dir, arguments, where, measured.metrics, summarise(before))
-        for name, value in measured.metrics.items():
-            if name != "outcomes":
-                logger.info("%s: %s", name, value)
+        rows = {**({"before training": summarise(before)} if before else {}), "this model": measured.metrics}
+        _write_card(model_dir, arguments, where, rows)
         run.finish()
+        if processes.rank() == 0:
+            to_terminal([*evaluation_blocks(rows), f"All numbers: {run.directory / 'metrics.json'}"])
         return run.directory
 
 
@@ -99,9 +100,8 @@ def _check_lengths(arguments: EvaluateArguments, sets: EvaluationSets, suites: S
     check_lengths(arguments, sets.generated(suites), losses, arguments.max_new_tokens)
 
 
-def _write_card(
-    model_dir: Path, arguments: EvaluateArguments, where: str, metrics: Mapping[str, Any], before: Mapping[str, Any]
-) -> None:
+def _write_card(model_dir: Path, arguments: EvaluateArguments, where: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    metrics, before = rows["this model"], rows.get("before training")
     data = {"harmful": arguments.harmful_data, "harmless": arguments.harmless_data, "task": arguments.utility_data}
     consensus.on_rank_0(lambda: write_card(model_dir, "evaluate", where, metrics, before, data), "writing the model's card")
 

@@ -16,9 +16,9 @@ from warp_ds.data.packing import PackedBatchSampler, seen_of_another
 from warp_ds.errors import ConfigError
 from warp_ds.flags.groups import PackingFlags, TrainingFlags
 from warp_ds.models.packable import check_packable, packed_attention
+from warp_ds.models.source import read_config
 from warp_ds.models.targets import find_blocks
 from warp_ds.zero.fetch import FetchHooks, outside
-from warp_ds.zero.model import read_config
 
 
 def check_packing(arguments: PackingFlags, model_dir: Path) -> None:

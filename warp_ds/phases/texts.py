@@ -23,7 +23,8 @@ from warp_ds.data.stored import StoredSamples, store
 from warp_ds.data.tokens import tokens_from, tokens_on_disk
 from warp_ds.errors import DataError
 from warp_ds.models.context import context_length
-from warp_ds.zero.model import check_ids, check_largest, load_tokenizer
+from warp_ds.models.source import check_ids, check_largest
+from warp_ds.zero.model import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

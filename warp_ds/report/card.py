@@ -16,9 +16,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from warp_ds.errors import ArtifactError
-from warp_ds.evaluation.results import OTHERS, RATES, UTILITY, Metric, read_metric, read_metrics
+from warp_ds.evaluation.results import RATES, UTILITY, read_metrics
 from warp_ds.names import printable
-from warp_ds.report.tables import COLUMNS, Block, Table, columns, shown, to_markdown
+from warp_ds.report.tables import Block, measured_table, task_scores, to_markdown
 from warp_ds.secrets import redact
 from warp_ds.store.files import read_json, write_text
 from warp_ds.store.masks import MaskStore
@@ -199,23 +199,8 @@ def evaluation(where: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
 
     ``where`` is markdown.
     """
-    table: dict[str, dict[str, Metric]] = {}
-    for who, metrics in rows.items():
-        table[who] = read_metrics(metrics)
-        refusals = [name for name in metrics if name.startswith("attack_") and name.endswith("_refusal_rate")]
-        for attack in (name.removesuffix("_refusal_rate") for name in refusals):
-            of_attack = {name: read_metric(metrics, f"{attack}_{name}") for name in COLUMNS if name not in OTHERS}
-            called = f"{who}, {plain(attack.removeprefix('attack_'))}"
-            table[called] = {name: metric for name, metric in of_attack.items() if metric is not None}
-    names = columns(list(table.values()))
-    lines = [[who, *(shown(name, metrics.get(name)) for name in names)] for who, metrics in table.items()]
     measured = list(rows.values())[-1]
-    tasks = [
-        f"- {plain(task)}, {plain(name)}: {value:.4g}"
-        for task, scores in measured.get("lm_eval", {}).items()
-        for name, value in scores.items()
-        if isinstance(value, float)
-    ]
+    tasks = [f"- {plain(task)}, {plain(name)}: {value:.4g}" for task, name, value in task_scores(measured)]
     warnings = [
         f"- Of these prompts {count} stood in a fitting set ({plain(which)}): on them the numbers measure memory."
         for which, count in measured.get("overlap", {}).items()
@@ -223,7 +208,7 @@ def evaluation(where: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     blocks: list[Block] = [
         "## What was measured",
         f"{where} Held-out prompts, greedy answers; in brackets 95 % Wilson intervals.",
-        Table(["model", *(COLUMNS[name] for name in names)], lines),
+        measured_table(rows, plain),
         *("\n".join(part) for part in (tasks, warnings) if part),
         NOT_SHOWN,
     ]

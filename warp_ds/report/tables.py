@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich import table as rich_table
+from rich.cells import cell_len
 from rich.console import Console
 
-from warp_ds.evaluation.results import UTILITY, Metric
+from warp_ds.evaluation.results import OTHERS, UTILITY, Metric, read_metric, read_metrics
+from warp_ds.names import printable
 from warp_ds.report.tradeoff import Comparison, MeanPoint, Reading
 
 COLUMNS = {
@@ -107,6 +110,52 @@ def _rate(rate: float | None) -> str:
     return "the start model" if rate is None else f"{rate:g}"
 
 
+def measured_table(rows: Mapping[str, Mapping[str, Any]], written: Callable[[str], str] = str) -> Table:
+    """``rows``: whose model -> its metrics.json; a further row for each file of attacks, its name as ``written`` has it."""
+    table: dict[str, dict[str, Metric]] = {}
+    for who, metrics in rows.items():
+        table[who] = read_metrics(metrics)
+        refusals = [name for name in metrics if name.startswith("attack_") and name.endswith("_refusal_rate")]
+        for attack in (name.removesuffix("_refusal_rate") for name in refusals):
+            of_attack = {name: read_metric(metrics, f"{attack}_{name}") for name in COLUMNS if name not in OTHERS}
+            called = f"{who}, {written(attack.removeprefix('attack_'))}"
+            table[called] = {name: metric for name, metric in of_attack.items() if metric is not None}
+    names = columns(list(table.values()))
+    lines = [[who, *(shown(name, metrics.get(name)) for name in names)] for who, metrics in table.items()]
+    return Table(["model", *(COLUMNS[name] for name in names)], lines)
+
+
+def evaluation_blocks(rows: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    """What an evaluation found, the model that it is of last in ``rows``; a line for each paired test, task and warning."""
+    measured = list(rows.values())[-1]
+    lines = []
+    for suite in (name.removesuffix("_p_against_before") for name in measured if name.endswith("_p_against_before")):
+        lost, gained, p = (measured[f"{suite}_{kind}_against_before"] for kind in ("lost", "gained", "p"))
+        what = "right answers" if suite == "gsm8k" else "refusals"
+        lines.append(f"{suite}: {lost} {what} lost and {gained} gained, prompt by prompt (McNemar's exact test, p {p:.2g}).")
+    for name, share in measured.items():
+        if name.endswith("judge_agreement"):
+            of = name.removesuffix("agreement")
+            on = of.removesuffix("judge_").strip("_") or "harmful"
+            lines.append(f"{on}: the guard model agrees on {share:.0%} of {measured[f'{of}n']} answers.")
+    lines += [f"{task}, {name}: {value:.4g}" for task, name, value in task_scores(measured)]
+    lines += [
+        f"Warning: {count} prompts stood in a fitting set ({which}): on them the numbers measure memory."
+        for which, count in measured.get("overlap", {}).items()
+    ]
+    return [measured_table(rows), *lines, "In brackets: 95 % Wilson intervals over the prompts."]
+
+
+def task_scores(metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Task of lm-evaluation-harness, its measure, the value."""
+    return [
+        (task, name, value)
+        for task, scores in metrics.get("lm_eval", {}).items()
+        for name, value in scores.items()
+        if isinstance(value, float)
+    ]
+
+
 # ---------------------------------------------------------------- renderers
 
 
@@ -124,15 +173,49 @@ def _markdown_table(table: Table) -> str:
 
 
 def to_terminal(blocks: Sequence[Block], width: int = 160) -> None:
-    """Printed; markup in it is text."""
-    console = Console(width=width, markup=False)
+    """Printed, as wide as the terminal is, or ``width`` where there is none; markup in it is text.
+
+    What is too wide for one table goes on in a second one, with the first column again: no name and no number is cut.
+    """
+    console = Console(markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = width
     for block in blocks:
-        if isinstance(block, str):
-            console.print(block)
-            continue
-        drawn = rich_table.Table(block.head[0])
-        for column in block.head[1:]:
-            drawn.add_column(column, justify="right")
-        for row in block.rows:
-            drawn.add_row(*row)
-        console.print(drawn)
+        for part in [block] if isinstance(block, str) else _fitting(block, console.width):
+            console.print(printable(part) if isinstance(part, str) else part)
+
+
+_FRAME = 3
+"""Characters that a column takes beside its text; a table takes one more."""
+
+
+def _fitting(table: Table, room: int) -> list[rich_table.Table]:
+    """The table, or several with the first column each, none wider than ``room``."""
+    rows = [[*row, *[""] * (len(table.head) - len(row))] for row in table.rows]
+    columns_of = [[row[number] for row in rows] for number in range(len(table.head))]
+    whole = [max(map(cell_len, [head, *cells])) for head, cells in zip(table.head, columns_of, strict=True)]
+    if sum(whole) + _FRAME * len(whole) < room:
+        return [_drawn(table.head, rows, range(len(whole)), whole)]
+    # Heads and names may wrap between words. A cell wraps where it alone is wider than the room beside the name.
+    word = max(cell_len(word) for cell in [table.head[0], *columns_of[0]] for word in [*cell.split(), ""])
+    name = min(whole[0], max(word, room // 3), max(1, room * 2 // 3 - _FRAME))
+    left = room - 1 - name - _FRAME
+    narrow = [max(map(cell_len, [*head.split(), *cells])) for head, cells in zip(table.head, columns_of, strict=True)]
+    widths = [name, *(max(1, min(width, left - _FRAME)) for width in narrow[1:])]
+    parts: list[list[int]] = [[]]
+    for number, width in enumerate(widths[1:], 1):
+        if parts[-1] and sum(widths[other] + _FRAME for other in parts[-1]) + width + _FRAME > left:
+            parts.append([])
+        parts[-1].append(number)
+    return [_drawn(table.head, rows, [0, *numbers], widths) for numbers in parts]
+
+
+def _drawn(
+    head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int], widths: Sequence[int]
+) -> rich_table.Table:
+    drawn = rich_table.Table()
+    for number in numbers:
+        drawn.add_column(head[number], justify="right" if number else "left", width=widths[number], overflow="fold")
+    for row in rows:
+        drawn.add_row(*(printable(row[number]) for number in numbers))
+    return drawn

@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """The given parameters are whole inside, and partitioned again after. Every rank enters together."""
+    import deepspeed  # takes seconds, which a plan need not wait for
+
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
         yield

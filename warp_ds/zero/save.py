@@ -19,7 +19,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from huggingface_hub import ModelCardData
@@ -31,6 +30,7 @@ from warp_ds.cluster.processes import broadcast_object, collective_device, rank,
 from warp_ds.models.transformers_internals import save_without_weights
 from warp_ds.store.checkpoint_index import DTYPES
 from warp_ds.zero import saved_directory
+from warp_ds.zero.fetch import gathered
 from warp_ds.zero.partition import RowPartition
 
 GATHER_BYTES = 32 << 20
@@ -255,7 +255,7 @@ def _chunks(state: dict[str, Any], file: WeightFile, owner: int) -> Iterator[_Ch
         tensor = state[stored.model_name]
         # Pieces on NVMe, quantised, or over other groups of ranks: DeepSpeed puts the parameter together, whole.
         foreign = hasattr(tensor, "ds_tensor") and not _is_partitioned(tensor)
-        with deepspeed.zero.GatheredParameters([tensor] if foreign else []):
+        with gathered([tensor] if foreign else []):
             place = _Chunk(stored, tensor, 0, 0, owner).place
             length = max(1, GATHER_BYTES // place.world_size // stored.dtype.itemsize)
             for begin in range(0, place.length, length):

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from warp_ds.flags.arguments import BasisArguments, ImportanceArguments, TrainArguments
 from warp_ds.flags.groups import DTYPE_BYTES
 from warp_ds.models.context import text_config
+from warp_ds.models.source import local_model_dir, read_config, snapshot
 from warp_ds.models.targets import find_blocks, find_targets
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.fetch import outside
-from warp_ds.zero.model import local_model_dir, read_config, snapshot
 from warp_ds.zero.partition import RowPartition
 
 OFFLOADS = ("none", "optimizer", "all")
