@@ -94,7 +94,7 @@ def test_a_comparison_takes_what_its_phases_take() -> None:
     # Whatever a phase of it has is a flag of the comparison's, or is decided there.
     own = {f.name for f in dataclasses.fields(CompareArguments)}
     watching = dataclass_fields(WatchingFlags).keys() - {"max_new_tokens"}
-    decided = {"basis", "mask_unit", "score", "basis_dir", "masks_dir", "learning_rate", *watching}
+    decided = {"basis", "mask_unit", "score", "basis_dir", "masks_dir", "learning_rate", "objective", "replay_data", *watching}
     for kind in (BasisArguments, ImportanceArguments, TrainArguments):
         assert {f.name for f in dataclasses.fields(kind)} <= own | decided
     for name in decided:

@@ -142,6 +142,8 @@ DECIDED_BY_ARMS = {
     "basis": "--arms (original, osft, random-basis), and --bases of a sweep",
     "mask_unit": "--arms (column), and --units of a sweep",
     "score": "--arms (osft, random-mask)",
+    "objective": "--arms (der)",
+    "replay_data": "the comparison, which replays its safety samples",
     "basis_dir": "the comparison, which makes its own bases",
     "masks_dir": "the comparison, which makes its own masks",
     **dict.fromkeys(
