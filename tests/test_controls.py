@@ -40,6 +40,7 @@ def runs(root: Path, output: Path) -> dict[str, Any]:
         "ema": plain(root, output / "ema", ema_decay=DECAY),
         "der": plain(root, output / "der", **der(root)),
         "der++": plain(root, output / "der++", **der(root, der_beta=BETA)),
+        "constrained": plain(root, output / "constrained", objective="constrained"),
         "few": plain(root, output / "few", **der(root, replay_batch_size=3), ema_decay=DECAY, batch_size=1),
     }
     return {name: (losses(run), str(run / "model" / "model.safetensors")) for name, run in made.items()}
@@ -143,6 +144,29 @@ def test_replay_is_the_papers_loss(root: Path, made: Any, world: int, name: str,
     assert_same(path, weights[-1])
     without, _ = reference(root, replayed(0.0, beta))
     assert abs(without[-1] - said[-1]) > 1e-3, "alpha counts for nothing: this test would see nothing"
+
+
+def constrained(model: torch.nn.Module, start: torch.nn.Module, task: Rows, safety: Rows) -> torch.Tensor:
+    """-(2 / beta_t) log sigmoid(beta_t log(pi / pi_start)), beta 0.5, 2, 2, 2, 2, 0.1, ..., a mean over all tokens."""
+    losses = []
+    with torch.no_grad():
+        before = logits(start, task)
+    for (_, after), now, then in zip(task, logits(model, task), before, strict=True):
+        for t, token in enumerate(after, 1):
+            beta = 0.5 if t == 1 else 2.0 if t <= 5 else 0.1
+            ratio = now[t - 1].softmax(-1)[token] / then[t - 1].softmax(-1)[token]
+            losses.append(-2 / beta * torch.log(1 / (1 + ratio ** (-beta))))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_constrained_is_the_papers_loss(root: Path, made: Any, world: int) -> None:
+    said, weights = reference(root, constrained)
+    found, path = made[world]["constrained"]
+    assert found == pytest.approx(said, abs=1e-5)  # -(2 / 0.1) log sigmoid is 14 nats at the start
+    assert_same(path, weights[-1])
+    _, without = reference(root, lambda model, start, task, safety: entropy(model, task))
+    assert max(float((without[-1][name] - weights[-1][name]).abs().max()) for name in weights[-1]) > 1e-4
 
 
 @pytest.mark.parametrize("world", [1, 2])

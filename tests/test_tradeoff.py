@@ -41,6 +41,7 @@ def test_every_arm_of_the_papers_is_a_few_settings() -> None:
         "random-mask",
         "random-basis",
         "der",
+        "constrained",
         "ema",
         "patch",
         "harmful",
@@ -94,6 +95,7 @@ def test_a_model_is_kept_while_a_later_point_is_it_or_merges_it() -> None:
     ("resta@much", "written resta@0.5"),
     ("layers+rotated", "layers trains the target layers without a mask"),
     ("before+patch", "cannot be composed"),
+    ("der+constrained", "two of its parts set the objective"),
     ("patch+full+patch@1e-4", "two of its parts set the patch"),
 ])  # fmt: skip
 def test_unusable_arms_are_refused(text: str, message: str) -> None:

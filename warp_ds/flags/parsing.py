@@ -142,7 +142,7 @@ DECIDED_BY_ARMS = {
     "basis": "--arms (original, osft, random-basis), and --bases of a sweep",
     "mask_unit": "--arms (column), and --units of a sweep",
     "score": "--arms (osft, random-mask)",
-    "objective": "--arms (der)",
+    "objective": "--arms (der, constrained)",
     "replay_data": "the comparison, which replays its safety samples",
     "basis_dir": "the comparison, which makes its own bases",
     "masks_dir": "the comparison, which makes its own masks",

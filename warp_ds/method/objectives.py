@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def logit_distance(logits: Tensor, start: Tensor) -> Tensor:
@@ -12,6 +13,25 @@ def logit_distance(logits: Tensor, start: Tensor) -> Tensor:
     ``logits`` z and the start model's z₀, both [t, V]; a mean over the vocabulary, as in the authors' code. Returns [t] fp32.
     """
     return (logits.float() - start.float()).square().mean(-1)
+
+
+FIRST, EARLY, LATE = 0.5, 2.0, 0.1
+"""Constrained fine-tuning: beta of an answer's first token, of tokens 2 to 5, and of those after them."""
+
+
+def token_strengths(positions: Tensor) -> Tensor:
+    """beta_t fp32 of tokens at ``positions`` (1: the first of its answer), as Qi et al. set it."""
+    early = torch.where(positions <= 5, EARLY, LATE)
+    return torch.where(positions == 1, FIRST, early).float()
+
+
+def constrained_loss(logprobs: Tensor, start: Tensor, beta: Tensor) -> Tensor:
+    """Token-wise constrained fine-tuning (Qi et al., ICLR 2025): -(2 / β_t) log σ(β_t Δ_t), Δ_t = log π_θ - log π_start.
+
+    Its gradient is the cross-entropy's times 2 σ(-β_t Δ_t): 1 at the start model, less the more a token has gained.
+    All [t] fp32; returns [t].
+    """
+    return -2.0 / beta * functional.logsigmoid(beta * (logprobs - start))
 
 
 @torch.no_grad()

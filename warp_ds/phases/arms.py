@@ -27,7 +27,7 @@ class Arm:
     harmful_share: float = 0.0
     """Harmful samples of --harmful_mix mixed into the task, as a share of the task's samples."""
     objective: str | None = None
-    """What training minimises in place of the task's loss: 'der'."""
+    """What training minimises in place of the task's loss: 'der' or 'constrained'."""
     average: bool = False
     """Whether what comes out is the average of the weights over the steps."""
     merge: str | None = None
@@ -60,6 +60,7 @@ ARMS = {
         Arm("sn-tune", start="sn-tune"),
         Arm("rsn-tune", start="rsn-tune"),
         Arm("der", objective="der"),
+        Arm("constrained", objective="constrained"),
         Arm("ema", average=True),
         Arm("patch", patch=True),
         Arm("harmful", harmful_share=0.1),

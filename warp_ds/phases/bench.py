@@ -23,6 +23,7 @@ from warp_ds.flags.arguments import (
     TrainArguments,
 )
 from warp_ds.flags.comparison import CompareArguments
+from warp_ds.flags.controls import REPLAYS
 from warp_ds.method.baselines import safety_share
 from warp_ds.phases.arms import Arm
 from warp_ds.phases.basis import run_basis
@@ -271,7 +272,7 @@ class Bench:
             run_name=trial.run,
             learning_rate=trial.rate,
             objective=arm.objective or "task",
-            replay_data=self._texts("safety") if arm.objective else None,
+            replay_data=self._texts("safety") if arm.objective in REPLAYS else None,
             der_alpha=arm.strength("der", a.der_alpha),
             ema_decay=arm.strength("ema", a.ema_decay) if arm.average else 0.0,
             **self._same("layer_type", "target_layers", "epochs", "replay_batch_size", "der_beta"),

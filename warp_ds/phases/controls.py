@@ -16,6 +16,7 @@ from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import TrainArguments
 from warp_ds.phases import checkpoints
 from warp_ds.phases.averaging import WeightAverage
+from warp_ds.phases.constrained import Constrained
 from warp_ds.phases.replay import Replay
 from warp_ds.phases.texts import tokenise
 from warp_ds.store.fingerprints import fingerprint_rows
@@ -50,8 +51,11 @@ class Controls:
         wrote = consensus.on_rank_0(lambda: checkpoints.world_size_of(own), "reading a checkpoint")
         return [WeightAverage(self.arguments.ema_decay, own, wrote)]
 
-    def objective(self, tokenizer: Any, directory: Path, accumulation: int) -> Replay | None:
-        """What is minimised beside the task's loss; ``directory``: the run's. Collective."""
+    def objective(self, task: Any, tokenizer: Any, directory: Path, accumulation: int) -> Replay | Constrained | None:
+        """What is minimised beside the task's loss, or in its place; ``task``: its tokenised samples; ``directory``: the
+        run's. Collective."""
+        if self.arguments.objective == "constrained":
+            return Constrained(list(task), tokenizer, self.arguments.batch_size, directory / "start_logits")
         if not self.replayed:
             return None
         samples = tokenise(self.replayed, self.arguments)

@@ -27,6 +27,7 @@ from warp_ds.flags.groups import TrainingFlags
 from warp_ds.models.flops import active_parameters, device_peak
 from warp_ds.models.targets import check_targets, find_targets
 from warp_ds.phases import checkpoints
+from warp_ds.phases.constrained import Constrained
 from warp_ds.phases.controls import Controls
 from warp_ds.phases.packing import SamplesApart, attention_of, check_packing, make_sampler
 from warp_ds.phases.replay import Replay
@@ -100,7 +101,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
             *(model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed),
             watched=watched,
             facts=facts,
-            objective=partial(controls.objective, tokenizer, run.directory),
+            objective=partial(controls.objective, samples, tokenizer, run.directory),
         )
         export(trainer, tokenizer, run.directory / "model", _model_card(arguments, masks_dir, trainer.speed))
         run.finish(training=trainer.outcome())
@@ -224,11 +225,11 @@ def fit(
     *,
     watched: Watched,
     facts: Mapping[str, Any],
-    objective: Callable[[int], Replay | None] = lambda accumulation: None,
+    objective: Callable[[int], Replay | Constrained | None] = lambda accumulation: None,
 ) -> GlobalBatchTrainer:
     """Trains ``model`` (ZeRO-3 partitioned) on ``samples`` (input_ids, labels), going on from ``checkpoint``
     (``find_checkpoint``). AdamW over all trained parameters, one mean over the response tokens of each global batch.
-    ``objective``: what is minimised beside it, made for a number of micro-batches a step.
+    ``objective``: what is minimised beside it, or in its place, made for a number of micro-batches a step.
 
     Raises Preempted, with a checkpoint saved, where a rank was asked to leave.
     """
@@ -249,9 +250,9 @@ def fit(
         watched=watched,
         callbacks=[*callbacks, metrics, whole, *_stopping(arguments)],
     )
-    if (replay := objective(sampler.accumulation_steps)) is not None:
-        trainer.replay = replay
-        replay.attach(trainer)
+    if (minimised := objective(sampler.accumulation_steps)) is not None:
+        trainer.objective = minimised
+        minimised.attach(trainer)
     if arguments.packing:
         trainer.add_callback(SamplesApart(trainer))
     _arrange_reporters(trainer, callbacks, directory)
