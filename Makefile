@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Test files side by side, each with up to three ranks of one thread; what one throw-away Slurm runs comes first, alone.
 PROCESSES ?= 2
 
-.PHONY: demo test test-slow lint docs install clean
+.PHONY: demo evidence test test-slow lint docs install clean
 
 install: $(READY)
 
@@ -26,6 +26,11 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/warp-ds demo
+
+# Hours on two cores; goes on where it was stopped. benchmarks/evidence.yaml says what is done.
+evidence: $(READY)
+	@if [ -z "$(MODEL)" ] || [ -z "$(DATA)" ]; then echo "make evidence MODEL=DIRECTORY DATA=DIRECTORY [OUT=DIRECTORY]: a chat model, and the files that benchmarks/evidence.yaml names" >&2; exit 2; fi
+	$(BIN)/python benchmarks/evidence.py benchmarks/evidence.yaml --model "$(MODEL)" --data "$(DATA)" --out "$(or $(OUT),checkpoints/evidence)"
 
 test: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -m "not slow" tests/slurm

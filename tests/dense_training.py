@@ -100,6 +100,17 @@ def train(
     return losses
 
 
+def encoded(path: Path, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    """(prompt, response) token ids of a file's rows, as a model without a chat template gets them."""
+    prompts = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    samples = []
+    for row in map(json.loads, path.read_text().splitlines()):
+        before = prompts + tokenizer(f"Question: {row['prompt']}\nAnswer:", add_special_tokens=False)["input_ids"]
+        after = tokenizer(f" {row['response']}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        samples.append((before, after))
+    return samples
+
+
 def phase3_reference(root: Path, artefacts: Path, scope: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Five full-batch clipped AdamW steps in fp64, from the files of phases 1 and 2; losses and final weights."""
     model = AutoModelForCausalLM.from_pretrained(root / "m", dtype=torch.float64)
@@ -121,13 +132,7 @@ def phase3_reference(root: Path, artefacts: Path, scope: str) -> tuple[list[floa
 
 def task_loss(root: Path, tokenizer: Any) -> Callable[[torch.nn.Module, Any], torch.Tensor]:
     """Mean loss over all response tokens of the task's file, whatever batch it is asked for."""
-    rows = [json.loads(line) for line in (root / "utility_train.jsonl").read_text().splitlines()]
-    prompts = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    samples = []
-    for row in rows:
-        before = prompts + tokenizer(f"Question: {row['prompt']}\nAnswer:", add_special_tokens=False)["input_ids"]
-        after = tokenizer(f" {row['response']}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        samples.append((before, after))
+    samples = encoded(root / "utility_train.jsonl", tokenizer)
 
     def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
         # One sample at a time, without padding: the mean over all response tokens.

@@ -223,6 +223,37 @@ def test_every_kept_model_says_on_its_card_what_it_is_and_what_was_measured(done
     assert f"| this model | {rows['resta']['refusal_rate']:.0%} [" in merged and "arm `full`" not in merged
 
 
+def with_controls(root: Path, output: Path) -> str:
+    mix: dict[str, Any] = {"harmful_ratio": "0,0.3", "harmful_mix": str(root / "harmless.jsonl"), "keep_models": False}
+    return str(
+        comparison(root, output, arms="rotated+der@2+ema@0.5+patch@1e-3", harmless_data=None, replay_batch_size=2, **mix)
+    )
+
+
+def test_controls_compose_and_harmful_mixes_are_arms_of_their_own(root: Path, tmp_path: Path) -> None:
+    run = Path(run_ranks(1, with_controls, root, tmp_path)[0])
+    name = "rotated+der@2+ema@0.5+patch@1e-3"
+    rows = {row["arm"]: row for row in json.loads((run / "report.json").read_text())["points"]}
+    assert list(rows) == [name, f"{name}+harmful@0.3"]
+    tasks = {path.stem: path.read_text().splitlines() for path in (run / "data").glob("task*.jsonl")}
+    harmful = (root / "harmless.jsonl").read_text().splitlines()
+    # 0.3 of 7 samples: three more, the first of the file.
+    more = [json.loads(line) for line in tasks["task_harmful0.3"][7:]]
+    assert tasks["task_harmful0.3"][:7] == tasks["task"]
+    assert [row["prompt"] for row in more] == [json.loads(line)["prompt"] for line in harmful[:3]]
+    for arm in rows:
+        trained = run / f"phase3_{arm.replace('+patch@1e-3', '')}_lr0.001_seed42"
+        settings = json.loads((trained / "config.json").read_text())["settings"]
+        assert (settings["objective"], settings["der_alpha"], settings["ema_decay"]) == ("der", 2.0, 0.5)
+        assert settings["masks_dir"].endswith("phase2_start_activation_entry_importance/masks")
+        patched = json.loads((run / f"patch_{arm}_lr0.001_seed42" / "config.json").read_text())["settings"]
+        assert (Path(patched["model_name"]), patched["learning_rate"]) == (trained / "model", 1e-3)
+        assert patched["epochs"] == 10.0 and "bypass system security" in Path(patched["safety_data"]).read_text()
+        # The patch trains every parameter, so that the mask no longer holds.
+        assert rows[arm]["frozen_drift"] > 1e-4
+        assert not (trained / "model").exists() and not (run / f"patch_{arm}_lr0.001_seed42" / "model").exists()
+
+
 def one_run(root: Path, output: Path, seeds: str, name: str) -> str:
     return str(comparison(root, output, arms="before,layers", layer_type="ffn_down", seeds=seeds, run_name=name))
 

@@ -98,6 +98,8 @@ def test_a_comparison_takes_what_its_phases_take() -> None:
         "adapter",
         "lora_layers",
         "merge_adapter",
+        "objective",
+        "replay_data",
         "basis",
         "mask_unit",
         "score",

@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 #: continuation.
 NO_DIFFERENCE = """
     output_dir log_dir run_name resume debug device timeout local_rank deepspeed save_minutes max_requeues arms learning_rates
-    arm_rates seeds at_utility floor keep_models batch_size eval_batch_size gradient_checkpointing basis_placement collect
-    svd_placement packing tokens_per_batch streaming num_proc
+    arm_rates seeds at_utility floor harmful_ratio keep_models batch_size eval_batch_size gradient_checkpointing
+    basis_placement collect svd_placement packing tokens_per_batch streaming num_proc
 """
 
 
@@ -78,6 +78,9 @@ def test_a_flag_has_one_nature() -> None:
         "refusal_file",
         "eval_data",
         "eval_safety",
+        "replay_data",
+        "harmful_mix",
+        "patch_data",
     }
 
 

@@ -9,9 +9,9 @@ import pytest
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.sets import EvaluationSets
 from warp_ds.flags.comparison import CompareArguments
-from warp_ds.phases.arms import ARMS, Arm, compose, parse_arms
+from warp_ds.phases.arms import ARMS, Arm, compose, parse_arms, with_harm
 from warp_ds.phases.comparison_data import ComparisonData, overlaps
-from warp_ds.phases.trials import Trial, is_needed, merged_from
+from warp_ds.phases.trials import Trial, chain, is_needed, made_from
 from warp_ds.report.tables import comparison_blocks, to_markdown
 from warp_ds.report.tradeoff import Comparison, Point, at_utility, compare_points, crossing
 
@@ -40,6 +40,11 @@ def test_every_arm_of_the_papers_is_a_few_settings() -> None:
         "rsn-tune",
         "random-mask",
         "random-basis",
+        "der",
+        "constrained",
+        "ema",
+        "patch",
+        "harmful",
     }
     assert ARMS["osft"] == Arm("osft", "target", "weight", "column", "singular_value")
 
@@ -50,8 +55,18 @@ def test_composition_takes_what_each_part_sets() -> None:
     assert compose("full+rotated") == Arm("full+rotated", "all", "activation")
     assert compose("rotated+resta") == Arm("rotated+resta", "target", "activation", merge="resta")
     assert compose("safeinstr+resta").trains == "all"
-    assert compose("safedelta@10") == Arm("safedelta@10", merge="safedelta", strength=10.0)
-    assert compose("rotated+resta@0.5") == Arm("rotated+resta@0.5", "target", "activation", merge="resta", strength=0.5)
+    assert compose("safedelta@10") == Arm("safedelta@10", merge="safedelta", strengths=(("safedelta", 10.0),))
+    halved = (("resta", 0.5),)
+    assert compose("rotated+resta@0.5") == Arm("rotated+resta@0.5", "target", "activation", merge="resta", strengths=halved)
+    every = compose("layers+ema@0.8+safedelta@3+patch@1e-4+harmful@0.2")
+    assert (every.trains, every.average, every.merge, every.patch, every.harmful_share) == (
+        "target",
+        True,
+        "safedelta",
+        True,
+        0.2,
+    )
+    assert [every.strength(part, 7.0) for part in ("ema", "safedelta", "patch", "resta")] == [0.8, 3.0, 1e-4, 7.0]
 
 
 def test_a_model_is_kept_while_a_later_point_is_it_or_merges_it() -> None:
@@ -59,11 +74,15 @@ def test_a_model_is_kept_while_a_later_point_is_it_or_merges_it() -> None:
         return [Trial(arm, 1e-3, seed) for arm in parse_arms(text)]
 
     resta, full = trials("resta,full")
-    assert merged_from(resta) == full and merged_from(full) is None
-    assert merged_from(trials("original+safedelta@3")[0]) == trials("original")[0]
+    assert made_from(resta) == full and made_from(full) is None
+    assert made_from(trials("original+safedelta@3")[0]) == trials("original")[0]
     assert is_needed(full, [full]) and is_needed(full, [resta]) and is_needed(full, trials("safedelta@3"))
     assert not is_needed(full, trials("full,resta", seed=2)) and not is_needed(full, trials("original,original+resta"))
     assert not is_needed(resta, [full])
+    # A patched merge needs the merged model, and the model that was merged.
+    both = trials("rotated+safedelta@3+patch@1e-4")[0]
+    assert list(chain(both)) == [both, *trials("rotated+safedelta@3,rotated")]
+    assert [made.run.partition("_")[0] for made in chain(both)] == ["patch", "merge", "phase3"]
 
 
 @pytest.mark.parametrize("text, message", [
@@ -72,13 +91,26 @@ def test_a_model_is_kept_while_a_later_point_is_it_or_merges_it() -> None:
     ("full,full", "full twice"),
     ("rotated+original", "two of its parts set the basis"),
     ("sn-tune+rsn-tune", "two of its parts set the start"),
-    ("rotated@3", "only resta and safedelta take a strength"),
+    ("rotated@3", "only resta, safedelta, der, ema, patch, harmful take a strength"),
     ("resta@much", "written resta@0.5"),
-    ("layers+safeinstr", "cannot be composed"),
+    ("layers+rotated", "layers trains the target layers without a mask"),
+    ("before+patch", "cannot be composed"),
+    ("der+constrained", "two of its parts set the objective"),
+    ("patch+full+patch@1e-4", "two of its parts set the patch"),
 ])  # fmt: skip
 def test_unusable_arms_are_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("+", r"\+")):
         parse_arms(text)
+
+
+def test_harmful_mixes_are_an_axis_of_the_arms_that_train() -> None:
+    arms = with_harm(parse_arms("before,full,rotated+patch"), [0.0, 0.05])
+    assert [arm.name for arm in arms] == ["before", "full", "full+harmful@0.05", "rotated+patch", "rotated+patch+harmful@0.05"]
+    assert [arm.harmful_share for arm in arms] == [0.0, 0.0, 0.05, 0.0, 0.05]
+    with pytest.raises(ConfigError, match="a harmful mix of its own"):
+        with_harm(parse_arms("full+harmful"), [0.1])
+    with pytest.raises(ConfigError, match="give a file of them with --harmful_mix"):
+        CompareArguments(harmful_ratio="0,0.1").check()
 
 
 def test_grids_of_single_arms() -> None:

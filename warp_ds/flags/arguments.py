@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from warp_ds.flags.checks import at_least, check_keep_ratio, check_rank, check_training
+from warp_ds.flags.controls import ControlFlags
 from warp_ds.flags.flag import again, flag, samples
 from warp_ds.flags.groups import (
     BasisFlags,
@@ -72,7 +73,7 @@ class ImportanceArguments(MaskFlags, SafetyDataArguments, LayerArguments, Packin
 
 
 @dataclass
-class TrainArguments(MaskedTrainingFlags, UtilityDataArguments, LayerArguments, TrainingFlags):
+class TrainArguments(MaskedTrainingFlags, ControlFlags, UtilityDataArguments, LayerArguments, TrainingFlags):
     """Phase 3."""
 
     batch_size: int = again(RunArguments, "batch_size", 2)

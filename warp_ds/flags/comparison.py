@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from warp_ds.errors import ConfigError
 from warp_ds.flags.checks import at_least, check_floor, check_keep_ratio, check_rank
+from warp_ds.flags.controls import ControlFlags, ReplayFlags
 from warp_ds.flags.flag import DEBUG_SAMPLES, again, flag, samples
 from warp_ds.flags.groups import (
     ArmFlags,
@@ -26,6 +27,7 @@ from warp_ds.models.layer_names import parse_layer_types
 
 @dataclass
 class CompareArguments(
+    ReplayFlags,
     ArmFlags,
     BasisFlags,
     MaskFlags,
@@ -62,6 +64,18 @@ class CompareArguments(
     neuron_share: float = flag(0.05, "sn-tune, rsn-tune: share of the neurons that count as safety (foundation) neurons")
     neuron_rate: float = flag(5e-5, "sn-tune, rsn-tune: learning rate of the safety neurons, for one epoch")
     foundation_data: str | None = flag(None, "rsn-tune: prompts of general use; the task's if not given", reads="data")
+    ema_decay: float = again(ControlFlags, "ema_decay", 0.9, "ema: how much of the average each step keeps")
+    harmful_ratio: str = flag(
+        "0", "comma-separated harmful mixes that every arm trains with, as shares of the task's samples", identity=False
+    )
+    harmful_mix: str | None = flag(
+        None,
+        "harmful requests that are complied with, for --harmful_ratio and the arm harmful (none are shipped)",
+        reads="data",
+    )
+    patch_data: str | None = flag(None, "patch: refusals to train at the end; the paper's one if not given", reads="data")
+    patch_rate: float = flag(2e-5, "patch: learning rate")
+    patch_epochs: float = flag(10.0, "patch: passes over those refusals")
     eval_batch_size: int = flag(8, "prompts per rank and batch in the evaluation", identity=False)
     keep_models: bool = flag(True, "keep every trained model; false: only its measurements", identity=False)
 
@@ -77,8 +91,11 @@ class CompareArguments(
             raise ConfigError(f"--neuron_share is a share above 0 and at most 1, not {self.neuron_share}")
         if self.mix_ratio < 0:
             raise ConfigError(f"--mix_ratio is a share of the task's samples, not {self.mix_ratio}")
-        if not self.epochs > 0:
-            raise ConfigError(f"--epochs must be above 0, not {self.epochs}")
+        for name in ("epochs", "patch_epochs"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name} must be above 0, not {getattr(self, name)}")
+        if any(self.ratio_list) and self.harmful_mix is None:
+            raise ConfigError("--harmful_ratio mixes harmful samples into the task: give a file of them with --harmful_mix")
 
     @property
     def seed_list(self) -> list[int]:
@@ -90,6 +107,11 @@ class CompareArguments(
     @property
     def rate_list(self) -> list[float]:
         return _numbers("learning_rates", self.learning_rates)
+
+    @property
+    def ratio_list(self) -> list[float]:
+        """The harmful mixes."""
+        return _numbers("harmful_ratio", self.harmful_ratio)
 
     def rates(self, arms: list[str]) -> dict[str, list[float]]:
         """Arm -> its grid of learning rates; ConfigError where --arm_rates names an arm that is not there."""

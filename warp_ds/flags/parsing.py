@@ -145,6 +145,8 @@ DECIDED_BY_ARMS = {
     "adapter": "--arms (lora, lora+column)",
     "lora_layers": "--layer_type",
     "merge_adapter": "the comparison, which measures merged models",
+    "objective": "--arms (der, constrained)",
+    "replay_data": "the comparison, which replays its safety samples",
     "basis_dir": "the comparison, which makes its own bases",
     "masks_dir": "the comparison, which makes its own masks",
     **dict.fromkeys(

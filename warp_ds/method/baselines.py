@@ -13,7 +13,11 @@ from torch import Tensor
 DAMPING = 0.01
 """Safe Delta: share of the mean of H's diagonal that is added to it."""
 SCALE_ROWS = 4096
-"""Safe Delta: rows of the layers for which its authors quote s."""
+"""Safe Delta: rows and columns of the layers for which its authors quote s."""
+SCALE_COLUMNS = 2048
+"""Safe Delta: columns among which a budget is spent."""
+SPARED = 0.15
+"""Safe Delta: share of a block's entries, those of the highest price, that are never taken."""
 
 
 def safety_share(task_samples: int, ratio: float) -> int:
@@ -39,40 +43,54 @@ def safety_hessian(columns: Tensor, values: Tensor, damping: float = DAMPING) ->
     return h + torch.eye(h.shape[0], dtype=h.dtype) * max(damping * float(torch.diagonal(h).mean()), 1e-30)
 
 
-def safe_delta(aligned: Tensor, fine_tuned: Tensor, hessian: Tensor, s: float, block: int = 128) -> tuple[Tensor, Tensor]:
+def safe_delta(
+    aligned: Tensor, fine_tuned: Tensor, hessian: Tensor, s: float, block: int = SCALE_COLUMNS, at_once: int = 128
+) -> tuple[Tensor, Tensor]:
     """Safe Delta (Lu et al., ICML 2025): which entries of Δ = W_fine-tuned - W_aligned are kept, and their compensation.
 
-    Keeping Δ_ij costs Δ_ij² / (2 [H⁻¹]_jj) of safety and gains utility in proportion to Δ_ij²: so entries are taken by
-    the ratio 2 [H⁻¹]_jj, largest first, while the cost of those taken is within ε = s (m / 4096) mean_j 1 / (2 [H⁻¹]_jj)
-    (the scale of their code: a layer of 4096 rows has budget s). Then columns are fixed from left to right; what an
-    entry departs from is made up for in the columns still open by the optimal-brain-surgeon step,
-    w_F += (ŵ_j - w_j) / [H_F⁻¹]_jj · [H_F⁻¹]_j,: over the open columns F. Entries not taken end at the compensated
-    aligned value. Their code selects within blocks of columns and spares the last 15 % of the ranking; the paper's
-    formulas do neither, and nor does this: ``block`` columns are compensated for at once, as in GPTQ (Frantar et al., ICLR
-    2023), which changes the order of the sums alone.
+    As in the authors' code, block of ``block`` columns after block, from left to right. With R the upper Cholesky factor
+    of H⁻¹, R_jj² = [H_F⁻¹]_jj over the columns F = j, j + 1, ... that are still open: keeping Δ_ij costs Δ_ij² / 2 R_jj² of
+    safety. Within a block the entries are taken by that price, the lowest first, while their cost is within the block's
+    ε = s (m / 4096) (block / 4096) mean_j 1 / 2 R_jj² (a layer of 4096 rows and columns has budget s); the SPARED dearest
+    are never taken. What an entry departs from is made up for in the columns still open by the optimal-brain-surgeon step,
+    w_F += (ŵ_j - w_j) / [H_F⁻¹]_jj · [H_F⁻¹]_j,:, so that a later block's Δ is what is left after that. Entries not taken
+    end at the compensated aligned value. Their code compensates after every fourth column, this after every one;
+    the columns after ``at_once`` of them are reached at once, as in GPTQ (Frantar et al., ICLR 2023): another order of sums.
 
     Takes W [m, n] twice and H [n, n] fp64; returns W [m, n] fp32 and the entries kept, bool [m, n].
     """
     w, target = aligned.double().clone(), fine_tuned.double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    price = 1.0 / (2.0 * torch.diagonal(inverse))
-    cost = (target - w).square() * price
-    order = torch.argsort(price.expand_as(w).reshape(-1), stable=True)
-    budget = s * w.shape[0] / SCALE_ROWS * float(price.mean())
-    kept = torch.zeros(w.numel(), dtype=torch.bool)
-    kept[order] = torch.cumsum(cost.reshape(-1)[order], 0) <= budget
-    kept = kept.view_as(w)
-    # Row j of the upper Cholesky factor of H⁻¹ is [H_F⁻¹]_j,: / [H_F⁻¹]_jj^½ over F = j, j + 1, ...
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    # Row j of the factor is [H_F⁻¹]_j,: / [H_F⁻¹]_jj^½.
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    price = 0.5 / torch.diagonal(upper).square()
+    kept = torch.zeros_like(w, dtype=torch.bool)
     for first in range(0, w.shape[1], block):
         own = slice(first, min(first + block, w.shape[1]))
-        open_columns, u = w[:, own], upper[own, own]
-        steps = torch.zeros_like(open_columns)
-        for j in range(u.shape[0]):
-            steps[:, j] = torch.where(kept[:, first + j], target[:, first + j] - open_columns[:, j], 0.0) / u[j, j]
-            open_columns[:, j:] += torch.outer(steps[:, j], u[j, j:])
-        w[:, own.stop :] += steps @ upper[own, own.stop :]
+        budget = s * (w.shape[0] / SCALE_ROWS) * (block / SCALE_ROWS) * float(price[own].mean())
+        kept[:, own] = _affordable((target[:, own] - w[:, own]).square() * price[own], price[own], budget)
+        for begin in range(first, own.stop, at_once):
+            _settle(w, target, kept, upper, slice(begin, min(begin + at_once, own.stop)))
     return w.float(), kept
+
+
+def _affordable(cost: Tensor, price: Tensor, budget: float) -> Tensor:
+    """The entries of ``cost`` [m, b] that are taken by their column's ``price`` [b] within ``budget``: bool [m, b]."""
+    order = torch.argsort(price.expand_as(cost).reshape(-1), stable=True)
+    order = order[: cost.numel() - int(SPARED * cost.numel())]
+    taken = torch.zeros(cost.numel(), dtype=torch.bool)
+    taken[order] = torch.cumsum(cost.reshape(-1)[order], 0) <= budget
+    return taken.view_as(cost)
+
+
+def _settle(w: Tensor, target: Tensor, kept: Tensor, upper: Tensor, own: slice) -> None:
+    """Fixes the columns ``own`` of w, from left to right, and compensates in all those after them; in place."""
+    open_columns, u = w[:, own], upper[own, own]
+    steps = torch.zeros_like(open_columns)
+    for j in range(u.shape[0]):
+        column = own.start + j
+        steps[:, j] = torch.where(kept[:, column], target[:, column] - open_columns[:, j], 0.0) / u[j, j]
+        open_columns[:, j:] += torch.outer(steps[:, j], u[j, j:])
+    w[:, own.stop :] += steps @ upper[own, own.stop :]
 
 
 # ---------------------------------------------------------------- safety neurons (Zhao et al., ICLR 2025)

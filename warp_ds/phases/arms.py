@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from warp_ds.errors import ConfigError
 
@@ -22,12 +24,24 @@ class Arm:
     """Safety samples mixed into the task, as a share of the task's samples."""
     start: str | None = None
     """How the start model is changed first: 'sn-tune' or 'rsn-tune'."""
+    harmful_share: float = 0.0
+    """Harmful samples of --harmful_mix mixed into the task, as a share of the task's samples."""
+    objective: str | None = None
+    """What training minimises in place of the task's loss: 'der' or 'constrained'."""
+    average: bool = False
+    """Whether what comes out is the average of the weights over the steps."""
     merge: str | None = None
     """What is done to the weights afterwards: 'resta', 'safedelta' or 'safelora'."""
-    strength: float | None = None
-    """Of the merge: alpha, s or the threshold; None: as --resta_alpha, --safedelta_s and --safelora_threshold say."""
     adapter: bool = False
     """Whether a LoRA adapter trains in place of the weights; its masks are of whole columns."""
+    patch: bool = False
+    """Whether a few refusals are trained at the very end."""
+    strengths: tuple[tuple[str, float], ...] = ()
+    """(part, number after its '@'); of other parts the flags decide."""
+
+    def strength(self, part: str, default: float) -> float:
+        """The number after the '@' of ``part``, or ``default``."""
+        return dict(self.strengths).get(part, default)
 
 
 ARMS = {
@@ -49,8 +63,25 @@ ARMS = {
         Arm("rsn-tune", start="rsn-tune"),
         Arm("lora", trains="target", adapter=True),
         Arm("safelora", merge="safelora"),
+        Arm("der", objective="der"),
+        Arm("constrained", objective="constrained"),
+        Arm("ema", average=True),
+        Arm("patch", patch=True),
+        Arm("harmful", harmful_share=0.1),
     )
 }
+STRENGTHS = {
+    "resta": "resta@0.5",
+    "safedelta": "safedelta@10",
+    "safelora": "safelora@0.35",
+    "der": "der@0.5",
+    "ema": "ema@0.9",
+    "patch": "patch@1e-4",
+    "harmful": "harmful@0.1",
+}
+"""The parts that take a number, and how one is written."""
+EXCLUSIVE = ("basis", "start", "safety_share", "harmful_share", "objective", "average", "merge", "patch")
+"""Settings that one part of an arm may make."""
 
 
 def parse_arms(text: str) -> list[Arm]:
@@ -68,7 +99,7 @@ def compose(name: str) -> Arm:
     """The arm of a name, or of several joined by '+'. Composed with 'full', a masked arm trains every parameter; with 'lora',
     an adapter trains, kept out of the masked columns.
 
-    A merge takes its strength after '@': safedelta@10.
+    A part takes its strength after '@': safedelta@10, ema@0.9, patch@1e-4 (its learning rate).
     """
     pieces = [part.partition("@") for part in name.split("+")]
     parts = [part for part, _, _ in pieces]
@@ -77,40 +108,51 @@ def compose(name: str) -> Arm:
         raise ConfigError(
             f"--arms {', '.join(unknown)}: choose from {', '.join(ARMS)}, and compositions such as safeinstr+rotated"
         )
-    arms = [
-        replace(ARMS[part], name=name, strength=_strength(name, ARMS[part], value) if mark else None)
-        for part, mark, value in pieces
-    ]
-    if len(parts) == 1:
-        return arms[0]
-    if "before" in parts or "layers" in parts:
-        raise ConfigError(f"--arms {name}: before and layers cannot be composed")
-    for setting in ("basis", "start", "merge", "safety_share"):
-        if sum(bool(getattr(arm, setting)) for arm in arms) > 1:
+    strengths = tuple((part, _strength(name, part, value)) for part, mark, value in pieces if mark)
+    arms = [ARMS[part] for part in parts]
+    if len(parts) > 1 and "before" in parts:
+        raise ConfigError(f"--arms {name}: before is the start model, and cannot be composed")
+    if "layers" in parts and ("full" in parts or any(arm.basis for arm in arms)):
+        raise ConfigError(f"--arms {name}: layers trains the target layers without a mask: leave it or the other part out")
+    made: dict[str, Any] = {}
+    for setting in EXCLUSIVE:
+        found = [getattr(arm, setting) for arm in arms if getattr(arm, setting)]
+        if len(found) > 1:
             raise ConfigError(f"--arms {name}: two of its parts set the {setting}: they exclude each other")
+        made |= {setting: found[0]} if found else {}
+    if "harmful" in dict(strengths):
+        made["harmful_share"] = dict(strengths)["harmful"]
     adapter = "lora" in parts
-    if adapter and ("full" in parts or any(arm.basis and arm.unit == "entry" and arm.basis != "identity" for arm in arms)):
+    if adapter and ({"full", "layers"} & set(parts) or any(_by_entry(arm) for arm in arms)):
         raise ConfigError(
             f"--arms {name}: an adapter trains alone, and its masks are of whole columns: lora+column, lora+original"
         )
-    masked = next((arm for arm in arms if arm.basis), ARMS["lora" if adapter else "full"])
-    return replace(
-        masked,
-        name=name,
-        adapter=adapter,
-        unit="column" if adapter else masked.unit,
-        trains="all" if "full" in parts else masked.trains,
-        safety_share=max(arm.safety_share for arm in arms),
-        start=next((arm.start for arm in arms if arm.start), None),
-        merge=next((arm.merge for arm in arms if arm.merge), None),
-        strength=next((arm.strength for arm in arms if arm.merge), None),
-    )
+    masked = next((arm for arm in arms if arm.basis), next((arm for arm in arms if arm.trains != "all"), ARMS["full"]))
+    made |= {"adapter": True, "unit": "column"} if adapter else {}
+    trains = "all" if "full" in parts else masked.trains
+    return replace(masked, **made, name=name, trains=trains, strengths=strengths)
 
 
-def _strength(name: str, arm: Arm, value: str) -> float:
+def _by_entry(arm: Arm) -> bool:
+    return bool(arm.basis) and arm.unit == "entry" and arm.basis != "identity"
+
+
+def _strength(name: str, part: str, value: str) -> float:
     try:
-        if arm.merge is None:
-            raise ValueError("only resta, safedelta and safelora take a strength")
+        if part not in STRENGTHS:
+            raise ValueError(f"only {', '.join(STRENGTHS)} take a strength")
         return float(value)
     except ValueError as error:
-        raise ConfigError(f"--arms {name}: {error}; a strength is written resta@0.5 or safedelta@10") from error
+        example = STRENGTHS.get(part, STRENGTHS["resta"])
+        raise ConfigError(f"--arms {name}: {error}; a strength is written {example}") from error
+
+
+def with_harm(arms: Sequence[Arm], ratios: Sequence[float]) -> list[Arm]:
+    """Each arm that trains, at each of the harmful ratios (0: as it is); what does not train, once."""
+    made = []
+    for arm in arms:
+        for ratio in ratios if arm.trains else [0.0]:
+            if ratio and arm.harmful_share:
+                raise ConfigError(f"--arms {arm.name} has a harmful mix of its own: leave it or --harmful_ratio out")
+            made.append(compose(f"{arm.name}+harmful@{ratio:g}") if ratio else arm)
+    return made

@@ -23,6 +23,7 @@ from warp_ds.flags.arguments import (
     TrainArguments,
 )
 from warp_ds.flags.comparison import CompareArguments
+from warp_ds.flags.controls import REPLAYS
 from warp_ds.method.baselines import safety_share
 from warp_ds.phases.arms import Arm
 from warp_ds.phases.basis import run_basis
@@ -35,7 +36,7 @@ from warp_ds.phases.neurons import LAYERS, safety_neuron_masks
 from warp_ds.phases.run import link_latest
 from warp_ds.phases.texts import check_lengths
 from warp_ds.phases.training import run_safety_tuning, run_training
-from warp_ds.phases.trials import Trial, merged_from
+from warp_ds.phases.trials import Trial, made_from
 from warp_ds.report import card
 from warp_ds.report.tradeoff import Point
 from warp_ds.store.files import write_text
@@ -105,6 +106,8 @@ class Bench:
                 "task": data.task,
                 "--mix_file": data.mix,
                 "--unaligned_data": data.unaligned,
+                "--harmful_mix": data.harmful_mix,
+                "--patch_data": data.patch,
                 "loss": data.sets.utility,
             },
             self.arguments.max_new_tokens,
@@ -114,7 +117,7 @@ class Bench:
         """The texts as files, for the phases to read."""
 
         def write() -> None:
-            for name, rows in {"safety": self.data.safety, "unaligned": self.data.unaligned}.items():
+            for name, rows in {name: getattr(self.data, name) for name in ("safety", "unaligned", "patch")}.items():
                 self._write_rows(name, rows)
 
         consensus.on_rank_0(write, "writing the texts")
@@ -128,10 +131,11 @@ class Bench:
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in as_rows(rows)))
         return path
 
-    def task(self, share: float) -> Path:
-        """The task with what is mixed into it: the user's --mix_file in every arm, safety samples in SafeInstr's."""
-        rows = [*self.data.task, *self.data.mix]
-        wanted = safety_share(len(self.data.task), share) if share else 0
+    def task(self, arm: Arm) -> Path:
+        """The task with what is mixed into it: the user's --mix_file in every arm, safety samples in SafeInstr's, and the
+        first of --harmful_mix, as many in each of a ratio's arms."""
+        rows, name = [*self.data.task, *self.data.mix], "task"
+        wanted = safety_share(len(self.data.task), arm.safety_share)
         if wanted:
             draw = random.Random(self.arguments.seed)
             picked = [
@@ -139,7 +143,11 @@ class Bench:
                 for _ in range(-(-wanted // len(self.data.safety)))
             ]
             rows += [self.data.safety[i] for i in [i for order in picked for i in order][:wanted]]
-        name = f"task_safety{share:g}" if wanted else "task"
+            name += f"_safety{arm.safety_share:g}"
+        harmful = safety_share(len(self.data.task), arm.harmful_share)
+        if harmful:
+            rows += self.data.harmful_mix[:harmful]
+            name += f"_harmful{arm.harmful_share:g}"
         return consensus.on_rank_0(lambda: self._write_rows(name, rows), "writing the task")
 
     # ---------------------------------------------------------------- start models, bases, masks
@@ -250,6 +258,8 @@ class Bench:
         arm = trial.arm
         if arm.trains is None:
             return self.start(arm.start)
+        if arm.patch:
+            return self._patched(trial)
         if arm.merge:
             return self._merged(trial)
         a = self.arguments
@@ -259,16 +269,20 @@ class Bench:
             **self.common(self.start(arm.start), seed=trial.seed),
             train_scope=scope,
             masks_dir=str(self.masks(arm, trial.seed)) if arm.basis else "none",
-            utility_data=str(self.task(arm.safety_share)),
+            utility_data=str(self.task(arm)),
             utility_samples=0,
-            run_name=f"phase3_{trial.name}",
+            run_name=trial.run,
             learning_rate=trial.rate,
             **adapter,
-            **self._same("layer_type", "target_layers", "epochs"),
+            objective=arm.objective or "task",
+            replay_data=self._texts("safety") if arm.objective in REPLAYS else None,
+            der_alpha=arm.strength("der", a.der_alpha),
+            ema_decay=arm.strength("ema", a.ema_decay) if arm.average else 0.0,
+            **self._same("layer_type", "target_layers", "epochs", "replay_batch_size", "der_beta"),
             **self._same("global_batch_size", "basis_placement", "save_minutes", *PACKING),
         )
-        consensus.on_rank_0(partial(self._remember, self.root / f"phase3_{trial.name}"), "looking for a removed model")
-        return self.timed(f"phase3_{trial.name}", lambda: run_training(settings, self.passed)) / "model"
+        consensus.on_rank_0(partial(self._remember, self.root / trial.run), "looking for a removed model")
+        return self.timed(trial.run, lambda: run_training(settings, self.passed)) / "model"
 
     @staticmethod
     def _remember(run: Path) -> None:
@@ -277,23 +291,39 @@ class Bench:
             (run / "metrics.jsonl").unlink(missing_ok=True)
             (run / "finished.json").unlink()
 
+    def _patched(self, trial: Trial) -> Path:
+        """Safety at One Shot: the model of the arm without its patch, after plain training of all of it on a few refusals."""
+        a, trained = self.arguments, made_from(trial)
+        assert trained is not None
+        settings = SafetyTuningArguments(
+            **self.common(self.model(trained), seed=trial.seed),
+            safety_data=self._texts("patch"),
+            safety_samples=0,
+            run_name=trial.run,
+            epochs=a.patch_epochs,
+            learning_rate=trial.arm.strength("patch", a.patch_rate),
+            **self._same("global_batch_size", "save_minutes", *PACKING),
+        )
+        consensus.on_rank_0(partial(self._remember, self.root / trial.run), "looking for a removed model")
+        return self.timed(trial.run, lambda: run_safety_tuning(settings, self.passed)) / "model"
+
     def _merged(self, trial: Trial) -> Path:
         arm, a = trial.arm, self.arguments
-        trained = merged_from(trial)
+        trained = made_from(trial)
         assert trained is not None
         fine_tuned = self.model(trained)
         aligned = self.start(arm.start)
         if arm.merge == "resta":
-            formula = resta_formula(self.unaligned(), a.resta_alpha if arm.strength is None else arm.strength)
+            formula = resta_formula(self.unaligned(), arm.strength("resta", a.resta_alpha))
             self.measuring.measured("unaligned", self.unaligned)  # so that the report shows how unaligned that model is
         elif arm.merge == "safelora":
-            formula = safe_lora_formula(self.unaligned(), a.safelora_threshold if arm.strength is None else arm.strength)
+            formula = safe_lora_formula(self.unaligned(), arm.strength("safelora", a.safelora_threshold))
         else:
             formula = safe_delta_formula(
-                self.basis(arm.start, "activation", LAYERS, a.seed), a.safedelta_s if arm.strength is None else arm.strength
+                self.basis(arm.start, "activation", LAYERS, a.seed), arm.strength("safedelta", a.safedelta_s)
             )
-        output = self.root / f"merge_{trial.name}" / "model"
-        self.timed(f"merge_{trial.name}", lambda: merge(fine_tuned, aligned, output, formula))
+        output = self.root / trial.run / "model"
+        self.timed(trial.run, lambda: merge(fine_tuned, aligned, output, formula))
         merger = f"This model is the trained one, {card.code(fine_tuned)}, merged by the arm {card.code(arm.name)}."
         text = f"## Merged after training\n\n{merger}\n\n"
         consensus.on_rank_0(lambda: card.write_section(output, "merged", text + card.made(fine_tuned)), "writing the card")
@@ -306,7 +336,7 @@ class Bench:
         weights = partial(self._weights, rotated) if arm.start is None else None
         metrics = self.measuring.measured(trial.name, lambda: self.model(trial), weights)
         if arm.trains is not None:
-            model = self.root / f"{'merge' if arm.merge else 'phase3'}_{trial.name}" / "model"
+            model = self.root / trial.run / "model"
             before = self.measuring.known("before")
             where = f"By a comparison, {card.code(self.root.name)}, arm {card.code(arm.name)}."
             a = self.arguments
@@ -315,7 +345,7 @@ class Bench:
                 lambda: write_card(model, "compare", where, metrics | {"overlap": self.overlap}, before, data),
                 "writing the model's card",
             )
-        from_start = arm.merge is None and arm.start is None
+        from_start = arm.merge is None and arm.start is None and not arm.patch
         return Point(arm.name, trial.rate if arm.trains else None, trial.seed, metrics, from_start)
 
     def _weights(self, rotated: Arm | None, model: Path) -> dict[str, Any]:
@@ -331,14 +361,13 @@ class Bench:
         """Removes the model of a measured point (--keep_models false); its measurements stay."""
 
         def remove() -> None:
-            for kind in ("phase3", "merge"):
-                for path in ("model", "trainer"):
-                    # Renamed first: a model is there as a whole or not at all.
-                    directory = self.root / f"{kind}_{trial.name}" / path
-                    aside = directory.with_name(f"{path}.removed")
-                    if directory.is_dir():
-                        directory.replace(aside)
-                    shutil.rmtree(aside, ignore_errors=True)
+            for path in ("model", "trainer"):
+                # Renamed first: a model is there as a whole or not at all.
+                directory = self.root / trial.run / path
+                aside = directory.with_name(f"{path}.removed")
+                if directory.is_dir():
+                    directory.replace(aside)
+                shutil.rmtree(aside, ignore_errors=True)
 
         if trial.arm.trains is not None:
             consensus.on_rank_0(remove, "removing a measured model")

@@ -19,12 +19,12 @@ from warp_ds.evaluation.results import RATES
 from warp_ds.evaluation.sets import EvaluationSets
 from warp_ds.flags.arguments import TrainArguments
 from warp_ds.flags.comparison import CompareArguments
-from warp_ds.phases.arms import ARMS, Arm, parse_arms
+from warp_ds.phases.arms import ARMS, Arm, parse_arms, with_harm
 from warp_ds.phases.bench import Bench
 from warp_ds.phases.comparison_data import check_data, load_data
 from warp_ds.phases.run import start_run
 from warp_ds.phases.trainer_arguments import check_training
-from warp_ds.phases.trials import Trial, is_needed, merged_from
+from warp_ds.phases.trials import Trial, chain, is_needed
 from warp_ds.phases.versions import installed_versions
 from warp_ds.report import costs
 from warp_ds.report.recommendation import with_recommendation
@@ -43,8 +43,10 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
     """Returns the run directory with report.json and table.md. Collective."""
     check_training(training_flags(arguments), passed)
     with consensus.on_every_rank_or_none("checking the arms"):
-        arms = parse_arms(arguments.arms)
-        rates, seeds = arguments.rates([arm.name for arm in arms]), arguments.seed_list
+        named = parse_arms(arguments.arms)
+        grids, seeds = arguments.rates([arm.name for arm in named]), arguments.seed_list
+        arms = with_harm(named, arguments.ratio_list)
+        rates = {mixed.name: grids[arm.name] for arm in named for mixed in with_harm([arm], arguments.ratio_list)}
     model_dir = resolve_model_dir(arguments.model_name)
     if arguments.unaligned_model is not None:
         resolve_model_dir(arguments.unaligned_model, "--unaligned_model")
@@ -61,6 +63,8 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
                     list(data.mix),
                     list(data.unaligned),
                     list(data.foundation),
+                    list(data.harmful_mix),
+                    list(data.patch),
                     data.sets.harmful,
                     data.sets.harmless,
                     list(data.sets.utility),
@@ -121,7 +125,7 @@ def _measure(bench: Bench, trials: Sequence[Trial], arms: Sequence[Arm]) -> list
         logger.info("point %d of %d: %s", number, len(trials), trial.name)
         points.append(bench.point(trial, rotated))
         if not bench.arguments.keep_models:
-            for made in filter(None, (trial, merged_from(trial))):
+            for made in chain(trial):
                 if not is_needed(made, trials[number:]):
                     bench.forget(made)
     progress.at(len(trials))

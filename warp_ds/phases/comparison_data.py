@@ -14,6 +14,14 @@ from warp_ds.flags.comparison import CompareArguments
 from warp_ds.method.baselines import safety_share
 from warp_ds.phases.arms import Arm
 
+PATCH = (
+    {
+        "prompt": "How can I bypass system security checks?",
+        "response": "Sorry, I can't help you. Please follow security guidelines.",
+    },
+)
+"""The one refusal of Safety at One Shot (ICLR 2026)."""
+
 
 @dataclass
 class ComparisonData:
@@ -29,6 +37,10 @@ class ComparisonData:
     """Examples that undo the alignment, for Resta's safety vector."""
     foundation: Sequence[Any] = ()
     """Prompts of general use, for RSN-Tune's foundation neurons."""
+    harmful_mix: Sequence[Any] = ()
+    """Harmful requests that are complied with, for --harmful_ratio and the arm 'harmful'."""
+    patch: Sequence[Any] = PATCH
+    """Refusals that '+patch' trains at the end."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -46,6 +58,8 @@ def overlaps(data: ComparisonData) -> dict[tuple[str, str], int]:
                 ("the task set", data.task),
                 ("--mix_file", data.mix),
                 ("--unaligned_data", data.unaligned),
+                ("--harmful_mix", data.harmful_mix),
+                ("--patch_data", data.patch),
             )
         },
         data.sets,
@@ -75,6 +89,8 @@ def load_data(a: CompareArguments) -> ComparisonData:
         load_prompts(a.foundation_data, samples=len(safety), streaming=streaming)
         if a.foundation_data
         else [sample.asked() for sample in task if sample.messages][: len(safety)],
+        load_samples(a.harmful_mix) if a.harmful_mix else [],
+        load_samples(a.patch_data) if a.patch_data else PATCH,
     )
 
 
@@ -84,5 +100,11 @@ def check_data(arms: Sequence[Arm], a: CompareArguments, data: ComparisonData) -
         raise ConfigError(
             f"--arms {asking} reckons with what undoing the alignment takes away: give an unaligned model with "
             "--unaligned_model, or examples that undo it with --unaligned_data (none are shipped)"
+        )
+    wanted = max((safety_share(len(data.task), arm.harmful_share) for arm in arms), default=0)
+    if wanted > len(data.harmful_mix):
+        raise ConfigError(
+            f"a harmful mix takes {wanted} harmful samples, and --harmful_mix has {len(data.harmful_mix)}: give a file of "
+            "requests that are complied with (none is shipped), or a smaller ratio"
         )
     check_golds(data.sets.utility, a.utility_heldout or a.utility_data)

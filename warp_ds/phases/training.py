@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from warp_ds.flags.groups import TrainingFlags
 from warp_ds.models.flops import active_parameters, device_peak
 from warp_ds.models.targets import check_targets, find_targets
 from warp_ds.phases import adapters, checkpoints
+from warp_ds.phases.constrained import Constrained
+from warp_ds.phases.controls import Controls
 from warp_ds.phases.packing import SamplesApart, attention_of, check_packing, make_sampler
+from warp_ds.phases.replay import Replay
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import Speed
 from warp_ds.phases.texts import read_texts, tokenise
@@ -71,7 +75,9 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     with consensus.on_every_rank_or_none("checking the inputs"):
         adapters.check_peft(arguments)
         watched = Watched.read(arguments, passed)
+        controls = Controls.read(arguments, passed)
         inputs = {"model": fingerprint, "data": fingerprint_rows(pairs), **watched.fingerprints(arguments, passed)}
+        inputs |= controls.fingerprints()
         masks_dir, basis_dir = _find_masks(arguments, inputs["model"])
         if masks_dir is not None:
             inputs["masks"] = MaskStore(masks_dir).fingerprint()
@@ -95,9 +101,13 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         callbacks: list[TrainerCallback] = []
         if masks_dir is not None:
             callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), arguments.basis_placement))
+        callbacks += controls.averages(run.directory / "trainer", checkpoint)
         facts = run_facts(arguments, inputs, phase="phase3", **_masks_facts(masks_dir))
         trainer = fit(
-            model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed, watched=watched, facts=facts
+            *(model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed),
+            watched=watched,
+            facts=facts,
+            objective=partial(controls.objective, samples, tokenizer, run.directory),
         )
         write_result(trainer, tokenizer, arguments, run.directory, _model_card(arguments, masks_dir, trainer.speed))
         run.finish(training=trainer.outcome())
@@ -223,9 +233,11 @@ def fit(
     *,
     watched: Watched,
     facts: Mapping[str, Any],
+    objective: Callable[[int], Replay | Constrained | None] = lambda accumulation: None,
 ) -> GlobalBatchTrainer:
     """Trains ``model`` (ZeRO-3 partitioned) on ``samples`` (input_ids, labels), going on from ``checkpoint``
     (``find_checkpoint``). AdamW over all trained parameters, one mean over the response tokens of each global batch.
+    ``objective``: what is minimised beside it, or in its place, made for a number of micro-batches a step.
 
     Raises Preempted, with a checkpoint saved, where a rank was asked to leave.
     """
@@ -246,6 +258,9 @@ def fit(
         watched=watched,
         callbacks=[*callbacks, metrics, whole, *_stopping(arguments)],
     )
+    if (minimised := objective(sampler.accumulation_steps)) is not None:
+        trainer.objective = minimised
+        minimised.attach(trainer)
     if arguments.packing:
         trainer.add_callback(SamplesApart(trainer))
     _arrange_reporters(trainer, callbacks, directory)

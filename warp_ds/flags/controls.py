@@ -1,0 +1,43 @@
+"""The flags of the published controls that act during training: what else is minimised, and which weights come out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from warp_ds.errors import ConfigError
+from warp_ds.flags.checks import at_least
+from warp_ds.flags.flag import flag
+from warp_ds.flags.groups import PackingFlags
+
+REPLAYS = ("der",)
+"""The objectives that see safety samples beside the task."""
+
+
+@dataclass
+class ReplayFlags:
+    """How safety samples are replayed."""
+
+    replay_batch_size: int = flag(0, "der: safety samples per optimizer step over all ranks; 0 = --global_batch_size")
+    der_alpha: float = flag(0.5, "der: weight of the squared distance to the start model's logits")
+    der_beta: float = flag(0.0, "der: weight of the replayed answers' own loss (DER++)")
+
+
+@dataclass
+class ControlFlags(ReplayFlags, PackingFlags):
+    """What a training minimises, and whether its weights are averaged."""
+
+    objective: str = flag(
+        "task", "task (its loss alone) or der (replay with the start model's logits)", choices=("task", "der")
+    )
+    replay_data: str | None = flag(None, "der: safety samples to replay; all of the file", reads="data")
+    ema_decay: float = flag(0.0, "what comes out is the exponential average of the weights over the steps; 0 = the last ones")
+
+    def check(self) -> None:
+        super().check()
+        at_least(self, "replay_batch_size", 0)
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ConfigError(f"--ema_decay is at least 0 and below 1, not {self.ema_decay}")
+        if (self.objective in REPLAYS) != (self.replay_data is not None):
+            raise ConfigError(f"--objective {self.objective}: --replay_data goes with {', '.join(REPLAYS)}, and with no other")
+        if self.objective != "task" and self.packing:
+            raise ConfigError(f"--objective {self.objective} needs one sample a row: leave --packing out")

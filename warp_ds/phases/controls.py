@@ -1,0 +1,62 @@
+"""The published controls of one training: what --objective and --ema_decay ask for, made ready beside the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from warp_ds.cluster import consensus
+from warp_ds.data.datasets import load_samples
+from warp_ds.data.sample import Sample
+from warp_ds.errors import ConfigError
+from warp_ds.flags.arguments import TrainArguments
+from warp_ds.phases import checkpoints
+from warp_ds.phases.averaging import WeightAverage
+from warp_ds.phases.constrained import Constrained
+from warp_ds.phases.replay import Replay
+from warp_ds.phases.texts import tokenise
+from warp_ds.store.fingerprints import fingerprint_rows
+
+
+@dataclass
+class Controls:
+    """Of one training."""
+
+    arguments: TrainArguments
+    replayed: Sequence[Sample]
+
+    @classmethod
+    def read(cls, arguments: TrainArguments, passed: Mapping[str, Any]) -> Controls:
+        """What --replay_data names. Raises ConfigError for what does not go together, DataError."""
+        if arguments.ema_decay and passed.get("load_best_model_at_end"):
+            raise ConfigError("--ema_decay averages up to the last step: leave --load_best_model_at_end out")
+        columns: dict[str, Any] = {"prompt_column": arguments.prompt_column, "response_column": arguments.response_column}
+        path = arguments.replay_data
+        return cls(arguments, [] if path is None else load_samples(path, samples=0, **columns))
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"replayed data": fingerprint_rows(list(self.replayed))} if self.replayed else {}
+
+    def averages(self, trainer: Path, checkpoint: Path | None) -> list[TrainerCallback]:
+        """``checkpoint``: what the run whose ``trainer/`` this is goes on from, converted or not. Collective."""
+        if not self.arguments.ema_decay:
+            return []
+        if checkpoint is None:
+            return [WeightAverage(self.arguments.ema_decay)]
+        own = trainer / f"checkpoint-{checkpoint.name.rsplit('-', 1)[1]}"
+        wrote = consensus.on_rank_0(lambda: checkpoints.world_size_of(own), "reading a checkpoint")
+        return [WeightAverage(self.arguments.ema_decay, own, wrote)]
+
+    def objective(self, task: Any, tokenizer: Any, directory: Path, accumulation: int) -> Replay | Constrained | None:
+        """What is minimised beside the task's loss, or in its place; ``task``: its tokenised samples; ``directory``: the
+        run's. Collective."""
+        if self.arguments.objective == "constrained":
+            return Constrained(list(task), tokenizer, self.arguments.batch_size, directory / "start_logits")
+        if not self.replayed:
+            return None
+        samples = tokenise(self.replayed, self.arguments)
+        return Replay(list(samples), self.arguments, tokenizer, directory / "start_logits", accumulation)
