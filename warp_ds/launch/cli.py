@@ -134,6 +134,14 @@ def _add_verify_and_shrink(commands: Any) -> None:
     convert.add_argument("--output", required=True, help="directory for the new basis/ and masks/")
     convert.set_defaults(run=_convert)
 
+    push = commands.add_parser(
+        "push", help="a finished run to the Hugging Face hub: its model, or its basis or masks as a data set"
+    )
+    push.add_argument("directory", metavar="RUN", help="run directory, or a model's, basis/ or masks/ of one")
+    push.add_argument("name", metavar="OWNER/NAME", help="repository; made, private, where there is none")
+    push.add_argument("--public", action="store_true", help="a repository that is made is everybody's")
+    push.set_defaults(run=_push)
+
 
 def underscored(words: Sequence[str]) -> list[str]:
     """Flags in the phases' spelling: --gpus-per-node is --gpus_per_node."""
@@ -263,6 +271,13 @@ def _convert(arguments: argparse.Namespace) -> int:
     print(f"{len(basis.bases)} bases: {output / 'basis'}")
     if masks is not None:
         print(f"{masks.frozen:,} of {masks.entries:,} coefficients frozen: {output / 'masks'}")
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from warp_ds.phases.publish import push
+
+    print(f"pushed: {push(Path(arguments.directory), arguments.name, private=not arguments.public)}")
     return 0
 
 
