@@ -18,7 +18,7 @@ from warp_ds.flags.arguments import (
 )
 from warp_ds.flags.comparison import CompareArguments, SweepArguments
 from warp_ds.flags.flag import DEBUG_SAMPLES, apply_debug, dataclass_fields
-from warp_ds.flags.groups import WatchingFlags
+from warp_ds.flags.groups import PublishFlags, WatchingFlags
 from warp_ds.flags.jobs import DoctorArguments
 from warp_ds.flags.parsing import parse_training
 from warp_ds.launch.chain_flags import phase_flags
@@ -109,7 +109,9 @@ def test_a_comparison_takes_what_its_phases_take() -> None:
         *watching,
     }
     for kind in (BasisArguments, ImportanceArguments, TrainArguments):
-        assert {f.name for f in dataclasses.fields(kind)} <= own | decided
+        assert {f.name for f in dataclasses.fields(kind)} - dataclass_fields(PublishFlags).keys() <= own | decided
+    with pytest.raises(ConfigError, match="--push_to_hub is refused: a comparison sends nothing to the hub"):
+        parse_training(CompareArguments, ["--push_to_hub", "me/x"])
     for name in decided:
         with pytest.raises(ConfigError, match=f"--{name} is (decided|set) by"):
             parse_training(CompareArguments, [f"--{name}", "x"])

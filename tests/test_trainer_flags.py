@@ -119,7 +119,8 @@ def test_a_field_of_a_newer_transformers_is_refused(monkeypatch: pytest.MonkeyPa
         ("--warmup_ratio 0.1", "did you mean --warmup_steps?"),
         ("--weight_decay much", "invalid float value"),
         ("--weight_decay 0.1 0.2", "'0.2' belongs to no flag"),
-        ("--eval_strategy steps --push_to_hub", "--push_to_hub is refused"),
+        ("--eval_strategy steps --push_to_hub", "--push-to-hub: expected one argument"),
+        ("--hub_model_id me/x", "a finished run goes to the hub whole, by --push_to_hub OWNER/NAME"),
         ("--eval_steps 3 --eval_strategy epoch", "--eval_steps says nothing under --eval_strategy epoch"),
         ("--eval_steps 0", "--eval_steps is a number of steps"),
     ],
@@ -338,3 +339,11 @@ def test_grids_are_finite(more: dict[str, str]) -> None:
     arguments = CompareArguments(**more)
     with pytest.raises(ConfigError, match="finite"):
         print(arguments.seed_list, arguments.rate_list)
+
+
+def test_accelerate_s_own_parallelism_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``accelerate launch --use_parallelism_config`` says so in the environment, which Trainer's accelerator follows."""
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    with pytest.raises(ConfigError, match="accelerate's parallelism .* is refused: training is data-parallel"):
+        trainer_arguments.check_training(TrainArguments(device="cpu", dtype="float32"), {})
+    assert "sequence parallelism" in training_arguments.REFUSED["parallelism_config"]

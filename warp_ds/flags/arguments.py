@@ -17,6 +17,7 @@ from warp_ds.flags.groups import (
     MaskedTrainingFlags,
     MaskFlags,
     PackingFlags,
+    PublishFlags,
     RunArguments,
     SafetyDataArguments,
     TrainingFlags,
@@ -26,7 +27,7 @@ from warp_ds.models.layer_names import parse_layer_types
 
 
 @dataclass
-class SafetyTuningArguments(SafetyDataArguments, TrainingFlags):
+class SafetyTuningArguments(PublishFlags, SafetyDataArguments, TrainingFlags):
     """Phase 0."""
 
     def check(self) -> None:
@@ -36,7 +37,7 @@ class SafetyTuningArguments(SafetyDataArguments, TrainingFlags):
 
 
 @dataclass
-class BasisArguments(BasisFlags, SafetyDataArguments, LayerArguments, PackingFlags):
+class BasisArguments(BasisFlags, PublishFlags, SafetyDataArguments, LayerArguments, PackingFlags):
     """Phase 1."""
 
     basis: str = flag(
@@ -53,7 +54,7 @@ class BasisArguments(BasisFlags, SafetyDataArguments, LayerArguments, PackingFla
 
 
 @dataclass
-class ImportanceArguments(MaskFlags, SafetyDataArguments, LayerArguments, PackingFlags):
+class ImportanceArguments(MaskFlags, PublishFlags, SafetyDataArguments, LayerArguments, PackingFlags):
     """Phase 2."""
 
     safety_samples: int = again(SafetyDataArguments, "safety_samples", 50)
@@ -73,7 +74,7 @@ class ImportanceArguments(MaskFlags, SafetyDataArguments, LayerArguments, Packin
 
 
 @dataclass
-class TrainArguments(MaskedTrainingFlags, ControlFlags, UtilityDataArguments, LayerArguments, TrainingFlags):
+class TrainArguments(MaskedTrainingFlags, ControlFlags, PublishFlags, UtilityDataArguments, LayerArguments, TrainingFlags):
     """Phase 3."""
 
     batch_size: int = again(RunArguments, "batch_size", 2)

@@ -226,6 +226,21 @@ class PackingFlags(RunArguments):
 
 
 @dataclass
+class PublishFlags:
+    """Where a finished run goes."""
+
+    push_to_hub: str | None = flag(
+        None,
+        "OWNER/NAME on the hub for the finished run: its model, or its data set OWNER/NAME-basis or -masks",
+        identity=False,
+        own=True,
+    )
+    hub_private_repo: bool = flag(
+        True, "a repository that --push_to_hub makes is private; false: everybody's", identity=False, own=True
+    )
+
+
+@dataclass
 class WatchingFlags:
     """What a training is evaluated on in between, as often as --eval_strategy says."""
 

@@ -100,7 +100,11 @@ OURS = {
 }
 
 _OUR_EVALUATION = "evaluation during training is asked for by --eval_data, --eval_safety and --eval_strategy"
-_NO_HUB = "nothing is sent to the hub; use `hf upload REPO RUN/model` on what the run writes"
+_NO_HUB = "a comparison sends nothing to the hub; use `warp-ds push RUN OWNER/NAME` on a finished run"
+DATA_PARALLEL = (
+    "training is data-parallel (ZeRO-3) alone: its global batches are dealt to every rank, and take one token mean, where "
+    "sequence parallelism (ALST, Ulysses) takes one a micro-batch; leave it out"
+)
 _NO_FSDP = "training runs on DeepSpeed ZeRO-3 alone; leave it out"
 _NOT_CHECKED = "it was not checked with the masked step under ZeRO-3; leave it out"
 _NO_TRACKIO = "it was not checked here; set Trackio's own environment variables"
@@ -136,13 +140,13 @@ REFUSED = {
     "dataloader_in_order": "the order of the samples is that of --seed; leave it out",
     "train_sampling_strategy": "the order of the samples is that of --seed, on any number of ranks; leave it out",
     "accelerator_config": "the global batches are this project's, the same on any number of ranks; leave it out",
-    "parallelism_config": "training is data-parallel (ZeRO-3) alone; leave it out",
+    "parallelism_config": DATA_PARALLEL,
     "ddp_backend": "ranks meet over NCCL on GPUs and gloo on CPUs; leave it out",
     "fsdp": _NO_FSDP,
     "fsdp_config": _NO_FSDP,
 }
 _ONE_MEAN = "evaluation takes one mean over the held-out tokens of all ranks, whatever this says; leave it out"
-_WITH_HUB = "it belongs to --push_to_hub; use `hf upload REPO RUN/model`"
+_WITH_HUB = "a finished run goes to the hub whole, by --push_to_hub OWNER/NAME (--hub_private_repo false: for everybody)"
 _WITH_DDP = "it belongs to DDP, and training runs on DeepSpeed ZeRO-3; leave it out"
 #: Field -> why it changes nothing here; refused too.
 NO_EFFECT = {

@@ -152,6 +152,14 @@ def _add_verify_and_shrink(commands: Any) -> None:
     overlap.add_argument("--output", default="overlap.json", help="the same as JSON; warp-ds report of its directory shows it")
     overlap.set_defaults(run=_overlap)
 
+    push = commands.add_parser(
+        "push", help="a finished run to the Hugging Face hub: its model, or its basis or masks as a data set"
+    )
+    push.add_argument("directory", metavar="RUN", help="run directory, or a model's, basis/ or masks/ of one")
+    push.add_argument("name", metavar="OWNER/NAME", help="repository; made, private, where there is none")
+    push.add_argument("--public", action="store_true", help="a repository that is made is everybody's")
+    push.set_defaults(run=_push)
+
 
 def underscored(words: Sequence[str]) -> list[str]:
     """Flags in the phases' spelling: --gpus-per-node is --gpus_per_node."""
@@ -313,6 +321,13 @@ def _overlap(arguments: argparse.Namespace) -> int:
     write_json(Path(arguments.output), found)
     to_terminal(overlap_blocks(found))
     print(f"overlap: {arguments.output}")
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from warp_ds.phases.publish import push
+
+    print(f"pushed: {push(Path(arguments.directory), arguments.name, private=not arguments.public)}")
     return 0
 
 

@@ -13,6 +13,7 @@ from warp_ds.flags.flag import dataclass_fields, nature
 from warp_ds.flags.groups import RunArguments
 from warp_ds.models.source import check_model_dir, local_model_dir, read_config
 from warp_ds.registry import phase_of
+from warp_ds.store.hub import is_hub_name
 from warp_ds.store.runs import find_artifact
 from warp_ds.zero import settings
 
@@ -37,7 +38,7 @@ def check_inputs(arguments: RunArguments) -> None:
     for kind in ("basis", "masks"):
         given = getattr(arguments, f"{kind}_dir", None)
         needed = phase is not None and phase.reads == kind and getattr(arguments, "basis", None) != "identity"
-        if given != "none" and (needed or given):
+        if given != "none" and (needed or given) and not (given and is_hub_name(given)):
             find_artifact(given, kind, arguments.output_dir)
 
 

@@ -22,6 +22,7 @@ from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, tok
 from warp_ds.models.layer_names import LAYER_TYPES
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases.packing import attention_of, check_apart, check_packing, micro_batch
+from warp_ds.phases.publish import published
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import log_rate
 from warp_ds.phases.texts import read_texts, tokenise
@@ -50,6 +51,7 @@ from warp_ds.zero.walk import BlockWalk
 logger = logging.getLogger(__name__)
 
 
+@published
 def run_basis(arguments: BasisArguments, pairs: Any = None) -> Path:
     """Runs phase 1 and returns its run directory; ``pairs`` (samples) replace --safety_data."""
     arguments.check()

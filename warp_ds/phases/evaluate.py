@@ -24,6 +24,7 @@ from warp_ds.evaluation.movement import mean_movement, movement, open_basis
 from warp_ds.evaluation.sets import SUITES, EvaluationSets, check_golds, shared_prompts
 from warp_ds.flags.arguments import EvaluateArguments
 from warp_ds.phases.fitting import fitting_sets
+from warp_ds.phases.publish import fetch_shared
 from warp_ds.phases.run import start_run
 from warp_ds.phases.texts import check_lengths
 from warp_ds.report import card
@@ -48,6 +49,7 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
         for flag, name in (("--reference_model", arguments.reference_model), ("--judge_model", arguments.judge_model))
     )
     fingerprint = model_fingerprint(model_dir)
+    fetch_shared(arguments)
     if start is not None and arguments.basis_dir is not None:
         read_together(lambda: [model_contents(start)], "reading the reference model")
     with consensus.on_every_rank_or_none("reading the evaluation sets"):

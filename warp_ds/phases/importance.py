@@ -26,6 +26,7 @@ from warp_ds.method.selection import DECADE, LOG_BINS, random_scores
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases.basis import safety_pairs
 from warp_ds.phases.packing import attention_of, check_apart, check_packing, micro_batch
+from warp_ds.phases.publish import fetch_shared, published
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import log_rate
 from warp_ds.phases.texts import tokenise
@@ -54,11 +55,13 @@ SAVE_SECONDS = 300.0
 """Between two savings of the scores so far."""
 
 
+@published
 def run_importance(arguments: ImportanceArguments, pairs: Any = None) -> Path:
     """Runs phase 2 and returns its run directory; ``pairs`` (rows of prompt and response) replace --safety_data."""
     arguments.check()
     init_distributed(arguments.resolved_device, arguments.timeout)
     ds_config = zero3_config(arguments)
+    fetch_shared(arguments)
     basis = None
     if arguments.basis != "identity":
         with on_every_rank_or_none("reading the basis"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,11 @@ def check_training(arguments: TrainingFlags, passed: Mapping[str, Any] | None) -
     """The TrainingArguments to pass on: ``passed``, and what follows from the flags. ConfigError, on every rank and before any
     work, for flags that Trainer or the DeepSpeed configuration contradict. Collective."""
     with consensus.on_every_rank_or_none("checking the flags of the training"):
+        if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
+            raise ConfigError(
+                "accelerate's parallelism (sequence, context, tensor; --use_parallelism_config of accelerate launch) is "
+                f"refused: {training_arguments.DATA_PARALLEL}"
+            )
         passed = watching.settle(arguments, passed or {})
         sampler = GlobalBatchSampler(1, arguments.global_batch_size, arguments.batch_size, processes.world_size())
         given = {**training_arguments.DEFAULTS, **passed}

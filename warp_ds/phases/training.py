@@ -30,6 +30,7 @@ from warp_ds.phases import adapters, checkpoints
 from warp_ds.phases.constrained import Constrained
 from warp_ds.phases.controls import Controls
 from warp_ds.phases.packing import SamplesApart, attention_of, check_packing, make_sampler
+from warp_ds.phases.publish import fetch_shared, published
 from warp_ds.phases.replay import Replay
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import Speed
@@ -51,6 +52,7 @@ from warp_ds.zero.shared_reading import model_fingerprint, read_together
 logger = logging.getLogger(__name__)
 
 
+@published
 def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None) -> Path:
     """Phase 3; returns the run directory, whose model/ is the trained model. Collective.
 
@@ -60,6 +62,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     passed = check_training(arguments, passed)
     model_dir = resolve_model_dir(arguments.model_name)
     fingerprint = model_fingerprint(model_dir)
+    fetch_shared(arguments)
     read_together(lambda: _artefacts(arguments), "reading basis and masks")
     with consensus.on_every_rank_or_none("checking the inputs"):
         check_packing(arguments, model_dir)
@@ -115,6 +118,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         return run.directory
 
 
+@published
 def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] | None = None) -> Path:
     """Phase 0: every parameter trains on the safety set; returns the run directory. Collective."""
     passed = check_training(arguments, passed)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import DatasetCardData, EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from warp_ds.errors import ArtifactError
@@ -20,6 +20,7 @@ from warp_ds.evaluation.results import RATES, UTILITY, read_metrics
 from warp_ds.names import printable
 from warp_ds.report.tables import Block, measured_table, task_scores, to_markdown
 from warp_ds.secrets import redact
+from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import read_json, write_text
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import newest, path_of_run, phase_of
@@ -55,6 +56,33 @@ def new_card(title: str, text: str, base_model: str, data: str) -> str:
         datasets=[data] if _on_hub(data) else None,
     )
     return f"---\n{metadata.to_yaml()}\n---\n\n# {title}\n\n{text.strip()}\n"
+
+
+def artefact_card(directory: Path, kind: str) -> str:
+    """The card of a 'basis' or 'masks' that go to the hub as a data set of their own. Raises ArtifactError."""
+    store = BasisStore(directory) if kind == "basis" else MaskStore(directory)
+    meta: Any = store.metadata
+    blocks = sorted({entry["layer"] for entry in meta.layers.values()})
+    types = ", ".join(dict.fromkeys(entry["type"] for entry in meta.layers.values()))
+    if kind == "basis":
+        what = f"{len(meta.bases)} orthonormal bases ({meta.basis}; {meta.tokens:,} tokens, token scope {meta.token_scope})"
+        use = "warp-ds phase2 --basis_dir OWNER/NAME"
+    else:
+        what = f"{meta.frozen:,} of {meta.entries:,} rotated coefficients frozen"
+        what += f" (keep_ratio {meta.keep_ratio:g}, scope {meta.scope})"
+        use = "warp-ds phase3 --masks_dir OWNER/NAME --basis_dir OWNER/NAME-OF-ITS-BASIS"
+    lines = [
+        f"- model: {code(meta.model_name)}, fingerprint {meta.model_fingerprint}: no other model takes them",
+        f"- layers: {types} of blocks {blocks[0]} to {blocks[-1]}",
+        f"- fingerprints: of these files {store.fingerprint()}, of the safety set {meta.data_fingerprint}",
+        *([f"- basis: {meta.basis}, fingerprint {meta.basis_fingerprint}"] if kind == "masks" else []),
+    ]
+    data = DatasetCardData(tags=["warp_ds", f"warp_ds-{kind}"], pretty_name=f"{kind} of {printable(str(meta.model_name))}")
+    title = f"{kind.capitalize()} of {plain(Path(meta.model_name).name)}"
+    text = f"{what}, by warp_ds. Tensors (safetensors) and metadata alone; whoever reads them checks both.\n\n" + "\n".join(
+        lines
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n\n    {use}\n"
 
 
 def _on_hub(name: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from warp_ds.errors import ArtifactError
 from warp_ds.registry import maker_of
 from warp_ds.store.files import read_json
+from warp_ds.store.hub import fetched, is_hub_name
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +89,8 @@ def run_config(run: Path) -> dict[str, Any]:
 def find_artifact(given: str | None, kind: str, output_dir: str | Path) -> Path:
     """Where the 'basis' or 'masks' lie: ``given``, or the newest finished run's.
 
-    Takes the artefact's directory, its run directory, and the original project's spelling
-    (phase1_…/checkpoints/basis). Raises ArtifactError with the cure where there is none.
+    Takes the artefact's directory, its run directory, the original project's spelling (phase1_…/checkpoints/basis), and
+    a data set on the hub (OWNER/NAME, OWNER/NAME@REVISION). Raises ArtifactError with the cure where there is none.
     """
     phase = maker_of(kind).name
     if given is None:
@@ -102,6 +103,8 @@ def find_artifact(given: str | None, kind: str, output_dir: str | Path) -> Path:
     for candidate in (path, original, path / kind):
         if (candidate / "metadata.json").is_file():
             return candidate
+    if is_hub_name(given):
+        return fetched(given, kind)
     raise ArtifactError(f"no {kind} in {given} (no metadata.json there): run launch/{phase}.py first, or check --{kind}_dir")
 
 
