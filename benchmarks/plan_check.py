@@ -107,7 +107,7 @@ def judge(
             "read": needed.read,
             "sent": needed.sent,
             # The run saves twice.
-            "written": needed.written + TRAINER_SAVES * needed.checkpoint,
+            "written": needed.written + (1 if job.adapter == "lora" else TRAINER_SAVES) * needed.checkpoint,
             "disk": needed.disk,
         }
         for figure, value in predicted.items():

@@ -119,19 +119,44 @@ def trained_adapters_keep_what_they_do(root: Path) -> None:
     engine.destroy()
 
 
+def replicated(root: Path) -> None:
+    """Under DDP every rank takes the same step."""
+    artefacts, batches = read_artefacts(root), token_batches(STEPS)
+    losses, weights = lora_reference(artefacts, batches, LR, EPS, DECAY, CLIP)
+    model = torch.nn.parallel.DistributedDataParallel(adapted())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, eps=EPS, weight_decay=DECAY)
+    protection = warp_ds.protect_optimizer(model, optimizer, None, artefacts.masks)
+    protection.max_grad_norm = CLIP
+    for ids, loss in zip(batches, losses, strict=True):
+        mine = ids.chunk(processes.world_size())[processes.rank()]
+        found = model(input_ids=mine, labels=mine).loss
+        found.backward()
+        assert abs(float(processes.all_reduce_sum(found.detach().double())) / processes.world_size() - loss) < LOSS
+        optimizer.step()
+        optimizer.zero_grad()
+        assert stray_bits(protection) == 0
+    protection.release()
+    for name, param in model.module.named_parameters():
+        if name in weights:
+            assert (param.detach().double() - weights[name]).abs().max() < WEIGHT, name
+
+
 def under_zero3(root: Path, folder: Path) -> None:
     placements = {1: ["replicated"], 2: ["owner"], 3: ["replicated", "sharded"]}[processes.world_size()]
     for placement in placements:
         steps_as_the_reference(root, {}, placement)
     steps_as_the_reference(root, {"stage3_param_persistence_threshold": LARGE, "sub_group_size": 100}, placements[0])
+    if processes.world_size() == 1:
+        steps_as_the_reference(root, {"offload_optimizer": {"device": "cpu"}}, placements[0])
     if processes.world_size() == 2:
+        replicated(root)
         resumes_to_the_bit(root, folder / "fp32", torch.float32)
         resumes_to_the_bit(root, folder / "bf16", torch.bfloat16)
         trained_adapters_keep_what_they_do(root)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_step_under_zero3_is_the_dense_one(tmp_path: Path, world_size: int) -> None:
+def test_a_step_under_zero3_or_ddp_is_the_dense_one(tmp_path: Path, world_size: int) -> None:
     column_masks(tmp_path / "artefacts")
     run_ranks(world_size, under_zero3, tmp_path / "artefacts", tmp_path / "checkpoints")
 

@@ -150,7 +150,7 @@ class _Masked:
             return "identity", 0
         if self.columns is None:
             return basis.held(self.target.name)
-        return self.target.name, Rotation.held_bytes(self.target.n, int(self.columns.sum()))
+        return self.target.name, Rotation.held_bytes(self.target.n, max(1, int(self.columns.sum())))
 
     def rotation(self, basis: BasisStore | None, device: torch.device) -> Rotation:
         """Its complete basis, on ``device``. An adapter's is that of its frozen columns alone, [U_F, complement]: it takes less
@@ -158,12 +158,13 @@ class _Masked:
         if basis is None or self.columns is None:
             return _rotation(basis, self.target, device)
         if not bool(self.columns.any()):
-            return Rotation(None, self.target.n)
-        stored, _ = basis.columns(self.target.name)
-        if bool(self.columns[stored.shape[1] :].any()):
-            stored = basis.rotation(self.target.name).rotate(torch.eye(self.target.n))
-            return Rotation(stored[:, self.columns], self.target.n).to(device)
-        return Rotation(stored.to(device)[:, self.columns[: stored.shape[1]].to(device)], self.target.n)
+            # The identity as a reflector that reflects nothing: one without tensors could not be sharded.
+            return Rotation(torch.eye(self.target.n, 1, device=device), self.target.n)
+        r = int(basis.metadata.bases[basis.metadata.layers[self.target.name]["file"]]["rank"])
+        if bool(self.columns[r:].any()):  # of the complement that the stored columns stand for
+            whole = basis.rotation(self.target.name).rotate(torch.eye(self.target.n))
+            return Rotation(whole[:, self.columns].to(device), self.target.n)
+        return Rotation(basis.chosen(self.target.name, self.columns[:r]).to(device), self.target.n)
 
 
 def _masked(model: nn.Module, masks: MaskStore) -> list[_Masked]:

@@ -25,7 +25,7 @@ from transformers import (
 from warp_ds.cluster import consensus, preemption, processes
 from warp_ds.data.collate import GlobalBatchSampler, WithEmpty, empty_sample, pad_batch, pad_token
 from warp_ds.data.packing import Packed, PackedBatchSampler, pack_batch
-from warp_ds.models.lora import without_adapter
+from warp_ds.models.lora import is_adapted, without_adapter
 from warp_ds.models.transformers_internals import keeps_logits
 from warp_ds.phases import checkpoints
 from warp_ds.phases.constrained import Constrained
@@ -129,7 +129,10 @@ class GlobalBatchTrainer(Trainer):
             (checkpoint / "training_args.bin").unlink(missing_ok=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer does, without its advice to use zero_to_fp32: the model is exported by ``export``."""
+        """As Trainer does, without its advice to use zero_to_fp32: the model is exported by ``export``. Of an adapter nothing:
+        Trainer would gather the whole model for it, and DeepSpeed's checkpoint holds A and B."""
+        if _internal_call and self.model is not None and is_adapted(self.model):
+            return
         trainer_log = logging.getLogger("transformers.trainer")
 
         def other(record: logging.LogRecord) -> bool:

@@ -31,6 +31,9 @@ from warp_ds.store.metadata import (
 )
 from warp_ds.store.schema import SchemaError
 
+PIECE = 1 << 20
+"""Elements of a file that ``chosen`` reads at once."""
+
 
 class BasisStore:
     """Reads a basis directory. Every reader of the same directory gets the same rotation.
@@ -75,6 +78,20 @@ class BasisStore:
             _check_basis(u, s, self.directory / file)
             self._checked.add(file)
         return u, s
+
+    def chosen(self, name: str, wanted: Tensor) -> Tensor:
+        """The columns of U that ``wanted``, bool [r], names: fp32 [n, number of them]. A piece of the file is in memory at a
+        time. ArtifactError for NaN and infinities; whether they are orthonormal is seen by ``Rotation``."""
+        path = self.directory / self._check_file(name)
+        (n, r), parts = (self.metadata.layers[name]["shape"][1], len(wanted)), []
+        step = max(1, PIECE // max(1, r))
+        for begin in range(0, n, step):
+            with open_tensors(path) as opened:  # anew: what was mapped before is given back
+                parts.append(opened.get_slice("U")[begin : min(begin + step, n)][:, wanted])
+        u = torch.cat(parts)
+        if not bool(torch.isfinite(u).all()):
+            raise ArtifactError(f"{path} holds NaN or infinities; run phase 1 again")
+        return u
 
     def _check_file(self, name: str) -> str:
         """The name of the layer's file, whose header is what the metadata say. Raises ArtifactError."""

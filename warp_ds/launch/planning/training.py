@@ -46,7 +46,7 @@ def training(shape: Shape, job: Job, sharding: Sharding, phase: str, samples: in
     need.host["export"] = min(4.0 * GATHER_BYTES, model)
     # Masters, moments, and C beside them; weights that do not train, but for those that an adapter is put on.
     need.checkpoint = (16.0 if masked else 12.0) * trained + (trained if lora else shape.parameters - trained) * b
-    need.written = model + TRAINER_SAVES * need.checkpoint
+    need.written = model + (1 if lora else TRAINER_SAVES) * need.checkpoint
     # While a checkpoint replaces the one before, both exist; the last one stays beside the model.
     need.disk = need.checkpoint + max(model, need.checkpoint)
     return need
