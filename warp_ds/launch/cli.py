@@ -75,7 +75,8 @@ def _add_commands(commands: Any) -> None:
     )
     demo.add_argument("--ranks", type=int, default=2, help="local processes (default 2)")
     demo.set_defaults(run=_demo)
-    _add_verify_and_shrink(commands)
+    _add_artefact_commands(commands)
+    _add_overlap_and_push(commands)
 
     commands.add_parser("plan", help="memory, traffic and disk of every phase, from the model's config alone")
     commands.add_parser("doctor", help="whether this machine can do the job that the flags name; a cure for each failing line")
@@ -101,7 +102,7 @@ def _add_commands(commands: Any) -> None:
     init.set_defaults(run=_init)
 
 
-def _add_verify_and_shrink(commands: Any) -> None:
+def _add_artefact_commands(commands: Any) -> None:
     verify = commands.add_parser(
         "verify",
         help="from two model directories, whether every frozen coefficient stayed where it was",
@@ -145,6 +146,9 @@ def _add_verify_and_shrink(commands: Any) -> None:
     convert.add_argument("--layer_type", help="of files that lie in no layer type's directory, as its first version wrote them")
     convert.add_argument("--output", required=True, help="directory for the new basis/ and masks/")
     convert.set_defaults(run=_convert)
+
+
+def _add_overlap_and_push(commands: Any) -> None:
     overlap = commands.add_parser(
         "overlap", help="how much of what masks freeze is the same, layer by layer, beside what chance gives"
     )

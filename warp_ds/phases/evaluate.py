@@ -78,8 +78,7 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
         measured.metrics |= paired_tests(before, measured.answers) | ({"overlap": overlap} if overlap else {})
         # What follows may fail, or be cut off: the answers stay, and a run that goes on makes none again.
         consensus.on_rank_0(lambda: write_measurement(run.directory, measured, last=False), "writing the results")
-        if tasks:
-            measured.metrics["lm_eval"] = _run_tasks(engine, tokenizer, tasks, arguments, run.directory)
+        measured.metrics |= {"lm_eval": _run_tasks(engine, tokenizer, tasks, arguments, run.directory)} if tasks else {}
         if start is not None and basis is not None:
             measured.metrics |= movement_metrics(start, model_dir, basis)
         consensus.on_rank_0(lambda: write_measurement(run.directory, measured), "writing the results")

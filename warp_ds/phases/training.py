@@ -20,6 +20,7 @@ from transformers.integrations import TensorBoardCallback
 
 from warp_ds.cluster import consensus, preemption, processes
 from warp_ds.data.collate import GlobalBatchSampler
+from warp_ds.data.stored import StoredSamples
 from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
@@ -66,15 +67,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     read_together(lambda: _artefacts(arguments), "reading basis and masks")
     with consensus.on_every_rank_or_none("checking the inputs"):
         check_packing(arguments, model_dir)
-    pairs = read_texts(
-        arguments.utility_data,
-        split=arguments.utility_split,
-        samples=arguments.utility_samples,
-        prompt_column=arguments.prompt_column,
-        response_column=arguments.response_column,
-        config=arguments.data_config,
-        streaming=arguments.streaming,
-    )
+    pairs = _task(arguments)
     with consensus.on_every_rank_or_none("checking the inputs"):
         adapters.check_peft(arguments)
         watched = Watched.read(arguments, passed)
@@ -92,15 +85,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         samples, watched = tokenise(pairs, arguments), watched.tokenised(arguments)
         checkpoint = find_checkpoint(run.directory, arguments, passed)
         model, tokenizer = load_model(arguments, settings.zero3_config(arguments), attention_of(arguments))
-        layers = (
-            MaskStore(masks_dir).layers
-            if masks_dir is not None
-            else find_targets(model, arguments.target_layers, arguments.layer_type)
-        )
-        if arguments.adapter == "lora":
-            model = adapters.add_lora(model, layers, arguments, arguments.seed)
-        else:
-            choose_trained(model, [layer.parameter for layer in layers] if arguments.train_scope == "warp" else None)
+        model = _what_trains(model, masks_dir, arguments)
         callbacks: list[TrainerCallback] = []
         if masks_dir is not None:
             callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), arguments.basis_placement))
@@ -116,6 +101,31 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         run.finish(training=trainer.outcome())
         end_engine(trainer.deepspeed)
         return run.directory
+
+
+def _task(arguments: TrainArguments) -> StoredSamples:
+    return read_texts(
+        arguments.utility_data,
+        split=arguments.utility_split,
+        samples=arguments.utility_samples,
+        prompt_column=arguments.prompt_column,
+        response_column=arguments.response_column,
+        config=arguments.data_config,
+        streaming=arguments.streaming,
+    )
+
+
+def _what_trains(model: Any, masks_dir: Path | None, arguments: TrainArguments) -> Any:
+    """The model with its target layers, its adapters on them, or all of it set to train."""
+    layers = (
+        MaskStore(masks_dir).layers
+        if masks_dir is not None
+        else find_targets(model, arguments.target_layers, arguments.layer_type)
+    )
+    if arguments.adapter == "lora":
+        return adapters.add_lora(model, layers, arguments, arguments.seed)
+    choose_trained(model, [layer.parameter for layer in layers] if arguments.train_scope == "warp" else None)
+    return model
 
 
 @published
