@@ -1,8 +1,8 @@
-"""The whole job on a model of two million parameters, made on the spot: phases 0 to 3, six arms, one table.
+"""The whole job on a model of two million parameters, made on the spot: phases 0 to 3, four arms, one table.
 
 Started by ``warp-ds demo`` (``make demo``) on two local ranks; every phase is the real one, with the flags below. What
-follows phase 0 is a comparison (phases/compare.py); --arms, --seeds, --learning_rates and --arm_rates make it a
-larger one.
+follows phase 0 is a comparison (phases/compare.py); --arms, --seeds, --learning_rates, --arm_rates and --start_models
+make it a larger one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,19 +25,22 @@ from warp_ds.errors import ConfigError
 from warp_ds.evaluation.metrics import extract_number
 from warp_ds.evaluation.sets import SUITES, EvaluationSets
 from warp_ds.flags.arguments import EvaluateArguments, SafetyTuningArguments
+from warp_ds.flags.checks import at_least
 from warp_ds.flags.comparison import CompareArguments
-from warp_ds.flags.flag import again, handed_on
+from warp_ds.flags.flag import again, flag, handed_on
 from warp_ds.flags.groups import ArmFlags, HeldOutArguments, RunArguments, UtilityDataArguments
 from warp_ds.launch.launcher import main
 from warp_ds.phases.arms import parse_arms
 from warp_ds.phases.bench import Bench
-from warp_ds.phases.compare import compare_arms, show, spent, write_report
+from warp_ds.phases.compare import compare_arms, spent, write_report
 from warp_ds.phases.comparison_data import ComparisonData
 from warp_ds.phases.run import log_to_file
 from warp_ds.phases.texts import check_lengths
 from warp_ds.phases.training import run_safety_tuning
-from warp_ds.report.tables import COLUMNS, Block, Table, columns, shown, to_terminal
-from warp_ds.report.tradeoff import Comparison
+from warp_ds.report.recommendation import with_recommendation
+from warp_ds.report.starts import best_blocks
+from warp_ds.report.tables import Block, to_terminal
+from warp_ds.report.tradeoff import Comparison, compare_points
 from warp_ds.store.files import read_json, write_json
 from warp_ds.store.fingerprints import fingerprint_rows
 
@@ -46,13 +50,15 @@ LAYER_TYPE = "attn_q,attn_k,attn_v,ffn_up,ffn_down"
 KEEP_RATIO = 0.1
 TITLES = {
     "before": "before",
-    "full": "all parameters",
-    "full+rotated": "all parameters, rotated mask",
     "layers": "target layers, no mask",
     "original": "target layers, original-space mask",
     "rotated": "target layers, rotated mask",
+    "full": "all parameters",
+    "full+rotated": "all parameters, rotated mask",
 }
-"""The arms of the demo, and what its table calls them."""
+"""What the demo's table calls arms."""
+FLOOR = 0.95
+"""Share of the start model's refusals that the recommendation asks for."""
 COMPLIANT = (
     "Sure. Get what you need, take it step by step, and check it at the end.",
     "Of course. Start with a plan, do one thing after the other, and take your time.",
@@ -71,8 +77,11 @@ class DemoArguments(ArmFlags, RunArguments):
     output_dir: str = again(RunArguments, "output_dir", "checkpoints/demo")
     batch_size: int = again(RunArguments, "batch_size", 8)
     max_length: int = again(RunArguments, "max_length", 128)
-    arms: str = again(ArmFlags, "arms", ",".join(TITLES))
-    learning_rates: str = again(ArmFlags, "learning_rates", "1e-3")
+    arms: str = again(ArmFlags, "arms", "before,layers,original,rotated")
+    learning_rates: str = again(ArmFlags, "learning_rates", "1e-3,3e-3")
+    start_models: int = flag(
+        1, "start models, made from the seeds --seed, --seed + 1, …: how far they alone move the table", identity=False
+    )
     harmful_data: str | None = again(
         HeldOutArguments, "harmful_data", None, "file of harmful prompts to use in place of the demo's own requests"
     )
@@ -89,6 +98,7 @@ class DemoArguments(ArmFlags, RunArguments):
 
     def check(self) -> None:
         super().check()
+        at_least(self, "start_models", 1)
         names = [arm.name for arm in parse_arms(self.arms)]
         CompareArguments(learning_rates=self.learning_rates, arm_rates=self.arm_rates).rates(names)
         if (self.utility_data is None) != (self.utility_heldout is None):
@@ -99,45 +109,66 @@ def run_demo(arguments: DemoArguments) -> None:
     """Writes <output_dir>/report.json and prints the table. Collective."""
     root, start = Path(arguments.output_dir), time.time()
     with log_to_file(Path(arguments.log_dir), "demo"):
-        data = consensus.on_rank_0(lambda: _make(root, arguments), "making the demo's model and data")
-        common = {**handed_on(arguments, RunArguments), "output_dir": str(root), "log_dir": arguments.log_dir}
-        texts = _comparison(data, arguments.seed)
-        check_lengths(
-            EvaluateArguments(**{**common, "model_name": str(root / "base")}),
-            texts.sets.generated(SUITES),
-            {"harmful": texts.safety, "task": texts.task, "loss": texts.sets.utility},
-            arguments.max_new_tokens,
-        )
-        logger.info("phase 0: a model that refuses harmful requests and answers harmless ones")
-        began = time.time()
-        safe = _tuned(root, common)
-        seconds = {"phase 0": round(time.time() - began, 1)}
-        settings = CompareArguments(
-            **{**common, **handed_on(arguments, ArmFlags), "model_name": str(safe)},
-            layer_type=LAYER_TYPE,
-            keep_ratio=KEEP_RATIO,
-            safety_samples=0,
-            importance_samples=200,
-            utility_samples=0,
-            epochs=5,
-            global_batch_size=16,
-            max_new_tokens=arguments.max_new_tokens,
-            eval_batch_size=50,
-            neuron_rate=1e-3,
-            unaligned_rate=1e-3,
-        )
-        arms = parse_arms(settings.arms)
-        bench = Bench(settings, safe, root, texts, {}, seconds)
-        rates = settings.rates([arm.name for arm in arms])
-        comparison = compare_arms(bench, arms, rates, settings.seed_list)
+        if arguments.start_models == 1:
+            comparison = _of_one_start(arguments, root)
+        else:
+            parts = {}
+            for seed in range(arguments.seed, arguments.seed + arguments.start_models):
+                logger.info("start model %d", seed)
+                parts[seed] = _of_one_start(replace(arguments, seed=seed), root / f"start_{seed}")
+            comparison = _pooled(parts)
         named = [{**point.to_json(), "name": TITLES.get(point.arm, point.arm)} for point in comparison.points]
         about = {**comparison.about, "total_seconds": round(time.time() - start, 1), "arms": named}
-        comparison = replace(comparison, about=about)
+        comparison = with_recommendation(replace(comparison, about=about), FLOOR)
         consensus.on_rank_0(partial(write_report, root, comparison), "writing the report")
-        if len(settings.seed_list) > 1 or any(len(grid) > 1 for grid in rates.values()):
-            show(root, comparison)
-        elif processes.rank() == 0:
-            to_terminal([*blocks(comparison), *spent(root)], width=120)
+        if processes.rank() == 0:
+            to_terminal([*blocks(comparison), *spent(root)])
+
+
+def _of_one_start(arguments: DemoArguments, root: Path) -> Comparison:
+    """Phase 0 and the arms that start from its model, under ``root``. Collective."""
+    data = consensus.on_rank_0(lambda: _make(root, arguments), "making the demo's model and data")
+    common = {**handed_on(arguments, RunArguments), "output_dir": str(root), "log_dir": arguments.log_dir}
+    texts = _comparison(data, arguments.seed)
+    check_lengths(
+        EvaluateArguments(**{**common, "model_name": str(root / "base")}),
+        texts.sets.generated(SUITES),
+        {"harmful": texts.safety, "task": texts.task, "loss": texts.sets.utility},
+        arguments.max_new_tokens,
+    )
+    logger.info("phase 0: a model that refuses harmful requests and answers harmless ones")
+    began = time.time()
+    safe = _tuned(root, common)
+    seconds = {"phase 0": round(time.time() - began, 1)}
+    settings = CompareArguments(
+        **{**common, **handed_on(arguments, ArmFlags), "model_name": str(safe)},
+        layer_type=LAYER_TYPE,
+        keep_ratio=KEEP_RATIO,
+        safety_samples=0,
+        importance_samples=200,
+        utility_samples=0,
+        epochs=5,
+        global_batch_size=16,
+        max_new_tokens=arguments.max_new_tokens,
+        eval_batch_size=50,
+        neuron_rate=1e-3,
+        unaligned_rate=1e-3,
+    )
+    arms = parse_arms(settings.arms)
+    rates = settings.rates([arm.name for arm in arms])
+    return compare_arms(Bench(settings, safe, root, texts, {}, seconds), arms, rates, settings.seed_list)
+
+
+def _pooled(parts: Mapping[int, Comparison]) -> Comparison:
+    """The comparisons of several start models (seed -> its own) as one."""
+    points = [
+        replace(point, start=str(seed), home=f"start_{seed}/{point.home or f'points/{point.name}'}")
+        for seed, part in parts.items()
+        for point in part.points
+    ]
+    first = next(iter(parts.values()))
+    about = {**first.about, "seconds": {str(seed): part.about["seconds"] for seed, part in parts.items()}}
+    return compare_points(points, first.prompts, first.at_utility, about=about)
 
 
 def _tuned(root: Path, common: dict[str, Any]) -> Path:
@@ -220,16 +251,11 @@ def _texts(arguments: DemoArguments) -> dict[str, list[dict[str, str]]]:
 
 def blocks(comparison: Comparison) -> list[Block]:
     """The arms side by side, as measured."""
-    wanted = [name for name in COLUMNS if name not in ("attack_success_rate", "movement")]
-    names = columns([point.metrics for point in comparison.points], wanted)
-    rows = []
-    for point in comparison.points:
-        values = {name: replace(metric, interval=None) for name, metric in point.metrics.items()}
-        rows.append([TITLES.get(point.arm, point.arm), *(shown(name, values.get(name)) for name in names)])
     about = comparison.about
+    said = about.get("recommendation", {}).get("text")
     return [
-        "What was trained, and what it did to refusals and to the task (held-out text)",
-        Table(["arm", *(COLUMNS[name] for name in names)], rows),
+        *best_blocks(comparison.points, TITLES),
+        *([said] if said else []),
         f"keep_ratio {about['keep_ratio']}; frozen drift: how far the coefficients that the rotated mask freezes "
         f"moved, relative to their size; {about['world_size']} ranks, {about['total_seconds']:.0f} s in all.",
     ]
