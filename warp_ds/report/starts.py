@@ -52,7 +52,7 @@ def _spread(starts: Mapping[str, Sequence[MeanPoint]], titles: Mapping[str, str]
         ranges = [[metric for mean in means if (metric := mean.metrics.get(name))] for name in names]
         rows.append([_title(means[0], titles), *(_range(name, of) for name, of in zip(names, ranges, strict=True))])
     return [
-        f"Over {len(starts)} start models: the mean, and in brackets the least and the most. The start model alone decides which",
+        f"Over {len(starts)} start models: the mean, and in brackets the least and the most. The start model alone decides",
         Table(["arm", *(COLUMNS[name] for name in names)], rows),
     ]
 
