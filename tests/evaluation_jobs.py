@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -95,6 +96,7 @@ def evaluate(root: Path, output: Path, model: str, **more: Any) -> dict[str, Any
             **more,
         }
     )
+    os.environ["COLUMNS"] = "160"  # of this rank's process: test runners set it
     with redirect_stdout(StringIO()) as printed:
         run = run_evaluation(arguments)
     return {

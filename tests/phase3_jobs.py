@@ -160,3 +160,11 @@ def interrupted_and_resumed(root: Path, artefacts: Path, output: Path, **more: A
         "runs": len(list((output / "resumed").glob("phase3_2*"))),
         "model": [str(whole / "model"), str(resumed / "model")],
     }
+
+
+def flattened(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Metrics with the nested ones under 'outer.inner', which approx can compare."""
+    flat: dict[str, Any] = {}
+    for name, value in metrics.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

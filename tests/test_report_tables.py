@@ -30,8 +30,11 @@ def printed(capsys: Any, monkeypatch: pytest.MonkeyPatch, width: int | None, tab
     return out
 
 
+@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
 @pytest.mark.parametrize("width", [60, 80, 120, 160])
-def test_no_name_and_no_number_is_cut(width: int, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_name_and_no_number_is_cut(width: int, terminal: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", terminal)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal == "dumb" else "0")
     out = printed(capsys, monkeypatch, width, Table(HEAD, [[arm, *CELLS] for arm in ARMS]))
     assert max(map(len, out.splitlines())) <= width and "…" not in out
     words = [word for text in (*ARMS, *HEAD) for word in text.split()]

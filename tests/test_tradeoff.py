@@ -45,6 +45,8 @@ def test_every_arm_of_the_papers_is_a_few_settings() -> None:
         "ema",
         "patch",
         "harmful",
+        "lora",
+        "safelora",
     }
     assert ARMS["osft"] == Arm("osft", "target", "weight", "column", "singular_value")
 
@@ -91,7 +93,7 @@ def test_a_model_is_kept_while_a_later_point_is_it_or_merges_it() -> None:
     ("full,full", "full twice"),
     ("rotated+original", "two of its parts set the basis"),
     ("sn-tune+rsn-tune", "two of its parts set the start"),
-    ("rotated@3", "only resta, safedelta, der, ema, patch, harmful take a strength"),
+    ("rotated@3", "only resta, safedelta, safelora, der, ema, patch, harmful take a strength"),
     ("resta@much", "written resta@0.5"),
     ("layers+rotated", "layers trains the target layers without a mask"),
     ("before+patch", "cannot be composed"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -177,9 +177,8 @@ def to_terminal(blocks: Sequence[Block], width: int = 160) -> None:
 
     What is too wide for one table goes on in a second one, with the first column again: no name and no number is cut.
     """
-    console = Console(markup=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = width
+    size = shutil.get_terminal_size((width, 24))  # both given: else a terminal that rich takes for a dumb one is 80 wide
+    console = Console(markup=False, width=size.columns, height=size.lines)
     for block in blocks:
         for part in [block] if isinstance(block, str) else _fitting(block, console.width):
             console.print(printable(part) if isinstance(part, str) else part)
