@@ -23,13 +23,15 @@ from phase12_jobs import save_model
 from ranks import run_ranks
 from tiny_models import tiny_tokenizer
 
-from warp_ds.cluster import processes
+from warp_ds.cluster import consensus, processes
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.arguments import BasisArguments, ImportanceArguments
 from warp_ds.launch.cli import main
+from warp_ds.phases import publish
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.importance import run_importance
 from warp_ds.phases.publish import push
+from warp_ds.store import hub as hub_client
 from warp_ds.store.hub import is_hub_name
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import find_artifact
@@ -228,6 +230,32 @@ def test_a_push_that_fails_loses_no_run(here: Hub, runs: Any, tmp_path: Path, ca
     assert f"try again with warp-ds push {run} org/late-basis" in warning and TOKEN not in warning
     assert main(["push", str(run), "org/late-basis"]) == 0
     assert "metadata.json" in here.repos["datasets/org/late-basis"] and not here.private["datasets/org/late-basis"]
+
+
+def slow_push(root: Path) -> bool:
+    """Whether the ranks met several times while rank 0 sent; the others have nothing to do."""
+    met, several = [0], threading.Event()
+
+    def counted(tensor: Any) -> Any:
+        met[0] += 1
+        if met[0] == 3:
+            several.set()
+        return processes.all_reduce_sum(tensor)
+
+    def push_slowly(*_: Any) -> str:
+        assert several.wait(20), "the others wait for rank 0 in one collective, which ends after --timeout"
+        return "there"
+
+    consensus.all_reduce_sum, consensus.BEAT_SECONDS = counted, 0.05
+    publish.push, hub_client.make_repository = push_slowly, lambda *_: None
+    finished = publish.published(lambda arguments: root)
+    finished(BasisArguments(model_name="m", device="cpu", push_to_hub="org/x", output_dir=str(root), log_dir=str(root)))
+    processes.barrier()
+    return several.is_set()
+
+
+def test_ranks_meet_while_one_pushes(tmp_path: Path) -> None:
+    assert run_ranks(2, slow_push, tmp_path) == [True, True]
 
 
 def test_a_model_and_its_card(here: Hub, runs: Any, tmp_path: Path) -> None:

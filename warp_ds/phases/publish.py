@@ -42,17 +42,22 @@ def published(run: F) -> F:
         repo_type, private = "model" if phase.writes == "model" else "dataset", arguments.hub_private_repo
         consensus.on_rank_0(lambda: hub.make_repository(name, repo_type, private), "making a repository on the hub")
         directory = run(arguments, *more, **named)
-        if processes.rank() == 0:  # alone: a large model takes longer than the others may wait in a collective
-            try:
-                logger.info("pushed to the hub: %s", push(directory, name, private))
-            except (ConfigError, ArtifactError) as error:
-                logger.warning(
-                    "%s is finished, but was not pushed to the hub (%s): try again with warp-ds push %s %s",
-                    *(directory, error, directory, name),
-                )
+        with consensus.long_step("pushing to the hub"):  # a large model takes longer than --timeout
+            if processes.rank() == 0:
+                _push_or_warn(directory, name, private)
         return directory
 
     return cast(F, with_push)
+
+
+def _push_or_warn(directory: Path, name: str, private: bool) -> None:
+    try:
+        logger.info("pushed to the hub: %s", push(directory, name, private))
+    except (ConfigError, ArtifactError) as error:
+        logger.warning(
+            "%s is finished, but was not pushed to the hub (%s): try again with warp-ds push %s %s",
+            *(directory, error, directory, name),
+        )
 
 
 def push(run: Path, name: str, private: bool = True) -> str:
