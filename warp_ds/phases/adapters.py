@@ -90,12 +90,14 @@ def export_adapter(adapted: Any, tokenizer: PreTrainedTokenizerBase, directory: 
 
 
 def write_merged(base: Path, adapter: Path, output: Path) -> None:
-    """The adapter merged into its base, as an ordinary model directory, with the adapter's card and tokenizer. Collective."""
-    merge_adapter(base, adapter, output)
+    """The adapter merged into its base, as an ordinary model directory, with the adapter's card and tokenizer. Collective; what
+    a run that was stopped has left of it is made anew."""
+    with saved_directory.replaced(output) as aside:
+        merge_adapter(base, adapter, aside)
 
-    def rest() -> None:
-        for path in adapter.iterdir():
-            if path.is_file() and not path.name.startswith("adapter_"):
-                shutil.copyfile(path, output / path.name)
+        def rest() -> None:
+            for path in adapter.iterdir():
+                if path.is_file() and not path.name.startswith("adapter_"):
+                    shutil.copyfile(path, aside / path.name)
 
-    consensus.on_rank_0(rest, "writing the merged model's card")
+        consensus.on_rank_0(rest, "writing the merged model's card")
