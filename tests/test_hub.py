@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, constants
+from peft import LoraConfig, get_peft_model
 from phase12_jobs import save_model
 from ranks import run_ranks
 from tiny_models import tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from warp_ds.cluster import consensus, processes
 from warp_ds.errors import ArtifactError, ConfigError
@@ -31,6 +33,7 @@ from warp_ds.phases import publish
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.importance import run_importance
 from warp_ds.phases.publish import push
+from warp_ds.report.card import new_card, of_merged
 from warp_ds.store import hub as hub_client
 from warp_ds.store.hub import is_hub_name
 from warp_ds.store.masks import MaskStore
@@ -265,6 +268,24 @@ def test_a_model_and_its_card(here: Hub, runs: Any, tmp_path: Path) -> None:
     assert here.repos["models/me/tuned"] == {p.name: p.read_bytes() for p in model.iterdir()}
     with pytest.raises(ArtifactError, match="is neither a run of warp_ds nor a model"):
         push(tmp_path, "me/tuned")
+
+
+def test_an_adapter_and_its_card(here: Hub, tmp_path: Path) -> None:
+    """Of a run whose adapter was not merged, and the directory itself."""
+    run = tmp_path / "phase3_1"
+    given = get_peft_model(AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "m", "llama")), LoraConfig(r=2))
+    given.save_pretrained(run / "adapter")
+    text = new_card("m", "Trained by warp_ds phase 3.", "org/base", "org/data", adapter=True)
+    (run / "adapter" / "README.md").write_text(text)
+    assert ModelCard(text).data.library_name == "peft"
+    assert ModelCard(of_merged(text)).data.library_name == "transformers"
+    (run / "config.json").write_text(json.dumps({"phase": "phase3", "identity": "x"}))
+    (run / "finished.json").write_text("{}")
+    files = {p.name: p.read_bytes() for p in (run / "adapter").iterdir()}
+    assert "adapter_model.safetensors" in files
+    for name, what in (("me/run", run), ("me/adapter", run / "adapter")):
+        assert main(["push", str(what), name]) == 0
+        assert here.repos[f"models/{name}"] == files
 
 
 def test_what_cannot_be_pushed_is_said_before_the_work(

@@ -20,6 +20,7 @@ from warp_ds.models.adapter_directory import WEIGHTS
 from warp_ds.models.layer_names import LAYER_TYPES
 from warp_ds.models.targets import find_targets
 from warp_ds.phases.merge import merge_adapter
+from warp_ds.report.card import of_merged
 from warp_ds.store.files import write_text
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero import saved_directory
@@ -97,7 +98,9 @@ def write_merged(base: Path, adapter: Path, output: Path) -> None:
 
         def rest() -> None:
             for path in adapter.iterdir():
-                if path.is_file() and not path.name.startswith("adapter_"):
+                if path.name == "README.md":
+                    write_text(aside / path.name, of_merged(path.read_text(encoding="utf-8")))
+                elif path.is_file() and not path.name.startswith("adapter_"):
                     shutil.copyfile(path, aside / path.name)
 
         consensus.on_rank_0(rest, "writing the merged model's card")

@@ -1,4 +1,4 @@
-"""What a finished run has made, on the Hugging Face hub: its model, or its basis or masks as a data set.
+"""What a finished run has made, on the Hugging Face hub: its model or adapter, or its basis or masks as a data set.
 
 A run is finished before anything is sent: a push that fails costs a warning, and ``warp-ds push`` tries again.
 """
@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 from warp_ds import registry
 from warp_ds.cluster import consensus, processes
 from warp_ds.errors import ArtifactError, ConfigError
+from warp_ds.models.adapter_directory import is_adapter
 from warp_ds.report.card import artefact_card
 from warp_ds.store import hub
 from warp_ds.store.files import write_text
@@ -61,7 +62,7 @@ def _push_or_warn(directory: Path, name: str, private: bool) -> None:
 
 
 def push(run: Path, name: str, private: bool = True) -> str:
-    """Uploads what lies in a finished run (or is given itself: a model's, basis or masks directory); its address.
+    """Uploads what lies in a finished run (or is given itself: a model's, adapter, basis or masks directory); its address.
 
     Raises ArtifactError for what is no finished run's, ConfigError where the hub does not take it.
     """
@@ -79,13 +80,18 @@ def _made(run: Path) -> tuple[Path, str]:
     if phase is not None:
         if not (run / "finished.json").is_file() or not phase.writes:
             raise ArtifactError(f"{run} is no finished run of phase 0, 1, 2 or 3: there is nothing to push")
-        return run / phase.writes, phase.writes
+        made = run / phase.writes
+        if phase.writes == "model" and not made.is_dir() and is_adapter(run / "adapter"):
+            made = run / "adapter"
+        return made, phase.writes
     for kind in ("basis", "masks"):
         if run.name == kind and (run / "metadata.json").is_file():
             return find_artifact(str(run), kind, "."), kind
-    if (run / "config.json").is_file() and any(run.glob("*.safetensors")):
+    if is_adapter(run) or (run / "config.json").is_file() and any(run.glob("*.safetensors")):
         return run, "model"
-    raise ArtifactError(f"{run} is neither a run of warp_ds nor a model, basis/ or masks/ of one: there is nothing to push")
+    raise ArtifactError(
+        f"{run} is neither a run of warp_ds nor a model, adapter/, basis/ or masks/ of one: there is nothing to push"
+    )
 
 
 def fetch_shared(arguments: Any) -> None:
