@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -184,8 +185,9 @@ def runs(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list
 def test_phases_push_what_they_made_and_take_a_basis_from_the_hub(hub: Hub, runs: Any) -> None:
     root, (first, second) = runs
     for repo, directory in (("datasets/org/safe-basis", first / "basis"), ("datasets/org/safe-masks", second / "masks")):
-        assert hub.repos[repo] == {p.name: p.read_bytes() for p in directory.iterdir()} and hub.private[repo]
-        card = ModelCard(hub.repos[repo]["README.md"].decode())
+        there = dict(hub.repos[repo])
+        card = ModelCard(there.pop("README.md").decode())
+        assert there == {p.name: p.read_bytes() for p in directory.iterdir()} and hub.private[repo], "the card is written there"
         assert card.data.to_dict()["tags"] == ["warp_ds", f"warp_ds-{directory.name}"]
     masks = MaskStore(second / "masks").metadata
     assert masks.basis_dir is not None and "datasets--org--safe-basis" in masks.basis_dir
@@ -259,6 +261,27 @@ def slow_push(root: Path) -> bool:
 
 def test_ranks_meet_while_one_pushes(tmp_path: Path) -> None:
     assert run_ranks(2, slow_push, tmp_path) == [True, True]
+
+
+def test_somebodys_readme_stays_and_goes(here: Hub, runs: Any, tmp_path: Path) -> None:
+    _, (first, _) = runs
+    basis = Path(shutil.copytree(first / "basis", tmp_path / "basis"))
+    (basis / "README.md").write_text("mine")
+    (basis / "merged.json").write_text("{}")
+    push(basis, "me/basis")
+    assert here.repos["datasets/me/basis"]["README.md"] == b"mine" == (basis / "README.md").read_bytes()
+    assert "merged.json" not in here.repos["datasets/me/basis"]
+
+
+def test_a_push_that_the_disk_fails_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreadable(*_: Any) -> Any:
+        raise PermissionError("no reading here")
+
+    monkeypatch.setattr(publish, "push", unreadable)
+    publish._push_or_warn(tmp_path, "me/x", True)
+    assert "finished, but was not pushed to the hub (no reading here)" in caplog.text
 
 
 def test_a_model_and_its_card(here: Hub, runs: Any, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.models.adapter_directory import is_adapter
 from warp_ds.report.card import artefact_card
 from warp_ds.store import hub
-from warp_ds.store.files import write_text
 from warp_ds.store.runs import find_artifact, phase_of
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def published(run: F) -> F:
 def _push_or_warn(directory: Path, name: str, private: bool) -> None:
     try:
         logger.info("pushed to the hub: %s", push(directory, name, private))
-    except (ConfigError, ArtifactError) as error:
+    except (ConfigError, ArtifactError, OSError) as error:
         logger.warning(
             "%s is finished, but was not pushed to the hub (%s): try again with warp-ds push %s %s",
             *(directory, error, directory, name),
@@ -69,9 +68,9 @@ def push(run: Path, name: str, private: bool = True) -> str:
     directory, kind = _made(run)
     repo_type = "model" if kind == "model" else "dataset"
     hub.make_repository(name, repo_type, private)
-    if kind != "model":
-        write_text(directory / "README.md", artefact_card(directory, kind))
-    return hub.upload(directory, name, repo_type, f"{kind} of {run.resolve().name}, by warp_ds")
+    ours = kind != "model" and not (directory / "README.md").exists()  # what somebody has written there goes as it is
+    card = artefact_card(directory, kind) if ours else None
+    return hub.upload(directory, name, repo_type, f"{kind} of {run.resolve().name}, by warp_ds", card)
 
 
 def _made(run: Path) -> tuple[Path, str]:
