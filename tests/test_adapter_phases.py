@@ -26,6 +26,7 @@ from warp_ds.evaluation.adapter_certificate import certify_adapter
 from warp_ds.evaluation.certificate import certify
 from warp_ds.launch.cli import main
 from warp_ds.models.adapter_directory import AdapterDirectory
+from warp_ds.phases import adapters, merge
 from warp_ds.phases.trainer import MetricsFile
 from warp_ds.protection import WarpCallback
 from warp_ds.store.masks import MaskStore
@@ -237,6 +238,29 @@ def test_the_certificate_of_an_adapter(root: Path, runs: Any, tmp_path: Path) ->
     assert certify_adapter(root / "m", half, masks).kept
     loose = tampered(half, tmp_path / "loose", lambda t: t.update({a: torch.randn_like(t[a].float()).bfloat16()}))
     assert certify_adapter(root / "m", loose, masks).outcome == "broken"
+
+
+def test_a_merge_that_was_killed_is_made_anew(root: Path, tmp_path: Path) -> None:
+    """Between the first of two files and the mark of the whole."""
+    model = AutoModelForCausalLM.from_pretrained(root / "m")
+    size = sum(p.numel() for p in model.parameters())
+    model.save_pretrained(tmp_path / "base", max_shard_size=size * 2)
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").write_text("a card")
+    given = tmp_path / "base", tmp_path / "adapter", tmp_path / "model"
+    if (child := os.fork()) == 0:
+        write = merge.write_tensors
+        merge.write_tensors = lambda *args: (write(*args), os._exit(9))
+        adapters.write_merged(*given)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    adapters.write_merged(*given)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    for name, value in adapted.merge_and_unload().state_dict().items():
+        assert torch.allclose(merged[name], value, atol=1e-6), name  # fp32, added in another order
+    assert (tmp_path / "model" / "README.md").read_text() == "a card"
 
 
 def test_an_adapter_without_the_constraint_is_broken(root: Path, tmp_path: Path) -> None:

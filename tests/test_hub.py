@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,17 +20,22 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, constants
+from peft import LoraConfig, get_peft_model
 from phase12_jobs import save_model
 from ranks import run_ranks
 from tiny_models import tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
-from warp_ds.cluster import processes
+from warp_ds.cluster import consensus, processes
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.arguments import BasisArguments, ImportanceArguments
 from warp_ds.launch.cli import main
+from warp_ds.phases import publish
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.importance import run_importance
 from warp_ds.phases.publish import push
+from warp_ds.report.card import new_card, of_merged
+from warp_ds.store import hub as hub_client
 from warp_ds.store.hub import is_hub_name
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import find_artifact
@@ -179,8 +185,9 @@ def runs(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list
 def test_phases_push_what_they_made_and_take_a_basis_from_the_hub(hub: Hub, runs: Any) -> None:
     root, (first, second) = runs
     for repo, directory in (("datasets/org/safe-basis", first / "basis"), ("datasets/org/safe-masks", second / "masks")):
-        assert hub.repos[repo] == {p.name: p.read_bytes() for p in directory.iterdir()} and hub.private[repo]
-        card = ModelCard(hub.repos[repo]["README.md"].decode())
+        there = dict(hub.repos[repo])
+        card = ModelCard(there.pop("README.md").decode())
+        assert there == {p.name: p.read_bytes() for p in directory.iterdir()} and hub.private[repo], "the card is written there"
         assert card.data.to_dict()["tags"] == ["warp_ds", f"warp_ds-{directory.name}"]
     masks = MaskStore(second / "masks").metadata
     assert masks.basis_dir is not None and "datasets--org--safe-basis" in masks.basis_dir
@@ -230,6 +237,53 @@ def test_a_push_that_fails_loses_no_run(here: Hub, runs: Any, tmp_path: Path, ca
     assert "metadata.json" in here.repos["datasets/org/late-basis"] and not here.private["datasets/org/late-basis"]
 
 
+def slow_push(root: Path) -> bool:
+    """Whether the ranks met several times while rank 0 sent; the others have nothing to do."""
+    met, several = [0], threading.Event()
+
+    def counted(tensor: Any) -> Any:
+        met[0] += 1
+        if met[0] == 3:
+            several.set()
+        return processes.all_reduce_sum(tensor)
+
+    def push_slowly(*_: Any) -> str:
+        assert several.wait(20), "the others wait for rank 0 in one collective, which ends after --timeout"
+        return "there"
+
+    consensus.all_reduce_sum, consensus.BEAT_SECONDS = counted, 0.05
+    publish.push, hub_client.make_repository = push_slowly, lambda *_: None
+    finished = publish.published(lambda arguments: root)
+    finished(BasisArguments(model_name="m", device="cpu", push_to_hub="org/x", output_dir=str(root), log_dir=str(root)))
+    processes.barrier()
+    return several.is_set()
+
+
+def test_ranks_meet_while_one_pushes(tmp_path: Path) -> None:
+    assert run_ranks(2, slow_push, tmp_path) == [True, True]
+
+
+def test_somebodys_readme_stays_and_goes(here: Hub, runs: Any, tmp_path: Path) -> None:
+    _, (first, _) = runs
+    basis = Path(shutil.copytree(first / "basis", tmp_path / "basis"))
+    (basis / "README.md").write_text("mine")
+    (basis / "merged.json").write_text("{}")
+    push(basis, "me/basis")
+    assert here.repos["datasets/me/basis"]["README.md"] == b"mine" == (basis / "README.md").read_bytes()
+    assert "merged.json" not in here.repos["datasets/me/basis"]
+
+
+def test_a_push_that_the_disk_fails_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreadable(*_: Any) -> Any:
+        raise PermissionError("no reading here")
+
+    monkeypatch.setattr(publish, "push", unreadable)
+    publish._push_or_warn(tmp_path, "me/x", True)
+    assert "finished, but was not pushed to the hub (no reading here)" in caplog.text
+
+
 def test_a_model_and_its_card(here: Hub, runs: Any, tmp_path: Path) -> None:
     model = save_model(tmp_path / "run" / "model", "llama")
     (model / "README.md").write_text("---\nlibrary_name: transformers\n---\n")
@@ -237,6 +291,24 @@ def test_a_model_and_its_card(here: Hub, runs: Any, tmp_path: Path) -> None:
     assert here.repos["models/me/tuned"] == {p.name: p.read_bytes() for p in model.iterdir()}
     with pytest.raises(ArtifactError, match="is neither a run of warp_ds nor a model"):
         push(tmp_path, "me/tuned")
+
+
+def test_an_adapter_and_its_card(here: Hub, tmp_path: Path) -> None:
+    """Of a run whose adapter was not merged, and the directory itself."""
+    run = tmp_path / "phase3_1"
+    given = get_peft_model(AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "m", "llama")), LoraConfig(r=2))
+    given.save_pretrained(run / "adapter")
+    text = new_card("m", "Trained by warp_ds phase 3.", "org/base", "org/data", adapter=True)
+    (run / "adapter" / "README.md").write_text(text)
+    assert ModelCard(text).data.library_name == "peft"
+    assert ModelCard(of_merged(text)).data.library_name == "transformers"
+    (run / "config.json").write_text(json.dumps({"phase": "phase3", "identity": "x"}))
+    (run / "finished.json").write_text("{}")
+    files = {p.name: p.read_bytes() for p in (run / "adapter").iterdir()}
+    assert "adapter_model.safetensors" in files
+    for name, what in (("me/run", run), ("me/adapter", run / "adapter")):
+        assert main(["push", str(what), name]) == 0
+        assert here.repos[f"models/{name}"] == files
 
 
 def test_what_cannot_be_pushed_is_said_before_the_work(

@@ -17,7 +17,7 @@ from ranks import run_ranks
 from warp_ds.cluster import processes
 from warp_ds.data import tokens
 from warp_ds.flags.arguments import TrainArguments
-from warp_ds.phases import training
+from warp_ds.phases import texts, training
 from warp_ds.phases.texts import read_texts, tokenise
 from warp_ds.phases.training import run_training
 
@@ -127,3 +127,24 @@ def test_machines_with_other_texts_are_refused(ranks: list[dict[str, Any]]) -> N
     first, second = ranks
     assert second["differ"].startswith("DataError: texts.jsonl holds other texts on ")
     assert "failed on rank 1: DataError: texts.jsonl holds other texts" in first["differ"]
+
+
+def opened_by_one(root: Path) -> str:
+    """Rank 1 cannot open what rank 0 has made, which both see."""
+    datasets.config.HF_DATASETS_CACHE = str(root / "cache")
+    opened, here = texts.StoredSamples, processes.rank()
+
+    def fails_on_rank_1(directory: Path) -> Any:
+        if here == 1:
+            raise PermissionError("not for rank 1")
+        return opened(directory)
+
+    texts.StoredSamples = fails_on_rank_1  # type: ignore[assignment, misc]
+    return said(lambda: len(read_texts(str(root / "some.jsonl"))))
+
+
+def test_texts_that_one_rank_cannot_open_are_every_ranks_error(tmp_path: Path) -> None:
+    (tmp_path / "some.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    zero, one = run_ranks(2, opened_by_one, tmp_path)
+    assert "OtherRankError: " in zero and "failed on rank 1: PermissionError: not for rank 1" in zero
+    assert one.endswith("PermissionError: not for rank 1")

@@ -157,9 +157,9 @@ def _add_overlap_and_push(commands: Any) -> None:
     overlap.set_defaults(run=_overlap)
 
     push = commands.add_parser(
-        "push", help="a finished run to the Hugging Face hub: its model, or its basis or masks as a data set"
+        "push", help="a finished run to the Hugging Face hub: its model or adapter, or its basis or masks as a data set"
     )
-    push.add_argument("directory", metavar="RUN", help="run directory, or a model's, basis/ or masks/ of one")
+    push.add_argument("directory", metavar="RUN", help="run directory, or a model's, adapter/, basis/ or masks/ of one")
     push.add_argument("name", metavar="OWNER/NAME", help="repository; made, private, where there is none")
     push.add_argument("--public", action="store_true", help="a repository that is made is everybody's")
     push.set_defaults(run=_push)

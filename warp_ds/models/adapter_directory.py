@@ -34,6 +34,11 @@ _UNDERSTOOD = {
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
+def is_adapter(directory: Path) -> bool:
+    """Whether PEFT would find an adapter there."""
+    return (directory / CONFIG).is_file() and (directory / WEIGHTS).is_file()
+
+
 @dataclass(frozen=True)
 class LoraFactors:
     """ΔW = s B A of one layer, in the dtype of the file."""

@@ -20,6 +20,7 @@ from warp_ds.models.adapter_directory import WEIGHTS
 from warp_ds.models.layer_names import LAYER_TYPES
 from warp_ds.models.targets import find_targets
 from warp_ds.phases.merge import merge_adapter
+from warp_ds.report.card import of_merged
 from warp_ds.store.files import write_text
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero import saved_directory
@@ -90,12 +91,16 @@ def export_adapter(adapted: Any, tokenizer: PreTrainedTokenizerBase, directory: 
 
 
 def write_merged(base: Path, adapter: Path, output: Path) -> None:
-    """The adapter merged into its base, as an ordinary model directory, with the adapter's card and tokenizer. Collective."""
-    merge_adapter(base, adapter, output)
+    """The adapter merged into its base, as an ordinary model directory, with the adapter's card and tokenizer. Collective; what
+    a run that was stopped has left of it is made anew."""
+    with saved_directory.replaced(output) as aside:
+        merge_adapter(base, adapter, aside)
 
-    def rest() -> None:
-        for path in adapter.iterdir():
-            if path.is_file() and not path.name.startswith("adapter_"):
-                shutil.copyfile(path, output / path.name)
+        def rest() -> None:
+            for path in adapter.iterdir():
+                if path.name == "README.md":
+                    write_text(aside / path.name, of_merged(path.read_text(encoding="utf-8")))
+                elif path.is_file() and not path.name.startswith("adapter_"):
+                    shutil.copyfile(path, aside / path.name)
 
-    consensus.on_rank_0(rest, "writing the merged model's card")
+        consensus.on_rank_0(rest, "writing the merged model's card")

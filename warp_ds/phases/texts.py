@@ -56,7 +56,9 @@ def read_texts(name: str, **options: Any) -> StoredSamples:
                 raise DataError(
                     f"{name} holds other texts on {socket.gethostname()} than on rank 0's machine: give all the same files"
                 )
-    return StoredSamples(cache.root() / known)
+    with consensus.on_every_rank_or_none(what):
+        samples = StoredSamples(cache.root() / known)
+    return samples
 
 
 def _turns() -> tuple[bool, bool]:

@@ -166,6 +166,7 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
             f"{trainer.speed.cost}\n",
             arguments.model_name,
             arguments.safety_data,
+            adapter=arguments.adapter != "none",
         )
         write_result(trainer, tokenizer, arguments, run.directory, model_card)
         run.finish(training=trainer.outcome())
@@ -369,4 +370,5 @@ def _model_card(arguments: TrainArguments, masks_dir: Path | None, speed: Speed)
         f"{arguments.learning_rate}, seed {arguments.seed}\n{speed.cost}\n",
         arguments.model_name,
         arguments.utility_data,
+        adapter=arguments.adapter != "none",
     )

@@ -46,16 +46,21 @@ def code(text: Any) -> str:
     return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
 
 
-def new_card(title: str, text: str, base_model: str, data: str) -> str:
-    """The card of a model that was just trained; ``title`` and ``text`` are markdown."""
+def new_card(title: str, text: str, base_model: str, data: str, adapter: bool = False) -> str:
+    """The card of a model, or of an ``adapter`` of one, that was just trained; ``title`` and ``text`` are markdown."""
     metadata = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["warp_ds"],
         base_model=base_model if _on_hub(base_model) else None,
         datasets=[data] if _on_hub(data) else None,
     )
     return f"---\n{metadata.to_yaml()}\n---\n\n# {title}\n\n{text.strip()}\n"
+
+
+def of_merged(text: str) -> str:
+    """An adapter's card as that of the model that it was merged into."""
+    return re.sub(r"^library_name: peft$", "library_name: transformers", text, count=1, flags=re.MULTILINE)
 
 
 def artefact_card(directory: Path, kind: str) -> str:

@@ -17,6 +17,8 @@ T = TypeVar("T")
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 FILES = ["metadata.json", "scores.json", "*.safetensors"]
 """What is fetched of a basis or masks."""
+LEFT_HERE = [".*", "*.tmp", "merged.json"]
+"""What is not uploaded of a directory; merged.json says where this machine keeps models."""
 LOG_IN = "log in with a token that may write there (hf auth login, or HF_TOKEN)"
 
 
@@ -63,16 +65,18 @@ def make_repository(name: str, repo_type: str, private: bool) -> None:
         ) from error
 
 
-def upload(directory: Path, name: str, repo_type: str, message: str) -> str:
-    """Uploads every file of ``directory`` as one commit of a repository; its address. ConfigError where that fails."""
+def upload(directory: Path, name: str, repo_type: str, message: str, card: str | None = None) -> str:
+    """Uploads every file of ``directory`` as one commit of a repository, and before it ``card``, which is written nowhere else;
+    the repository's address. ConfigError where that fails."""
     from huggingface_hub import HfApi
 
-    commit = _reached(
-        lambda: HfApi().upload_folder(
-            repo_id=name, folder_path=directory, repo_type=repo_type, commit_message=message, ignore_patterns=[".*", "*.tmp"]
-        )
-    )
-    return str(commit.repo_url)
+    def send() -> str:
+        there: Any = {"repo_id": name, "repo_type": repo_type, "commit_message": message}
+        if card is not None:
+            HfApi().upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", **there)
+        return str(HfApi().upload_folder(folder_path=directory, ignore_patterns=LEFT_HERE, **there).repo_url)
+
+    return _reached(send)
 
 
 def _reached(work: Callable[[], T]) -> T:
