@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -141,7 +142,10 @@ def _strength(name: str, part: str, value: str) -> float:
     try:
         if part not in STRENGTHS:
             raise ValueError(f"only {', '.join(STRENGTHS)} take a strength")
-        return float(value)
+        number = float(value)
+        if not 0.0 <= number < math.inf or (part == "ema" and number >= 1.0):
+            raise ValueError(f"{value} is no strength: it is finite, not below 0, and of ema below 1")
+        return number
     except ValueError as error:
         example = STRENGTHS.get(part, STRENGTHS["resta"])
         raise ConfigError(f"--arms {name}: {error}; a strength is written {example}") from error

@@ -19,7 +19,7 @@ from warp_ds.models.adapter_directory import AdapterDirectory
 from warp_ds.models.directory import ModelDirectory, by_parameter
 from warp_ds.report.card import without_sections
 from warp_ds.store.bases import BasisStore
-from warp_ds.store.files import write_json, write_tensors, write_text
+from warp_ds.store.files import read_json, write_json, write_tensors, write_text
 
 logger = logging.getLogger(__name__)
 Formula = Callable[[str, Tensor, Tensor], Tensor]
@@ -85,12 +85,22 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
                 )
         if output.exists() and not (output / MARK).is_file() and any(output.iterdir()):
             raise ConfigError(f"{output} is there already: give a new directory")
+        mark = {"base": str(base), "adapter": str(adapter)}
+        if (output / MARK).is_file() and read_json(output / MARK) != mark:
+            raise ConfigError(f"{output} holds the merge of another base or adapter (its {MARK}): give a new directory")
+        if not found.layers:
+            raise ArtifactError(f"{adapter} holds no pair of A and B: there is nothing to merge")
     stored = {source.tensors[f"{layer}.weight"].name: layer for layer in found.layers}
 
     def merged(name: str, w: Tensor, _: Tensor) -> Tensor:
-        return w.float() + found.factors(stored[name]).delta() if name in stored else w
+        if name not in stored:
+            return w
+        whole = w.float() + found.factors(stored[name]).delta()
+        if not whole.to(w.dtype).isfinite().all():
+            raise ArtifactError(f"{adapter}: merged, {name} is not finite")
+        return whole
 
-    merge(base, base, output, merged, mark={"base": str(base), "adapter": str(adapter)})
+    merge(base, base, output, merged, mark=mark)
 
 
 def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula, mark: dict[str, str] | None = None) -> None:
