@@ -15,9 +15,12 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from warp_ds.cluster import processes
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import TrainArguments
+from warp_ds.flags.parsing import parse_training
 from warp_ds.phases import training
+from warp_ds.zero.deepspeed_internals import shard
 
 STEPS = 5
 ALPHA, BETA, DECAY = 20.0, 0.5, 0.6
@@ -195,6 +198,54 @@ def test_a_run_goes_on_with_its_average_and_the_start_models_logits(
     found = load_file(run_ranks(second, few, root, tmp_path)[0])
     expected = load_file(made[1]["few"][1])
     assert all((found[name] - expected[name]).abs().max() < 1e-5 for name in expected)
+
+
+class Steps(TrainerCallback):
+    """Keeps the adapter's weights, whole, before the first step and after each."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = {name: p for name, p in kwargs["model"].named_parameters() if p.requires_grad}
+        shards = {name: processes.all_gather_object(shard(p).clone()) for name, p in named.items()}
+        self.seen.append({n: torch.cat(shards[n])[: p.ds_numel].view(p.ds_shape).double() for n, p in named.items()})
+
+    on_step_end = on_train_begin
+
+
+def averaged_adapter(root: Path, output: Path) -> tuple[str, list[dict[str, Any]]]:
+    steps, arrange = Steps(), training._arrange_reporters
+
+    def arranged(trainer: Any, *rest: Any) -> None:
+        arrange(trainer, *rest)
+        trainer.add_callback(steps)
+
+    training._arrange_reporters = arranged  # type: ignore[assignment]
+    try:
+        lora: dict[str, Any] = {"adapter": "lora", "lora_r": 3, "lora_dropout": 0.0}
+        run = phase3(root, root, output, masks_dir="none", ema_decay=DECAY, **lora)
+    finally:
+        training._arrange_reporters = arrange
+    return str(run / "adapter" / "adapter_model.safetensors"), [{n: w.numpy() for n, w in step.items()} for step in steps.seen]
+
+
+def test_an_adapter_that_is_averaged_is_written_averaged(root: Path, tmp_path: Path) -> None:
+    """DeepSpeed keeps A and B whole on every rank, beside their partitions."""
+    path, steps = run_ranks(2, averaged_adapter, root, tmp_path)[0]
+    weights = [{name: torch.from_numpy(value) for name, value in step.items()} for step in steps]
+    found, average = load_file(path), weights[0]
+    for step in weights[1:]:
+        average = {name: DECAY * average[name] + (1 - DECAY) * step[name] for name in average}
+    assert len(weights) == STEPS + 1 and len(found) == len(average)
+    for name, value in average.items():
+        assert (found[name.replace(".default", "")].double() - value).abs().max() < 1e-6, name
+    assert max(float((average[name] - weights[-1][name]).abs().max()) for name in average) > 1e-3
+
+
+def test_every_objective_can_be_asked_for() -> None:
+    for words in (["task"], ["constrained"], ["der", "--replay_data", "x.jsonl"]):
+        assert parse_training(TrainArguments, ["--objective", *words])[0].objective == words[0]
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -27,7 +27,9 @@ class ControlFlags(ReplayFlags, PackingFlags):
     """What a training minimises, and whether its weights are averaged."""
 
     objective: str = flag(
-        "task", "task (its loss alone) or der (replay with the start model's logits)", choices=("task", "der")
+        "task",
+        "task (its loss alone), der (replay with the start model's logits) or constrained (held to it, token by token)",
+        choices=("task", "der", "constrained"),
     )
     replay_data: str | None = flag(None, "der: safety samples to replay; all of the file", reads="data")
     ema_decay: float = flag(0.0, "what comes out is the exponential average of the weights over the steps; 0 = the last ones")

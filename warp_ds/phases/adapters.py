@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +23,7 @@ from warp_ds.report.card import of_merged
 from warp_ds.store.files import write_text
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero import saved_directory
+from warp_ds.zero.fetch import gathered
 
 logger = logging.getLogger(__name__)
 NAME = "default"
@@ -76,7 +76,7 @@ def export_adapter(adapted: Any, tokenizer: PreTrainedTokenizerBase, directory: 
     state: dict[str, Any] = {}
     for name, param in adapted.named_parameters():
         if param.requires_grad:
-            with deepspeed.zero.GatheredParameters([param]):
+            with gathered([param]):
                 if processes.rank() == 0:
                     state[name] = param.detach().to("cpu", copy=True)
     with saved_directory.replaced(directory) as aside:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from warp_ds.cluster import consensus, processes
 from warp_ds.method.objectives import move_average
 from warp_ds.store.files import write_tensors
+from warp_ds.zero import deepspeed_internals
 from warp_ds.zero.deepspeed_internals import shard
 
 PARTS = "average_rank_{:05d}.safetensors"
@@ -31,6 +32,7 @@ class WeightAverage(TrainerCallback):
         self.average: dict[str, Tensor] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        deepspeed_internals.refuse_swapped_or_quantized(kwargs["model"])
         self.average = {name: weights.float().clone() for name, weights, _ in _trained(kwargs["model"])}
         if self.checkpoint is not None:
             with consensus.on_every_rank_or_none("reading the average of the weights"):
@@ -50,6 +52,7 @@ class WeightAverage(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for name, weights, _ in _trained(kwargs["model"]):
             weights.copy_(self.average[name])
+        deepspeed_internals.gather_persistent(kwargs["optimizer"].optimizer)
 
     def _read(self, checkpoint: Path, name: str, entries: int) -> None:
         """This rank's piece of a parameter of ``entries`` from the pieces that other ranks, or as many, have written."""

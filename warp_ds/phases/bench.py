@@ -93,6 +93,11 @@ class Bench:
         """Flags that a phase has by the same name."""
         return {name: getattr(self.arguments, name) for name in names}
 
+    @property
+    def _other_steps(self) -> dict[str, Any]:
+        """The further TrainingArguments of a training on other data: how many steps the arms take is not meant for it."""
+        return {name: value for name, value in self.passed.items() if name not in ("max_steps", "warmup_steps")}
+
     # ---------------------------------------------------------------- data
 
     def check_lengths(self) -> None:
@@ -181,7 +186,7 @@ class Bench:
             learning_rate=a.neuron_rate,
             **self._same("global_batch_size", "basis_placement", "save_minutes", *PACKING),
         )
-        return run_training(settings, self.passed) / "model"
+        return run_training(settings, self._other_steps) / "model"
 
     def basis(self, start: str | None, kind: str, layer_type: str, seed: int) -> Path:
         name = self.basis_name(start, kind, layer_type, seed)
@@ -249,7 +254,7 @@ class Bench:
             learning_rate=a.unaligned_rate or max(a.rate_list),
             **self._same("epochs", "global_batch_size", "save_minutes", *PACKING),
         )
-        return self.once("phase0_unaligned", lambda: run_safety_tuning(settings, self.passed)) / "model"
+        return self.once("phase0_unaligned", lambda: run_safety_tuning(settings, self._other_steps)) / "model"
 
     # ---------------------------------------------------------------- points
 
@@ -305,7 +310,7 @@ class Bench:
             **self._same("global_batch_size", "save_minutes", *PACKING),
         )
         consensus.on_rank_0(partial(self._remember, self.root / trial.run), "looking for a removed model")
-        return self.timed(trial.run, lambda: run_safety_tuning(settings, self.passed)) / "model"
+        return self.timed(trial.run, lambda: run_safety_tuning(settings, self._other_steps)) / "model"
 
     def _merged(self, trial: Trial) -> Path:
         arm, a = trial.arm, self.arguments

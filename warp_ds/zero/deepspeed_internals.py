@@ -21,6 +21,7 @@ import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
@@ -151,6 +152,15 @@ def any_nonzero(param: Any) -> bool:
     mine = shard(param)
     first = dist.get_rank(group=param.ds_process_group) * mine.numel()
     return bool(mine[: max(0, min(mine.numel(), param.ds_numel - first))].any())
+
+
+def refuse_swapped_or_quantized(model: nn.Module) -> None:
+    """UnsupportedSetting where a trained parameter's partition is no plain tensor in memory, so that ``shard`` is not it."""
+    for partition in (getattr(param, "ds_tensor", None) for param in model.parameters() if param.requires_grad):
+        swapped = getattr(partition, "final_location", None) == OffloadDeviceEnum.nvme
+        if swapped or hasattr(partition, "ds_quant_scale"):
+            setting = "parameters on NVMe (offload_param.device = nvme)" if swapped else "zero_quantized_weights"
+            raise UnsupportedSetting(f"--ema_decay averages the partitions in memory, and does not support {setting}")
 
 
 def gather_persistent(optimizer: Any) -> None:
