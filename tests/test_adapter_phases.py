@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from warp_ds.cluster import preemption, processes
-from warp_ds.errors import ArtifactError
+from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.evaluation.adapter_certificate import certify_adapter
 from warp_ds.evaluation.certificate import certify
 from warp_ds.launch.cli import main
@@ -291,3 +291,28 @@ def test_adapters_that_are_not_understood_are_refused(
     (copy / "adapter_config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(ArtifactError, match=message):
         AdapterDirectory.of(copy)
+
+
+def test_a_pair_that_peft_would_not_load_is_certified_for_none(root: Path, runs: Any, tmp_path: Path) -> None:
+    """Forged: the honest pair without PEFT's prefix, for who reads it as the layer's, and another one with it."""
+    copy = tmp_path / "adapter"
+    shutil.copytree(Path(runs[3]["run"]) / "adapter", copy)
+    tensors = load_file(copy / "adapter_model.safetensors")
+    honest = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    forged = {name: tensor + 0.5 for name, tensor in tensors.items()}
+    save_file(honest | forged, copy / "adapter_model.safetensors")
+    with pytest.raises(ArtifactError, match="which PEFT does not load"):
+        AdapterDirectory.of(copy)
+
+
+def test_a_merge_of_something_else_is_no_merge_of_this(root: Path, runs: Any, tmp_path: Path) -> None:
+    adapter, other = Path(runs[3]["run"]) / "adapter", tmp_path / "other"
+    merge.merge_adapter(root / "m", adapter, tmp_path / "merged")
+    merge.merge_adapter(root / "m", adapter, tmp_path / "merged")
+    shutil.copytree(adapter, other)
+    with pytest.raises(ConfigError, match="holds the merge of another base or adapter"):
+        merge.merge_adapter(root / "m", other, tmp_path / "merged")
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, other / "adapter_model.safetensors")
+    with pytest.raises(ArtifactError, match="is not finite"):
+        merge.merge_adapter(root / "m", other, tmp_path / "merged_nan")

@@ -81,7 +81,9 @@ class AdapterDirectory:
         stored = read_header(directory / WEIGHTS)
         if foreign := sorted(name for name in stored if not name.startswith(PREFIX)):
             # PEFT leaves such a tensor out, without a word: what is certified here would not be what is loaded.
-            raise ArtifactError(f"{directory / WEIGHTS} holds {foreign[0]!r}, which PEFT does not load (no {PREFIX!r} before it)")
+            raise ArtifactError(
+                f"{directory / WEIGHTS} holds {foreign[0]!r}, which PEFT does not load (no {PREFIX!r} before it)"
+            )
         tensors = {name.removeprefix(PREFIX): location for name, location in stored.items()}
         found = AdapterDirectory(directory, config, tensors)
         for name in found.layers:

@@ -85,9 +85,8 @@ def tokenise(samples: Any, arguments: Any, prompt_only: bool = False) -> Any:
     with consensus.on_every_rank_or_none("reading the tokens"):
         tokens = tokens_from(directory or on_disk())
         if len(tokens) != len(found):
-            raise DataError(
-                f"{directory or on_disk()} is damaged (tokens of {len(tokens)} of {len(found)} samples): remove it, and it is made again"
-            )
+            held = f"tokens of {len(tokens)} of {len(found)} samples"
+            raise DataError(f"{directory or on_disk()} is damaged ({held}): remove it, and it is made again")
         encoded = fitting(tokens, found, arguments.max_length, prompt_only=prompt_only, long_samples=arguments.long_samples)
         largest = tokens.data.column("largest").to_numpy()
         rows = encoded["row"][:] if "row" in encoded.column_names else range(len(encoded))
