@@ -134,9 +134,9 @@ class Interrupted(Exception):
     pass
 
 
-def interrupted_and_resumed(root: Path, artefacts: Path, output: Path, **more: Any) -> dict[str, Any]:
-    """An undisturbed run, and one that dies at step 4 after its checkpoint of step 2 and is started again."""
-    saving = {"save_strategy": "steps", "save_steps": 2}
+def interrupted_and_resumed(root: Path, artefacts: Path, output: Path, save_steps: int = 2, **more: Any) -> dict[str, Any]:
+    """An undisturbed run, and one that dies at step 4 after its checkpoint of step 2, if any, and is started again."""
+    saving = {"save_strategy": "steps", "save_steps": save_steps}
     whole = phase3(root, artefacts, output / "whole", saving, **more)
     on_log = MetricsFile.on_log
 

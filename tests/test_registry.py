@@ -27,6 +27,7 @@ NO_DIFFERENCE = """
     output_dir log_dir run_name resume debug device timeout local_rank deepspeed save_minutes max_requeues arms learning_rates
     arm_rates seeds at_utility floor harmful_ratio keep_models batch_size eval_batch_size gradient_checkpointing
     basis_placement collect svd_placement packing tokens_per_batch streaming num_proc push_to_hub hub_private_repo
+    start_models
 """
 
 
