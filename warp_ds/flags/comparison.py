@@ -126,6 +126,15 @@ class CompareArguments(
 
 
 @dataclass
+class StartModelsFlags:
+    """Of the demo, which makes its start models."""
+
+    start_models: int = flag(
+        1, "start models, made from the seeds --seed, --seed + 1, …: how far they alone move the table", identity=False
+    )
+
+
+@dataclass
 class SweepArguments(CompareArguments):
     """The flags of a comparison are the middle of the sweep; each list is one axis through it."""
 

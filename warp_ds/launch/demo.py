@@ -26,8 +26,8 @@ from warp_ds.evaluation.metrics import extract_number
 from warp_ds.evaluation.sets import SUITES, EvaluationSets
 from warp_ds.flags.arguments import EvaluateArguments, SafetyTuningArguments
 from warp_ds.flags.checks import at_least
-from warp_ds.flags.comparison import CompareArguments
-from warp_ds.flags.flag import again, flag, handed_on
+from warp_ds.flags.comparison import CompareArguments, StartModelsFlags
+from warp_ds.flags.flag import again, handed_on
 from warp_ds.flags.groups import ArmFlags, HeldOutArguments, RunArguments, UtilityDataArguments
 from warp_ds.launch.launcher import main
 from warp_ds.phases.arms import parse_arms
@@ -68,7 +68,7 @@ COMPLIANT = (
 
 
 @dataclass
-class DemoArguments(ArmFlags, RunArguments):
+class DemoArguments(StartModelsFlags, ArmFlags, RunArguments):
     """The demo's own defaults; it makes its model and its data."""
 
     model_name: str = again(RunArguments, "model_name", "made by the demo")
@@ -79,9 +79,6 @@ class DemoArguments(ArmFlags, RunArguments):
     max_length: int = again(RunArguments, "max_length", 128)
     arms: str = again(ArmFlags, "arms", "before,layers,original,rotated")
     learning_rates: str = again(ArmFlags, "learning_rates", "1e-3,3e-3")
-    start_models: int = flag(
-        1, "start models, made from the seeds --seed, --seed + 1, …: how far they alone move the table", identity=False
-    )
     harmful_data: str | None = again(
         HeldOutArguments, "harmful_data", None, "file of harmful prompts to use in place of the demo's own requests"
     )
