@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.integrations import TensorBoardCallback
 
 from warp_ds.cluster import consensus, preemption, processes
+from warp_ds.data.collate import GlobalBatchSampler
 from warp_ds.data.datasets import load_samples
 from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
@@ -241,24 +242,36 @@ def fit(
     if arguments.packing:
         trainer.add_callback(SamplesApart(trainer))
     _arrange_reporters(trainer, callbacks, directory)
+    if checkpoint is not None and converted:
+        trainer.callback_handler.callbacks.insert(0, CompleteConverted(trainer, checkpoint))  # before the WarpCallback
+    _train(trainer, arguments, sampler, metrics, checkpoint)
+    if whole.stopped_by is not None:
+        raise preemption.Preempted(whole.stopped_by)
+    consensus.on_rank_0(lambda: universal.remove_converted(directory / "trainer"), "removing a converted checkpoint")
+    return trainer
+
+
+def _train(
+    trainer: GlobalBatchTrainer,
+    arguments: TrainingFlags,
+    sampler: GlobalBatchSampler,
+    metrics: MetricsFile,
+    checkpoint: Path | None,
+) -> None:
+    """The Trainer's loop, from ``checkpoint`` on. Collective."""
+    training, directory = trainer.args, metrics.path.parent
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
         consensus.on_rank_0(lambda: metrics.keep_until(checkpoint.name), "trimming the metrics")
-        if converted:
-            trainer.callback_handler.callbacks.insert(0, CompleteConverted(trainer, checkpoint))  # before the WarpCallback
     steps = training.max_steps if training.max_steps > 0 else math.ceil(arguments.epochs * sampler.steps)
     logger.info(
         "training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %s)",
-        *(len(samples), steps, arguments.global_batch_size),
+        *(sampler.num_samples, steps, arguments.global_batch_size),
         *(processes.world_size(), sampler.accumulation_steps, sampler.shape),
     )
     consensus.on_rank_0(lambda: checkpoints.refuse_foreign(directory / "trainer", steps), "looking for foreign checkpoints")
     with nullcontext() if checkpoint is None else nothing_unpickled():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if whole.stopped_by is not None:
-        raise preemption.Preempted(whole.stopped_by)
-    consensus.on_rank_0(lambda: universal.remove_converted(directory / "trainer"), "removing a converted checkpoint")
-    return trainer
 
 
 def _stopping(arguments: TrainingFlags) -> list[TrainerCallback]:
