@@ -118,10 +118,11 @@ def test_wandb(tracked: tuple[Path, Path]) -> None:
     assert not [fact for fact, value in facts(run).items() if config.get(fact) != json.dumps(value)]
 
 
-def test_mlflow(tracked: tuple[Path, Path]) -> None:
+def test_mlflow(tracked: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.tracking import MlflowClient
 
     output, run = tracked
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient(tracking_uri=f"file:{output / 'mlruns'}")
     (found,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert found.info.run_name == "rotated_run"
