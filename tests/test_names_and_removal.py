@@ -179,6 +179,16 @@ def test_a_kill_at_any_moment_leaves_no_checkpoint_that_is_taken_for_somebody_el
     assert 2 <= call < 99
 
 
+def test_a_checkpoint_that_is_written_once_more_is_not_whole_until_it_is_finished(tmp_path: Path) -> None:
+    for step in (2, 4):
+        checkpoints.begin(tmp_path / f"checkpoint-{step}")
+        checkpoints.finish(tmp_path / f"checkpoint-{step}", 1)
+    checkpoints.begin(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / "half").touch()
+    assert checkpoints.newest_whole(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
 def test_only_own_checkpoints_are_removed_or_gone_on_with(tmp_path: Path) -> None:
     for step, whole in ((3, True), (5, True), (7, False)):
         checkpoints.begin(tmp_path / f"checkpoint-{step}")

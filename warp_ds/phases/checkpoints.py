@@ -29,9 +29,11 @@ def step_of(path: Path) -> int | None:
 
 
 def begin(checkpoint: Path) -> None:
-    """Marks a checkpoint as this program's before it is written: the directory appears with its mark, or not at all."""
+    """Marks a checkpoint as this program's before it is written: the directory appears with its mark, or not at all. One that
+    is written once more is whole no longer."""
     begin_directory(checkpoint, BEGUN)
     write_json(checkpoint / BEGUN, {"step": step_of(checkpoint)})
+    (checkpoint / WHOLE).unlink(missing_ok=True)
 
 
 def finish(checkpoint: Path, world_size: int) -> None:
