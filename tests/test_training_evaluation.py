@@ -13,6 +13,7 @@ from phase3_jobs import Interrupted, common, losses, make_model, phase3, phase12
 from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import SaveStrategy
 
 from warp_ds.cluster import processes
 from warp_ds.data.collate import pad_token
@@ -208,6 +209,13 @@ def test_safety_tuning_is_watched_after_every_epoch(runs: Any, world: int) -> No
             "needs --eval_safety",
         ),
         ({"eval_data": "x", "early_stopping_patience": 1}, {"metric_for_best_model": "bleu"}, "choose from loss, refusal_rate"),
+        ({"eval_data": "x"}, {**WORST, "save_strategy": "steps", "save_steps": 2}, "needs a checkpoint of every step"),
+        (
+            {"eval_data": "x"},
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+            "needs a checkpoint of every step",
+        ),
+        ({"eval_data": "x"}, {"load_best_model_at_end": True, "save_strategy": "no"}, "needs a checkpoint of every step"),
     ],
 )
 def test_what_cannot_be_is_one_line(flags: dict[str, Any], passed: dict[str, Any], said: str) -> None:
@@ -219,6 +227,8 @@ def test_what_follows_from_the_flags() -> None:
     assert watching.settle(TrainArguments(eval_data="x"), {}) == {"eval_strategy": "epoch"}
     best = watching.settle(TrainArguments(eval_data="x"), {"load_best_model_at_end": True, "eval_strategy": "steps"})
     assert (best["save_strategy"], best["metric_for_best_model"]) == ("best", "loss")
+    same = {**WORST, "save_strategy": SaveStrategy.STEPS, "save_steps": 1}
+    assert watching.settle(TrainArguments(eval_data="x"), same) == same
 
 
 def test_a_run_is_the_same_one_unless_evaluation_chooses(root: Path) -> None:

@@ -109,6 +109,7 @@ def settle(arguments: TrainingFlags, passed: Mapping[str, Any]) -> dict[str, Any
     settled.setdefault("eval_strategy", "epoch")
     if settled.get("load_best_model_at_end"):
         settled.setdefault("save_strategy", "best")
+        _check_saved(settled)
     metric = str(settled.get("metric_for_best_model") or "loss").removeprefix("eval_")
     if chooses:
         if metric not in METRICS:
@@ -117,3 +118,17 @@ def settle(arguments: TrainingFlags, passed: Mapping[str, Any]) -> dict[str, Any
             raise ConfigError(f"--metric_for_best_model {metric} (loss where none is given) needs {METRICS[metric]}")
         settled["metric_for_best_model"] = metric
     return settled
+
+
+def _check_saved(settled: Mapping[str, Any]) -> None:
+    """ConfigError where the best model may be that of a step at which nothing is saved."""
+    saved, evaluated = (
+        tuple(getattr(settled.get(name), "value", settled.get(name)) for name in (f"{kind}_strategy", f"{kind}_steps"))
+        for kind in ("save", "eval")
+    )
+    unsaid = saved == ("steps", None)  # whose defaults differ
+    if saved[0] != "best" and (saved != evaluated or unsaid):
+        raise ConfigError(
+            "--load_best_model_at_end needs a checkpoint of every step that is evaluated and may be the best: leave out "
+            "--save_strategy and --save_steps (each new best one is saved), or give those of --eval_strategy and --eval_steps"
+        )
