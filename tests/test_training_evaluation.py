@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from phase3_jobs import Interrupted, common, losses, make_model, phase3, phase12
+from phase3_jobs import SAMPLES, Interrupted, common, losses, make_model, phase3, phase12
 from ranks import run_ranks
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.trainer_utils import SaveStrategy
 
-from warp_ds.cluster import processes
+from warp_ds.cluster import preemption, processes
 from warp_ds.data.collate import pad_token
 from warp_ds.data.datasets import load_prompts
 from warp_ds.data.lengths import encode_dataset
@@ -24,7 +27,7 @@ from warp_ds.evaluation.certificate import certify
 from warp_ds.evaluation.generate import generate_greedy, loss_per_token
 from warp_ds.evaluation.metrics import wilson
 from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
-from warp_ds.phases import training, watching
+from warp_ds.phases import checkpoints, training, watching
 from warp_ds.phases.identity import identify
 from warp_ds.phases.trainer import MetricsFile
 
@@ -169,6 +172,63 @@ def test_early_stopping(runs: Any, world: int) -> None:
     assert sorted(path.name for path in (run / "trainer").iterdir()) == ["checkpoint-1", "checkpoint-3"], (
         "the best and the newest"
     )
+
+
+def left_at(start: Any, step: int) -> bool:
+    """Whether a start that is asked to leave at a step does."""
+    on_step_end = MetricsFile.on_step_end
+
+    def asking(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_step_end(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    preemption.watch()
+    MetricsFile.on_step_end = asking  # type: ignore[method-assign]
+    try:
+        start()
+        return False
+    except preemption.Preempted:
+        return True
+    finally:
+        MetricsFile.on_step_end, preemption._asked = on_step_end, None  # type: ignore[method-assign]
+        preemption.unwatch()
+
+
+def leaves(root: Path, output: Path) -> dict[str, Any]:
+    """Per way to leave: whether the run left, its newest whole checkpoint and the steps of evaluations then, and in the end."""
+    data: dict[str, Any] = {"eval_data": str(root / "harmless_heldout.jsonl"), "eval_samples": 2}
+    epochs = {**data, "epochs": 2, "global_batch_size": SAMPLES // 2 + SAMPLES % 2}
+    ways: dict[str, Any] = {
+        "no new best": (3, WORST, data),
+        "in an epoch": (1, {"eval_strategy": "epoch"}, epochs),
+        "after an epoch": (2, {"load_best_model_at_end": True}, epochs),
+    }
+    found = {}
+    for name, (step, passed, flags) in ways.items():
+        start = partial(phase3, root, root / "artefacts", output / name, passed, **flags)
+        left = left_at(start, step)
+        (run,) = (output / name).glob("phase3_2*")
+        newest = checkpoints.newest_whole(run / "trainer") or ""
+        state = json.loads((Path(newest) / "trainer_state.json").read_text())
+        kept = [line["step"] for line in state["log_history"] if "eval_loss" in line]
+        found[name] = (left, Path(newest).name, kept, [line["step"] for line in lines_of(start(), "eval_loss")])
+    return found
+
+
+def test_leaving_saves_and_loses_no_evaluation(root: Path, tmp_path: Path) -> None:
+    assert run_ranks(1, leaves, root, tmp_path)[0] == {
+        "no new best": (True, "checkpoint-3", [1, 2, 3], [1, 2, 3, 4, 5]),
+        "in an epoch": (True, "checkpoint-1", [], [2, 4]),
+        "after an epoch": (True, "checkpoint-2", [2], [2, 4]),
+    }
+
+
+def test_what_is_changed_of_trainer_is_there() -> None:
+    """Private methods, which a newer transformers may rename: then ours would never be called."""
+    evaluates, trains = (inspect.getsource(m) for m in (Trainer._maybe_log_save_evaluate, Trainer._inner_training_loop))
+    assert "= self._determine_best_metric(" in evaluates and "self._save_checkpoint(" in evaluates
+    assert "self._run_epoch(" in trains and "self._load_best_model()" in inspect.getsource(Trainer._finalize_training)
 
 
 def another_world(root: Path, output: Path) -> str:

@@ -90,6 +90,11 @@ class GlobalBatchTrainer(Trainer):
             logger.warning("no evaluation had a metric to choose by: the model is that of the last step")
         return {**self.speed.summary(), **(best if self.args.load_best_model_at_end else {})}
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As Trainer does; a save that was asked for stays, which --save_strategy best would drop where this is no new best."""
+        asked = self.control.should_save
+        return super()._determine_best_metric(metrics, trial) or asked
+
     def _load_best_model(self) -> None:
         """As Trainer does, with what makes loading a checkpoint safe; and not where a rank was asked to leave."""
         if any(isinstance(own, WholeCheckpoints) and own.stopped_by for own in self.callback_handler.callbacks):
@@ -216,6 +221,10 @@ def _whole_until(step: int, line: str) -> bool:
     return known and logged["step"] <= step and "train_runtime" not in logged
 
 
+def _ends_epoch(state: TrainerState) -> bool:
+    return state.global_step >= state.max_steps or float(state.epoch or 0).is_integer()
+
+
 class WholeCheckpoints(TrainerCallback):
     """Saves every ``minutes``, and where a rank is asked to leave; marks a checkpoint once it is whole, so that a killed
     save is never resumed from."""
@@ -226,6 +235,8 @@ class WholeCheckpoints(TrainerCallback):
         self.stopped_by: str | None = None
         """The signal that ended training, with a checkpoint; after the last step too, as writing the model takes long."""
         self._last = time.monotonic()
+        self._owed = False
+        """Whether a save waits for what comes with an epoch's end."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._last = time.monotonic()
@@ -246,7 +257,18 @@ class WholeCheckpoints(TrainerCallback):
             self.stopped_by = processes.broadcast_object(preemption.reason())
             # The losses since the last line would be lost with the process.
             control.should_training_stop = control.should_log = True
-        control.should_save = control.should_save or save or leave
+        # Else what the epoch's evaluation finds would not be in the checkpoint, or it would be written twice.
+        self._owed = (save or leave) and _ends_epoch(state) and "epoch" in (args.eval_strategy, args.save_strategy)
+        control.should_save = control.should_save or (save or leave) and not self._owed
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """After the last step of an epoch, or where training was left in the middle of one, saved: there nothing is due."""
+        if self.stopped_by and not self._owed:
+            control.should_evaluate = control.should_save = False
+        control.should_save = control.should_save or self._owed
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
