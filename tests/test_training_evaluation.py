@@ -299,4 +299,5 @@ def test_a_run_is_the_same_one_unless_evaluation_chooses(root: Path) -> None:
     assert settings(dict(EVERY_STEP), eval_data="x", eval_safety="y", eval_samples=3, max_new_tokens=4) == plain
     best = settings(dict(WORST), eval_data="x")
     assert best != plain and best["eval_steps"] == 1 and best["eval_data"] == "x"
+    assert settings({**WORST, "per_device_eval_batch_size": 3}, eval_data="x") == best
     assert settings({}, eval_data="x", early_stopping_patience=2) != plain

@@ -171,7 +171,8 @@ NO_EFFECT = {
     "length_column_name": "no column of lengths is read; leave it out",
     "log_on_each_node": "rank 0 alone logs on the terminal; leave it out",
     "remove_unused_columns": "the samples have no other columns; leave it out",
-    "restore_callback_states_from_checkpoint": "the callbacks keep no state in checkpoints; leave it out",
+    "restore_callback_states_from_checkpoint": "what callbacks keep in checkpoints (counts of tokens and FLOPs, early "
+    "stopping's patience) is restored in any case; leave it out",
     "use_cache": "a training pass has no use for a cache; leave it out",
 }
 #: Besides a default written out, what says no more than what is done anyway.
@@ -338,6 +339,7 @@ def training_settings(given: Mapping[str, Any], chooses: bool = False) -> dict[s
     settings = {}
     for name, value in given.items():
         counts = name not in CHANGES_NO_TRAINING and (chooses or name not in EVALUATES)
+        counts = counts and name != "per_device_eval_batch_size"  # a micro-batch: results do not depend on it
         if counts and value is not None and value != default_of(name):
             settings[name] = getattr(value, "value", value)
     return settings
