@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,12 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(root: Path, artef
     assert found["resumed"] == found["whole"] and len(found["whole"]) == 5
     whole, resumed = (load_file(Path(path) / "model.safetensors") for path in found["model"])
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_run_that_dies_before_its_first_checkpoint_logs_no_step_twice(root: Path, artefacts: Path) -> None:
+    found = run_ranks(1, partial(interrupted_and_resumed, save_steps=100), root, artefacts, root / "no_checkpoint")[0]
+    assert found["runs"] == 1
+    assert found["resumed"] == found["whole"] and len(found["whole"]) == 5
 
 
 def test_the_batch_has_odd_samples() -> None:

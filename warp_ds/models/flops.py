@@ -25,9 +25,9 @@ PEAKS = {
 that matches counts.
 
 By data sheets as others quote them, half of the figure with sparsity where that alone is given: NVIDIA's of A100, A10, A40,
-L4, L40, L40S, H100 (SXM, PCIe) and H200, its Blackwell data sheet (5 and 4.5 PFLOPS with sparsity for GB200's and HGX's B200); AMD's of
-CDNA 3 (304 units, 2048 operations a clock, 2.1 GHz). What could not be confirmed is left out: H100 NVL, H200 NVL, GH200, B100,
-B300, A30, the export versions (A800, H800, H20), MI325X.
+L4, L40, L40S, H100 (SXM, PCIe) and H200, its Blackwell data sheet (5 and 4.5 PFLOPS with sparsity for GB200's and HGX's
+B200); AMD's of CDNA 3 (304 units, 2048 operations a clock, 2.1 GHz). What could not be confirmed is left out: H100 NVL,
+H200 NVL, GH200, B100, B300, A30, the export versions (A800, H800, H20), MI325X.
 """
 
 
