@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,26 +137,44 @@ class Interrupted(Exception):
     pass
 
 
-def interrupted_and_resumed(root: Path, artefacts: Path, output: Path, save_steps: int = 2, **more: Any) -> dict[str, Any]:
-    """An undisturbed run, and one that dies at step 4 after its checkpoint of step 2, if any, and is started again."""
-    saving = {"save_strategy": "steps", "save_steps": save_steps}
-    whole = phase3(root, artefacts, output / "whole", saving, **more)
-    on_log = MetricsFile.on_log
+@contextmanager
+def dies(owner: Any, name: str, when: Callable[..., bool], instead: bool = False) -> Iterator[None]:
+    """The block dies in the first call of ``owner.name`` for whose arguments ``when`` holds: after it, or ``instead``."""
+    real = getattr(owner, name)
 
-    def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_log(self, args, state, control, **kwargs)
-        if state.global_step == 4:
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        result = None if instead else real(*args, **kwargs)
+        if when(*args, **kwargs):
             raise Interrupted
+        return result
 
-    MetricsFile.on_log = dying  # type: ignore[method-assign]
+    setattr(owner, name, dying)
     try:
-        phase3(root, artefacts, output / "resumed", saving, **more)
+        yield
         raise AssertionError("was not interrupted")
     except Interrupted:
         processes.barrier()
     finally:
-        MetricsFile.on_log = on_log  # type: ignore[method-assign]
-    resumed = phase3(root, artefacts, output / "resumed", saving, **more)
+        setattr(owner, name, real)
+
+
+def dies_at(step: int, key: str = "loss") -> AbstractContextManager[None]:
+    """The training of the block dies once it has logged the line of this step that has ``key``."""
+
+    def when(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> bool:
+        return state.global_step == step and key in kwargs["logs"]
+
+    return dies(MetricsFile, "on_log", when)
+
+
+def interrupted_and_resumed(root: Path, artefacts: Path, output: Path, save_steps: int = 2, **more: Any) -> dict[str, Any]:
+    """An undisturbed run, and one that dies at step 4 after its checkpoint of step 2, if any, and is started again."""
+    saving = {"save_strategy": "steps", "save_steps": save_steps}
+    whole = phase3(root, artefacts, output / "whole", saving, **more)
+    start = partial(phase3, root, artefacts, output / "resumed", saving, **more)
+    with dies_at(4):
+        start()
+    resumed = start()
     return {
         "whole": losses(whole),
         "resumed": losses(resumed),

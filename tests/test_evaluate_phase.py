@@ -111,6 +111,25 @@ def test_a_models_run_leads_to_all_that_it_was_fitted_on(tmp_path: Path) -> None
     assert fitting_sets([tmp_path]) == {}
 
 
+@pytest.mark.parametrize(
+    "chooser, chosen", [({}, False), ({"early_stopping_patience": 2}, True), ({"load_best_model_at_end": True}, True)]
+)
+def test_a_model_is_fitted_on_what_chose_it(tmp_path: Path, chooser: dict[str, Any], chosen: bool) -> None:
+    for name in ("task", "held", "asked"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": f"of {name}", "response": "x"}) + "\n")
+    settings = {
+        "model_name": "hub/base",
+        "masks_dir": "none",
+        **{"utility_data": str(tmp_path / "task.jsonl"), "utility_split": "train", "utility_samples": 0},
+        **{"eval_data": str(tmp_path / "held.jsonl"), "eval_split": "test", "eval_samples": 200},
+        **{"eval_safety": str(tmp_path / "asked.jsonl"), "eval_safety_samples": 20, **chooser},
+    }
+    write_json(tmp_path / "phase3" / "config.json", {"phase": "phase3", "settings": settings})
+    found = fitting_sets([tmp_path / "phase3"])
+    names = ("task", "held", "asked") if chosen else ("task",)
+    assert found == {str(tmp_path / f"{name}.jsonl"): [f"of {name}"] for name in names}
+
+
 def test_relative_names_of_a_run_start_where_it_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

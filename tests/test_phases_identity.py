@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from phase3_jobs import SAMPLES, TRAINER, Interrupted, losses, make_model, phase3, phase12
+from phase3_jobs import SAMPLES, TRAINER, dies_at, losses, make_model, phase3, phase12
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -28,7 +26,6 @@ from warp_ds.flags.comparison import CompareArguments, SweepArguments
 from warp_ds.flags.identity import identity_settings, natures
 from warp_ds.flags.parsing import parse_training
 from warp_ds.phases.identity import identify
-from warp_ds.phases.trainer import MetricsFile
 from warp_ds.store.files import write_json
 
 KINDS = (
@@ -138,26 +135,6 @@ def test_a_run_of_an_earlier_version_is_known_again(place: Path) -> None:
 # ---------------------------------------------------------------- real runs
 
 
-@contextmanager
-def dying_at(step: int) -> Iterator[None]:
-    """The training dies once it has logged ``step``."""
-    on_log = MetricsFile.on_log
-
-    def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_log(self, args, state, control, **kwargs)
-        if state.global_step == step:
-            raise Interrupted
-
-    MetricsFile.on_log = dying  # type: ignore[method-assign]
-    try:
-        yield
-        raise AssertionError("did not die")
-    except Interrupted:
-        pass
-    finally:
-        MetricsFile.on_log = on_log  # type: ignore[method-assign]
-
-
 class Lines(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +152,7 @@ def training_job(root: Path) -> dict[str, Any]:
     steady = {"global_batch_size": 3, "epochs": 3, "batch_size": 3}  # three steps an epoch, the last of one sample
     whole = phase3(root, root, root / "whole", **steady)
     out, saving = root / "cut", {"save_strategy": "steps", "save_steps": 5}
-    with dying_at(6):
+    with dies_at(6):
         phase3(root, root, out, saving, **steady)
     (cut,) = out.glob("phase3_2*")
     shown.lines.clear()
@@ -194,7 +171,7 @@ def training_job(root: Path) -> dict[str, Any]:
             phase3(root, root, out, **{**lean, "learning_rate": 1e-3, **changed})
         except ConfigError as error:
             found[name] = str(error)
-    with dying_at(1):  # two differences: a new run, whose first lines say which
+    with dies_at(1):  # two differences: a new run, whose first lines say which
         phase3(root, root, out, {"weight_decay": 0.2}, **{**lean, "learning_rate": 1e-3})
     found["near"] = [line for line in shown.lines if "nearly" in line or "writing to" in line]
     shown.lines.clear()

@@ -134,7 +134,7 @@ def test_metrics(tmp_path: Path) -> None:
     for text in mutations(good):
         in_place(path, json.dumps(good) + "\n" + text + "\n")
         assert all(isinstance(line, dict) for line in read_lines(path))
-        MetricsFile(path).keep_until("checkpoint-3")
+        MetricsFile(path).keep_until(3)
         assert read_lines(path)[0] == good
     path.unlink()
     path.mkdir()

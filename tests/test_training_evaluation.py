@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from phase3_jobs import SAMPLES, Interrupted, common, losses, make_model, phase3, phase12
+from phase3_jobs import SAMPLES, common, dies, dies_at, losses, make_model, phase3, phase12
 from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
@@ -45,50 +45,17 @@ def lines_of(run: Path, name: str) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if name in line]
 
 
-def interrupted(start: Any, at_step: int) -> None:
-    """A start that dies once a step was evaluated."""
-    on_log = MetricsFile.on_log
-
-    def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_log(self, args, state, control, **kwargs)
-        if state.global_step == at_step and "eval_loss" in kwargs["logs"]:
-            raise Interrupted
-
-    MetricsFile.on_log = dying  # type: ignore[method-assign]
-    try:
-        start()
-        raise AssertionError("was not interrupted")
-    except Interrupted:
-        processes.barrier()
-    finally:
-        MetricsFile.on_log = on_log  # type: ignore[method-assign]
-
-
-def dies_in_export(start: Any) -> None:
-    export = training.export
-
-    def dying(*args: Any) -> None:
-        raise Interrupted
-
-    training.export = dying
-    try:
-        start()
-        raise AssertionError("was not interrupted")
-    except Interrupted:
-        processes.barrier()
-    finally:
-        training.export = export
-
-
 def job(root: Path, output: Path) -> dict[str, str]:
     watching.verdict = judged  # type: ignore[assignment]
     data = {"eval_data": str(root / "harmless_heldout.jsonl"), "eval_safety": str(root / "refusals_fit.jsonl")}
     start = partial(phase3, root, root / "artefacts", max_new_tokens=6)
     kept = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     ends = partial(start, output / "resumed", {**WORST}, **data, save_minutes=1e-9)
-    interrupted(ends, 4)
+    with dies_at(4, "eval_loss"):
+        ends()
     stops = partial(start, output / "stopped", {**WORST, **kept}, **data, early_stopping_patience=2)
-    dies_in_export(stops)
+    with dies(training, "export", lambda *args: True, instead=True):
+        stops()
     runs = {
         "watched": start(output / "watched", {**EVERY_STEP, "eval_on_start": True}, **data),
         "unwatched": start(output / "unwatched"),
@@ -235,7 +202,8 @@ def another_world(root: Path, output: Path) -> str:
     data = {"eval_data": str(root / "harmless_heldout.jsonl"), "eval_samples": 2}
     start = partial(phase3, root, root / "artefacts", output, WORST, **data)
     if processes.world_size() == 2:
-        interrupted(start, 2)
+        with dies_at(2, "eval_loss"):
+            start()
         return ""
     try:
         return str(start())

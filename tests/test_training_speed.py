@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from phase3_jobs import Interrupted, make_model, phase3, phase12
+from phase3_jobs import dies_at, make_model, phase3, phase12
 from ranks import run_ranks
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from warp_ds.cluster import processes
 from warp_ds.data.collate import count_tokens, empty_sample, pad_batch
 from warp_ds.data.lengths import encode_dataset
 from warp_ds.data.packing import pack_batch
 from warp_ds.models.flops import active_parameters, device_peak
 from warp_ds.phases import run
-from warp_ds.phases.trainer import MetricsFile
 
 PASSED = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 3}
 
@@ -34,21 +32,8 @@ def trained(root: Path, output: Path) -> tuple[list[dict[str, Any]], dict[str, A
 def jobs(root: Path, output: Path) -> Any:
     """A whole run, and one that dies after a line (step 8) that is later than its last checkpoint (step 6)."""
     whole = trained(root, output / "whole")
-    on_log = MetricsFile.on_log
-
-    def dying(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_log(self, args, state, control, **kwargs)
-        if state.global_step == 8:
-            raise Interrupted
-
-    MetricsFile.on_log = dying  # type: ignore[method-assign]
-    try:
+    with dies_at(8):
         trained(root, output / "resumed")
-        raise AssertionError("was not interrupted")
-    except Interrupted:
-        processes.barrier()
-    finally:
-        MetricsFile.on_log = on_log  # type: ignore[method-assign]
     return whole, trained(root, output / "resumed")
 
 

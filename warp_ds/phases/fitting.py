@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from warp_ds.data.datasets import load_samples
+from warp_ds.data.datasets import load_prompts, load_samples
 from warp_ds.errors import DataError
 from warp_ds.report import card
 from warp_ds.store.masks import MaskStore
@@ -38,25 +39,42 @@ def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
         for path in (path_of_run(config, str(name)).resolve() for name in made_from if name):
             queue += [home for home in (path, path.parent) if home not in queue]
         kind = "utility" if config["phase"] == "phase3" else "safety"
-        try:
-            name = settings[f"{kind}_data"]
-            local = path_of_run(config, name)
-            pairs = load_samples(
-                local if local.exists() else name,
-                split=settings[f"{kind}_split"],
-                samples=settings[f"{kind}_samples"],
-                refusal_file=settings.get("refusal_file"),
-                prompt_column=settings.get("prompt_column"),
-                response_column=settings.get("response_column"),
-                config=settings.get("data_config"),
-            )
-        except (DataError, KeyError) as error:
-            logger.info(
-                "the data of %s, which was started in %s, cannot be looked through for prompts of the evaluation: %s",
-                run,
-                config.get("working_directory", "an unknown directory"),
-                error,
-            )
-            continue
-        prompts.setdefault(name, []).extend(sample.prompt for sample in pairs)
+        for flag in [kind, *_chosen_by(settings)]:
+            try:
+                name, asked = _prompts(config, settings, flag)
+            except (DataError, KeyError) as error:
+                logger.info(
+                    "the data of %s, which was started in %s, cannot be looked through for prompts of the evaluation: %s",
+                    run,
+                    config.get("working_directory", "an unknown directory"),
+                    error,
+                )
+                continue
+            prompts.setdefault(name, []).extend(asked)
     return prompts
+
+
+def _chosen_by(settings: Mapping[str, Any]) -> list[str]:
+    """The held-out sets that decided which step's model came out: it is fitted on them, too."""
+    if not (settings.get("load_best_model_at_end") or settings.get("early_stopping_patience")):
+        return []
+    return [kind for kind, flag in (("eval", "eval_data"), ("eval_safety", "eval_safety")) if settings.get(flag)]
+
+
+def _prompts(config: dict[str, Any], settings: Mapping[str, Any], kind: str) -> tuple[str, list[str]]:
+    """(name, prompts) of one set of a run. Raises DataError or KeyError."""
+    name = settings[kind if kind == "eval_safety" else f"{kind}_data"]
+    local = path_of_run(config, name)
+    place = local if local.exists() else name
+    if kind == "eval_safety":
+        return name, [sample.prompt for sample in load_prompts(place, samples=settings["eval_safety_samples"])]
+    samples = load_samples(
+        place,
+        split=settings[f"{kind}_split"],
+        samples=settings[f"{kind}_samples"],
+        refusal_file=settings.get("refusal_file"),
+        prompt_column=settings.get("prompt_column"),
+        response_column=settings.get("response_column"),
+        config=settings.get("data_config"),
+    )
+    return name, [sample.prompt for sample in samples]

@@ -223,9 +223,8 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and logs:
             append_line(self.path, json.dumps({"step": state.global_step, **logs}))
 
-    def keep_until(self, checkpoint: str) -> None:
-        """Drops the lines of steps after ``checkpoint``, which will be made again, and summaries of runs that stopped."""
-        step = int(checkpoint.rsplit("-", 1)[1])
+    def keep_until(self, step: int) -> None:
+        """Drops the lines of steps after ``step``, which will be made again, and summaries of runs that stopped."""
         if self.path.is_file():
             text = read_text(self.path, errors="replace")
             lines = [line for line in text.split("\n") if _whole_until(step, line)]

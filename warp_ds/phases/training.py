@@ -299,10 +299,9 @@ def _train(
     training, directory = trainer.args, metrics.path.parent
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
+    step = -1 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])
     # Also where there is none: a run that was killed before its first checkpoint has logged steps.
-    consensus.on_rank_0(
-        lambda: metrics.keep_until("checkpoint-0" if checkpoint is None else checkpoint.name), "trimming the metrics"
-    )
+    consensus.on_rank_0(lambda: metrics.keep_until(step), "trimming the metrics")
     steps = training.max_steps if training.max_steps > 0 else math.ceil(arguments.epochs * sampler.steps)
     logger.info(
         "training: %d samples, %d steps of %d samples (%d ranks x %d micro-batches of %s)",
