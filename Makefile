@@ -37,7 +37,8 @@ test: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -m "not slow" -n $(PROCESSES) --dist loadfile --ignore tests/slurm
 
 test-slow: $(READY)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -m slow
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -m slow tests/slurm
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -m slow -n $(PROCESSES) --dist loadfile --ignore tests/slurm
 
 lint: $(READY)
 	$(BIN)/ruff check .
