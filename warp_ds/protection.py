@@ -182,7 +182,7 @@ def _masked(model: nn.Module, masks: MaskStore) -> list[_Masked]:
             f"none of the layers in the masks of {masks.directory} has an adapter in this model (the first is "
             f"{masks.layers[0].name}): give the adapter these layers (target_modules), or make masks of those that it has"
         )
-    found = []
+    masked = []
     for layer in masks.layers:
         if layer.name not in pairs:
             continue  # its W is frozen, and nothing is added to it
@@ -194,14 +194,14 @@ def _masked(model: nn.Module, masks: MaskStore) -> list[_Masked]:
                 f"{(outputs, columns)}: they belong to another model"
             )
         columns = unpack_bits(masks.columns(layer.name), layer.n)[0]
-        found.append(_Masked(replace(layer, m=rows), pair.a, pair.b, columns))
-    return found
+        masked.append(_Masked(replace(layer, m=rows), pair.a, pair.b, columns))
+    return masked
 
 
 def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> dict[str, nn.Parameter]:
     """The weight of each masked layer, by the layer's name; wrappers' prefixes are looked through."""
     by_name = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
-    found = {}
+    parameters = {}
     for layer in layers:
         full = layer.parameter
         matches = [name for name in by_name if name == full or name.endswith(f".{full}")]
@@ -221,8 +221,8 @@ def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> di
                 f"{layer.name} does not train (requires_grad is off), so there is nothing to mask: let "
                 "it train, or make masks without it"
             )
-        found[layer.name] = param
-    return found
+        parameters[layer.name] = param
+    return parameters
 
 
 def _layers(
@@ -346,10 +346,10 @@ class WarpCallback(TrainerCallback):
     ) -> None:
         # Called on every rank, which the collective inside needs.
         if self.protection is not None and logs is not None and "loss" in logs:
-            found = self.protection.logged()
-            logs.update(found)
+            figures = self.protection.logged()
+            logs.update(figures)
             if state.log_history:
-                state.log_history[-1].update(found)
+                state.log_history[-1].update(figures)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._clipping is not None:

@@ -115,14 +115,14 @@ class CompareArguments(
 
     def rates(self, arms: list[str]) -> dict[str, list[float]]:
         """Arm -> its grid of learning rates; ConfigError where --arm_rates names an arm that is not there."""
-        found = {arm: self.rate_list for arm in arms}
+        rates_of = {arm: self.rate_list for arm in arms}
         for part in (self.arm_rates or "").split(","):
             name, _, values = part.strip().partition("=")
-            if part.strip() and (name not in found or not values):
+            if part.strip() and (name not in rates_of or not values):
                 raise ConfigError(f"--arm_rates {part!r}: give ARM=RATE:RATE for arms of --arms ({', '.join(arms)})")
             if values:
-                found[name] = _numbers("arm_rates", values.replace(":", ","))
-        return found
+                rates_of[name] = _numbers("arm_rates", values.replace(":", ","))
+        return rates_of
 
 
 @dataclass

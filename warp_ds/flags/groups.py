@@ -87,8 +87,8 @@ class RunArguments:
     def torch_dtype(self) -> torch.dtype:
         import torch
 
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @property
     def resolved_device(self) -> str:

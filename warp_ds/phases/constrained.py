@@ -64,7 +64,7 @@ class Constrained(TrainerCallback):
 
     def _measured(self, samples: Samples) -> dict[int, Tensor]:
         """Sample -> its response tokens' log-probabilities, of this rank's samples."""
-        model, found = self.trainer.model_wrapped, {}
+        model, measured = self.trainer.model_wrapped, {}
         model.eval()
         mine = samples.deal(self.batch_size, processes.world_size(), processes.rank())
         for indices in tqdm(mine, desc="start model's probabilities", disable=processes.rank() != 0):
@@ -72,9 +72,9 @@ class Constrained(TrainerCallback):
             logits = model(**batch.inputs, use_cache=False).logits
             for row, index in enumerate(indices):
                 if index != EMPTY:
-                    found[index] = _logprobs(logits[row], batch.labels[row]).cpu()
+                    measured[index] = _logprobs(logits[row], batch.labels[row]).cpu()
         model.train()
-        return found
+        return measured
 
     def loss(self, model: Any, inputs: dict[str, Tensor], tokens: Any) -> tuple[Tensor, Any]:
         """This rank's part of the loss, for a mean over ranks, and the model's outputs; ``tokens``: of the whole step."""

@@ -66,20 +66,20 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     Raises ArtifactError for an adapter that is no plain LoRA, holds more than A and B, or is of another model.
     """
     with consensus.on_every_rank_or_none("opening the adapter"):
-        found = AdapterDirectory.of(adapter)
-        if found.others:
+        opened = AdapterDirectory.of(adapter)
+        if opened.others:
             raise ArtifactError(
-                f"{adapter} holds {len(found.others)} weights beside A and B ({found.others[0]}), which are not merged here: "
+                f"{adapter} holds {len(opened.others)} weights beside A and B ({opened.others[0]}), which are not merged here: "
                 "merge it with PEFT (merge_and_unload)"
             )
         source = ModelDirectory.of(base)
-        if not all(f"{layer}.weight" in source.tensors for layer in found.layers):
+        if not all(f"{layer}.weight" in source.tensors for layer in opened.layers):
             source = by_parameter(source)
-        for layer in found.layers:
+        for layer in opened.layers:
             location = source.tensors.get(f"{layer}.weight")
-            if location is None or location.shape != found.shape(layer):
+            if location is None or location.shape != opened.shape(layer):
                 raise ArtifactError(
-                    f"{adapter} changes {layer} of {found.shape(layer)}, which {base} has not"
+                    f"{adapter} changes {layer} of {opened.shape(layer)}, which {base} has not"
                     + ("" if location is None else f" (but of {location.shape})")
                     + ": it is of another model"
                 )
@@ -88,14 +88,14 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
         mark = {"base": str(base), "adapter": str(adapter)}
         if (output / MARK).is_file() and read_json(output / MARK) != mark:
             raise ConfigError(f"{output} holds the merge of another base or adapter (its {MARK}): give a new directory")
-        if not found.layers:
+        if not opened.layers:
             raise ArtifactError(f"{adapter} holds no pair of A and B: there is nothing to merge")
-    stored = {source.tensors[f"{layer}.weight"].name: layer for layer in found.layers}
+    stored = {source.tensors[f"{layer}.weight"].name: layer for layer in opened.layers}
 
     def merged(name: str, w: Tensor, _: Tensor) -> Tensor:
         if name not in stored:
             return w
-        whole = w.float() + found.factors(stored[name]).delta()
+        whole = w.float() + opened.factors(stored[name]).delta()
         if not whole.to(w.dtype).isfinite().all():
             raise ArtifactError(f"{adapter}: merged, {name} is not finite")
         return whole

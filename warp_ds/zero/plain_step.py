@@ -48,9 +48,9 @@ class PlainDriver(Driver):
     def install(self, step: MaskedStep) -> None:
         problems = []
         for layer, c in step.placement.rotate(step.layers, lambda layer: layer.param.detach().flatten(), fast=True):
-            found = layer.start(c)
+            started = layer.start(c)
             if layer.adapter_b is not None and bool(layer.adapter_b.any()):
-                problems.append(found)
+                problems.append(started)
             self._c[layer] = c.view(layer.target.m, layer.target.n)
             # A checkpoint's moments were loaded as the weights' dtype; those of C are fp32.
             state = self.optimizer.state.get(layer.param, {})

@@ -191,12 +191,12 @@ class StepCheckpoints:
         problems: list[tuple[ProtectedLayer, str]] = []
         for sub_group, layers in self.driver.units.items():
             with deepspeed_internals.resident(self.zero, sub_group, weights=True):
-                found: Rotated
+                taken_up: Rotated
                 if sub_group in saved:
-                    found = iter([(layer, self.driver.local(saved[sub_group], layer)) for layer in layers])
+                    taken_up = iter([(layer, self.driver.local(saved[sub_group], layer)) for layer in layers])
                 else:
-                    found = self.placement.rotate(layers, self.driver.coefficients)
-                for layer, c in found:
+                    taken_up = self.placement.rotate(layers, self.driver.coefficients)
+                for layer, c in taken_up:
                     problems.append((layer, layer.start(c)))
                     local = self.driver.coefficients(layer)
                     local[layer.real].copy_(c[layer.real])
@@ -214,10 +214,10 @@ class StepCheckpoints:
         for layer, weights in self.placement.rotate_back(adapters, self.driver.coefficients, fast=True):
             self.driver.write(layer, weights)
 
-    def _lost_of_trained(self, found: list[tuple[ProtectedLayer, str]]) -> str:
+    def _lost_of_trained(self, lost: list[tuple[ProtectedLayer, str]]) -> str:
         """The first of the problems that ``ProtectedLayer.start`` found on this rank with an adapter whose B, on all ranks, is
         not 0. Collective."""
-        adapters = [(layer, problem) for layer, problem in found if layer.adapter_b is not None]
+        adapters = [(layer, problem) for layer, problem in lost if layer.adapter_b is not None]
         trained = torch.tensor(
             [float(deepspeed_internals.any_nonzero(layer.adapter_b)) for layer, _ in adapters], device=self.driver.device
         )
@@ -281,12 +281,12 @@ class StepCheckpoints:
 
     def _pop_saved_coefficients(self) -> dict[int, Tensor]:
         """C of each sub-group as a checkpoint brought it, removed from the optimizer's state."""
-        found = {}
+        saved = {}
         for sub_group in range(deepspeed_internals.sub_group_count(self.zero)):
             state = self.base.state.get(deepspeed_internals.master(self.zero, sub_group), {})
             if COEFFICIENTS in state:
-                found[sub_group] = state.pop(COEFFICIENTS)
-        return found
+                saved[sub_group] = state.pop(COEFFICIENTS)
+        return saved
 
     def _repair_universal(self, marks: list[dict[str, Any] | None]) -> None:
         """Mends what DeepSpeed's loading of universal checkpoints does; each group's mark says what every group had."""
@@ -340,13 +340,13 @@ class StepCheckpoints:
 
 def _steps(optimizer: torch.optim.Optimizer) -> int:
     """How often the optimizer has stepped; for one that does not count (SGD), 1 once it has a momentum."""
-    found = 0
+    steps = 0
     for state in optimizer.state.values():
         if "step" in state:
-            found = max(found, int(state["step"]))
+            steps = max(steps, int(state["step"]))
         else:
-            found = max(found, int(any(torch.is_tensor(v) for k, v in state.items() if k != COEFFICIENTS)))
-    return found
+            steps = max(steps, int(any(torch.is_tensor(v) for k, v in state.items() if k != COEFFICIENTS)))
+    return steps
 
 
 def _raise_together(problem: str) -> None:
