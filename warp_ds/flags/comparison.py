@@ -40,7 +40,9 @@ class CompareArguments(
     PackingFlags,
     LoraFlags,
 ):
-    """Arms side by side (phases/compare.py). --seed is that of the shared bases and masks."""
+    """Arms side by side: each arm trained from one start model, measured on the same prompts, with paired intervals and a
+    recommendation. --seed is that of the shared bases and masks. Example: warp-ds compare --model_name MODEL --safety_data
+    refusals.jsonl --utility_data task.jsonl --harmful_data prompts.jsonl --arms before,layers,rotated"""
 
     safety_samples: int = again(
         SafetyDataArguments, "safety_samples", 100, "safety samples for bases (all of them) and SafeInstr; 0 = all"

@@ -172,7 +172,8 @@ def grouped(words: Sequence[str]) -> list[list[str]]:
 
 def _parse(kind: type[Arguments], argv: list[str] | None, trains: bool) -> tuple[Arguments, list[str]]:
     """The flags of ``kind``, and the words that belong to none of them."""
-    parser = FlagParser(kind, description=kind.__doc__, epilog=f"{CONFIG_HELP} {PASSED_HELP}" if trains else CONFIG_HELP)
+    epilog = f"{CONFIG_HELP} {PASSED_HELP}" if trains else CONFIG_HELP
+    parser = FlagParser(kind, usage="%(prog)s [--flag value ...]", description=kind.__doc__, epilog=epilog)
     arguments, rest = parser.parse_args_into_dataclasses(
         args=_with_config_file(argv, kind, trains), look_for_args_file=False, return_remaining_strings=True
     )
