@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from warp_ds.phases import checkpoints
 from warp_ds.phases.run import link_latest, start_run
 from warp_ds.store import files as store_files
 from warp_ds.store.lock import alive
-from warp_ds.zero.universal import remove_converted
+from warp_ds.zero import universal
 from warp_ds.zero.walk import HiddenStates
 
 
@@ -139,30 +142,29 @@ def test_only_what_was_begun_here_is_removed(tmp_path: Path) -> None:
         assert not aside.exists() and os.path.lexists(run / f"{make.__name__}.json")
 
 
+def killed_at(call: int, work: Callable[[], Any]) -> bool:
+    """Whether a process that does ``work`` was ended, as killed, at its ``call``-th call that may change the disk."""
+
+    def dying(real: Any) -> Any:
+        def change(*args: Any, **kwargs: Any) -> Any:
+            nonlocal call
+            call -= 1
+            return os._exit(9) if call < 0 else real(*args, **kwargs)
+
+        return change
+
+    if (child := os.fork()) == 0:
+        for name in ("mkdir", "open", "replace", "rename", "unlink", "rmdir"):
+            setattr(os, name, dying(getattr(os, name)))
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
 @pytest.mark.parametrize("work", ["begin", "keep_newest", "newest_whole"])
 def test_a_kill_at_any_moment_leaves_no_checkpoint_that_is_taken_for_somebody_elses(tmp_path: Path, work: str) -> None:
-    """In a process that ends, as killed, at the n-th call that changes the disk."""
-
-    def killed_at(call: int, trainer: Path) -> bool:
-        def dying(real: Any) -> Any:
-            def change(*args: Any, **kwargs: Any) -> Any:
-                nonlocal call
-                call -= 1
-                return os._exit(9) if call < 0 else real(*args, **kwargs)
-
-            return change
-
-        if (child := os.fork()) == 0:
-            for name in ("mkdir", "replace", "rename", "unlink", "rmdir"):
-                setattr(os, name, dying(getattr(os, name)))
-            {
-                "begin": lambda: checkpoints.begin(trainer / "checkpoint-6"),
-                "keep_newest": lambda: checkpoints.keep_newest(trainer, 1),
-                "newest_whole": lambda: checkpoints.newest_whole(trainer),
-            }[work]()
-            os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-
     for call in range(100):
         trainer = tmp_path / str(call) / "trainer"
         for step in (2, 4):
@@ -170,13 +172,41 @@ def test_a_kill_at_any_moment_leaves_no_checkpoint_that_is_taken_for_somebody_el
             (trainer / f"checkpoint-{step}" / "a").touch()
             if work != "newest_whole":
                 checkpoints.finish(trainer / f"checkpoint-{step}", 2)
-        died = killed_at(call, trainer)
+        works = {
+            "begin": lambda trainer=trainer: checkpoints.begin(trainer / "checkpoint-6"),
+            "keep_newest": lambda trainer=trainer: checkpoints.keep_newest(trainer, 1),
+            "newest_whole": lambda trainer=trainer: checkpoints.newest_whole(trainer),
+        }
+        died = killed_at(call, works[work])
         store_files.remove_unfinished(tmp_path / str(call))
         checkpoints.refuse_foreign(trainer, 12)
         assert not list(trainer.glob(".*"))
         if not died:
             break
     assert 2 <= call < 99
+
+
+def test_a_kill_at_any_moment_leaves_no_run_that_is_taken_for_somebody_elses(tmp_path: Path) -> None:
+    for call in range(100):
+        died = killed_at(call, partial(started, tmp_path / str(call), "r"))
+        assert started(tmp_path / str(call), "r") == "r"
+        if not died:
+            break
+    assert 5 <= call < 99
+
+
+def test_a_kill_at_any_moment_leaves_no_conversion_that_is_taken_for_somebody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to where the converting process would start."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: None)
+    for call in range(100):
+        part = tmp_path / str(call) / "universal-6.part"
+        died = killed_at(call, partial(universal._start, tmp_path / "global_step6", part, 1))
+        assert not part.exists() or universal._is_own(part)
+        if not died:
+            break
+    assert 5 <= call < 99
 
 
 def test_a_checkpoint_that_is_written_once_more_is_not_whole_until_it_is_finished(tmp_path: Path) -> None:
@@ -203,7 +233,7 @@ def test_only_own_checkpoints_are_removed_or_gone_on_with(tmp_path: Path) -> Non
     assert checkpoints.newest_whole(tmp_path) == str(tmp_path / "checkpoint-5")
     assert not (tmp_path / "checkpoint-7").exists()
     checkpoints.keep_newest(tmp_path, 1)
-    remove_converted(tmp_path)
+    universal.remove_converted(tmp_path)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [
         "checkpoint-4 (copy)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from warp_ds.models.packable import check_packable
 from warp_ds.models.transformers_internals import keeps_logits
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.importance import run_importance
-from warp_ds.phases.packing import check_apart
+from warp_ds.phases.packing import _refuse_leaks, check_apart
 from warp_ds.phases.training import run_safety_tuning
 from warp_ds.zero.batches import Samples
 from warp_ds.zero.importance_steps import importance_batches, plan_steps
@@ -120,6 +121,11 @@ def test_a_packed_batch():
     assert kept["labels"].tolist() == kept["shift_labels"].tolist() == [8, 9, 6]
     nothing = pack_batch([[], []], 0, empty_sample(2))
     assert nothing["input_ids"].tolist() == [[2]] and nothing["labels"].tolist() == [[IGNORE]]
+    # Of no logits at all there would be no loss, and a rank without a backward pass.
+    nothing = pack_batch([[], []], 0, empty_sample(2), trained_only=True)
+    assert nothing["logits_to_keep"].tolist() == [[True]] and nothing["labels"].tolist() == [IGNORE]
+    prompt = pack_batch([[{**sample(7, 8, 9), "labels": [IGNORE, IGNORE, 9]}]], 0, empty_sample(2), trained_only=True)
+    assert prompt["logits_to_keep"].tolist() == [[True, True, False]] and prompt["labels"].tolist() == [IGNORE, 9]
 
 
 KINDS = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "qwen3_moe", "gpt2"]
@@ -201,6 +207,12 @@ def test_a_packed_batch_of_phases_1_and_2() -> None:
     x[tuple((batch.sequence == 2).nonzero()[1])] = float("inf")
     assert torch.isfinite(batch.sums(x)).tolist() == [True, True, False, True]
     assert samples.batch([EMPTY]).counted.sum() == 0
+
+
+@pytest.mark.parametrize("seen, leaks", [(0.0, False), (0.049, False), (0.05, True), (float("nan"), True)])
+def test_how_much_samples_may_see_of_each_other(seen: float, leaks: bool) -> None:
+    with pytest.raises(ConfigError, match="samples of one row see each other") if leaks else nullcontext():
+        _refuse_leaks(seen)
 
 
 def apart_job(*names: str) -> list[str]:

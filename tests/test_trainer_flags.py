@@ -212,6 +212,10 @@ def flags_job(root: Path) -> dict[str, Any]:
         "a run shorter than --logging_steps says no loss"
     )
     assert plain.trainer.args.run_name == "plain", "trackers would not know the run's name"
+    told, config = plain.trainer.args.to_dict(), json.loads((plain.run / "config.json").read_text())
+    assert told["warp_ds/layer_type"] == "ffn_down" and told["warp_ds/phase"] == "phase3", "trackers would not know the flags"
+    for name, fingerprint in config["inputs"].items():
+        assert told[f"warp_ds/fingerprint of {name}"] == fingerprint, "trackers would not know what was read"
     for flag, words in EFFECTS.items():
         other = Trained(root, flag, words)
         assert not other.as_good_as(plain), f"{words} has no effect"
