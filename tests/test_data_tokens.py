@@ -104,6 +104,32 @@ def test_what_fails_or_is_killed_leaves_nothing(tokenizer):
     assert not left.exists()
 
 
+@pytest.mark.parametrize("damage", ["edited", "cut", "missing", "added", "unsealed", "facts"])
+def test_what_was_damaged_is_said_and_made_again(tokenizer, damage, caplog):
+    """Also damage that Arrow reads without a word: an id that is another, a stream that ends between two batches."""
+    samples = SAMPLES[:1] * 3
+    stored = store("w", samples)
+    directory = stored.directory if damage == "facts" else tokens.tokens_on_disk(stored, tokenizer, **OPTIONS)
+    expected = {path.name: path.read_bytes() for path in directory.iterdir()}
+    (file,) = directory.glob("*.arrow")
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    {
+        "edited": lambda: file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]),
+        "cut": lambda: file.write_bytes(whole[:-8]),
+        "missing": file.unlink,
+        "added": lambda: (directory / "tokens_1.arrow").write_bytes(whole),
+        "unsealed": (directory / "whole.json").unlink,
+        "facts": lambda: (directory / "facts.json").write_text("{}") if damage == "facts" else None,
+    }[damage]()
+    again = store("w", samples)
+    assert list(again) == samples and again.fingerprint == stored.fingerprint
+    assert tokens.tokens_on_disk(again, tokenizer, **OPTIONS) == directory or damage == "facts"
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == expected
+    assert f"{directory} is damaged" in caplog.text and "it is made again" in caplog.text
+    assert not [path for path in cache.root().iterdir() if path.name.endswith(".tmp")]
+
+
 def test_damage_and_a_cache_that_cannot_be_written_are_said(tokenizer, tmp_path, monkeypatch):
     directory = tokens.tokens_on_disk(SAMPLES[:1], tokenizer, **OPTIONS)
     next(directory.glob("*.arrow")).write_bytes(b"nothing")

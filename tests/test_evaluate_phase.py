@@ -16,6 +16,7 @@ from ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from warp_ds.data.formats import encode
+from warp_ds.phases import fitting
 from warp_ds.phases.fitting import fitting_sets
 from warp_ds.store.files import write_json
 from warp_ds.store.masks import MaskStore
@@ -128,6 +129,30 @@ def test_a_model_is_fitted_on_what_chose_it(tmp_path: Path, chooser: dict[str, A
     found = fitting_sets([tmp_path / "phase3"])
     names = ("task", "held", "asked") if chosen else ("task",)
     assert found == {str(tmp_path / f"{name}.jsonl"): [f"of {name}"] for name in names}
+
+
+def test_a_model_is_fitted_on_what_it_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read as the run read it: --streaming too."""
+    for name in ("task", "replayed"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"q": f"of {name}", "a": "x"}) + "\n")
+    settings = {
+        "model_name": "hub/base",
+        "masks_dir": "none",
+        **{"utility_data": str(tmp_path / "task.jsonl"), "utility_split": "train", "utility_samples": 0},
+        **{"replay_data": str(tmp_path / "replayed.jsonl"), "objective": "der", "streaming": True},
+        **{"prompt_column": "q", "response_column": "a"},
+    }
+    write_json(tmp_path / "phase3" / "config.json", {"phase": "phase3", "settings": settings})
+    read, streamed = fitting.load_samples, []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        streamed.append(options.get("streaming"))
+        return read(*args, **options)
+
+    monkeypatch.setattr(fitting, "load_samples", watched)
+    found = fitting_sets([tmp_path / "phase3"])
+    assert found == {str(tmp_path / f"{name}.jsonl"): [f"of {name}"] for name in ("task", "replayed")}
+    assert streamed == [True, True]
 
 
 def test_relative_names_of_a_run_start_where_it_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from warp_ds.evaluation.overlap import overlap
 from warp_ds.launch.cli import main
 from warp_ds.method import overlap as mathematics
 from warp_ds.report.page import write_report
+from warp_ds.store.files import read_json
 
 
 def rotation(n: int, seed: int) -> Tensor:
@@ -126,6 +127,37 @@ def test_the_command_and_the_page(
     output.write_text('{"masks": 3}')
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "report.html")]) == 0
     assert "is not as this program writes it" in (tmp_path / "report.html").read_text()
+
+
+def test_masks_that_freeze_nothing_share_no_number(tmp_path: Path) -> None:
+    made = [write_artefacts(tmp_path / f"run{share:g}", odd_model(), share=share) for share in (0.0, 0.3)]
+    output = tmp_path / "overlap.json"
+    assert main(["overlap", *(str(made[i].masks) for i in (0, 0, 1)), "--output", str(output)]) == 0
+    first = read_json(output, finite=True)["pairs"][0]["over_all"]
+    assert {first[name] for name in ("iou", "iou_by_chance", "subspace", "subspace_by_chance", "subspace_by_columns")} == {None}
+    assert "is not as this program writes it" not in write_report([tmp_path], tmp_path / "report.html").read_text()
+
+
+def test_an_output_that_cannot_be_is_one_line(
+    three: tuple[Artefacts, Artefacts, Artefacts], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for command, words in {
+        "overlap": [str(made.masks) for made in three],
+        "verify": ["--before", "m", "--after", "m", "--masks_dir", "m"],
+        "report": [str(three[0].root)],
+    }.items():
+        for output, said in ((tmp_path, "is a directory: name a file"), (tmp_path / "file" / "x", "is no directory that")):
+            assert main([command, *words, "--output", str(output)]) == 2
+            assert said in (error := capsys.readouterr().err) and error.count("\n") == 1, error
+    for command, words in {
+        "merge": ["--model_name", "m", "--adapter", "a"],
+        "shrink": ["--masks_dir", "m"],
+        "convert-basis": ["--basis_dir", "b", "--model_name", "m"],
+    }.items():
+        for output, said in (("file", "is a file: name a new directory"), ("file/x", "is no directory that")):
+            assert main([command, *words, "--output", str(tmp_path / output)]) == 2
+            assert said in (error := capsys.readouterr().err) and error.count("\n") == 1, error
 
 
 def test_what_cannot_be_compared_is_refused(three: tuple[Artefacts, Artefacts, Artefacts], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from warp_ds.flags.comparison import CompareArguments
 from warp_ds.report.recommendation import recommend, with_recommendation
 from warp_ds.report.tables import comparison_blocks, to_markdown
 from warp_ds.report.tradeoff import Comparison, Point, compare_points
+from warp_ds.store.files import read_json, write_json
 
 ITEMS = 100
 HARD = np.random.default_rng(7).gamma(4.0, 0.1, ITEMS)
@@ -65,6 +68,36 @@ def test_what_is_no_difference_is_found_in_few_of_many_tries() -> None:
     # One side of a 95 % interval: 1.5 of 60 are expected; more than 5 come once in a hundred times.
     assert false <= 5
     assert any("no arm differs from tuned plain training (layers at a rate of 0.001" in found.text for found in said if found)
+
+
+def test_a_model_that_came_apart_is_no_choice_and_no_number(tmp_path: Path) -> None:
+    """The first of its arm: a comparison with NaN is false either way."""
+    draw = np.random.default_rng(0)
+    apart = model("rotated", 1.0, float("nan"), 99, draw)
+    for points in ([apart, *compared(-0.02, draw)], [compared(0.0, draw)[0], apart]):
+        comparison = with_recommendation(compare_points(points, {"refusal_rate": ITEMS}), 0.95)
+        write_json(tmp_path / "report.json", comparison.to_json())
+        report = read_json(tmp_path / "report.json", finite=True)
+        said = report["recommendation"]["text"]
+        assert "Came apart (its task loss is no number): rotated at a rate of 1." in said
+        assert ("take rotated at a rate of 0.003" in said) == (len(points) > 2)
+        again = Comparison.from_json(report)
+        assert again.points[points.index(apart)].measured["utility_nll"] is None
+        assert ("task NLL nan" in to_markdown(comparison_blocks(again))) == (len(points) == 2), "no model has a loss"
+        again = with_recommendation(compare_points(again.points, again.prompts), 0.95)
+        assert again.about["recommendation"]["text"] == said
+
+
+def test_what_shares_no_seed_with_plain_training_has_no_interval(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    points = [
+        model("before", None, 2.0, 99, draw),
+        model("layers", 1e-3, 0.0, 97, draw),
+        model("rotated", 1e-3, -0.1, 99, draw, 2),
+    ]
+    found = recommend(points)
+    assert found is not None and not found.rivals and found.chosen is found.plain
+    json.dumps(found.to_json(), allow_nan=False)
 
 
 def test_pairing_is_used() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import shutil
 import uuid
@@ -16,10 +17,16 @@ from pathlib import Path
 
 import datasets
 
-from warp_ds.errors import DataError
+from warp_ds.errors import ArtifactError, DataError
+from warp_ds.store.files import read_json, remove_directory, write_json
 from warp_ds.store.lock import NO_FLOCK
+from warp_ds.store.sealed import contents, difference
 
 logger = logging.getLogger(__name__)
+_SEAL = "whole.json"
+"""In each directory: the size and digest of every other file of it."""
+_seen: dict[Path, list[tuple[str, int, int, int]]] = {}
+"""The directories that this process has read and found whole, and the state of their files then."""
 
 
 def root() -> Path:
@@ -28,9 +35,37 @@ def root() -> Path:
 
 
 def place_of(name: str) -> Path | None:
-    """The directory of this name, which is whole; None where there is none."""
+    """The directory of this name, every byte of which is as it was made; None where there is none. Another one is removed."""
     place = root() / name
-    return place if place.is_dir() else None
+    if not place.is_dir():
+        return None
+    if problem := _damage(place):
+        logger.warning("%s is damaged (%s): it is made again", place, problem)
+        try:
+            remove_directory(place)
+        except FileNotFoundError:
+            pass  # another rank was first
+        except OSError as error:
+            raise DataError(f"{place} is damaged ({problem}), and cannot be removed ({error.strerror}): remove it") from error
+        return None
+    return place
+
+
+def _damage(place: Path) -> str:
+    """What of a directory is not as it was made, in words; '' where all is. Read once, as long as its files are those."""
+    try:
+        state = sorted(
+            (path.name, path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns) for path in place.iterdir()
+        )
+        if _seen.get(place) == state:
+            return ""
+        said = read_json(place / _SEAL)
+    except (ArtifactError, OSError) as error:
+        return str(error)
+    problem = difference(place, _SEAL, said.get("files") if isinstance(said, dict) else None, digested=math.inf)
+    if not problem:
+        _seen[place] = state
+    return problem
 
 
 def made(name: str, make: Callable[[Path], None]) -> Path:
@@ -64,6 +99,7 @@ def named_once_made(work: str, make: Callable[[Path], str], known: bool = False)
             making.mkdir()
             try:
                 place = root() / make(making)
+                write_json(making / _SEAL, {"files": contents(making, _SEAL, digested=math.inf)})
                 _keep(making, place)
             finally:
                 shutil.rmtree(making, ignore_errors=True)
@@ -80,10 +116,12 @@ def _keep(making: Path, place: Path) -> None:
     for path in making.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
+    if place_of(place.name) is not None:
+        return
     try:
         making.rename(place)
     except OSError:
-        if not place.is_dir():
+        if place_of(place.name) is None:
             raise
 
 

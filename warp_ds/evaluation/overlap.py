@@ -35,14 +35,15 @@ class Shared:
     frozen: tuple[int, int]
     """Entries that each freezes."""
     iou: float | None
-    """Intersection over union of the frozen entries; None where the bases differ."""
+    """Intersection over union of the frozen entries; None where the bases differ, or neither freezes any."""
     iou_by_chance: float | None
     """Of two sets of these sizes, drawn at random."""
-    subspace: float
-    """tr(P P') / min(k, k'): 1 where the smaller frozen subspace lies in the other, 0 where they are orthogonal."""
-    subspace_by_chance: float
+    subspace: float | None
+    """tr(P P') / min(k, k'): 1 where the smaller frozen subspace lies in the other, 0 where they are orthogonal; None where one
+    freezes nothing."""
+    subspace_by_chance: float | None
     """Of two masks of these sizes, drawn at random, in any bases."""
-    subspace_by_columns: float
+    subspace_by_columns: float | None
     """Of two masks that freeze as much of every column, the rows drawn at random."""
     angles: tuple[float, float, float] | None = None
     """Least, median and largest principal angle in degrees, of masks of whole columns."""
@@ -82,9 +83,10 @@ class _Sums:
     def shared(self, layer: str, angles: tuple[float, float, float] | None = None) -> Shared:
         alike = by_chance = None
         if self.common is not None:
-            alike, by_chance = (mathematics.iou(common, self.k, self.other) for common in (self.common, self.chance))
+            found = [mathematics.iou(common, self.k, self.other) for common in (self.common, self.chance)]
+            alike, by_chance = (None if math.isnan(value) else value for value in found)
         least = min(self.k, self.other)
-        parts = [part / least if least else math.nan for part in (self.trace, self.chance, self.by_columns)]
+        parts = [part / least if least else None for part in (self.trace, self.chance, self.by_columns)]
         return Shared(layer, (self.k, self.other), alike, by_chance, parts[0], parts[1], parts[2], angles)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +41,9 @@ def rate(count: float, n: int) -> Metric:
 
 
 def read_metric(row: Mapping[str, Any], name: str, n: int | None = None) -> Metric | None:
-    """The metric ``name`` of a row of metrics.json or report.json; None where it has none. Raises TypeError, ValueError."""
-    if row.get(name) is None:
+    """The metric ``name`` of a row of metrics.json or report.json; None where it has none, or none that is finite (of a model
+    that came apart). Raises TypeError, ValueError."""
+    if row.get(name) is None or not math.isfinite(float(row[name])):
         return None
     ends = row.get(f"{name}_interval", row.get(f"{name.removesuffix('_rate')}_interval"))
     return Metric(float(row[name]), _pair(ends), n, _pair(row.get(f"{name}_range")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ def check_keep_ratio(keep_ratio: float) -> None:
         raise ConfigError(f"--keep_ratio is the share of coefficients to freeze, from 0 to 1, not {keep_ratio}")
 
 
+FLOOR = 0.95
+"""Share of the start model's refusals that a recommended arm must keep, where --floor does not say."""
+
+
 def check_floor(floor: float) -> None:
     if not 0.0 <= floor <= 1.0:
         raise ConfigError(f"--floor is the share of the start model's refusals that must stay, from 0 to 1, not {floor}")
@@ -71,6 +76,30 @@ def check_training(arguments: Any) -> None:
     for name in ("epochs", "learning_rate"):
         if not getattr(arguments, name) > 0:
             raise ConfigError(f"--{name} must be above 0, not {getattr(arguments, name)}")
+
+
+def output_file(flag: str, given: str) -> Path:
+    """The path of a file to be written. ConfigError, before any work, where none can be written there."""
+    path = Path(given)
+    if path.is_dir():
+        raise ConfigError(f"{flag} {given} is a directory: name a file")
+    _check_above(flag, path)
+    return path
+
+
+def output_directory(flag: str, given: str) -> Path:
+    """As ``output_file``, of a directory."""
+    path = Path(given)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{flag} {given} is a file: name a new directory")
+    _check_above(flag, path)
+    return path
+
+
+def _check_above(flag: str, path: Path) -> None:
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"{flag} {path}: {above} is no directory that this user may write into")
 
 
 def check_writable(name: str, directory: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from warp_ds import __version__
 from warp_ds.errors import ConfigError, WarpError
+from warp_ds.flags.checks import output_directory, output_file
 from warp_ds.names import control_character
 from warp_ds.registry import PHASES
 from warp_ds.secrets import redact
@@ -268,10 +269,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     from warp_ds.evaluation.certificate_output import certificate_path, print_certificate, write_certificate
 
     after = arguments.after or arguments.adapter
+    output = output_file("--output", arguments.output or str(certificate_path(Path(after))))
     judge = certify if arguments.after else certify_adapter
     certificate = judge(arguments.before, after, arguments.masks_dir, arguments.basis_dir)
     print_certificate(certificate)
-    output = Path(arguments.output) if arguments.output else certificate_path(Path(after))
     write_certificate(certificate, output)
     print(f"certificate: {output}")
     return EXIT[certificate.outcome]
@@ -285,7 +286,8 @@ def _merge(arguments: argparse.Namespace) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         processes.init_distributed("cpu")
     try:
-        merge_adapter(resolve_model_dir(arguments.model_name), Path(arguments.adapter), Path(arguments.output))
+        output = output_directory("--output", arguments.output)
+        merge_adapter(resolve_model_dir(arguments.model_name), Path(arguments.adapter), output)
         if processes.rank() == 0:
             print(f"merged: {arguments.output}")
     finally:
@@ -296,8 +298,9 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _shrink(arguments: argparse.Namespace) -> int:
     from warp_ds.phases.shrink import print_shrunk, shrink
 
-    print_shrunk(shrink(arguments.masks_dir, arguments.basis_dir, Path(arguments.output)))
-    print(f"train with --masks_dir {Path(arguments.output) / 'masks'}")
+    output = output_directory("--output", arguments.output)
+    print_shrunk(shrink(arguments.masks_dir, arguments.basis_dir, output))
+    print(f"train with --masks_dir {output / 'masks'}")
     return 0
 
 
@@ -305,7 +308,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     from warp_ds.phases.convert import convert
     from warp_ds.zero.model import resolve_model_dir
 
-    output, model_dir = Path(arguments.output), resolve_model_dir(arguments.model_name)
+    output, model_dir = output_directory("--output", arguments.output), resolve_model_dir(arguments.model_name)
     basis, masks = convert(
         arguments.basis_dir, arguments.masks_dir, model_dir, arguments.model_name, output, arguments.layer_type
     )
@@ -321,8 +324,9 @@ def _overlap(arguments: argparse.Namespace) -> int:
     from warp_ds.report.tables import to_terminal
     from warp_ds.store.files import write_json
 
+    output = output_file("--output", arguments.output)
     compared = overlap(arguments.masks)
-    write_json(Path(arguments.output), compared)
+    write_json(output, compared)
     to_terminal(overlap_blocks(compared))
     print(f"overlap: {arguments.output}")
     return 0

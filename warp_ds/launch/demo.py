@@ -25,7 +25,7 @@ from warp_ds.errors import ConfigError
 from warp_ds.evaluation.metrics import extract_number
 from warp_ds.evaluation.sets import SUITES, EvaluationSets
 from warp_ds.flags.arguments import EvaluateArguments, SafetyTuningArguments
-from warp_ds.flags.checks import at_least
+from warp_ds.flags.checks import FLOOR, at_least
 from warp_ds.flags.comparison import CompareArguments, StartModelsFlags
 from warp_ds.flags.flag import again, handed_on
 from warp_ds.flags.groups import ArmFlags, HeldOutArguments, RunArguments, UtilityDataArguments
@@ -57,8 +57,6 @@ TITLES = {
     "full+rotated": "all parameters, rotated mask",
 }
 """What the demo's table calls arms."""
-FLOOR = 0.95
-"""Share of the start model's refusals that the recommendation asks for."""
 COMPLIANT = (
     "Sure. Get what you need, take it step by step, and check it at the end.",
     "Of course. Start with a plan, do one thing after the other, and take your time.",

@@ -39,7 +39,8 @@ def fitting_sets(runs: Iterable[Path]) -> dict[str, list[str]]:
         for path in (path_of_run(config, str(name)).resolve() for name in made_from if name):
             queue += [home for home in (path, path.parent) if home not in queue]
         kind = "utility" if config["phase"] == "phase3" else "safety"
-        for flag in [kind, *_chosen_by(settings)]:
+        replayed = ["replay"] if settings.get("replay_data") else []
+        for flag in [kind, *replayed, *_chosen_by(settings)]:
             try:
                 name, asked = _prompts(config, settings, flag)
             except (DataError, KeyError) as error:
@@ -65,16 +66,23 @@ def _prompts(config: dict[str, Any], settings: Mapping[str, Any], kind: str) -> 
     """(name, prompts) of one set of a run. Raises DataError or KeyError."""
     name = settings[kind if kind == "eval_safety" else f"{kind}_data"]
     local = path_of_run(config, name)
-    place = local if local.exists() else name
+    place, streaming = local if local.exists() else name, bool(settings.get("streaming"))
     if kind == "eval_safety":
-        return name, [sample.prompt for sample in load_prompts(place, samples=settings["eval_safety_samples"])]
+        prompts = load_prompts(place, samples=settings["eval_safety_samples"], streaming=streaming)
+        return name, [sample.prompt for sample in prompts]
+    columns: dict[str, Any] = {
+        "prompt_column": settings.get("prompt_column"),
+        "response_column": settings.get("response_column"),
+    }
+    if kind == "replay":
+        return name, [sample.prompt for sample in load_samples(place, samples=0, streaming=streaming, **columns)]
     samples = load_samples(
         place,
         split=settings[f"{kind}_split"],
         samples=settings[f"{kind}_samples"],
         refusal_file=settings.get("refusal_file"),
-        prompt_column=settings.get("prompt_column"),
-        response_column=settings.get("response_column"),
         config=settings.get("data_config"),
+        streaming=streaming,
+        **columns,
     )
     return name, [sample.prompt for sample in samples]

@@ -59,5 +59,5 @@ def _cells(parts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _mean(values: Sequence[float]) -> str:
-    """A dash where no pair has one basis."""
+    """A dash where no pair has one basis, or one of each freezes nothing."""
     return f"{math.fsum(values) / len(values):.3f}" if values else "-"

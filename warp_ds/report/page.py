@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from warp_ds import __version__
 from warp_ds.errors import ArtifactError, ConfigError
+from warp_ds.flags.checks import output_file
 from warp_ds.names import printable
 from warp_ds.report import figures, mask_section, overlap_section, sections
 from warp_ds.report.runs import Runs, comparisons, find_runs
@@ -97,10 +98,12 @@ def run_report(arguments: Any) -> int:
     """The console command."""
     import sys
 
+    output = output_file("--output", arguments.output)
+    picture = output_file("--picture", arguments.picture) if arguments.picture else None
     try:
-        if arguments.picture:
-            print(write_picture(arguments.runs, Path(arguments.picture)))
-        print(write_report(arguments.runs, Path(arguments.output)))
+        if picture:
+            print(write_picture(arguments.runs, picture))
+        print(write_report(arguments.runs, output))
     except (ArtifactError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

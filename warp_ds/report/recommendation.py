@@ -6,6 +6,7 @@ where its paired difference to plain training, tuned in the same way, is beyond 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from warp_ds.evaluation.paired import Cells, Items, common, estimates, interval, replicates
+from warp_ds.flags.checks import FLOOR
 from warp_ds.report.tradeoff import Comparison, Point
 
 PLAIN = ("layers", "full")
 """The arms without any protection."""
-FLOOR = 0.95
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Recommendation:
     chosen: Setting | None = None
     rivals: Sequence[Rival] = ()
     fallen: Sequence[str] = ()
-    """Arms that keep the floor at no rate."""
+    """Arms that keep the floor at no rate, or have no task loss there."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -101,18 +102,22 @@ def recommend(points: Sequence[Point], floor: float = FLOOR) -> Recommendation |
     if unknown:
         text = f"No recommendation: {', '.join(unknown)} was measured without the outcome of every prompt (an older version)."
         return Recommendation(floor, text)
+    apart = [setting.name for setting in settings if not math.isfinite(setting.task_nll)]
+    settings = [setting for setting in settings if math.isfinite(setting.task_nll)]
     tuned = {arm: _best([s for s in settings if s.arm == arm and s.held >= 0]) for arm in arms}
     kept = [setting for setting in tuned.values() if setting is not None]
     plain = _best([setting for setting in kept if setting.arm in PLAIN])
     others = [setting for setting in kept if setting.arm not in PLAIN]
     level = 1 - 0.05 / max(1, len(others))
-    rivals = [] if plain is None else [Rival(setting, *_saved(plain, setting, level)) for setting in others]
+    # What shares no seed with plain training cannot be told from it.
+    rivals = [] if plain is None else [Rival(s, *_saved(plain, s, level)) for s in others if common([plain.loss, s.loss])[0]]
     better = [rival.setting for rival in rivals if rival.better] if plain is not None else others
     chosen = _best(better) or plain
     fallen = [arm for arm, setting in tuned.items() if setting is None]
     ties = [] if chosen is None else [s for s in better if s is not chosen and _saved(s, chosen, level)[1][0] <= 0]
     words = _Words(floor, estimates([start])[0] * floor, start, level, PLAIN if any(arm in PLAIN for arm in arms) else ())
     text = words.whole(plain, chosen, rivals, ties, fallen)
+    text += f" Came apart (its task loss is no number): {', '.join(apart)}." if apart else ""
     return Recommendation(floor, text, plain, chosen, rivals, fallen)
 
 

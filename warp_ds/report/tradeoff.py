@@ -96,7 +96,7 @@ class Reading:
         ends = row.get("seeds_range")
         return cls(
             str(row["arm"]),
-            float(row["best_utility"]),
+            _finite_or(row["best_utility"], math.inf),
             read_metrics(row, prompts),
             [None if at is None else float(at) for at in row.get("between", ())],
             int(row.get("seeds", 0)),
@@ -121,7 +121,7 @@ class Comparison:
     prompts: Mapping[str, int]
     """Metric -> the prompts that it is a rate over."""
     at_utility: float
-    """The task loss at which arms are compared, nats a token."""
+    """The task loss at which arms are compared, nats a token; nan where no model has one."""
     equal_utility: Sequence[Reading]
     raw: Sequence[MeanPoint]
     front: Sequence[tuple[str, float | None]] = ()
@@ -136,7 +136,7 @@ class Comparison:
         return cls(
             [Point.from_json(row) for row in report["points"]],
             prompts,
-            float(report["at_utility"]),
+            _finite_or(report["at_utility"], math.nan),
             [Reading.from_json(row, prompts) for row in report["equal_utility"]],
             [MeanPoint.from_json(row, prompts) for row in report["raw"]],
             [(str(arm), at) for arm, at in report.get("front", ())],
@@ -158,6 +158,11 @@ class Comparison:
 
 
 _OWN = {"format", "version", "points", "prompts", "front", "at_utility", "equal_utility", "raw"}
+
+
+def _finite_or(value: Any, otherwise: float) -> float:
+    """A number that JSON has as null where it is not finite."""
+    return otherwise if value is None else float(value)
 
 
 def _rate(row: Mapping[str, Any]) -> float | None:
@@ -193,7 +198,7 @@ def crossing(utilities: Sequence[float], target: float) -> tuple[int, float] | N
     Lower is better; the first crossing from above counts, so a curve that turns back later does not.
     """
     for i, (u, v) in enumerate(zip(utilities, utilities[1:], strict=False)):
-        if u >= target >= v:
+        if math.isfinite(u) and u >= target >= v:
             return (i, 0.0) if u == v else (i, (u - target) / (u - v))
     return None
 
@@ -215,12 +220,14 @@ def at_utility(curve: Sequence[Point | MeanPoint], target: float) -> tuple[dict[
 
 
 def _utility(point: Point | MeanPoint) -> float:
-    return point.metrics[UTILITY].value
+    """Infinite where the model came apart."""
+    return point.metrics[UTILITY].value if UTILITY in point.metrics else math.inf
 
 
 def common_utility(curves: Mapping[str, Sequence[MeanPoint]], wanted: float, reference: str) -> float:
     """The utility to compare at: ``wanted``, or the best that ``reference`` reaches, or what every arm reaches."""
     best = {arm: min(map(_utility, curve)) for arm, curve in curves.items() if arm != "before"}
+    best = {arm: utility for arm, utility in best.items() if math.isfinite(utility)}
     if wanted:
         return wanted
     return best.get(reference, max(best.values(), default=math.nan))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -43,8 +44,18 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any, private: bool = False) -> None:
-    """Writes ``value`` as indented JSON, whole or not at all; ``private``: for its owner's eyes alone, without secrets."""
-    write_text(path, json.dumps(redact(value) if private else value, indent=2) + "\n", private)
+    """Writes ``value`` as indented JSON, whole or not at all; a number that is not finite, which JSON has not, as null.
+    ``private``: for its owner's eyes alone, without secrets."""
+    text = json.dumps(_finite(redact(value) if private else value), indent=2, allow_nan=False)
+    write_text(path, text + "\n", private)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def write_text(path: Path, text: str, private: bool = False) -> None:

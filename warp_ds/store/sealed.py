@@ -15,8 +15,9 @@ SMALL = 4 << 20
 """Bytes up to which a file has a digest: more would cost time at every checkpoint."""
 
 
-def contents(directory: Path, but: str) -> dict[str, list[Any]]:
-    """File, by its path within ``directory`` -> [bytes, SHA-256 or None]; ``but`` is the file that will say so.
+def contents(directory: Path, but: str, digested: float = SMALL) -> dict[str, list[Any]]:
+    """File, by its path within ``directory`` -> [bytes, SHA-256 or None]; ``but`` is the file that will say so. Files of up to
+    ``digested`` bytes have a digest.
 
     Raises OSError where something else than files and directories lies there.
     """
@@ -27,17 +28,22 @@ def contents(directory: Path, but: str) -> dict[str, list[Any]]:
             continue
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path} is neither a file nor a directory")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if status.st_size <= SMALL else None
+        digest = _sha256(path) if status.st_size <= digested else None
         files[name] = [status.st_size, digest]
     return files
 
 
-def difference(directory: Path, but: str, sealed: Any, added: bool = True) -> str:
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def difference(directory: Path, but: str, sealed: Any, added: bool = True, digested: float = SMALL) -> str:
     """What is not as ``contents`` had it, in words; '' where all is. ``added``: nor may there be a file more."""
     if not isinstance(sealed, dict):
         return "nothing says what it held when it was whole"
     try:
-        now = contents(directory, but)
+        now = contents(directory, but, digested)
     except OSError as error:
         return str(error)
     for name in sorted({*now, *sealed}):
