@@ -84,7 +84,7 @@ class TrainArguments(MaskedTrainingFlags, ControlFlags, PublishFlags, UtilityDat
     masks_dir: str | None = flag(
         None,
         "masks of phase 2; the newest finished ones under --output_dir; none = no mask,"
-        " and --target_layers, --layer_type name what trains",
+        " and --target_layers, --layer_type (of an adapter --lora_layers) name what trains",
         reads="masks",
     )
 
