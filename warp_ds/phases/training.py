@@ -23,7 +23,7 @@ from warp_ds.data.collate import GlobalBatchSampler
 from warp_ds.data.stored import StoredSamples
 from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
-from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
+from warp_ds.flags.arguments import AuditArguments, SafetyTuningArguments, TrainArguments
 from warp_ds.flags.groups import TrainingFlags
 from warp_ds.models.flops import active_parameters, device_peak
 from warp_ds.models.targets import check_targets, find_targets
@@ -63,7 +63,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     model_dir = resolve_model_dir(arguments.model_name)
     fingerprint = model_fingerprint(model_dir)
     fetch_shared(arguments)
-    read_together(lambda: _artefacts(arguments), "reading basis and masks")
+    read_together(lambda: artefacts(arguments), "reading basis and masks")
     with consensus.on_every_rank_or_none("checking the inputs"):
         check_packing(arguments, model_dir)
     pairs = _task(arguments)
@@ -73,7 +73,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         controls = Controls.read(arguments, passed)
         inputs = {"model": fingerprint, "data": fingerprint_rows(pairs), **watched.fingerprints(arguments, passed)}
         inputs |= controls.fingerprints()
-        masks_dir, basis_dir = _find_masks(arguments, inputs["model"])
+        masks_dir, basis_dir = find_masks(arguments, inputs["model"])
         if masks_dir is not None:
             inputs["masks"] = MaskStore(masks_dir).fingerprint()
             if arguments.adapter != "none":
@@ -179,8 +179,8 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
         return run.directory
 
 
-def _artefacts(arguments: TrainArguments) -> Iterator[Contents]:
-    """What ``_find_masks`` reads every byte of."""
+def artefacts(arguments: TrainArguments | AuditArguments) -> Iterator[Contents]:
+    """What ``find_masks`` reads every byte of."""
     if arguments.masks_dir != "none":
         masks = MaskStore(find_artifact(arguments.masks_dir, "masks", arguments.output_dir))
         yield masks.contents()
@@ -188,7 +188,7 @@ def _artefacts(arguments: TrainArguments) -> Iterator[Contents]:
             yield basis.contents()
 
 
-def _find_masks(arguments: TrainArguments, model_fingerprint: str) -> tuple[Path | None, Path | None]:
+def find_masks(arguments: TrainArguments | AuditArguments, model_fingerprint: str) -> tuple[Path | None, Path | None]:
     """Directories of masks and basis, checked against each other and the model; (None, None) for no mask."""
     if arguments.masks_dir == "none":
         return None, None
