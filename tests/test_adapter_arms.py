@@ -16,6 +16,7 @@ from test_compare import comparison
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.adapter_certificate import certify_adapter
 from warp_ds.flags.arguments import TrainArguments
+from warp_ds.flags.comparison import CompareArguments
 from warp_ds.launch.chain_flags import check_flags, phase_flags
 from warp_ds.method.lora_baselines import safe_lora
 from warp_ds.phases.arms import parse_arms
@@ -77,11 +78,17 @@ def test_arms_of_adapters(tmp_path: Path) -> None:
         ({"adapter": "lora", "train_scope": "all"}, "the adapter alone trains"),
         ({"adapter": "lora", "lora_dropout": 1.0}, "from 0 to below 1"),
         ({"adapter": "lora", "lora_layers": "attn_x"}, "choose from ffn_down"),
+        ({"adapter": "lora", "masks_dir": "none", "layer_type": "attn_q"}, "name its layers with --lora_layers"),
     ],
 )
 def test_flags_that_are_refused(flags: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainArguments(model_name=str(tmp_path), **flags).check()
+
+
+def test_a_comparison_has_no_adapter_of_rank_0() -> None:
+    with pytest.raises(ConfigError, match="--lora_r must be at least 1, not 0"):
+        CompareArguments(lora_r=0).check()
 
 
 def test_a_chain_that_reads_the_trained_model_merges_it(tmp_path: Path) -> None:

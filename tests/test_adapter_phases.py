@@ -13,20 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense_training import DenseAdamW, complete_basis, task_loss, train
+from dense_training import DenseAdamW, complete_basis, encoded, task_loss, train
 from peft import LoraConfig, PeftModel, get_peft_model
-from phase3_jobs import losses, make_model, phase3, phase12
+from phase3_jobs import SAMPLES, TRAINER, common, losses, make_model, phase3, phase12
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
+from test_controls import entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from warp_ds.cluster import preemption, processes
-from warp_ds.errors import ArtifactError, ConfigError
+from warp_ds.errors import ArtifactError, ConfigError, UnsupportedSetting
 from warp_ds.evaluation.adapter_certificate import certify_adapter
 from warp_ds.evaluation.certificate import certify
+from warp_ds.flags.arguments import ImportanceArguments, SafetyTuningArguments
 from warp_ds.launch.cli import main
 from warp_ds.models.adapter_directory import AdapterDirectory
-from warp_ds.phases import adapters, merge
+from warp_ds.phases import adapters, merge, training
+from warp_ds.phases.importance import run_importance
 from warp_ds.phases.trainer import MetricsFile
 from warp_ds.protection import WarpCallback
 from warp_ds.store.masks import MaskStore
@@ -280,6 +283,10 @@ def test_an_adapter_without_the_constraint_is_broken(root: Path, tmp_path: Path)
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"init_lora_weights": "pissa"}, "changes the base weights"),
         ({"something_new": 1}, "something_new is 1"),
+        ({"alpha_pattern": [1]}, "no mapping of names to numbers"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "has '8' for 'q_proj'"),
+        ({"alpha_pattern": {"q_proj(": 8}}, "which is no pattern"),
+        ({"lora_alpha": True}, "lora_alpha is True"),
     ],
 )
 def test_adapters_that_are_not_understood_are_refused(
@@ -291,6 +298,90 @@ def test_adapters_that_are_not_understood_are_refused(
     (copy / "adapter_config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(ArtifactError, match=message):
         AdapterDirectory.of(copy)
+
+
+def test_a_pair_of_rank_0_is_no_adapter(runs: Any, tmp_path: Path) -> None:
+    def emptied(tensors: dict[str, torch.Tensor]) -> None:
+        a = next(name for name in tensors if "lora_A" in name)
+        b = a.replace("lora_A", "lora_B")
+        tensors |= {a: tensors[a][:0].clone(), b: tensors[b][:, :0].clone()}
+
+    with pytest.raises(ArtifactError, match=r"no pair \[r, n\] and \[m, r\]"):
+        AdapterDirectory.of(tampered(Path(runs[3]["run"]) / "adapter", tmp_path / "empty", emptied))
+
+
+def test_an_adapter_is_merged_into_its_own_base_alone(
+    root: Path, runs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(root / "m")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "other")
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    shutil.copytree(Path(runs[3]["run"]) / "adapter", ours)
+    shutil.copytree(ours, theirs)
+    (theirs / "adapter_base.json").unlink()
+    for adapter in (ours, theirs):  # by what phase 3 wrote, and by the directory that PEFT names
+        with pytest.raises(ArtifactError, match=r"was trained on .*/m \(fingerprint .*other is another model"):
+            merge.merge_adapter(tmp_path / "other", adapter, tmp_path / "merged")
+    config = json.loads((theirs / "adapter_config.json").read_text())
+    (theirs / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "somebody/model"}))
+    merge.merge_adapter(tmp_path / "other", theirs, tmp_path / "merged")
+    assert "names somebody/model as its base: nothing here says whether" in caplog.text
+    (ours / "adapter_base.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="is not what this program writes"):
+        merge.merge_adapter(root / "m", ours, tmp_path / "merged2")
+
+
+def of_no_masks(root: Path, output: Path) -> str:
+    return str(phase3(root, root / "artefacts", output, masks_dir="none", epochs=1, **LORA))
+
+
+def test_without_masks_every_type_of_layer_has_an_adapter(root: Path, tmp_path: Path) -> None:
+    run = Path(run_ranks(1, of_no_masks, root, tmp_path)[0])
+    layers = AdapterDirectory.of(run / "adapter").layers
+    assert {layer.rsplit(".", 1)[1] for layer in layers} == {f"{name}_proj" for name in "down up gate q k v o".split()}
+
+
+def of_phase_0(root: Path, output: Path) -> tuple[list[float], str]:
+    shared = common(root, output, safety_data=str(root / "refusals_fit.jsonl"), safety_samples=0, epochs=5, learning_rate=2e-3)
+    tuning = SafetyTuningArguments(**shared, global_batch_size=SAMPLES, merge_adapter=True, **LORA)
+    run = training.run_safety_tuning(tuning, TRAINER)
+    return losses(run), str(run)
+
+
+def test_phase_0_trains_an_adapter_on_every_type_of_layer(root: Path, tmp_path: Path) -> None:
+    """Against plain LoRA in fp64; its merged model is a start model like any other."""
+    found, path = run_ranks(2, of_phase_0, root, tmp_path)[0]
+    adapter = AdapterDirectory.of(Path(path) / "adapter")
+    assert {layer.rsplit(".", 1)[1] for layer in adapter.layers} == {f"{name}_proj" for name in "down up gate q k v o".split()}
+    model = AutoModelForCausalLM.from_pretrained(root / "m")
+    torch.manual_seed(SEED)
+    adapted = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=5, lora_alpha=10, target_modules=adapter.layers)
+    ).double()
+    named = {k: p.detach().clone() for k, p in adapted.named_parameters() if p.requires_grad}
+    optimizer = DenseAdamW(named, {}, {}, lr=2e-3, eps=1e-4, decay=dict.fromkeys(named, 0.1), clip=0.5)
+    safety = encoded(root / "refusals_fit.jsonl", AutoTokenizer.from_pretrained(root / "m"))
+    said = train(adapted, list(named), [torch.zeros(0)] * 5, optimizer, lambda model, batch: entropy(model, safety))
+    assert found == pytest.approx(said, abs=1e-6)
+    for name, value in optimizer.weights().items():
+        stored = adapter.read(name.replace(".default", "").removeprefix("base_model.model."))
+        assert (stored.double() - value).abs().max() < 1e-5, name
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(Path(path) / "model")(ids).logits
+        assert (merged - adapted.float()(ids).logits).abs().max() < 1e-4
+
+
+def test_masks_of_entries_are_refused_before_a_model_is_loaded(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = common(root, tmp_path, layer_type="ffn_down", safety_data=str(root / "refusals_fit.jsonl"), safety_samples=5)
+    run_importance(ImportanceArguments(**shared, basis="identity"))
+    monkeypatch.setattr(training, "load_model", None)
+    with pytest.raises(UnsupportedSetting, match="freeze single coefficients"):
+        phase3(root, tmp_path, tmp_path / "out", **LORA)
 
 
 def test_a_pair_that_peft_would_not_load_is_certified_for_none(root: Path, runs: Any, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +18,13 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from warp_ds.cluster import processes
-from warp_ds.errors import ConfigError
+from warp_ds.errors import ConfigError, WarpError
 from warp_ds.flags.arguments import TrainArguments
 from warp_ds.flags.parsing import parse_training
 from warp_ds.phases import training
+from warp_ds.phases.controls import Controls
+from warp_ds.phases.replay import Replay
+from warp_ds.phases.start_model import remove_kept
 from warp_ds.zero.deepspeed_internals import shard
 
 STEPS = 5
@@ -71,6 +76,22 @@ def stopped(root: Path, output: Path) -> None:
         pass
     finally:
         training._arrange_reporters, training.find_checkpoint = arrange, made
+
+
+def stopped_and_robbed(root: Path, output: Path) -> list[str]:
+    """What is said of a run whose start logits were removed, and of one in which a file of them was cut, before it goes on."""
+    stopped(root, output)
+    (run,) = (path.parent for path in output.glob("*/start_logits"))
+    said = []
+    for rob in (lambda path: path.write_bytes(b""), lambda path: shutil.rmtree(path.parent)):
+        if processes.rank() == 0:
+            rob(min((run / "start_logits").glob("sample_*")))
+        processes.barrier()
+        try:
+            few(root, output)
+        except WarpError as error:
+            said.append(str(error))
+    return said
 
 
 def few(root: Path, output: Path) -> str:
@@ -200,6 +221,32 @@ def test_a_run_goes_on_with_its_average_and_the_start_models_logits(
     assert all((found[name] - expected[name]).abs().max() < 1e-5 for name in expected)
 
 
+def test_start_logits_are_never_made_of_trained_weights(root: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(2, stopped_and_robbed, root, tmp_path)
+    assert len(first) == len(second) == 2
+    assert "sample_000000.safetensors was changed" in first[0] and "it is missing" in first[1]
+    assert all("The weights of checkpoint-2 are no start model's" in text for text in first)
+
+
+def test_a_finished_run_keeps_no_start_logits(made: Any) -> None:
+    for name in ("der", "constrained", "few"):
+        run = Path(made[2][name][1]).parents[1]
+        assert (run / "finished.json").is_file() and not (run / "start_logits").exists()
+
+
+def test_start_logits_that_were_never_finished_are_made_again(tmp_path: Path) -> None:
+    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=2)
+    held = Replay([{"labels": [2]}], TrainArguments(device="cpu"), tokenizer, tmp_path / "held", 1)
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "somebody's").touch()
+    remove_kept(tmp_path / "held")
+    assert (tmp_path / "held" / "somebody's").is_file(), "not begun by this program"
+    shutil.rmtree(tmp_path / "held")
+    assert held._is_made() is False
+    held.keep(0, torch.ones(2, 3), torch.zeros(2))
+    assert held._is_made() is False and not list((tmp_path / "held").glob("sample_*"))
+
+
 class Steps(TrainerCallback):
     """Keeps the adapter's weights, whole, before the first step and after each."""
 
@@ -253,8 +300,16 @@ def test_every_objective_can_be_asked_for() -> None:
     ({"replay_data": "x.jsonl"}, "--replay_data goes with der"),
     ({"objective": "der", "replay_data": "x.jsonl", "packing": True}, "leave --packing out"),
     ({"ema_decay": 1.0}, "--ema_decay is at least 0 and below 1"),
+    ({"der_alpha": 2.0}, "--der_alpha is of --objective der, and says nothing of task"),
+    ({"objective": "constrained", "replay_batch_size": 3}, "--replay_batch_size is of --objective der"),
 ])  # fmt: skip
 def test_flags_that_contradict_each_other_are_refused(flags: dict[str, Any], message: str) -> None:
     assert SAMPLES
     with pytest.raises(ConfigError, match=message):
         TrainArguments(**flags).check()
+
+
+def test_a_loss_that_is_not_the_tasks_takes_no_smoothing_of_it() -> None:
+    with pytest.raises(ConfigError, match="leave --label_smoothing_factor out"):
+        Controls.read(TrainArguments(objective="constrained"), {"label_smoothing_factor": 0.1})
+    Controls.read(TrainArguments(), {"label_smoothing_factor": 0.1})

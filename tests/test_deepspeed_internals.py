@@ -50,6 +50,7 @@ READ = (
     "zenflow",
     "model_parallel_group",
     "torch_autocast_gradscaler",
+    "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
 )
 
 

@@ -133,6 +133,7 @@ def test_masks_that_freeze_nothing_share_no_number(tmp_path: Path) -> None:
     made = [write_artefacts(tmp_path / f"run{share:g}", odd_model(), share=share) for share in (0.0, 0.3)]
     output = tmp_path / "overlap.json"
     assert main(["overlap", *(str(made[i].masks) for i in (0, 0, 1)), "--output", str(output)]) == 0
+    json.dumps(overlap([made[0].masks] * 2), allow_nan=False)
     first = read_json(output, finite=True)["pairs"][0]["over_all"]
     assert {first[name] for name in ("iou", "iou_by_chance", "subspace", "subspace_by_chance", "subspace_by_columns")} == {None}
     assert "is not as this program writes it" not in write_report([tmp_path], tmp_path / "report.html").read_text()

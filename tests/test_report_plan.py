@@ -53,6 +53,20 @@ def test_figures_that_are_exact(configs: Path) -> None:
         assert training.disk - training.checkpoint >= 2 * 70_553_706_496
 
 
+def test_what_is_kept_of_the_start_model_is_counted(configs: Path) -> None:
+    shape = read_shape(str(configs / "70b"), "ffn_down", "all")
+    phases = {
+        objective: estimate_phases(
+            shape, Job(objective=objective, tokens=100, basis_samples=7, utility_samples=30), SHARDINGS[1]
+        )
+        for objective in ("task", "der", "constrained")
+    }
+    for name, size in (("der", 7 * 100 * 128256 * 2), ("constrained", 30 * 100 * 4)):
+        for plain, other in zip(phases["task"], phases[name], strict=True):
+            more = size if plain.phase == "phase 3" else 0
+            assert other.disk - plain.disk == other.written - plain.written == more
+
+
 def test_hidden_states_take_a_quarter_of_what_is_free(configs: Path) -> None:
     """Of a GPU of 100 GB beside 17.6 GB of weights, a gathered block or embedding, and the context; the rest is host memory."""
     shape = read_shape(str(configs / "70b"), "ffn_down", "all")

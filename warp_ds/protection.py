@@ -48,6 +48,7 @@ def protect(
     *,
     model_dir: str | None = None,
     basis_placement: str = "auto",
+    left_projection: bool = False,
 ) -> MaskedStep:
     """Freezes the rotated coefficients that ``masks_dir`` names in every further step of a DeepSpeed engine.
 
@@ -56,7 +57,8 @@ def protect(
     the identity basis, and for those that name their basis. ``model_dir`` is checked against the artefacts'
     fingerprints where given. ``basis_placement``: 'replicated' holds every basis on every rank, 'owner' each on one
     rank, to which the layers' shards are sent, 'sharded' a piece of each on every rank, gathered a layer ahead of use;
-    'auto' takes the fastest that fits (``zero.placements.place_bases``). Called on every rank. Raises
+    'auto' takes the fastest that fits (``zero.placements.place_bases``). ``left_projection``: with masks of whole columns of
+    the basis 'weight', what is free stays out of their left singular directions too, as OSFT does. Called on every rank. Raises
     ArtifactError where the artefacts belong to another model, UnsupportedSetting where the step would not be exact,
     ValueError where a checkpoint of another basis or of unprotected training was loaded before.
 
@@ -65,7 +67,10 @@ def protect(
     """
     deepspeed_internals.refuse_unsupported(engine.optimizer)
     return protect_optimizer(
-        engine.module, engine.optimizer, basis_dir, masks_dir, model_dir=model_dir, basis_placement=basis_placement
+        *(engine.module, engine.optimizer, basis_dir, masks_dir),
+        model_dir=model_dir,
+        basis_placement=basis_placement,
+        left_projection=left_projection,
     )
 
 
@@ -77,6 +82,7 @@ def protect_optimizer(
     *,
     model_dir: str | None = None,
     basis_placement: str = "auto",
+    left_projection: bool = False,
 ) -> MaskedStep:
     """As ``protect``, for a model and its optimizer: DeepSpeed's ZeRO-3 optimizer, or a plain torch one.
 
@@ -87,6 +93,8 @@ def protect_optimizer(
         by_deepspeed, optimizer = isinstance(optimizer, DeepSpeedOptimizerWrapper), optimizer.optimizer
     if by_deepspeed:
         deepspeed_internals.refuse_unsupported(optimizer)
+        if left_projection and optimizer.swap_optimizer:
+            raise errors.UnsupportedSetting("--left_projection does not support an optimizer on NVMe: offload it to the CPU")
     read_together(lambda: _covered(model, model_dir, basis_dir, masks_dir), "reading basis and masks")
     with consensus.on_every_rank_or_none("reading basis and masks"):
         masks = MaskStore(find_artifact(str(masks_dir), "masks", "."))
@@ -94,6 +102,8 @@ def protect_optimizer(
         fingerprint = _fingerprint(model, model_dir)
         name = model_dir or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         masks.check(basis, fingerprint, name)
+        if left_projection:
+            refuse_without_left(masks, is_adapted(model))
         if basis is not None:
             basis.check(masks.layers, fingerprint, name)
         masked = _masked(model, masks)
@@ -105,9 +115,9 @@ def protect_optimizer(
                 "on whole parameters (one process, or DDP); not under FSDP"
             )
         alone, placement = _layers(basis, masks, masked, 1, 0, "replicated")
-        return MaskedStep(PlainDriver(optimizer, alone), placement)
+        return MaskedStep(PlainDriver(optimizer, alone), placement, left_projection)
     layers, placement = _layers(basis, masks, masked, processes.world_size(), processes.rank(), basis_placement)
-    return MaskedStep(Zero3Driver(optimizer, layers, mark), placement)
+    return MaskedStep(Zero3Driver(optimizer, layers, mark), placement, left_projection)
 
 
 def _fingerprint(model: nn.Module, model_dir: str | None) -> str | None:
@@ -171,11 +181,7 @@ def _masked(model: nn.Module, masks: MaskStore) -> list[_Masked]:
     if not is_adapted(model):
         params = _parameters(model, masks.layers, masks.directory)
         return [_Masked(layer, params[layer.name]) for layer in masks.layers]
-    if masks.metadata.unit != "column":
-        raise errors.UnsupportedSetting(
-            f"the masks in {masks.directory} freeze single coefficients (unit {masks.metadata.unit}), which an adapter cannot "
-            "keep with its rank: find masks of whole columns, with --mask_unit column in phase 2"
-        )
+    refuse_entries(masks)
     pairs = lora_pairs(model, masks.layers)
     if not pairs:
         raise ArtifactError(
@@ -196,6 +202,25 @@ def _masked(model: nn.Module, masks: MaskStore) -> list[_Masked]:
         columns = unpack_bits(masks.columns(layer.name), layer.n)[0]
         masked.append(_Masked(replace(layer, m=rows), pair.a, pair.b, columns))
     return masked
+
+
+def refuse_without_left(masks: MaskStore, adapted: bool) -> None:
+    """UnsupportedSetting for masks whose frozen columns have no left singular directions."""
+    if adapted or (masks.metadata.basis, masks.metadata.unit) != ("weight", "column"):
+        raise errors.UnsupportedSetting(
+            f"--left_projection is of weights and masks of whole columns of their right singular vectors, and those in "
+            f"{masks.directory} are of the basis {masks.metadata.basis}, unit {masks.metadata.unit}"
+            f"{', with an adapter' if adapted else ''}: make them with --basis weight in phase 1, --mask_unit column in phase 2"
+        )
+
+
+def refuse_entries(masks: MaskStore) -> None:
+    """UnsupportedSetting for masks that an adapter cannot keep."""
+    if masks.metadata.unit != "column":
+        raise errors.UnsupportedSetting(
+            f"the masks in {masks.directory} freeze single coefficients (unit {masks.metadata.unit}), which an adapter cannot "
+            "keep with its rank: find masks of whole columns, with --mask_unit column in phase 2"
+        )
 
 
 def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> dict[str, nn.Parameter]:
@@ -297,7 +322,7 @@ class WarpCallback(TrainerCallback):
 
     Works under ZeRO-3, and without DeepSpeed. Logs, where the Trainer logs: ``masked_fraction``,
     ``grad_norm_removed``, ``rotate_seconds``, ``rotate_bytes``. ``basis_dir`` may be left out where it is the one that
-    the masks name. ``basis_placement`` as in ``protect``.
+    the masks name. ``basis_placement`` and ``left_projection`` as in ``protect``.
     """
 
     def __init__(
@@ -306,11 +331,12 @@ class WarpCallback(TrainerCallback):
         masks_dir: str | Path | None = None,
         model_dir: str | None = None,
         basis_placement: str = "auto",
+        left_projection: bool = False,
     ):
         if masks_dir is None:
             raise ArtifactError("WarpCallback needs masks_dir, the masks/ directory of a phase 2 run")
         self.basis_dir, self.masks_dir, self.model_dir = basis_dir, masks_dir, model_dir
-        self.basis_placement = basis_placement
+        self.basis_placement, self.left_projection = basis_placement, left_projection
         self.protection: MaskedStep | None = None
         self._clipping: float | None = None
 
@@ -328,6 +354,7 @@ class WarpCallback(TrainerCallback):
             self.masks_dir,
             model_dir=self.model_dir,
             basis_placement=self.basis_placement,
+            left_projection=self.left_projection,
         )
         if protection.driver.clips(args.max_grad_norm):
             self._clipping, args.max_grad_norm = args.max_grad_norm, 0.0

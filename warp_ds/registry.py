@@ -87,6 +87,14 @@ _ALL = (
         "evaluate", "Evaluation", "warp_ds.flags.arguments:EvaluateArguments", "warp_ds.phases.evaluate:run_evaluation", hours=2
     ),
     Phase(
+        "audit",
+        "Audit: which task samples cost safety",
+        "warp_ds.flags.arguments:AuditArguments",
+        "warp_ds.phases.audit:run_audit",
+        reads="masks",
+        chained=False,
+    ),
+    Phase(
         "compare",
         "Arms side by side",
         "warp_ds.flags.comparison:CompareArguments",

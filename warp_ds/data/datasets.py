@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from warp_ds.data.cells import REFUSAL_FILE, texts_of
+from warp_ds.data.prompt_sets import named
 from warp_ds.data.readers import CHUNK, READERS, json_values, read_file, read_text, suffix_of, table_of
 from warp_ds.data.sample import Sample
 from warp_ds.data.shapes import RESPONSE_COLUMNS, Layout, Wanted, listed, samples_of
@@ -124,7 +125,8 @@ def _from_all(
         layout = KNOWN.get(source)
         size = min(CHUNK, max(most, 2)) if alone and most else CHUNK
         tables = read_source(source, split, layout.config if layout and config is None else config, size, streaming)
-        samples = _of_source(tables, source, replace(wanted, layout=layout), most if alone else 0)
+        column = None if named(source) else wanted.prompt_column  # a set known by name says itself
+        samples = _of_source(tables, source, replace(wanted, layout=layout, prompt_column=column), most if alone else 0)
         if not alone:
             parts.append(_weighted(hold(samples), source, weight))
     taken = 0

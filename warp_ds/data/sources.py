@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 
+from warp_ds.data.prompt_sets import named, prompts_of
 from warp_ds.data.readers import CHUNK, READERS, read_chunks, suffix_of, without_holes
 from warp_ds.data.table import Settled, Table, regrouped
 from warp_ds.errors import DataError
@@ -49,7 +50,9 @@ def sources_of(text: str) -> list[tuple[str, float]]:
 def check_source(text: str) -> None:
     """DataError for a local source of `text` that is missing or cannot be read; the hub's are left to `read_source`."""
     for source, _ in sources_of(text):
-        local_path(source)
+        known = named(source)
+        if known is None or known[1] is not None:
+            local_path(source if known is None else str(known[1]))
 
 
 def local_path(source: str) -> Path | None:
@@ -80,7 +83,12 @@ def read_source(
     source: str, split: str, config: str | None = None, size: int = CHUNK, streaming: bool = False
 ) -> Iterator[Table]:
     """The rows of one source, about `size` at a time and no further than is asked for; `streaming` keeps no copy of what the
-    hub has. Raises `DataError`."""
+    hub has. Of a set known by name (`prompt_sets`) its prompts. Raises `DataError`."""
+    if (known := named(source)) is not None:
+        found, place = known
+        where = (found.hub, found.split, found.config) if place is None else (place, split, config)
+        yield from prompts_of(read_source(*where, size, streaming), found)
+        return
     path = local_path(source)
     settled = Settled()
     columns: dict[str, None] = {}

@@ -90,13 +90,30 @@ class TrainArguments(MaskedTrainingFlags, ControlFlags, PublishFlags, UtilityDat
     masks_dir: str | None = flag(
         None,
         "masks of phase 2; the newest finished ones under --output_dir; none = no mask,"
-        " and --target_layers, --layer_type name what trains",
+        " and --target_layers, --layer_type (of an adapter --lora_layers) name what trains",
         reads="masks",
     )
 
     def check(self) -> None:
         super().check()
         check_training(self)
+        at_least(self, "utility_samples", 0)
+
+
+@dataclass
+class AuditArguments(UtilityDataArguments, SafetyDataArguments, RunArguments):
+    """The audit of a task set."""
+
+    utility_samples: int = again(UtilityDataArguments, "utility_samples", 0)
+    basis_dir: str | None = again(TrainArguments, "basis_dir", None)
+    masks_dir: str | None = again(
+        TrainArguments, "masks_dir", None, "masks of phase 2; the newest finished ones under --output_dir if not given"
+    )
+    show: int = samples(50, "how many of the samples that cost most safety are shown with their texts; 0 = all")
+
+    def check(self) -> None:
+        super().check()
+        at_least(self, "safety_samples", 0)
         at_least(self, "utility_samples", 0)
 
 

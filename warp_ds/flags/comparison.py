@@ -89,6 +89,7 @@ class CompareArguments(
         check_keep_ratio(self.keep_ratio)
         check_floor(self.floor)
         check_rank(self)
+        self.check_lora()
         if not 0.0 < self.neuron_share <= 1.0:
             raise ConfigError(f"--neuron_share is a share above 0 and at most 1, not {self.neuron_share}")
         if self.mix_ratio < 0:

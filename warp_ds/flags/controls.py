@@ -9,7 +9,7 @@ from warp_ds.flags.checks import at_least
 from warp_ds.flags.flag import flag
 from warp_ds.flags.groups import PackingFlags
 
-REPLAYS = ("der",)
+REPLAYS = ("der", "safegrad")
 """The objectives that see safety samples beside the task."""
 
 
@@ -17,9 +17,13 @@ REPLAYS = ("der",)
 class ReplayFlags:
     """How safety samples are replayed."""
 
-    replay_batch_size: int = flag(0, "der: safety samples per optimizer step over all ranks; 0 = --global_batch_size")
+    replay_batch_size: int = flag(0, "der, safegrad: safety samples per optimizer step over all ranks; 0 = --global_batch_size")
     der_alpha: float = flag(0.5, "der: weight of the squared distance to the start model's logits")
     der_beta: float = flag(0.0, "der: weight of the replayed answers' own loss (DER++)")
+
+
+#: Which objectives a flag says something of.
+_OF = {"replay_batch_size": REPLAYS, "der_alpha": ("der",), "der_beta": ("der",)}
 
 
 @dataclass
@@ -28,11 +32,17 @@ class ControlFlags(ReplayFlags, PackingFlags):
 
     objective: str = flag(
         "task",
-        "task (its loss alone), der (replay with the start model's logits) or constrained (held to it, token by token)",
-        choices=("task", "der", "constrained"),
+        "task (its loss alone), der (replay with the start model's logits), safegrad (the task's gradient without what points "
+        "against the replayed samples') or constrained (held to the start model, token by token)",
+        choices=("task", "der", "safegrad", "constrained"),
     )
-    replay_data: str | None = flag(None, "der: safety samples to replay; all of the file", reads="data")
+    replay_data: str | None = flag(None, "der, safegrad: safety samples to replay; all of the file", reads="data")
     ema_decay: float = flag(0.0, "what comes out is the exponential average of the weights over the steps; 0 = the last ones")
+
+    left_projection: bool = flag(
+        False,
+        "keep out of the frozen columns' left singular directions too, as OSFT does; masks of columns of the basis weight",
+    )
 
     def check(self) -> None:
         super().check()
@@ -41,5 +51,8 @@ class ControlFlags(ReplayFlags, PackingFlags):
             raise ConfigError(f"--ema_decay is at least 0 and below 1, not {self.ema_decay}")
         if (self.objective in REPLAYS) != (self.replay_data is not None):
             raise ConfigError(f"--objective {self.objective}: --replay_data goes with {', '.join(REPLAYS)}, and with no other")
+        for name, of in _OF.items():
+            if getattr(self, name) != getattr(ReplayFlags, name) and self.objective not in of:
+                raise ConfigError(f"--{name} is of --objective {', '.join(of)}, and says nothing of {self.objective}")
         if self.objective != "task" and self.packing:
             raise ConfigError(f"--objective {self.objective} needs one sample a row: leave --packing out")

@@ -10,6 +10,7 @@ from warp_ds.data.template import DEFAULT_DATE, is_date
 from warp_ds.data.trained import LONG_SAMPLES, TRAIN_ON
 from warp_ds.errors import ConfigError
 from warp_ds.flags.checks import (
+    FLOOR,
     at_least,
     check_numbers,
     check_run_name,
@@ -276,6 +277,13 @@ class LoraFlags:
     lora_dropout: float = flag(0.05, "LoRA: dropout before A")
     lora_rslora: bool = flag(False, "LoRA: scale by alpha / sqrt(r) (rsLoRA)")
 
+    def check_lora(self) -> None:
+        at_least(self, "lora_r", 1)
+        if not self.lora_alpha > 0 or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(
+                f"--lora_alpha {self.lora_alpha} is above 0, --lora_dropout {self.lora_dropout} from 0 to below 1"
+            )
+
 
 @dataclass
 class AdapterFlags(LoraFlags):
@@ -297,13 +305,11 @@ class AdapterFlags(LoraFlags):
             if changed:
                 raise ConfigError(f"--{changed[0]} is of an adapter: give --adapter lora too")
             return
-        at_least(self, "lora_r", 1)
-        if not self.lora_alpha > 0 or not 0 <= self.lora_dropout < 1:
-            raise ConfigError(
-                f"--lora_alpha {self.lora_alpha} is above 0, --lora_dropout {self.lora_dropout} from 0 to below 1"
-            )
+        self.check_lora()
         if self.lora_layers is not None:
             parse_layer_types(self.lora_layers)
+        elif getattr(self, "masks_dir", None) == "none" and getattr(self, "layer_type", None) != LayerArguments.layer_type:
+            raise ConfigError("--layer_type says nothing of an adapter without masks: name its layers with --lora_layers")
         if getattr(self, "train_scope", "warp") == "all":
             raise ConfigError("--train_scope all trains every parameter: with --adapter lora the adapter alone trains")
 
@@ -340,4 +346,4 @@ class ArmFlags:
     arm_rates: str | None = flag(None, "other grids, such as 'osft=1e-5:5e-5,full=1e-5'", identity=False)
     seeds: str = flag("42", "comma-separated seeds of the training (order of the data; random bases and masks)", identity=False)
     at_utility: float = flag(0.0, "task NLL to compare at; 0 = the best that the arm 'rotated' reaches", identity=False)
-    floor: float = flag(0.95, "share of the start model's refusals that a recommended arm must keep", identity=False)
+    floor: float = flag(FLOOR, "share of the start model's refusals that a recommended arm must keep", identity=False)

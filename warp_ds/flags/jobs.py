@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from warp_ds.flags.controls import ControlFlags
 from warp_ds.flags.flag import again, flag
 from warp_ds.flags.groups import (
     AdapterFlags,
@@ -45,6 +46,12 @@ class PlanArguments(AdapterFlags, MaskedTrainingFlags, LayerArguments, NodeFlags
     utility_samples: int = again(UtilityDataArguments, "utility_samples", UtilityDataArguments.utility_samples)
     batch_size: int | None = again(RunArguments, "batch_size", None, "micro-batch of every phase; else 4, phase 3: 2")
     global_batch_size: int = again(ScheduleFlags, "global_batch_size", ScheduleFlags.global_batch_size)
+    objective: str = again(
+        ControlFlags,
+        "objective",
+        ControlFlags.objective,
+        "of phase 3, which keeps start logits: der of --safety_samples samples",
+    )
     importance_batch_size: int = again(MaskFlags, "importance_batch_size", MaskFlags.importance_batch_size)
     keep_ratio: float = again(MaskFlags, "keep_ratio", MaskFlags.keep_ratio, "LoRA: share of the columns to freeze")
     epochs: float = again(ScheduleFlags, "epochs", ScheduleFlags.epochs)

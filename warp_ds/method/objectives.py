@@ -34,6 +34,25 @@ def constrained_loss(logprobs: Tensor, start: Tensor, beta: Tensor) -> Tensor:
     return -2.0 / beta * functional.logsigmoid(beta * (logprobs - start))
 
 
+def divergence(logits: Tensor, start: Tensor) -> Tensor:
+    """KL(π_start ‖ π_θ) of each token, which SafeGrad's alignment loss is the mean of; both [t, V], returns [t] fp32."""
+    before = start.float().log_softmax(-1)
+    return (before.exp() * (before - logits.float().log_softmax(-1))).sum(-1)
+
+
+NO_DIRECTION = 1e-4
+"""SafeGrad: a safety gradient below this share of the task's is rounding; at the start model it is 0."""
+
+
+def conflict(inner: float, task: float, safety: float) -> float:
+    """SafeGrad (Yi et al., https://arxiv.org/abs/2508.07172): c in g_task <- g_task - c g_safety, the projection onto the plane
+    orthogonal to g_safety where the two are opposed: ⟨g_task, g_safety⟩ / ‖g_safety‖² where that is below 0, else 0.
+
+    ``inner`` is the inner product, ``task`` and ``safety`` the squared norms, each over all parameters that train.
+    """
+    return inner / safety if inner < 0.0 and safety > NO_DIRECTION**2 * task else 0.0
+
+
 @torch.no_grad()
 def move_average(average: Tensor, weights: Tensor, decay: float) -> None:
     """ā_t = d ā_{t-1} + (1 - d) θ_t in place, ā_0 = θ_0: the exponential average of the weights over the steps. fp32."""

@@ -22,6 +22,8 @@ from warp_ds.store.files import read_json
 from warp_ds.store.layers import TargetLayer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "adapter_base.json"
+"""The fingerprint of the model that it was trained on, which phases 0 and 3 write beside PEFT's files."""
 PREFIX = "base_model.model."
 #: Of LoraConfig (PEFT 0.21): what changes nothing of what W' = W + s B A means, or is read here.
 _UNDERSTOOD = {
@@ -91,6 +93,25 @@ class AdapterDirectory:
         return opened
 
     @property
+    def base_name(self) -> str:
+        """The model that it was trained on, as PEFT names it: a directory or a hub name; empty where it does not say."""
+        named = self.config.get("base_model_name_or_path")
+        return named if isinstance(named, str) else ""
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """That model's, where this program trained the adapter. ArtifactError where the file that says so was damaged."""
+        if not (self.directory / BASE).is_file():
+            return None
+        said = read_json(self.directory / BASE)
+        found = said.get("model_fingerprint") if isinstance(said, dict) else None
+        if not isinstance(found, str):
+            raise ArtifactError(
+                f"{self.directory / BASE} is not what this program writes: train the adapter again, or remove it"
+            )
+        return found
+
+    @property
     def layers(self) -> list[str]:
         """Module names of the layers with an A."""
         return [name.removesuffix(".lora_A.weight") for name in self.tensors if name.endswith(".lora_A.weight")]
@@ -138,7 +159,7 @@ class AdapterDirectory:
             a is None
             or b is None
             or (len(a.shape), len(b.shape)) != (2, 2)
-            or a.shape[0] != b.shape[1]
+            or not a.shape[0] == b.shape[1] > 0
             or not {a.dtype, b.dtype} <= set(FLOATS)
         ):
             raise ArtifactError(
@@ -163,7 +184,24 @@ def _not_plain(config: dict[str, Any]) -> str:
             return f"{name} is {value!r}"
     if config.get("init_lora_weights", True) not in _STARTS:
         return f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base weights too"
-    alphas = [config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
-    if not all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in alphas):
+    if not _is_scale(config.get("lora_alpha")):
         return f"lora_alpha is {config.get('lora_alpha')!r}"
+    return _problem_of_pattern(config.get("alpha_pattern") or {})
+
+
+def _is_scale(alpha: Any) -> bool:
+    return isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
+
+
+def _problem_of_pattern(patterns: Any) -> str:
+    """Why alpha_pattern gives no alpha to a layer that it names; empty where it does."""
+    if not isinstance(patterns, dict):
+        return f"alpha_pattern is {patterns!r}, no mapping of names to numbers"
+    for name, alpha in patterns.items():
+        if not _is_scale(alpha):
+            return f"alpha_pattern has {alpha!r} for {name!r}"
+        try:
+            re.compile(name)
+        except re.error as error:
+            return f"alpha_pattern has {name!r}, which is no pattern ({error})"
     return ""

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from warp_ds.cluster import consensus, processes
 from warp_ds.errors import ConfigError
 from warp_ds.flags.groups import AdapterFlags
-from warp_ds.models.adapter_directory import WEIGHTS
+from warp_ds.models.adapter_directory import BASE, WEIGHTS
 from warp_ds.models.layer_names import LAYER_TYPES
 from warp_ds.models.targets import find_targets
 from warp_ds.phases.merge import merge_adapter
 from warp_ds.report.card import of_merged
-from warp_ds.store.files import write_text
+from warp_ds.store.files import write_json, write_text
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero import saved_directory
 from warp_ds.zero.fetch import gathered
@@ -70,9 +70,12 @@ def add_lora(model: PreTrainedModel, masked: Sequence[TargetLayer], arguments: A
     return adapted
 
 
-def export_adapter(adapted: Any, tokenizer: PreTrainedTokenizerBase, directory: Path, model_card: str, base_model: str) -> None:
-    """Writes A and B as PEFT does (adapter_config.json, adapter_model.safetensors), with our card. Collective; ``adapted`` is
-    the PEFT model, one parameter of which is whole at a time. What is there is replaced when the new one is whole."""
+def export_adapter(
+    adapted: Any, tokenizer: PreTrainedTokenizerBase, directory: Path, model_card: str, base_model: str, fingerprint: str
+) -> None:
+    """Writes A and B as PEFT does (adapter_config.json, adapter_model.safetensors), with our card and the base model's
+    ``fingerprint``. Collective; ``adapted`` is the PEFT model, one parameter of which is whole at a time. What is there is
+    replaced when the new one is whole."""
     state: dict[str, Any] = {}
     for name, param in adapted.named_parameters():
         if param.requires_grad:
@@ -87,6 +90,7 @@ def export_adapter(adapted: Any, tokenizer: PreTrainedTokenizerBase, directory: 
                 adapted.save_pretrained(aside, state_dict=state, save_embedding_layers=False)
                 tokenizer.save_pretrained(aside)
                 write_text(aside / "README.md", model_card)
+                write_json(aside / BASE, {"model_fingerprint": fingerprint})
                 assert (aside / WEIGHTS).is_file()
 
 

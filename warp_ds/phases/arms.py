@@ -21,6 +21,8 @@ class Arm:
     """Of the mask: activation, identity, weight or random; None: no mask."""
     unit: str = "entry"
     score: str = "importance"
+    left: bool = False
+    """Whether what is free stays out of the frozen columns' left singular directions too."""
     safety_share: float = 0.0
     """Safety samples mixed into the task, as a share of the task's samples."""
     start: str | None = None
@@ -28,7 +30,7 @@ class Arm:
     harmful_share: float = 0.0
     """Harmful samples of --harmful_mix mixed into the task, as a share of the task's samples."""
     objective: str | None = None
-    """What training minimises in place of the task's loss: 'der' or 'constrained'."""
+    """What training minimises in place of the task's loss: 'der', 'safegrad' or 'constrained'."""
     average: bool = False
     """Whether what comes out is the average of the weights over the steps."""
     merge: str | None = None
@@ -54,7 +56,7 @@ ARMS = {
         Arm("original", trains="target", basis="identity"),
         Arm("column", trains="target", basis="activation", unit="column"),
         Arm("rotated", trains="target", basis="activation"),
-        Arm("osft", trains="target", basis="weight", unit="column", score="singular_value"),
+        Arm("osft", trains="target", basis="weight", unit="column", score="singular_value", left=True),
         Arm("random-mask", trains="target", basis="activation", score="random"),
         Arm("random-basis", trains="target", basis="random"),
         Arm("safeinstr", safety_share=0.1),
@@ -65,6 +67,7 @@ ARMS = {
         Arm("lora", trains="target", adapter=True),
         Arm("safelora", merge="safelora"),
         Arm("der", objective="der"),
+        Arm("safegrad", objective="safegrad"),
         Arm("constrained", objective="constrained"),
         Arm("ema", average=True),
         Arm("patch", patch=True),
@@ -129,7 +132,7 @@ def compose(name: str) -> Arm:
             f"--arms {name}: an adapter trains alone, and its masks are of whole columns: lora+column, lora+original"
         )
     masked = next((arm for arm in arms if arm.basis), next((arm for arm in arms if arm.trains != "all"), ARMS["full"]))
-    made |= {"adapter": True, "unit": "column"} if adapter else {}
+    made |= {"adapter": True, "unit": "column", "left": False} if adapter else {}
     trains = "all" if "full" in parts else masked.trains
     return replace(masked, **made, name=name, trains=trains, strengths=strengths)
 

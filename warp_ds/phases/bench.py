@@ -82,7 +82,7 @@ class Bench:
         # Two comparisons have phases of the same names: their logs lie apart, as their runs do.
         here = self.root.relative_to(a.output_dir) if self.root.is_relative_to(a.output_dir) else self.root.name
         places = {"model_name": str(model), "output_dir": str(self.root), "log_dir": str(Path(a.log_dir) / here)}
-        machine = self._same("dtype", "device", "deepspeed", "batch_size", "gradient_checkpointing", "timeout")
+        machine = self._same("dtype", "device", "deepspeed", "batch_size", "gradient_checkpointing", "timeout", "num_proc")
         return {**places, **machine, **self._same("seed", "max_length", "template_date", "train_on", "long_samples"), **more}
 
     def _evaluation(self, model: Path) -> EvaluateArguments:
@@ -197,7 +197,7 @@ class Bench:
             safety_samples=0,
             basis=kind,
             run_name=name,
-            **self._same("target_layers", "token_scope", "energy", "max_rank", "collect", "svd_placement"),
+            **self._same("target_layers", "token_scope", "energy", "max_rank", "collect", "svd_placement", *PACKING),
         )
         return self.once(name, lambda: run_basis(settings)) / "basis"
 
@@ -237,7 +237,7 @@ class Bench:
             basis="identity" if identity else "auto",
             mask_unit=arm.unit,
             score=arm.score,
-            **self._same("layer_type", "target_layers", "keep_ratio", "mask_scope", "importance_batch_size"),
+            **self._same("layer_type", "target_layers", "keep_ratio", "mask_scope", "importance_batch_size", *PACKING),
         )
         return self.once(name, lambda: run_importance(settings)) / "masks"
 
@@ -269,6 +269,8 @@ class Bench:
             return self._merged(trial)
         a = self.arguments
         adapter = {"adapter": "lora", "merge_adapter": True, **self._same(*LORA)} if arm.adapter else {}
+        if arm.adapter and not arm.basis:
+            adapter["lora_layers"] = a.layer_type  # those that the other arms train
         scope = "warp" if arm.adapter else "all" if arm.trains == "all" or (arm.basis and a.train_scope == "all") else "warp"
         settings = TrainArguments(
             **self.common(self.start(arm.start), seed=trial.seed),
@@ -278,16 +280,24 @@ class Bench:
             utility_samples=0,
             run_name=trial.run,
             learning_rate=trial.rate,
+            left_projection=arm.left,
             **adapter,
-            objective=arm.objective or "task",
-            replay_data=self._texts("safety") if arm.objective in REPLAYS else None,
-            der_alpha=arm.strength("der", a.der_alpha),
+            **self._objective(arm),
             ema_decay=arm.strength("ema", a.ema_decay) if arm.average else 0.0,
-            **self._same("layer_type", "target_layers", "epochs", "replay_batch_size", "der_beta"),
+            **self._same("layer_type", "target_layers", "epochs"),
             **self._same("global_batch_size", "basis_placement", "save_minutes", *PACKING),
         )
         consensus.on_rank_0(partial(self._remember, self.root / trial.run), "looking for a removed model")
         return self.timed(trial.run, lambda: run_training(settings, self.passed)) / "model"
+
+    def _objective(self, arm: Arm) -> dict[str, Any]:
+        """What an arm's training minimises."""
+        if arm.objective not in REPLAYS:
+            return {"objective": arm.objective or "task"}
+        replay = {"objective": arm.objective, "replay_data": self._texts("safety"), **self._same("replay_batch_size")}
+        if arm.objective != "der":
+            return replay
+        return {**replay, "der_alpha": arm.strength("der", self.arguments.der_alpha), **self._same("der_beta")}
 
     @staticmethod
     def _remember(run: Path) -> None:

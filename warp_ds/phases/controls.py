@@ -14,10 +14,12 @@ from warp_ds.data.datasets import load_samples
 from warp_ds.data.sample import Sample
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import TrainArguments
-from warp_ds.phases import checkpoints
+from warp_ds.phases import checkpoints, start_model
 from warp_ds.phases.averaging import WeightAverage
 from warp_ds.phases.constrained import Constrained
 from warp_ds.phases.replay import Replay
+from warp_ds.phases.safegrad import SafeGrad
+from warp_ds.phases.start_model import FOLDER, HeldToStart
 from warp_ds.phases.texts import tokenise
 from warp_ds.store.fingerprints import fingerprint_rows
 
@@ -34,12 +36,29 @@ class Controls:
         """What --replay_data names. Raises ConfigError for what does not go together, DataError."""
         if arguments.ema_decay and passed.get("load_best_model_at_end"):
             raise ConfigError("--ema_decay averages up to the last step: leave --load_best_model_at_end out")
+        if arguments.objective == "constrained" and passed.get("label_smoothing_factor"):
+            raise ConfigError(
+                "--objective constrained has a loss of its own, without smoothing: leave --label_smoothing_factor out"
+            )
         columns: dict[str, Any] = {"prompt_column": arguments.prompt_column, "response_column": arguments.response_column}
         path = arguments.replay_data
-        return cls(arguments, [] if path is None else load_samples(path, samples=0, **columns))
+        streaming = arguments.streaming
+        return cls(arguments, [] if path is None else load_samples(path, samples=0, streaming=streaming, **columns))
 
     def fingerprints(self) -> dict[str, str]:
         return {"replayed data": fingerprint_rows(list(self.replayed))} if self.replayed else {}
+
+    def check_start(self, run: Path, checkpoint: Path | None) -> None:
+        """ArtifactError, before any work, where ``run`` goes on from ``checkpoint`` and what it has kept of the start model is
+        not there. Collective."""
+        if self.arguments.objective != "task" and checkpoint is not None:
+            consensus.on_rank_0(
+                lambda: start_model.check_kept(run / FOLDER, checkpoint), "looking for the start model's logits"
+            )
+
+    def end(self, run: Path) -> None:
+        """Removes what a finished run has kept of the start model. Collective."""
+        consensus.on_rank_0(lambda: start_model.remove_kept(run / FOLDER), "removing the start model's logits")
 
     def averages(self, trainer: Path, checkpoint: Path | None) -> list[TrainerCallback]:
         """``checkpoint``: what the run whose ``trainer/`` this is goes on from, converted or not. Collective."""
@@ -51,12 +70,14 @@ class Controls:
         wrote = consensus.on_rank_0(lambda: checkpoints.world_size_of(own), "reading a checkpoint")
         return [WeightAverage(self.arguments.ema_decay, own, wrote)]
 
-    def objective(self, task: Any, tokenizer: Any, directory: Path, accumulation: int) -> Replay | Constrained | None:
+    def objective(self, task: Any, tokenizer: Any, directory: Path, accumulation: int) -> HeldToStart | None:
         """What is minimised beside the task's loss, or in its place; ``task``: its tokenised samples; ``directory``: the
         run's. Collective."""
         if self.arguments.objective == "constrained":
-            return Constrained(list(task), tokenizer, self.arguments.batch_size, directory / "start_logits")
+            return Constrained(list(task), tokenizer, self.arguments.batch_size, directory / FOLDER)
         if not self.replayed:
             return None
         samples = tokenise(self.replayed, self.arguments)
-        return Replay(list(samples), self.arguments, tokenizer, directory / "start_logits", accumulation)
+        if self.arguments.objective == "safegrad":
+            return SafeGrad(list(samples), self.arguments, tokenizer, directory / FOLDER)
+        return Replay(list(samples), self.arguments, tokenizer, directory / FOLDER, accumulation)

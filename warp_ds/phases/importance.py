@@ -20,6 +20,7 @@ from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.cluster.processes import all_reduce_sum, broadcast_object, collective_device, init_distributed, rank, world_size
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import ImportanceArguments
+from warp_ds.flags.groups import RunArguments
 from warp_ds.method.importance import response_loss, tokens_first
 from warp_ds.method.mask import frozen_count, pack_bits
 from warp_ds.method.selection import DECADE, LOG_BINS, random_scores
@@ -145,7 +146,7 @@ def importance_scores(
 
     ``scratch``: where finished importance batches are saved, and found again by a run that goes on.
     """
-    _, capacity = micro_batch(arguments)
+    rows, capacity = micro_batch(arguments)
     samples = Samples(dataset, tokenizer, arguments.resolved_device, capacity=capacity)
     batches = _speaking_batches(samples, arguments, notes)
     inputs = _scored_inputs(layers, basis, samples.tokens / len(batches))
@@ -156,14 +157,14 @@ def importance_scores(
     columns = _Columns(basis, samples.device)
     # fp16 gradients of a mean over many tokens would underflow.
     scale = 2.0**12 if arguments.dtype == "float16" else 1.0
-    loss = partial(_scaled_loss, loss_weights(batches, samples), scale)
+    loss = partial(scaled_loss, loss_weights(batches, samples), scale)
     begun, tokens = time.monotonic(), sum(map(samples.length, batches[done:]))
     last_save, progress = begun, Progress(scratch, len(batches), "batches")
     with (
         frozen_model(model),
         tqdm(total=len(batches), initial=done, desc="importance", unit="batch", disable=rank() != 0) as bar,
     ):
-        for steps, shown in _passes(model, layers, batches[done:], samples, loss, arguments, scratch):
+        for steps, shown in passes(model, layers, batches[done:], samples, loss, arguments, scratch, rows):
             _add_shown(scores, inputs, shown, columns, 1.0 / scale, samples)
             finished = sum(last for step in steps for _, _, last in step.segments)
             done += finished
@@ -196,7 +197,7 @@ def _speaking_batches(samples: Samples, arguments: ImportanceArguments, notes: l
     return batches
 
 
-def _scaled_loss(weights: dict[int, float], scale: float, logits: Tensor, batch: Batch, last: int) -> Tensor:
+def scaled_loss(weights: dict[int, float], scale: float, logits: Tensor, batch: Batch, last: int) -> Tensor:
     """A micro-batch's part of scale x Σ_b L_b, of the logits of its ``last`` positions; ``weights``: ``loss_weights``."""
     of_tokens = batch.of_samples(torch.tensor([weights.get(i, 0.0) for i in batch.samples], device=logits.device))
     return scale * response_loss(logits, batch.labels[:, -last:], of_tokens[:, -last:])
@@ -216,17 +217,18 @@ def _add_shown(
     stop_together(finite.failure(), "inputs or output gradients", samples)
 
 
-def _passes(
+def passes(
     model: Any,
     layers: Sequence[TargetLayer],
     batches: Sequence[range],
     samples: Samples,
     loss: Loss,
-    arguments: ImportanceArguments,
+    arguments: RunArguments,
     scratch: Path,
+    rows: int,
 ) -> Iterator[tuple[Sequence[Step], Shown]]:
-    """Forward and backward passes over ``batches``: the steps that go together, and what they show."""
-    steps = plan_steps(batches, samples, micro_batch(arguments)[0], world_size())
+    """Forward and backward passes over ``batches``, ``rows`` at a time: the steps that go together, and what they show."""
+    steps = plan_steps(batches, samples, rows, world_size())
     blocks = list(find_blocks(model)[1])
     walk = BlockWalk(model, blocks)
     reason = walk.why_not(samples.batch([0]))

@@ -20,6 +20,8 @@ from warp_ds.models.directory import ModelDirectory, by_parameter
 from warp_ds.report.card import without_sections
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import read_json, write_json, write_tensors, write_text
+from warp_ds.store.fingerprints import SHOWN, fingerprint_model
+from warp_ds.zero.shared_reading import model_fingerprint
 
 logger = logging.getLogger(__name__)
 Formula = Callable[[str, Tensor, Tensor], Tensor]
@@ -65,6 +67,7 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
 
     Raises ArtifactError for an adapter that is no plain LoRA, holds more than A and B, or is of another model.
     """
+    fingerprint = model_fingerprint(base)
     with consensus.on_every_rank_or_none("opening the adapter"):
         opened = AdapterDirectory.of(adapter)
         if opened.others:
@@ -83,7 +86,8 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
                     + ("" if location is None else f" (but of {location.shape})")
                     + ": it is of another model"
                 )
-        if output.exists() and not (output / MARK).is_file() and any(output.iterdir()):
+        _check_base(found, base, fingerprint)
+        if output.exists() and not (output / MARK).is_file() and (not output.is_dir() or any(output.iterdir())):
             raise ConfigError(f"{output} is there already: give a new directory")
         mark = {"base": str(base), "adapter": str(adapter)}
         if (output / MARK).is_file() and read_json(output / MARK) != mark:
@@ -101,6 +105,26 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
         return whole
 
     merge(base, base, output, merged, mark=mark)
+
+
+def _check_base(adapter: AdapterDirectory, base: Path, fingerprint: str) -> None:
+    """ArtifactError where ``base``, of this fingerprint, is not the model that the adapter was trained on, which shapes do not
+    tell; a warning where nothing does."""
+    named = Path(adapter.base_name)
+    trained_on = adapter.base_fingerprint
+    if trained_on is None and adapter.base_name and (named / "config.json").is_file():
+        trained_on = fingerprint if named.resolve() == base.resolve() else fingerprint_model(named)
+    if trained_on is None:
+        if not adapter.base_name or f"models--{adapter.base_name.replace('/', '--')}" not in str(base):
+            logger.warning(
+                "%s names %s as its base: nothing here says whether %s is that model",
+                *(adapter.directory, adapter.base_name or "no model", base),
+            )
+    elif trained_on != fingerprint:
+        raise ArtifactError(
+            f"{adapter.directory} was trained on {adapter.base_name or 'a model'} (fingerprint {trained_on[:SHOWN]}), and "
+            f"{base} is another model ({fingerprint[:SHOWN]}): give the base that it was trained on"
+        )
 
 
 def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula, mark: dict[str, str] | None = None) -> None:

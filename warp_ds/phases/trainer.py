@@ -28,9 +28,8 @@ from warp_ds.data.packing import Packed, PackedBatchSampler, pack_batch
 from warp_ds.models.lora import is_adapted, without_adapter
 from warp_ds.models.transformers_internals import keeps_logits
 from warp_ds.phases import checkpoints
-from warp_ds.phases.constrained import Constrained
-from warp_ds.phases.replay import Replay
 from warp_ds.phases.speed import Speed
+from warp_ds.phases.start_model import HeldToStart
 from warp_ds.phases.watching import Watched
 from warp_ds.store.files import append_line, read_text, write_text
 from warp_ds.store.state import Progress
@@ -53,7 +52,7 @@ class GlobalBatchTrainer(Trainer):
         **kwargs: Any,
     ):
         self.sampler, self.tokenizer, self.speed, self.watched = sampler, tokenizer, speed, watched
-        self.objective: Replay | Constrained | None = None
+        self.objective: HeldToStart | None = None
         # Which Trainer asks for, and does not read: ``evaluate`` is below.
         super().__init__(*args, **{**kwargs, "processing_class": tokenizer, "eval_dataset": watched.samples or watched.prompts})
         self.callback_handler.callbacks.insert(0, speed)  # before the reporters, which then see its numbers
@@ -62,13 +61,8 @@ class GlobalBatchTrainer(Trainer):
         """As Trainer does, of the task's samples; with ``objective``, and what it adds or has in its place."""
         if self.objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if isinstance(self.objective, Constrained):
-            loss, outputs = self.objective.loss(model, inputs, num_items_in_batch)
-            return (loss, outputs) if return_outputs else loss
-        rows = len(inputs["input_ids"])
-        inputs, replayed = self.objective.join(inputs)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = loss + self.objective.loss(outputs.logits, rows, replayed)
+        plain: Any = partial(super().compute_loss, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss, outputs = self.objective.loss(plain, model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Any) -> int:

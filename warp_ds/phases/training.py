@@ -23,27 +23,26 @@ from warp_ds.data.collate import GlobalBatchSampler
 from warp_ds.data.stored import StoredSamples
 from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
-from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
+from warp_ds.flags.arguments import AuditArguments, SafetyTuningArguments, TrainArguments
 from warp_ds.flags.groups import TrainingFlags
 from warp_ds.models.flops import active_parameters, device_peak
 from warp_ds.models.targets import check_targets, find_targets
 from warp_ds.phases import adapters, checkpoints
-from warp_ds.phases.constrained import Constrained
 from warp_ds.phases.controls import Controls
 from warp_ds.phases.packing import SamplesApart, attention_of, check_packing, make_sampler
 from warp_ds.phases.publish import fetch_shared, published
-from warp_ds.phases.replay import Replay
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import Speed
+from warp_ds.phases.start_model import HeldToStart
 from warp_ds.phases.texts import read_texts, tokenise
 from warp_ds.phases.trainer import CompleteConverted, EarlyStopping, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
 from warp_ds.phases.trainer_arguments import check_training, run_facts, trainer_arguments
 from warp_ds.phases.watching import Watched
-from warp_ds.protection import WarpCallback
+from warp_ds.protection import WarpCallback, refuse_entries, refuse_without_left
 from warp_ds.report import card
 from warp_ds.store.fingerprints import Contents, fingerprint_rows
 from warp_ds.store.masks import MaskStore
-from warp_ds.store.runs import find_artifact
+from warp_ds.store.runs import find_artifact, run_config
 from warp_ds.zero import settings, universal
 from warp_ds.zero.deepspeed_internals import end_engine, nothing_unpickled
 from warp_ds.zero.model import load_model, resolve_model_dir
@@ -64,7 +63,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     model_dir = resolve_model_dir(arguments.model_name)
     fingerprint = model_fingerprint(model_dir)
     fetch_shared(arguments)
-    read_together(lambda: _artefacts(arguments), "reading basis and masks")
+    read_together(lambda: artefacts(arguments), "reading basis and masks")
     with consensus.on_every_rank_or_none("checking the inputs"):
         check_packing(arguments, model_dir)
     pairs = _task(arguments)
@@ -74,9 +73,15 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         controls = Controls.read(arguments, passed)
         inputs = {"model": fingerprint, "data": fingerprint_rows(pairs), **watched.fingerprints(arguments, passed)}
         inputs |= controls.fingerprints()
-        masks_dir, basis_dir = _find_masks(arguments, inputs["model"])
+        masks_dir, basis_dir = find_masks(arguments, inputs["model"])
         if masks_dir is not None:
             inputs["masks"] = MaskStore(masks_dir).fingerprint()
+            if arguments.adapter != "none":
+                refuse_entries(MaskStore(masks_dir))
+            if arguments.left_projection:
+                refuse_without_left(MaskStore(masks_dir), arguments.adapter != "none")
+        elif arguments.left_projection:
+            raise ConfigError("--left_projection is of masks: leave it, or --masks_dir none, out")
         else:
             check_targets(model_dir, arguments.target_layers, arguments.layer_type)
     with start_run("phase3", arguments, inputs, passed) as run:
@@ -84,11 +89,13 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
             return run.directory
         samples, watched = tokenise(pairs, arguments), watched.tokenised(arguments)
         checkpoint = find_checkpoint(run.directory, arguments, passed)
+        controls.check_start(run.directory, checkpoint)
         model, tokenizer = load_model(arguments, settings.zero3_config(arguments), attention_of(arguments))
         model = _what_trains(model, masks_dir, arguments)
         callbacks: list[TrainerCallback] = []
         if masks_dir is not None:
-            callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), arguments.basis_placement))
+            placed = arguments.basis_placement, arguments.left_projection
+            callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), *placed))
         callbacks += controls.averages(run.directory / "trainer", checkpoint)
         facts = run_facts(arguments, inputs, phase="phase3", **_masks_facts(masks_dir))
         trainer = fit(
@@ -99,6 +106,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         )
         write_result(trainer, tokenizer, arguments, run.directory, _model_card(arguments, masks_dir, trainer.speed))
         run.finish(training=trainer.outcome())
+        controls.end(run.directory)
         end_engine(trainer.deepspeed)
         return run.directory
 
@@ -117,13 +125,10 @@ def _task(arguments: TrainArguments) -> StoredSamples:
 
 def _what_trains(model: Any, masks_dir: Path | None, arguments: TrainArguments) -> Any:
     """The model with its target layers, its adapters on them, or all of it set to train."""
-    layers = (
-        MaskStore(masks_dir).layers
-        if masks_dir is not None
-        else find_targets(model, arguments.target_layers, arguments.layer_type)
-    )
+    masked = [] if masks_dir is None else MaskStore(masks_dir).layers
     if arguments.adapter == "lora":
-        return adapters.add_lora(model, layers, arguments, arguments.seed)
+        return adapters.add_lora(model, masked, arguments, arguments.seed)
+    layers = masked or find_targets(model, arguments.target_layers, arguments.layer_type)
     choose_trained(model, [layer.parameter for layer in layers] if arguments.train_scope == "warp" else None)
     return model
 
@@ -174,8 +179,8 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
         return run.directory
 
 
-def _artefacts(arguments: TrainArguments) -> Iterator[Contents]:
-    """What ``_find_masks`` reads every byte of."""
+def artefacts(arguments: TrainArguments | AuditArguments) -> Iterator[Contents]:
+    """What ``find_masks`` reads every byte of."""
     if arguments.masks_dir != "none":
         masks = MaskStore(find_artifact(arguments.masks_dir, "masks", arguments.output_dir))
         yield masks.contents()
@@ -183,7 +188,7 @@ def _artefacts(arguments: TrainArguments) -> Iterator[Contents]:
             yield basis.contents()
 
 
-def _find_masks(arguments: TrainArguments, model_fingerprint: str) -> tuple[Path | None, Path | None]:
+def find_masks(arguments: TrainArguments | AuditArguments, model_fingerprint: str) -> tuple[Path | None, Path | None]:
     """Directories of masks and basis, checked against each other and the model; (None, None) for no mask."""
     if arguments.masks_dir == "none":
         return None, None
@@ -248,7 +253,7 @@ def fit(
     *,
     watched: Watched,
     facts: Mapping[str, Any],
-    objective: Callable[[int], Replay | Constrained | None] = lambda accumulation: None,
+    objective: Callable[[int], HeldToStart | None] = lambda accumulation: None,
 ) -> GlobalBatchTrainer:
     """Trains ``model`` (ZeRO-3 partitioned) on ``samples`` (input_ids, labels), going on from ``checkpoint``
     (``find_checkpoint``). AdamW over all trained parameters, one mean over the response tokens of each global batch.
@@ -341,7 +346,8 @@ def write_result(
     if arguments.adapter == "none":
         export(trainer, tokenizer, directory / "model", model_card)
         return
-    adapters.export_adapter(trainer.model, tokenizer, directory / "adapter", model_card, arguments.model_name)
+    base = str(run_config(directory)["inputs"]["model"])
+    adapters.export_adapter(trainer.model, tokenizer, directory / "adapter", model_card, arguments.model_name, base)
     if arguments.merge_adapter:
         adapters.write_merged(resolve_model_dir(arguments.model_name), directory / "adapter", directory / "model")
 

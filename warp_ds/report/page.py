@@ -18,7 +18,7 @@ from warp_ds import __version__
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.checks import output_file
 from warp_ds.names import printable
-from warp_ds.report import figures, mask_section, overlap_section, sections
+from warp_ds.report import audit_section, figures, mask_section, overlap_section, sections
 from warp_ds.report.runs import Runs, comparisons, find_runs
 from warp_ds.report.sections import MakesSections, Section
 from warp_ds.secrets import redact
@@ -33,6 +33,7 @@ SECTIONS: tuple[MakesSections, ...] = (
     sections.bases,
     mask_section.masks,
     overlap_section.overlaps,
+    audit_section.audits,
     sections.curves,
     sections.spent,
     sections.certificates,

@@ -210,6 +210,21 @@ def set_gradient(optimizer: Any, param: nn.Parameter, value: Tensor) -> None:
         safe_set_local_grad(param, value)
 
 
+def accumulated(optimizer: Any, param: Any) -> Tensor:
+    """What the backward passes of a step have summed up so far of ``param``'s local gradient, flat, padding included."""
+    found: Tensor = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[param.ds_id]
+    return found
+
+
+def refuse_swapped_gradients(optimizer: Any) -> None:
+    """UnsupportedSetting where gradients cannot be read between backward and step."""
+    if type(optimizer).__name__ != "DeepSpeedZeroOptimizer_Stage3" or optimizer.swap_optimizer:
+        raise UnsupportedSetting(
+            "--objective safegrad reads gradients before the optimizer does: it runs under ZeRO stage 3, and not with an "
+            "optimizer on NVMe (offload_optimizer.device = nvme); use cpu"
+        )
+
+
 def stepping(optimizer: Any, sub_group: int) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
     """The optimizer that steps a sub-group, and the hyperparameters it reads: under partial offload (ratio < 1) a
     second optimizer steps the sub-groups that stay on the device."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from warp_ds.errors import UnsupportedSetting
+from warp_ds.zero.left_side import LeftProjection
 from warp_ds.zero.placements import Placement
 from warp_ds.zero.protected_layer import ProtectedLayer
 
@@ -115,8 +116,11 @@ class Driver(ABC):
 class MaskedStep:
     """Stands between the parts of an optimizer's step; made by ``warp_ds.protect``."""
 
-    def __init__(self, driver: Driver, placement: Placement):
-        """Collective. Raises UnsupportedSetting where the step would not be exact, ValueError as ``Driver.install``."""
+    def __init__(self, driver: Driver, placement: Placement, left: bool = False):
+        """Collective. Raises UnsupportedSetting where the step would not be exact, ValueError as ``Driver.install``.
+
+        ``left``: what is free stays out of the frozen columns' left directions too (``LeftProjection``).
+        """
         for group in driver.optimizer.param_groups:
             weight_decay_kind(driver.optimizer, group)
         self.driver, self.placement = driver, placement
@@ -127,6 +131,7 @@ class MaskedStep:
         self._clock = Clock(driver.device)
         self._steps = self._sent = 0
         driver.install(self)
+        self.left = LeftProjection(self.layers, driver.coefficients, driver.over_ranks) if left else None
 
     @property
     def max_grad_norm(self) -> float:
@@ -157,6 +162,8 @@ class MaskedStep:
                         norms[0] += _square(rotated).to(norms.device)
                         for piece, frozen in layer.frozen_pieces(rotated.device):
                             rotated[piece].masked_fill_(frozen, 0.0)
+                        if self.left is not None:
+                            self.left.project(layer, rotated)
                         norms[1] += _square(rotated).to(norms.device)
                         self.driver.set_gradient(layer, rotated)
             self._norms = norms
@@ -187,6 +194,9 @@ class MaskedStep:
         """The weights of a unit become C Uᵀ."""
         layers = self.driver.units.get(unit, [])
         with self._measured():
+            if self.left is not None:
+                for layer in layers:
+                    self.left.project(layer, self.driver.coefficients(layer))
             for layer, weights in self.placement.rotate_back(layers, self.driver.coefficients, fast=True):
                 self.driver.write(layer, weights)
 

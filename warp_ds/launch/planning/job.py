@@ -67,6 +67,8 @@ class Job:
     max_rank: int = BasisArguments.max_rank
     basis_placement: str = TrainArguments.basis_placement
     train_scope: str = TrainArguments.train_scope
+    objective: str = TrainArguments.objective
+    """What phase 3 minimises: it may keep something of the start model's logits."""
     adapter: str = TrainArguments.adapter
     lora_r: int = TrainArguments.lora_r
     lora_dropout: float = TrainArguments.lora_dropout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from warp_ds.flags.controls import REPLAYS
 from warp_ds.launch.planning.estimate import Estimate, after_loading, basis_rank, logits, others_share, saved_activations
 from warp_ds.launch.planning.job import Job, Shape, Sharding
 from warp_ds.method.mask import frozen_count
@@ -49,7 +50,17 @@ def training(shape: Shape, job: Job, sharding: Sharding, phase: str, samples: in
     need.written = model + (1 if lora else TRAINER_SAVES) * need.checkpoint
     # While a checkpoint replaces the one before, both exist; the last one stays beside the model.
     need.disk = need.checkpoint + max(model, need.checkpoint)
+    if masked:
+        kept = _start_logits(shape, job)
+        need.written, need.disk = need.written + kept, need.disk + kept
     return need
+
+
+def _start_logits(shape: Shape, job: Job) -> float:
+    """Bytes kept of the start model until the run ends (phases/start_model.py), if every token is trained."""
+    if job.objective == "constrained":
+        return 4.0 * job.utility_samples * job.tokens
+    return float(job.basis_samples * job.tokens * shape.vocabulary * job.itemsize) if job.objective in REPLAYS else 0.0
 
 
 def _trained(shape: Shape, job: Job) -> int:
