@@ -21,6 +21,7 @@ from warp_ds.report.card import without_sections
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import read_json, write_json, write_tensors, write_text
 from warp_ds.store.fingerprints import SHOWN, fingerprint_model
+from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.shared_reading import model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -50,13 +51,16 @@ def safe_lora_formula(unaligned: Path, threshold: float) -> Formula:
 def safe_delta_formula(basis_dir: Path, s: float) -> Formula:
     """The layers of the basis by Safe Delta; every other parameter stays the aligned one, as in its authors' code."""
     basis = BasisStore(basis_dir)
-    layers = {layer.parameter: layer.name for layer in basis.layers}
+    layers: dict[str, list[TargetLayer]] = {}
+    for layer in basis.layers:
+        layers.setdefault(layer.parameter, []).append(layer)
 
     def merged(name: str, tuned: Tensor, aligned: Tensor) -> Tensor:
-        if name not in layers:
-            return aligned
-        hessian = safety_hessian(*basis.columns(layers[name]))
-        return safe_delta(aligned, tuned, hessian, s)[0]
+        result = aligned
+        for layer in layers.get(name, ()):
+            part = safe_delta(layer.of(aligned), layer.of(tuned), safety_hessian(*basis.columns(layer.name)), s)[0]
+            result = layer.replaced(result, part)
+        return result
 
     return merged
 
@@ -86,7 +90,7 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
                     + ("" if location is None else f" (but of {location.shape})")
                     + ": it is of another model"
                 )
-        _check_base(found, base, fingerprint)
+        _check_base(opened, base, fingerprint)
         if output.exists() and not (output / MARK).is_file() and (not output.is_dir() or any(output.iterdir())):
             raise ConfigError(f"{output} is there already: give a new directory")
         mark = {"base": str(base), "adapter": str(adapter)}
