@@ -38,6 +38,10 @@ ROWS = {
     "no content and no calls": (messages(USER, {**ANSWER, "content": None, "tool_calls": []}), "turn 1 has no content: fill"),
     "Python for JSON": ({"messages": "[{'role': 'user'}]"}, "which is no JSON .*: write it as json.dumps does"),
     "turns for rows": (USER, "rows are the turns of a conversation .*give a conversation a row"),
+    "a question to be trained on": (
+        messages({**USER, "train": True}, ANSWER),
+        "turn 0 is a turn of the role user marked to be",
+    ),
     "half a character in a system prompt": ({**GOOD, "system": "\ud83d"}, "row 0 .line 1.*half a surrogate pair"),
     "half a character in a tool": ({**GOOD, "tools": [{"name": "\ud83d"}]}, "row 0 .line 1.*half a surrogate pair"),
     "half a character in a thought": (
@@ -97,6 +101,8 @@ def test_files_that_cannot(tmp_path: Path) -> None:
     refused(tmp_path / "mixed.jsonl", r"row 1 \(line 2\) is a list")
     (tmp_path / "pretty.jsonl").write_text(json.dumps(GOOD, indent=2))
     refused(tmp_path / "pretty.jsonl", r"row 0 \(line 1\).*: write every object on one line \(jq -c \. pretty.jsonl\)")
+    (tmp_path / "several.json").write_text(json.dumps(GOOD, indent=2) * 2)
+    refused(tmp_path / "several.json", r"Extra data \(line 4, column 2\): give a list of objects, or .*jq -c . several.json")
     os.mkfifo(tmp_path / "pipe.jsonl")
     refused(tmp_path / "pipe.jsonl", "is a device or a pipe: write what comes from it into a file")
 

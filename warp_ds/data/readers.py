@@ -219,7 +219,10 @@ def json_values(path: Path, source: str) -> list[_Value]:
     try:
         return _items(_parse(read_text(path, source)), source)
     except ValueError as error:
-        raise DataError(f"{source} cannot be read as json with at least one sample: {_reason(error, whole=True)}") from error
+        cure = f"give a list of objects, or one object a line (jq -c . {path.name} > rows.jsonl)"
+        raise DataError(
+            f"{source} cannot be read as json with at least one sample: {_reason(error, whole=True)}: {cure}"
+        ) from error
 
 
 def _has_lines(path: Path, source: str) -> bool:
