@@ -136,6 +136,20 @@ def test_tool_calls_are_trained_and_their_results_are_not(name: str) -> None:
     assert "weather" in first and '{"town": "Bonn"}' in first and "none" not in first + last and "No." in last
 
 
+def test_calls_and_tools_that_a_template_leaves_out_are_refused_where_their_names_stand_elsewhere() -> None:
+    """As a prompt that describes its tools has them; and a name that is one letter stands in every text."""
+    tokenizer = make(CHATML)
+    said = [{"role": "system", "content": "Call weather for a town."}, *WITH_TOOLS.messages]
+    for train_on in ("assistant", "last"):
+        with pytest.raises(DataError, match="does not write every tool call of turn 2: take one that does"):
+            encode_sample(Sample(said), tokenizer, train_on)
+    for content in ("", "I ask weather."):
+        with pytest.raises(DataError, match="does not write the thought or the tool calls of an answer"):
+            encode_sample(Sample([*said[:2], {**said[2], "content": content}]), tokenizer)
+    with pytest.raises(DataError, match="does not write definitions of tools"):
+        encode_sample(Sample([said[0], said[1], said[4]], TOOLS), tokenizer)
+
+
 @pytest.mark.parametrize("name", ["llama3", "phi3", "gemma3"])
 def test_tools_that_a_template_leaves_out_are_refused(name: str) -> None:
     with pytest.raises(DataError, match="chat template (does not|cannot) write"):
@@ -157,6 +171,8 @@ def test_every_answer_is_trained(template: str | None, runs: list[str]) -> None:
     assert trained(Sample(TURNS, untrained=frozenset({1})), tokenizer) == runs[1:]
     whole = trained(Sample(TURNS), tokenizer, "all")
     assert len(whole) == 1 and all(run in whole[0] for run in [*runs, "One?", "Two?"])
+    marked = trained(Sample(TURNS, untrained=frozenset({1})), tokenizer, "all")
+    assert len(marked) == 2 and whole[0] == runs[0].join(marked)  # all but what the data mark as not to be trained on
 
 
 def test_a_template_that_writes_a_turn_anew_once_others_follow_is_refused() -> None:

@@ -38,6 +38,16 @@ ROWS = {
     "no content and no calls": (messages(USER, {**ANSWER, "content": None, "tool_calls": []}), "turn 1 has no content: fill"),
     "Python for JSON": ({"messages": "[{'role': 'user'}]"}, "which is no JSON .*: write it as json.dumps does"),
     "turns for rows": (USER, "rows are the turns of a conversation .*give a conversation a row"),
+    "a question to be trained on": (
+        messages({**USER, "train": True}, ANSWER),
+        "turn 0 is a turn of the role user marked to be",
+    ),
+    "half a character in a system prompt": ({**GOOD, "system": "\ud83d"}, "row 0 .line 1.*half a surrogate pair"),
+    "half a character in a tool": ({**GOOD, "tools": [{"name": "\ud83d"}]}, "row 0 .line 1.*half a surrogate pair"),
+    "half a character in a thought": (
+        {"prompt": "q", "completion": [{**ANSWER, "thinking": "\ud83d"}]},
+        "column 'completion' holds half a surrogate pair",
+    ),
     "an empty text": ({"text": ""}, "column 'text' is empty in 1 of 1 rows"),
 }
 
@@ -91,6 +101,8 @@ def test_files_that_cannot(tmp_path: Path) -> None:
     refused(tmp_path / "mixed.jsonl", r"row 1 \(line 2\) is a list")
     (tmp_path / "pretty.jsonl").write_text(json.dumps(GOOD, indent=2))
     refused(tmp_path / "pretty.jsonl", r"row 0 \(line 1\).*: write every object on one line \(jq -c \. pretty.jsonl\)")
+    (tmp_path / "several.json").write_text(json.dumps(GOOD, indent=2) * 2)
+    refused(tmp_path / "several.json", r"Extra data \(line 4, column 2\): give a list of objects, or .*jq -c . several.json")
     os.mkfifo(tmp_path / "pipe.jsonl")
     refused(tmp_path / "pipe.jsonl", "is a device or a pipe: write what comes from it into a file")
 
@@ -113,7 +125,7 @@ def test_a_source_that_stands_twice_is_said(tmp_path: Path, caplog: pytest.LogCa
     assert "d.jsonl is named more than once, and all its samples are taken as often" in caplog.text
 
 
-def test_folders_and_saved_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_and_saved_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     DatasetDict({"train_sft": Dataset.from_list([GOOD])}).save_to_disk(str(tmp_path / "splits"))
     refused(tmp_path / "splits", "splits has no split 'train': its splits are train_sft")
     assert len(load_samples(tmp_path / "splits", split="train_sft")) == 1
@@ -125,6 +137,20 @@ def test_folders_and_saved_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (folder / "b.csv").write_text("prompt,response\nq,a\n")
     (folder / "notes.txt").write_text("x")
     assert len(load_samples(folder)) == 2
+    assert "not read" not in caplog.text
+    (folder / "d.jsonl.zst").write_text("x")
+    assert len(load_samples(folder)) == 2
+    assert "folder: d.jsonl.zst are not read: files of a split and .json, " in caplog.text
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "d.jsonl.zst").write_text("x")
+    refused(tmp_path / "packed", "packed holds no files that can be read .d.jsonl.zst cannot.: use one of .json, ")
+    (tmp_path / "named").mkdir()
+    for name in ("test", "train", "extra"):
+        (tmp_path / "named" / f"{name}.jsonl").write_text(json.dumps(GOOD))
+    assert len(load_samples(tmp_path / "named")) == 1
+    assert "named: extra.jsonl are not read" in caplog.text
+    (tmp_path / "named" / "train.jsonl").unlink()
+    refused(tmp_path / "named", "no files of the split 'train'")
     (folder / "c.json").write_text('{"name": "x"}')
     refused(folder, r"column 'prompt' is missing in 1 of 3 rows \(rows 2\), c.json, row 0 \(line 1\)")
 

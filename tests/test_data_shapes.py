@@ -79,6 +79,15 @@ SHAPES: dict[str, tuple[dict[str, Any], Sample]] = {
     ),
     "preference pairs without a prompt": ({"chosen": [USER, ANSWER, *MORE], "rejected": [USER]}, Sample([USER, ANSWER, *MORE])),
     "preference pairs in Anthropic's form": ({"chosen": HH, "rejected": HH}, Sample([USER, ANSWER, *MORE])),
+    "a conversation and its answer in a column": (
+        {"messages": [USER, ANSWER, MORE[0]], "response": "D"},
+        Sample([USER, ANSWER, *MORE]),
+    ),
+    "a conversation and its preferred turn": (
+        {"conversations": [{"from": "human", "value": "A?"}], "chosen": {"from": "gpt", "value": "B"}},
+        PAIR,
+    ),
+    "a conversation and its first question": ({"prompt": "A?", "messages": [USER, ANSWER]}, PAIR),
     "unpaired preferences": ({"prompt": "A?", "completion": "B", "label": True}, PAIR),
     "text": ({"text": "A? B"}, Sample(text="A? B")),
 }
@@ -195,7 +204,35 @@ def test_turns_after_the_last_answer_are_left_out_and_said(tmp_path: Path, caplo
     assert "the turns after the last answer of 1 rows (1) are left out" in caplog.text
 
 
-def test_a_text_that_looks_like_turns_stays_text(tmp_path: Path) -> None:
+def test_a_text_that_looks_like_turns_stays_text_where_there_are_lists(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     text = json.dumps([USER, ANSWER])
     path = write(tmp_path / "d.jsonl", [{"prompt": text, "response": text}])
     assert load_samples(path) == [Sample.pair(text, text)]
+    assert "'response' holds texts that look like lists of turns (rows 0), lines 1, and they are read as texts" in caplog.text
+    written = tmp_path / "d.csv"
+    with written.open("w", newline="") as file:  # which has no lists
+        csv.writer(file).writerows([["prompt", "chosen"], [json.dumps([USER]), json.dumps([USER, ANSWER])]])
+    assert load_samples(written) == [PAIR]
+    written.write_text("""prompt,response\nA?,"[{'role': 'assistant', 'content': 'B'}]"\n""")
+    with pytest.raises(DataError, match="row 0 .line 2.: column 'response' is the text .*no JSON .*write it as json.dumps"):
+        load_samples(written)
+
+
+def test_columns_of_a_conversation_and_its_answer_can_be_named(tmp_path: Path) -> None:
+    named = {"prompt_column": "messages", "response_column": "mine"}
+    assert load_samples(write(tmp_path / "d.jsonl", [{"messages": [USER], "mine": "B"}]), **named) == [PAIR]
+    with pytest.raises(DataError, match="the last turn before a response is a user's"):
+        load_samples(write(tmp_path / "d.jsonl", [{"messages": [USER, ANSWER], "mine": "B"}]), **named)
+
+
+@pytest.mark.parametrize("bad", [False, 0, "False"])
+def test_responses_that_are_marked_as_bad_are_refused(tmp_path: Path, bad: Any) -> None:
+    for row in ({"messages": [USER, ANSWER]}, {"prompt": "A?", "completion": "B"}):
+        path = write(tmp_path / "d.jsonl", [{**row, "label": 1 if bad == 0 else True}, {**row, "label": bad}])
+        with pytest.raises(DataError, match="'label' is false in 1 rows .rows 1., lines 2"):
+            load_samples(path)
+        assert len(load_prompts(path)) == 2
+    numbers = [{"prompt": "A?", "response": "B", "label": 0}, {"prompt": "A?", "response": "B", "label": 3}]
+    assert load_samples(write(tmp_path / "d.jsonl", numbers)) == [PAIR, PAIR]

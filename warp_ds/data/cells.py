@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from warp_ds.data.sample import Message
 from warp_ds.data.table import Table, kind_of
-from warp_ds.data.turns import NotText, turns_of
+from warp_ds.data.turns import NotText, parsed, turns_of
 from warp_ds.errors import DataError
+
+log = logging.getLogger(__name__)
 
 REFUSAL_FILE = "--refusal_file "
 """How a table's source begins that is a file of refusals."""
+_TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
 
 class Place:
@@ -32,24 +38,40 @@ class Place:
 
 def cells(rows: Table, column: str, role: str) -> list[list[Message]]:
     """The turns of one column, whose cells hold a text or a list of turns."""
-    parsed: list[list[Message] | None] = []
+    read: list[list[Message] | None] = []
     for row, value in enumerate(rows.column(column)):
         with Place(rows, row, column):
-            parsed.append(_turns_or_text(value, role))
-    refuse_rows(rows, column, [turns is None for turns in parsed], [turns is not None and _blank(turns) for turns in parsed])
-    whole = [turns for turns in parsed if turns is not None]
+            read.append(turns_or_text(value, role, rows.flat))
+    refuse_rows(rows, column, [turns is None for turns in read], [turns is not None and _blank(turns) for turns in read])
+    whole = [turns for turns in read if turns is not None]
     for row, turns in enumerate(whole):
-        check_characters("".join(str(turn["content"]) for turn in turns), column, rows, row)
+        words = all(len(turn) == 2 for turn in turns)
+        text = "".join(str(turn["content"]) for turn in turns) if words else json.dumps(turns, ensure_ascii=False)
+        check_characters(text, column, rows, row)
+    _say_written_lists(rows, column)
     return whole
 
 
-def _turns_or_text(value: Any, role: str) -> list[Message] | None:
-    """A cell's turns: a text is one turn of `role`; None for a hole."""
+def _say_written_lists(rows: Table, column: str) -> None:
+    """Warns of texts that are lists of turns: they stay texts where the format has lists of its own."""
+    written = [row for row, value in enumerate(rows.column(column)) if type(value) is str and _TURNS_AS_TEXT.match(value)]
+    if written and not rows.flat:
+        rows.settled.say(
+            log.warning,
+            f"{rows.source}: column {column!r} holds texts that look like lists of turns {rows.places(written)}, and they are "
+            "read as texts: give the lists themselves where they are conversations",
+        )
+
+
+def turns_or_text(value: Any, role: str, flat: bool = False) -> list[Message] | None:
+    """A cell's turns: a text is one turn of `role`; None for a hole. `flat`: lists are written as JSON. Raises `NotText`."""
     if value is None:
         return None
+    if flat and type(value) is str and _TURNS_AS_TEXT.match(value):
+        value = parsed(value)
     if type(value) is str:
         return [{"role": role, "content": value}]
-    turns = turns_of(value)
+    turns = turns_of([value] if isinstance(value, Mapping) else value)
     if turns is None:
         raise NotText(f"is {kind_of(value)}, not a text: give one text a row, in quotes where it is a number")
     if turns[1]:

@@ -69,23 +69,25 @@ def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def encode_prompt(prompt: str | Sample, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of the turns before the last answer, up to where that begins, ready for generation."""
-    opening, text, _ = _before(Sample.of(prompt), tokenizer, False)
+    opening, text, _ = _before(Sample.of(prompt), tokenizer, "last")
     return opening + _ids(text, tokenizer)
 
 
-def _before(sample: Sample, tokenizer: PreTrainedTokenizerBase, earlier: bool) -> tuple[list[int], str, list[Span]]:
+def _before(sample: Sample, tokenizer: PreTrainedTokenizerBase, train_on: str) -> tuple[list[int], str, list[Span]]:
     """The ids that stand before the text, the text up to where the last answer begins (with CUTs), and in it the spans of the
-    earlier answers that are trained (`earlier`: some are)."""
+    earlier answers that are trained, or where all tokens are, of those that are not."""
     if not sample.messages:
         raise DataError("a bare text has no prompt: give prompts, or conversations")
-    wanted = [i for i, turn in enumerate(sample.before) if turn["role"] == "assistant" and i not in sample.untrained]
+    marked = train_on == "all"
+    answers = [i for i, turn in enumerate(sample.before) if turn["role"] == "assistant" and train_on != "last"]
+    wanted = [i for i in answers if (i in sample.untrained) == marked]
     if not tokenizer.chat_template:
         text, spans = _plain_text(sample, tokenizer)
-        return opening_ids(tokenizer), text, [span for i, span in spans.items() if i in wanted] if earlier else []
+        return opening_ids(tokenizer), text, [span for i, span in spans.items() if i in wanted]
     # The template writes the BOS itself where the model wants one: no special tokens here, or it stands twice.
     turns = [cut_turn(turn, tokenizer) for turn in sample.before]
     text = before_answer(turns, tokenizer, sample.tools)
-    return [], text, answer_spans(turns, text, wanted, tokenizer, sample.tools) if earlier else []
+    return [], text, answer_spans(turns, text, wanted, tokenizer, sample.tools)
 
 
 def _plain_text(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[int, Span]]:
@@ -112,7 +114,7 @@ def encode_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase, train_on: 
     if sample.text is not None:
         ids = opening_ids(tokenizer) + _ids(cut_control(sample.text, tokenizer, response=True), tokenizer)
         return _tokens(ids if ids[-1:] == [eos] else [*ids, eos], [(0, len(ids) + 1)]), 0
-    opening, text, spans = _before(sample, tokenizer, train_on == "assistant")
+    opening, text, spans = _before(sample, tokenizer, train_on)
     reply = sample.messages[-1]
     if not sample.answered:
         raise DataError("the sample has no answer to train on: give one, or refusals with --refusal_file")
@@ -127,9 +129,11 @@ def encode_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase, train_on: 
     after = after if after[-1:] == [eos] else [*after, eos]
     ids = opening + before + after
     places = [(len(opening) + first, len(opening) + last) for first, last in _token_spans(text, before, spans, tokenizer)]
-    places.append((len(opening) + len(before), len(ids)))
     if train_on == "all":
-        places = [(0, len(ids))]
+        ends = [0, *(end for span in places for end in span), len(ids)]  # of what stands between the marked answers
+        places = list(zip(ends[::2], ends[1::2], strict=True))
+    else:
+        places.append((len(opening) + len(before), len(ids)))
     return _tokens(ids, places), places[0][0]
 
 

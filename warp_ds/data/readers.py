@@ -162,7 +162,7 @@ def read_csv(path: Path, source: str, size: int) -> Iterator[Table]:
                     )
                 row += 1
             rows = [dict(zip(header, record, strict=True)) for _, record in chunk]
-            yield Table(source, header, rows, [line for line, _ in chunk])
+            yield Table(source, header, rows, [line for line, _ in chunk], flat=True)
         if not row:
             raise DataError(
                 f"{source} has a header ({', '.join(header)}) and no rows: give a csv file with at least one sample"
@@ -219,7 +219,10 @@ def json_values(path: Path, source: str) -> list[_Value]:
     try:
         return _items(_parse(read_text(path, source)), source)
     except ValueError as error:
-        raise DataError(f"{source} cannot be read as json with at least one sample: {_reason(error, whole=True)}") from error
+        cure = f"give a list of objects, or one object a line (jq -c . {path.name} > rows.jsonl)"
+        raise DataError(
+            f"{source} cannot be read as json with at least one sample: {_reason(error, whole=True)}: {cure}"
+        ) from error
 
 
 def _has_lines(path: Path, source: str) -> bool:
@@ -285,7 +288,9 @@ def table_of(values: Sequence[_Value], path: Path, source: str, start: int = 0) 
                 f'{where} is {kind_of(value)}, not an object with named columns such as {{"prompt": "…", "response": "…"}}'
             )
         rows.append(value)
-    inside = [name for name, item in rows[0].items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+    beside = ("tools", "functions", "messages", "conversations", "conversation")  # of a row are lists, too
+    lists = [name for name, item in rows[0].items() if isinstance(item, list) and item and isinstance(item[0], dict)]
+    inside = [name for name in lists if name not in beside]
     if start + len(rows) == 1 and len(inside) == 1 and not any(key in rows[0][inside[0]][0] for key in ("role", "from")):
         # What pandas, the hub's viewer and many an API write: the rows are one level down.
         raise DataError(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from warp_ds.data.cells import Place, cells, check_characters, refuse_rows, texts
+from warp_ds.data.cells import Place, cells, check_characters, refuse_rows, texts, turns_or_text
 from warp_ds.data.sample import Message, Sample
 from warp_ds.data.table import Table, kind_of
 from warp_ds.data.turns import CONVERSATION_COLUMNS, NotText, dialogue_of, parsed, roles_of, tools_of, turns_of
@@ -85,12 +85,33 @@ def samples_of(rows: Table, wanted: Wanted) -> list[Sample]:
     shape = _conversation_column(rows, wanted)
     has_prompt = any(name in rows.columns for name in PROMPT_COLUMNS)
     bare = not wanted.prompts and wanted.guessed and not has_prompt and _has(rows, "text", RESPONSE_COLUMNS, wanted)
+    if not wanted.prompts:
+        _refuse_bad(rows, wanted, shape is not None)
     rows.settled.same("the column of conversations or bare texts", shape or ("text" if bare else None), rows)
     if shape is not None:
         return _numbered(_conversations(rows, shape, wanted), rows)
     if bare:
         return [Sample(text=text, row=rows.number(row)) for row, text in enumerate(texts(rows, "text"))]
     return _pairs(rows, wanted)
+
+
+def _refuse_bad(rows: Table, wanted: Wanted, conversations: bool) -> None:
+    """DataError for rows that unpaired preferences mark as bad (0 may be another label where answers are no completions)."""
+    labels = [str(label).lower() for label in rows.column("label")]
+    unpaired = conversations or "completion" in (*rows.columns, wanted.response_column)
+    numbers = unpaired and set(labels) <= {"0", "1", "0.0", "1.0", "true", "false", "none"}
+    words = ("false", "0", "0.0") if numbers else ("false",)
+    bad = [row for row, label in enumerate(labels) if label in words]
+    if bad and not (wanted.refusals and wanted.response_column is None and not conversations and not _answers(rows)):
+        raise DataError(
+            f"{rows.source}: 'label' is false in {len(bad)} rows {rows.places(bad)}, whose responses are marked as "
+            "bad ones: leave those rows out, or take the column away where it says something else"
+        )
+
+
+def _answers(rows: Table) -> list[str]:
+    """The columns that may hold responses, the first to be read."""
+    return [name for name in (*RESPONSE_COLUMNS, CHOSEN) if name in rows.columns]
 
 
 def _numbered(samples: list[Sample], rows: Table) -> list[Sample]:
@@ -107,17 +128,22 @@ def _has(rows: Table, column: str, others: Sequence[str], wanted: Wanted) -> boo
 
 
 def _conversation_column(rows: Table, wanted: Wanted) -> str | None:
-    """The column that holds whole conversations, where the rows have no other prompt."""
+    """The column that holds whole conversations, where the rows have no other prompt, or one without a response."""
+    if wanted.response_column is not None:
+        return None
     column = wanted.prompt_column
-    if column is None and wanted.response_column is None and not any(name in rows.columns for name in PROMPT_COLUMNS):
+    prompts = any(name in rows.columns for name in PROMPT_COLUMNS)
+    # As in UltraChat, where `prompt` is the conversation's first question once more.
+    if column is None and (not prompts or wanted.guessed and not (wanted.prompts or wanted.refusals or _answers(rows))):
         column = next((name for name in CONVERSATION_COLUMNS if name in rows.columns), None)
-        if column is None and wanted.guessed and _has(rows, CHOSEN, RESPONSE_COLUMNS, wanted):
+        if column is None and not prompts and wanted.guessed and _has(rows, CHOSEN, RESPONSE_COLUMNS, wanted):
             column = CHOSEN
     return column if column in (*CONVERSATION_COLUMNS, CHOSEN) and column in rows.columns else None
 
 
 def _conversations(rows: Table, column: str, wanted: Wanted) -> list[Sample]:
     bare = "text" in rows.columns and any(value is None for value in rows.column(column))
+    answers = [] if wanted.prompts or column == CHOSEN else _answers(rows)[:1]
     extras = _Extras(rows, [column, *RESPONSE_COLUMNS, *(["text"] if bare else [])], True)
     if column == CHOSEN:
         _say_preferred(rows)
@@ -128,8 +154,31 @@ def _conversations(rows: Table, column: str, wanted: Wanted) -> list[Sample]:
             continue
         with Place(rows, row, column):
             turns, skipped = _whole(value)
+        for name in answers:
+            with Place(rows, row, name):
+                turns = _replied(turns, rows.rows[row].get(name), rows)
+        with Place(rows, row, column):
             conversations.append(_checked(extras.around(Sample(turns, untrained=skipped, row=row)), wanted))
     return _written(conversations, column, rows)
+
+
+def _replied(turns: list[Message], reply: Any, rows: Table) -> list[Message]:
+    """A conversation that ends with a question, and the answer that its row has in a column of its own."""
+    if not turns or turns[-1]["role"] == "assistant" or reply in (None, "", []):
+        return turns
+    after = _beyond(turns, turns_or_text(reply, "assistant", rows.flat) or [])
+    _check_reply(after)
+    return [*turns, *after]
+
+
+def _beyond(before: list[Message], after: list[Message]) -> list[Message]:
+    """A response without the prompt: preference data often have the whole conversation."""
+    return after[len(before) :] if len(after) > len(before) and after[: len(before)] == before else after
+
+
+def _check_reply(after: Sequence[Message]) -> None:
+    if after and (after[0]["role"], after[-1]["role"]) != ("assistant", "assistant"):
+        raise NotText(f"is a conversation of the turns {roles_of(after)}: a response begins and ends with an assistant's")
 
 
 def _whole(value: Any) -> tuple[list[Message], frozenset[int]]:
@@ -194,12 +243,6 @@ def _pairs(rows: Table, wanted: Wanted) -> list[Sample]:
         )
     if layout and layout.keep and response == layout.response:
         rows = rows.only([number for number, row in enumerate(rows.rows) if layout.keep(dict(row))])
-    bad = [row for row, label in enumerate(rows.column("label")) if str(label).lower() == "false"]
-    if bad and response is not None:
-        raise DataError(
-            f"{rows.source}: 'label' is false in {len(bad)} rows {rows.places(bad)}, whose responses are marked as "
-            "bad ones: leave those rows out"
-        )
     used = [prompt, *([] if response is None else [response])]
     inputs = _alpaca_inputs(rows, prompt, wanted)
     extras = _Extras(rows, used + (["input"] if inputs else []), wanted.guessed)
@@ -212,10 +255,7 @@ def _pairs(rows: Table, wanted: Wanted) -> list[Sample]:
         if inputs and inputs[row].strip():
             # As Alpaca's own template does: an empty input adds nothing.
             before = [*before[:-1], {**before[-1], "content": f"{before[-1]['content']}\n\n{inputs[row]}"}]
-        after = [] if answers is None else answers[row]
-        # The whole conversation, as preference data often have it.
-        if len(after) > len(before) and after[: len(before)] == before:
-            after = after[len(before) :]
+        after = [] if answers is None else _beyond(before, answers[row])
         with Place(rows, row, prompt):
             if before[-1]["role"] not in ("user", "tool"):
                 raise NotText(
@@ -223,12 +263,11 @@ def _pairs(rows: Table, wanted: Wanted) -> list[Sample]:
                     "or a tool's"
                 )
         with Place(rows, row, response or ""):
-            if after and (after[0]["role"], after[-1]["role"]) != ("assistant", "assistant"):
-                raise NotText(
-                    f"is a conversation of the turns {roles_of(after)}: a response begins and ends with an assistant's"
-                )
+            _check_reply(after)
         with Place(rows, row, prompt):
             pairs.append(extras.around(Sample([*before, *after], row=row)))
+        if pairs[-1].tools or len(pairs[-1].messages) > len(before) + len(after):
+            check_characters(json.dumps(pairs[-1].as_row(), ensure_ascii=False), "system, history or tools", rows, row)
     return _numbered(pairs, rows)
 
 

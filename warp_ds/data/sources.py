@@ -15,7 +15,7 @@ import datasets
 
 from warp_ds.data.prompt_sets import named, prompts_of
 from warp_ds.data.readers import CHUNK, READERS, read_chunks, suffix_of, without_holes
-from warp_ds.data.table import Settled, Table, regrouped
+from warp_ds.data.table import Settled, Table, few, regrouped
 from warp_ds.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -66,8 +66,11 @@ def local_path(source: str) -> Path | None:
         if path.stat().st_size == 0:
             raise DataError(f"{source} is empty: give a file with at least one sample")
         return path
-    if path.is_dir() and (saved_kind(path) is not None or files_of(path, "train")[0]):
+    if path.is_dir() and (saved_kind(path) is not None or any(files_of(path, "train"))):
         return path
+    if path.is_dir() and source.startswith(("/", "./", "../", "~")) and not _has_card(path):
+        there = f" ({few(_not_read(path))} cannot)" if _not_read(path) else ""
+        raise DataError(f"{source} holds no files that can be read{there}: use one of {', '.join(READERS)}, each also as .gz")
     if path.exists() and not path.is_dir():
         raise DataError(f"{source} is a device or a pipe: write what comes from it into a file, and name that")
     if "://" in source:
@@ -153,13 +156,15 @@ def files_of(path: Path, split: str) -> tuple[list[Path], bool]:
         raise DataError(
             f"{path} cannot be looked through ({error.strerror}: {error.filename}): name a folder of data"
         ) from error
-    data = [file for file in files if file.name not in ("dataset_infos.json", "dataset_info.json", "state.json", "config.json")]
+    data = [file for file in files if file.name not in _FACTS]
     named = {file: _split_of(file.relative_to(path)) for file in data}
     if any(named.values()):
         return [file for file in data if named[file] == split], True
     return data, False
 
 
+_FACTS = ("dataset_infos.json", "dataset_info.json", "state.json", "config.json")
+"""Files of a folder of data that hold none."""
 SPLITS = {
     "train": "train",
     "test": "test",
@@ -172,6 +177,25 @@ SPLITS = {
 """How a file's or folder's name begins, and the split that it is of."""
 
 
+NOT_READ = (".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".xlsx", ".xls", ".ods", ".feather", ".orc", ".avro")
+"""What data may lie in that is not read."""
+
+
+def _not_read(path: Path) -> list[str]:
+    """Files of a folder that may hold data, and are of a kind that is not read."""
+    files = (file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in NOT_READ)
+    return sorted(str(file) for file in files if "/." not in f"/{file}")
+
+
+def _say_left_out(path: Path, source: str, files: Sequence[Path], named: bool) -> None:
+    """Warns of files that may hold data, and are not read: of no split where others name one, or of no known kind."""
+    others = [file for file in path.rglob("*") if suffix_of(file) in READERS and file.name not in _FACTS] if named else []
+    without = [file.relative_to(path) for file in others if file not in files]
+    out = sorted(str(file) for file in without if _split_of(file) is None and "/." not in f"/{file}") + _not_read(path)
+    if out:
+        log.warning("%s: %s are not read: %s", source, few(out), f"files of a split and {', '.join(READERS)} (.gz) are")
+
+
 def _split_of(file: Path) -> str | None:
     words = [*file.parts[:-1], file.name.split(".")[0]]
     return next((SPLITS[key] for word in words if (key := word.lower().split("-")[0].split("_")[0]) in SPLITS), None)
@@ -181,6 +205,7 @@ def _read_folder(path: Path, source: str, split: str, size: int) -> Iterator[Tab
     files, named = files_of(path, split)
     if not files:
         raise DataError(f"{source} has no files of the split {split!r}" if named else f"{source} holds no data files")
+    _say_left_out(path, source, files, named)
     if len(files) == 1:
         return read_chunks(files[0], str(files[0]), size)
     return _read_files(path, source, files, size)

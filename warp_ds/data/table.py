@@ -53,6 +53,8 @@ class Table:
     """Where each row stands, in words, of a table of several files."""
     numbers: Sequence[int] | None = None
     """Which row of its source each is; None where they count from 0."""
+    flat: bool = False
+    """Its format knows texts alone (csv, tsv): lists are written as JSON."""
     settled: Settled = field(default_factory=Settled, compare=False)
 
     def __len__(self) -> int:
@@ -105,7 +107,7 @@ def joined(tables: Sequence[Table], where: bool = False) -> Table:
     rows = [row for table in tables for row in table.rows]
     if not where:
         lines = [line for table in tables for line in table.lines or ()]
-        return Table(tables[0].source, columns, rows, lines if len(lines) == len(rows) else None)
+        return Table(tables[0].source, columns, rows, lines if len(lines) == len(rows) else None, flat=tables[0].flat)
     ends = list(accumulate(map(len, tables)))
 
     def stands(row: int) -> str:
@@ -113,7 +115,7 @@ def joined(tables: Sequence[Table], where: bool = False) -> Table:
         table = tables[number]
         return f"{table.source}, {table.place(row - ends[number] + len(table))}"
 
-    return Table(tables[0].source, columns, rows, where=stands)
+    return Table(tables[0].source, columns, rows, where=stands, flat=any(table.flat for table in tables))
 
 
 def regrouped(tables: Iterable[Table], size: int, where: bool = False) -> Iterator[Table]:

@@ -129,12 +129,39 @@ def before_answer(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, 
                     f"the tokenizer's chat template does not write the {what} as it is ({said.replace(CUT, '')[:60]!r}): "
                     "repair its chat_template"
                 )
-    for tool in tools:
-        if str(tool["function"]["name"]) not in text:
+        if not _writes_calls(turns, number, tokenizer, tools):
             raise DataError(
-                "the tokenizer's chat template does not write definitions of tools: take one that does, or leave them out"
+                f"the tokenizer's chat template does not write every tool call of turn {number}: take one that does, or leave "
+                "such rows out"
             )
+    if tools and any(name not in chat_text(turns, tokenizer, _renamed(tools)) for name in _names(_renamed(tools))):
+        raise DataError(
+            "the tokenizer's chat template does not write definitions of tools: take one that does, or leave them out"
+        )
     return text
+
+
+def _renamed(functions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Tools or calls under names that stand nowhere else, to see whether a template writes them."""
+    return [{**one, "function": {**one["function"], "name": f"somebodystool{i}"}} for i, one in enumerate(functions)]
+
+
+def _names(functions: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [str(one["function"]["name"]) for one in functions]
+
+
+def _writes_calls(
+    turns: Sequence[Message], number: int, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether the template writes every call of a turn: their own names may stand in a prompt, or be a letter."""
+    calls = _renamed(turns[number].get("tool_calls") or ())
+    if not calls:
+        return True
+    known = [*turns[:number], {**turns[number], "tool_calls": calls}, *turns[number + 1 :]]
+    style = style_of(tokenizer)
+    options = style.options | ({"tools": list(tools)} if tools else {})
+    text = render(_turns(known, style.parts), tokenizer, **options)
+    return all(name in text for name in _names(calls))
 
 
 def answer(
@@ -154,9 +181,12 @@ def answer(
     whole = render(_turns([*turns, reply], style.parts), tokenizer, **options)
     twice = thinks and not reasons and _has_thought(style.opening)
     tail = whole[len(before) :]
-    if whole.startswith(before) and all(part.strip() in tail for part in _parts_of(reply, thoughts=True)) and not twice:
+    calls = bool(reply.get("tool_calls"))
+    whole_reply = all(part.strip() in tail for part in _parts_of(reply, thoughts=True))
+    whole_reply = whole_reply and (not calls or _writes_calls([*turns, reply], len(turns), tokenizer, tools))
+    if whole.startswith(before) and whole_reply and not twice:
         return without_line_end(tail, tokenizer)
-    if reasons or reply.get("tool_calls"):
+    if reasons or calls:
         raise DataError(
             "the tokenizer's chat template does not write the thought or the tool calls of an answer after its generation "
             "prompt: take one that does, or leave them out"

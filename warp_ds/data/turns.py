@@ -80,6 +80,8 @@ def _turn(turn: Mapping[str, Any], who: str, what: str) -> tuple[Message, bool]:
     trained = [_switch(turn[key], key) for key in _TRAINED if turn.get(key) is not None]
     if more:
         raise NotText(f"has {', '.join(map(repr, more))} beside its text: those are not read; take them out")
+    if role != "assistant" and turn.get("train") is not None and _switch(turn["train"], "train"):
+        raise NotText(f"is a turn of the role {role} marked to be trained on ('train'): answers alone are; take the mark out")
     message: Message = {"role": role}
     calls = _calls(turn, given, what)
     if calls:
