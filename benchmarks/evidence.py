@@ -95,7 +95,7 @@ class Evidence:
         draw.shuffle(prompts)
         fit, held = prompts[: wanted["fit"]], prompts[wanted["fit"] :][: wanted["heldout"]]
         refused = [{"prompt": prompt, "response": draw.choice(REFUSALS).format("").strip()} for prompt in fit]
-        refused += [{"prompt": row["prompt"], "response": row["response"]} for row in made["refusals_fit"][: len(fit) // 4]]
+        refused += [{"prompt": row["prompt"], "response": row["response"]} for row in made["refusals_fit"][: len(fit)]]
         answered = made["harmless_fit"][: len(refused)]
         own = [row["prompt"] for row in made["refusals_heldout"][: wanted["heldout"]]]
         harmful = [row["prompt"] for row in made["refusals_fit"][-wanted["harmful_mix"] :]]
@@ -175,7 +175,7 @@ class Evidence:
     def tables(self) -> None:
         """evidence.md and evidence.json of every point so far."""
         blocks, outcomes = [], {}
-        for run in sorted(path.parent for path in self.out.glob("*/points") if path.is_dir()):
+        for run in sorted(path.parent for path in self.out.glob("*/points") if not path.parent.is_symlink()):
             points = [Measured.of(path, self.protocol["prompts"]["heldout"]) for path in sorted((run / "points").iterdir())]
             points = [point for point in points if point is not None]
             outcomes[run.name] = [vars(point) for point in points]

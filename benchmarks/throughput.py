@@ -179,6 +179,7 @@ def run_phase(a: argparse.Namespace, root: Path, samples: Any, variant: str, see
     from warp_ds.flags.arguments import TrainArguments
     from warp_ds.phases.packing import attention_of, make_sampler, sample_lengths
     from warp_ds.phases.training import fit
+    from warp_ds.phases.watching import Watched
     from warp_ds.protection import WarpCallback
     from warp_ds.zero import settings
     from warp_ds.zero.deepspeed_internals import end_engine
@@ -196,7 +197,9 @@ def run_phase(a: argparse.Namespace, root: Path, samples: Any, variant: str, see
         basis, masks = ((out / f"phase{i}_latest" / kind).resolve() for i, kind in ((1, "basis"), (2, "masks")))
         callbacks.append(WarpCallback(basis, masks, str(root / "model")))
     passed = {"max_steps": a.steps, "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no"}
-    trainer = fit(model, tokenizer, samples, arguments, root / "run", None, [*callbacks, timer], passed)
+    trainer = fit(
+        model, tokenizer, samples, arguments, root / "run", None, [*callbacks, timer], passed, watched=Watched(), facts={}
+    )
     end_engine(trainer.deepspeed)
     order = list(make_sampler(samples, arguments, a.steps).global_batches())[: a.steps]
     return sum(lengths[i] for batch in order for i in batch), timer.seconds

@@ -21,6 +21,7 @@ from warp_ds.flags.arguments import BasisArguments, EvaluateArguments, Importanc
 from warp_ds.flags.comparison import CompareArguments
 from warp_ds.flags.parsing import parse_arguments, parse_training
 from warp_ds.launch.inputs import on_one_machine
+from warp_ds.launch.job import _tell_torchrun
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -397,3 +398,16 @@ def test_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
     assert f"warp_ds {warp_ds.__version__}, torch " in shown_versions("warp_ds", "torch")
     finding = machine.packages()
     assert "warp_ds is not installed" in finding.found and "pip install" in finding.cure
+
+
+def test_the_cause_stands_in_torchruns_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = tmp_path / "error.json"
+    _tell_torchrun("error: no file")
+    assert not list(tmp_path.iterdir())  # another launcher
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(written))
+    try:
+        raise ValueError("hf_secret")
+    except ValueError:
+        _tell_torchrun("error: no file")
+    said = json.loads(written.read_text())["message"]
+    assert said["message"].endswith("error: no file") and "hf_secret" not in str(said)

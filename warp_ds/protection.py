@@ -49,6 +49,7 @@ def protect(
     model_dir: str | None = None,
     basis_placement: str = "auto",
     left_projection: bool = False,
+    hold_rest: bool = False,
 ) -> MaskedStep:
     """Freezes the rotated coefficients that ``masks_dir`` names in every further step of a DeepSpeed engine.
 
@@ -58,8 +59,10 @@ def protect(
     fingerprints where given. ``basis_placement``: 'replicated' holds every basis on every rank, 'owner' each on one
     rank, to which the layers' shards are sent, 'sharded' a piece of each on every rank, gathered a layer ahead of use;
     'auto' takes the fastest that fits (``zero.placements.place_bases``). ``left_projection``: with masks of whole columns of
-    the basis 'weight', what is free stays out of their left singular directions too, as OSFT does. Called on every rank. Raises
-    ArtifactError where the artefacts belong to another model, UnsupportedSetting where the step would not be exact,
+    the basis 'weight', what is free stays out of their left singular directions too, as OSFT does. ``hold_rest``: where masks
+    are of some rows of a fused weight (attn_q in a qkv_proj), its other rows keep their values; else they train unmasked.
+    Called on every rank. Raises ArtifactError where the artefacts belong to another model, UnsupportedSetting where the step
+    would not be exact,
     ValueError where a checkpoint of another basis or of unprotected training was loaded before.
 
     While protected, the fp32 master weights are rotated coefficients: ``safe_get_full_fp32_param`` returns C, not W.
@@ -71,6 +74,7 @@ def protect(
         model_dir=model_dir,
         basis_placement=basis_placement,
         left_projection=left_projection,
+        hold_rest=hold_rest,
     )
 
 
@@ -83,6 +87,7 @@ def protect_optimizer(
     model_dir: str | None = None,
     basis_placement: str = "auto",
     left_projection: bool = False,
+    hold_rest: bool = False,
 ) -> MaskedStep:
     """As ``protect``, for a model and its optimizer: DeepSpeed's ZeRO-3 optimizer, or a plain torch one.
 
@@ -115,9 +120,9 @@ def protect_optimizer(
                 "on whole parameters (one process, or DDP); not under FSDP"
             )
         alone, placement = _layers(basis, masks, masked, 1, 0, "replicated")
-        return MaskedStep(PlainDriver(optimizer, alone), placement, left_projection)
+        return MaskedStep(PlainDriver(optimizer, alone, hold_rest), placement, left_projection)
     layers, placement = _layers(basis, masks, masked, processes.world_size(), processes.rank(), basis_placement)
-    return MaskedStep(Zero3Driver(optimizer, layers, mark), placement, left_projection)
+    return MaskedStep(Zero3Driver(optimizer, layers, mark, hold_rest), placement, left_projection)
 
 
 def _fingerprint(model: nn.Module, model_dir: str | None) -> str | None:
@@ -188,8 +193,13 @@ def _masked(model: nn.Module, masks: MaskStore) -> list[_Masked]:
             f"none of the layers in the masks of {masks.directory} has an adapter in this model (the first is "
             f"{masks.layers[0].name}): give the adapter these layers (target_modules), or make masks of those that it has"
         )
-    found = []
+    masked = []
     for layer in masks.layers:
+        if layer.rows and layer.name in pairs:
+            raise errors.UnsupportedSetting(
+                f"{layer.name} is some rows of {layer.parameter}, whose adapter reads one input for all of them: masks of "
+                "layers with a weight of their own can protect an adapter"
+            )
         if layer.name not in pairs:
             continue  # its W is frozen, and nothing is added to it
         pair = pairs[layer.name]
@@ -200,8 +210,8 @@ def _masked(model: nn.Module, masks: MaskStore) -> list[_Masked]:
                 f"{(outputs, columns)}: they belong to another model"
             )
         columns = unpack_bits(masks.columns(layer.name), layer.n)[0]
-        found.append(_Masked(replace(layer, m=rows), pair.a, pair.b, columns))
-    return found
+        masked.append(_Masked(replace(layer, m=rows), pair.a, pair.b, columns))
+    return masked
 
 
 def refuse_without_left(masks: MaskStore, adapted: bool) -> None:
@@ -226,7 +236,7 @@ def refuse_entries(masks: MaskStore) -> None:
 def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> dict[str, nn.Parameter]:
     """The weight of each masked layer, by the layer's name; wrappers' prefixes are looked through."""
     by_name = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
-    found = {}
+    parameters = {}
     for layer in layers:
         full = layer.parameter
         matches = [name for name in by_name if name == full or name.endswith(f".{full}")]
@@ -236,9 +246,9 @@ def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> di
             )
         param = by_name[min(matches, key=len)]
         shape = tuple(getattr(param, "ds_shape", param.shape))
-        if shape != layer.shape:
+        if not layer.fits(shape):
             raise ArtifactError(
-                f"the masks in {source} have {layer.name} as {layer.shape}, but this model has "
+                f"the masks in {source} have {layer.parameter} as {layer.whole_shape}, but this model has "
                 f"{shape}: they belong to another model"
             )
         if not param.requires_grad:
@@ -246,8 +256,8 @@ def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> di
                 f"{layer.name} does not train (requires_grad is off), so there is nothing to mask: let "
                 "it train, or make masks without it"
             )
-        found[layer.name] = param
-    return found
+        parameters[layer.name] = param
+    return parameters
 
 
 def _layers(
@@ -273,7 +283,8 @@ def _layers(
 def _share(masks: MaskStore, masked: _Masked, key: str, basis: BasisStore | None, world_size: int, rank: int) -> ProtectedLayer:
     """This rank's share of one masked parameter."""
     target, device = masked.target, _compute_device(masked.param)
-    partition, frozen = RowPartition(target.m, target.n, world_size, rank), int(masks.metadata.layers[target.name]["frozen"])
+    partition = RowPartition(target.m, target.n, world_size, rank, target.rows, target.height)
+    frozen = int(masks.metadata.layers[target.name]["frozen"])
     if masked.columns is None:
         whole = masks.packed(target.name, partition.rows.start, partition.rows.stop)
         cut = [masks.packed(target.name, row, row + 1) for row in partition.cut_rows]
@@ -322,7 +333,7 @@ class WarpCallback(TrainerCallback):
 
     Works under ZeRO-3, and without DeepSpeed. Logs, where the Trainer logs: ``masked_fraction``,
     ``grad_norm_removed``, ``rotate_seconds``, ``rotate_bytes``. ``basis_dir`` may be left out where it is the one that
-    the masks name. ``basis_placement`` and ``left_projection`` as in ``protect``.
+    the masks name. ``basis_placement``, ``left_projection`` and ``hold_rest`` as in ``protect``.
     """
 
     def __init__(
@@ -332,11 +343,12 @@ class WarpCallback(TrainerCallback):
         model_dir: str | None = None,
         basis_placement: str = "auto",
         left_projection: bool = False,
+        hold_rest: bool = False,
     ):
         if masks_dir is None:
             raise ArtifactError("WarpCallback needs masks_dir, the masks/ directory of a phase 2 run")
         self.basis_dir, self.masks_dir, self.model_dir = basis_dir, masks_dir, model_dir
-        self.basis_placement, self.left_projection = basis_placement, left_projection
+        self.basis_placement, self.left_projection, self.hold_rest = basis_placement, left_projection, hold_rest
         self.protection: MaskedStep | None = None
         self._clipping: float | None = None
 
@@ -355,6 +367,7 @@ class WarpCallback(TrainerCallback):
             model_dir=self.model_dir,
             basis_placement=self.basis_placement,
             left_projection=self.left_projection,
+            hold_rest=self.hold_rest,
         )
         if protection.driver.clips(args.max_grad_norm):
             self._clipping, args.max_grad_norm = args.max_grad_norm, 0.0
@@ -373,10 +386,10 @@ class WarpCallback(TrainerCallback):
     ) -> None:
         # Called on every rank, which the collective inside needs.
         if self.protection is not None and logs is not None and "loss" in logs:
-            found = self.protection.logged()
-            logs.update(found)
+            figures = self.protection.logged()
+            logs.update(figures)
             if state.log_history:
-                state.log_history[-1].update(found)
+                state.log_history[-1].update(figures)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._clipping is not None:

@@ -37,8 +37,8 @@ class Phase:
     @property
     def arguments(self) -> type[Any]:
         """The dataclass of its flags."""
-        found: type[Any] = _named(self.arguments_at)
-        return found
+        kind: type[Any] = _named(self.arguments_at)
+        return kind
 
     @property
     def function(self) -> Any:

@@ -16,10 +16,10 @@ CONFIGS = {path.stem: path for path in sorted((_HERE / "ds_configs").glob("*.jso
 def config_path(given: str) -> Path:
     """The file of --deepspeed: the path, or one that comes along by its name; ConfigError where it is neither."""
     path = Path(given)
-    found = path if path.is_file() else CONFIGS.get(given)
-    if found is None:
+    existing = path if path.is_file() else CONFIGS.get(given)
+    if existing is None:
         raise ConfigError(f"--deepspeed {given}: no such file, and none that comes along: {', '.join(CONFIGS)}")
-    return found
+    return existing
 
 
 def batch_script(phase: Phase) -> str:

@@ -32,12 +32,12 @@ class Place:
 
 def cells(rows: Table, column: str, role: str) -> list[list[Message]]:
     """The turns of one column, whose cells hold a text or a list of turns."""
-    found: list[list[Message] | None] = []
+    parsed: list[list[Message] | None] = []
     for row, value in enumerate(rows.column(column)):
         with Place(rows, row, column):
-            found.append(_turns_or_text(value, role))
-    refuse_rows(rows, column, [turns is None for turns in found], [turns is not None and _blank(turns) for turns in found])
-    whole = [turns for turns in found if turns is not None]
+            parsed.append(_turns_or_text(value, role))
+    refuse_rows(rows, column, [turns is None for turns in parsed], [turns is not None and _blank(turns) for turns in parsed])
+    whole = [turns for turns in parsed if turns is not None]
     for row, turns in enumerate(whole):
         check_characters("".join(str(turn["content"]) for turn in turns), column, rows, row)
     return whole

@@ -44,9 +44,9 @@ def load_samples(
     if not shuffle:
         return list(read_samples(name_or_path, samples=samples, **options))
     _check_count(samples)
-    found = list(read_samples(name_or_path, **options))
-    random.Random(seed).shuffle(found)
-    return found[:samples] if samples else found
+    samples_read = list(read_samples(name_or_path, **options))
+    random.Random(seed).shuffle(samples_read)
+    return samples_read[:samples] if samples else samples_read
 
 
 def read_samples(
@@ -104,8 +104,8 @@ def load_prompts(
     """The prompts alone of a source that need not have responses, for evaluation. Raises `DataError`."""
     _check_count(samples)
     wanted = Wanted(prompt_column, prompts=True)
-    found = _from_all(os.fspath(name_or_path), split, config, wanted, samples, streaming)
-    return [sample.asked() for sample in found]
+    samples_read = _from_all(os.fspath(name_or_path), split, config, wanted, samples, streaming)
+    return [sample.asked() for sample in samples_read]
 
 
 def _check_count(samples: int) -> None:
@@ -129,26 +129,26 @@ def _from_all(
         samples = _of_source(tables, source, replace(wanted, layout=layout, prompt_column=column), most if alone else 0)
         if not alone:
             parts.append(_weighted(hold(samples), source, weight))
-    found = 0
+    taken = 0
     for sample in samples if alone else islice(_interleaved(parts), most or None):
-        found += 1
+        taken += 1
         yield sample
-    if most > found:
-        log.info("%s: %d samples asked for, %d there: all are used", text, most, found)
+    if most > taken:
+        log.info("%s: %d samples asked for, %d there: all are used", text, most, taken)
 
 
 def _of_source(tables: Iterable[Table], source: str, wanted: Wanted, most: int) -> Iterator[Sample]:
     """The first `most` (0: all) samples of a source."""
-    found = 0
+    taken = 0
     cut: list[int] = []
     for table in tables:
         samples = samples_of(table, wanted)
-        samples = samples[: most - found] if most else samples
-        found += len(samples)
+        samples = samples[: most - taken] if most else samples
+        taken += len(samples)
         yield from samples if wanted.prompts else (_without_tail(sample, wanted.refusals, cut) for sample in samples)
-        if found == most > 0:
+        if taken == most > 0:
             break
-    if not found:
+    if not taken:
         raise DataError(f"{source}: no row is left, since every response is marked as harmful")
     if cut:
         log.warning("%s: the turns after the last answer of %d rows (%s) are left out", source, len(cut), few(cut))
@@ -195,14 +195,14 @@ def _refusals(path: str | os.PathLike[str]) -> list[str]:
     if suffix_of(file) in (".json", ".jsonl", ".ndjson"):
         # A text, or an object, each.
         items = [(line, {"text": value} if type(value) is str else value) for line, value in json_values(file, name)]
-        found = _refusal_texts(table_of(items, file, name))
+        texts = _refusal_texts(table_of(items, file, name))
     elif suffix_of(file) in READERS:
-        found = _refusal_texts(read_file(file, name))
+        texts = _refusal_texts(read_file(file, name))
     else:
-        found = [line.strip() for line in read_text(file, name).split("\n") if line.strip()]
-    if not found:
+        texts = [line.strip() for line in read_text(file, name).split("\n") if line.strip()]
+    if not texts:
         raise DataError(f"{name} is empty: give one refusal a line")
-    return found
+    return texts
 
 
 def _refusal_texts(rows: Table) -> list[str]:

@@ -135,12 +135,12 @@ def encode_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase, train_on: 
 
 def _token_spans(text: str, ids: list[int], spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> list[Span]:
     """Spans of characters as spans of `ids` (of `text`): every token that holds one of them, as transformers' masks have it."""
-    found = []
+    token_spans = []
     for first, last in spans:
         begin, end = _ids(text[:first], tokenizer), _ids(text[:last], tokenizer)
         known = _common(end, ids)
-        found.append((_common(begin, ids), known + (known < len(end))))
-    return found
+        token_spans.append((_common(begin, ids), known + (known < len(end))))
+    return token_spans
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

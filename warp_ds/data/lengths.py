@@ -41,9 +41,9 @@ def encode_dataset(
 ) -> Dataset:
     """The samples as tokens, in order, in memory: `fitting` of what data/tokens.py makes."""
     check_length(max_length, model_context)
-    found = as_samples(samples)
-    tokens = tokens_of(text_rows(found), tokenizer, max_length, prompt_only=prompt_only, train_on=train_on)
-    return fitting(tokens, found, max_length, prompt_only=prompt_only, long_samples=long_samples)
+    rows = as_samples(samples)
+    tokens = tokens_of(text_rows(rows), tokenizer, max_length, prompt_only=prompt_only, train_on=train_on)
+    return fitting(tokens, rows, max_length, prompt_only=prompt_only, long_samples=long_samples)
 
 
 def fitting(

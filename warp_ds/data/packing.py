@@ -66,13 +66,13 @@ def seen_of_another(model: Any, first: Sequence[int], second: Sequence[int], dev
 
     0 within rounding where a model keeps samples apart. `first` and `second` are token ids.
     """
-    found = []
+    changes = []
     for before in (first, first[::-1]):
         row = [{"input_ids": list(ids), "labels": list(ids)} for ids in (before, second)]
         batch = {key: value.to(device) for key, value in pack_batch([row], 0, None).items() if key != "labels"}
-        found.append(model(**batch, use_cache=False).logits[0, len(first) :].float())
-    change = (found[0] - found[1]).abs().max()
-    return float(change / found[0].std()) if change else 0.0
+        changes.append(model(**batch, use_cache=False).logits[0, len(first) :].float())
+    change = (changes[0] - changes[1]).abs().max()
+    return float(change / changes[0].std()) if change else 0.0
 
 
 class PackedBatchSampler(GlobalBatchSampler):
@@ -116,8 +116,8 @@ class PackedBatchSampler(GlobalBatchSampler):
     def micro_batches(self, batch: list[int]) -> Iterator[list[Any]]:
         count = self.accumulation_steps * self.world_size
         lengths = self._lengths(batch)
-        found = [spread(lengths, count * rows) for rows in range(self.batch_size, 0, -1)]
-        fitting = [rows for rows in found if max(sum(lengths[i] for i in row) for row in rows) <= self.capacity]
+        divisions = [spread(lengths, count * rows) for rows in range(self.batch_size, 0, -1)]
+        fitting = [rows for rows in divisions if max(sum(lengths[i] for i in row) for row in rows) <= self.capacity]
         rows = min(fitting, key=lambda rows: self._area(rows, lengths, count)) if fitting else best_fit(lengths, self.capacity)
         rows = sorted(rows, key=lambda row: -sum(lengths[i] for i in row))
         rows += [[] for _ in range(-len(rows) % count)]

@@ -110,6 +110,6 @@ def as_samples(values: Iterable[str | Mapping[str, Any] | Sample]) -> list[Sampl
 
 def as_rows(samples: Iterable[Sample]) -> list[dict[str, Any]]:
     """The rows of one file: pairs of prompt and response where all are, else conversations and bare texts."""
-    found = list(samples)
-    pairs = all(sample.plain for sample in found)
-    return [sample.as_row() if pairs or not sample.plain else {"messages": list(sample.messages)} for sample in found]
+    listed = list(samples)
+    pairs = all(sample.plain for sample in listed)
+    return [sample.as_row() if pairs or not sample.plain else {"messages": list(sample.messages)} for sample in listed]

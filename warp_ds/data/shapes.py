@@ -121,15 +121,15 @@ def _conversations(rows: Table, column: str, wanted: Wanted) -> list[Sample]:
     extras = _Extras(rows, [column, *RESPONSE_COLUMNS, *(["text"] if bare else [])], True)
     if column == CHOSEN:
         _say_preferred(rows)
-    found = []
+    conversations = []
     for row, value in enumerate(rows.column(column)):
         if value is None and bare and isinstance(rows.rows[row].get("text"), str):
-            found.append(Sample(text=rows.rows[row]["text"], row=row))
+            conversations.append(Sample(text=rows.rows[row]["text"], row=row))
             continue
         with Place(rows, row, column):
             turns, skipped = _whole(value)
-            found.append(_checked(extras.around(Sample(turns, untrained=skipped, row=row)), wanted))
-    return _written(found, column, rows)
+            conversations.append(_checked(extras.around(Sample(turns, untrained=skipped, row=row)), wanted))
+    return _written(conversations, column, rows)
 
 
 def _whole(value: Any) -> tuple[list[Message], frozenset[int]]:
@@ -207,7 +207,7 @@ def _pairs(rows: Table, wanted: Wanted) -> list[Sample]:
     answers = None if response is None else cells(rows, response, "assistant")
     if response is not None and wanted.guessed:
         _say_other_responses(rows, response)
-    found = []
+    pairs = []
     for row, before in enumerate(befores):
         if inputs and inputs[row].strip():
             # As Alpaca's own template does: an empty input adds nothing.
@@ -228,8 +228,8 @@ def _pairs(rows: Table, wanted: Wanted) -> list[Sample]:
                     f"is a conversation of the turns {roles_of(after)}: a response begins and ends with an assistant's"
                 )
         with Place(rows, row, prompt):
-            found.append(extras.around(Sample([*before, *after], row=row)))
-    return _numbered(found, rows)
+            pairs.append(extras.around(Sample([*before, *after], row=row)))
+    return _numbered(pairs, rows)
 
 
 def _response_column(rows: Table, wanted: Wanted) -> str | None:

@@ -30,7 +30,7 @@ def sources_of(text: str) -> list[tuple[str, float]]:
         raise DataError("an empty text names no data: give a file, a folder, or a data set of the hub")
     if Path(text).expanduser().exists():
         return [(text, 1.0)]
-    found = []
+    sources = []
     for part in [part.strip() for part in text.split(",")]:
         name, mark, weight = part.rpartition("@")
         if not mark or Path(part).expanduser().exists():
@@ -41,10 +41,10 @@ def sources_of(text: str) -> list[tuple[str, float]]:
             value = math.nan
         if not name or not 0 < value < math.inf:
             raise DataError(f"{text!r}: {part!r} is no source: give NAME or NAME@WEIGHT with a weight above 0, by commas")
-        found.append((name, value))
-    for name in sorted({name for name, _ in found if sum(name == other for other, _ in found) > 1}):
+        sources.append((name, value))
+    for name in sorted({name for name, _ in sources if sum(name == other for other, _ in sources) > 1}):
         log.warning("%s is named more than once, and all its samples are taken as often: a weight says so in one word", name)
-    return found
+    return sources
 
 
 def check_source(text: str) -> None:

@@ -51,7 +51,7 @@ def turns_of(value: Any) -> tuple[list[Message], frozenset[int]] | None:
     """The turns of a list, and those that it marks as not trained; None where `value` is no list of turns. Raises `NotText`."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         return None
-    found: list[Message] = []
+    turns: list[Message] = []
     skipped = set()
     for number, turn in enumerate(value):
         if not isinstance(turn, Mapping):
@@ -63,10 +63,10 @@ def turns_of(value: Any) -> tuple[list[Message], frozenset[int]] | None:
             message, trained = _turn(turn, *keys)
         except NotText as error:
             raise NotText(f"is a conversation whose turn {number} {error}") from error
-        found.append(message)
+        turns.append(message)
         if not trained:
             skipped.add(number)
-    return found, frozenset(skipped)
+    return turns, frozenset(skipped)
 
 
 def _turn(turn: Mapping[str, Any], who: str, what: str) -> tuple[Message, bool]:
@@ -130,7 +130,7 @@ def _calls(turn: Mapping[str, Any], given: str, what: str) -> list[dict[str, Any
     if given in CALLS:
         written = turn.get(what)
     written = parsed(written) if isinstance(written, str) else written
-    found = []
+    calls = []
     for call in [written] if isinstance(written, Mapping) else written or ():
         call = plain(call)
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -140,8 +140,8 @@ def _calls(turn: Mapping[str, Any], given: str, what: str) -> list[dict[str, Any
         if isinstance(arguments, str):
             arguments = plain(parsed(arguments) if arguments.strip() else {})
         identity = {"id": call["id"]} if call.get("id") else {}
-        found.append({**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
-    return found
+        calls.append({**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
 
 
 def tools_of(value: Any) -> list[dict[str, Any]]:
@@ -149,10 +149,10 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
     value = parsed(value) if isinstance(value, str) and value.strip() else value
     if value in (None, "", [], {}):
         return []
-    found = plain(value)
-    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+    plain_value = plain(value)
+    if not isinstance(plain_value, list) or not all(isinstance(tool, dict) for tool in plain_value):
         raise NotText(f"is {kind_of(value)}, not a list of tools as JSON schemas")
-    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in found]
+    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in plain_value]
     if not all(isinstance(tool["function"], dict) and isinstance(tool["function"].get("name"), str) for tool in tools):
         raise NotText("has a tool without a name: give each as a JSON schema with name, description and parameters")
     return tools

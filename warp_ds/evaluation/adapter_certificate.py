@@ -52,29 +52,29 @@ def certify_adapter(
     Raises ArtifactError where a file is missing, does not fit, is no plain LoRA, or changes meanwhile, and for masks that are
     not of whole columns.
     """
-    masks, found = MaskStore(masks_dir), AdapterDirectory.of(adapter)
+    masks, opened = MaskStore(masks_dir), AdapterDirectory.of(adapter)
     old = ModelDirectory.of(Path(before), masks.layers)
     basis = masks.find_basis(basis_dir)
-    files = _files(old, found, masks, basis)
+    files = _files(old, opened, masks, basis)
     states = {path: FileState.of(path) for path in files}
     with afresh():
         fingerprint = fingerprint_model(old.directory)
         masks.check(basis, fingerprint, str(before))
         if basis is not None:
             basis.check(masks.layers, fingerprint, str(before))
-        layers = _layers(found, masks, basis)
-        adapter_digests = _sha256([found.directory / CONFIG, found.directory / WEIGHTS])
-        certificate = _certificate(old, found, masks, basis, layers, fingerprint, adapter_digests)
+        layers = _layers(opened, masks, basis)
+        adapter_digests = _sha256([opened.directory / CONFIG, opened.directory / WEIGHTS])
+        certificate = _certificate(old, opened, masks, basis, layers, fingerprint, adapter_digests)
     if {path: FileState.of(path) for path in files} != states:
         raise ArtifactError(f"files of {before}, {adapter} or the masks changed while they were read: try again")
     return certificate
 
 
-def _files(old: ModelDirectory, found: AdapterDirectory, masks: MaskStore, basis: BasisStore | None) -> list[Path]:
+def _files(old: ModelDirectory, adapter: AdapterDirectory, masks: MaskStore, basis: BasisStore | None) -> list[Path]:
     stores: list[MaskStore | BasisStore] = [masks] if basis is None else [masks, basis]
     files = [store.directory / entry["file"] for store in stores for entry in store.metadata.layers.values()]
     files += [Path(tensor.path) for tensor in old.tensors.values()]
-    return sorted({*files, found.directory / CONFIG, found.directory / WEIGHTS})
+    return sorted({*files, adapter.directory / CONFIG, adapter.directory / WEIGHTS})
 
 
 def _sha256(paths: list[Path]) -> dict[str, str]:
@@ -82,14 +82,14 @@ def _sha256(paths: list[Path]) -> dict[str, str]:
     return {path: digest.sha256 for path, digest in zip(parts, Contents("", parts).digests(), strict=True)}
 
 
-def _layers(found: AdapterDirectory, masks: MaskStore, basis: BasisStore | None) -> list[_Found]:
+def _layers(adapter: AdapterDirectory, masks: MaskStore, basis: BasisStore | None) -> list[_Found]:
     """Of every masked layer, in the masks' order; those of one basis file one after another."""
     names = {t.name: "" if basis is None else basis.metadata.layers[t.name]["file"] for t in masks.layers}
     results: dict[str, _Found] = {}
     last, complete = None, None
     for target in sorted(masks.layers, key=lambda t: names[t.name]):
         frozen = _columns(masks, target)
-        _, factors = next(found.of_targets([target]))
+        _, factors = next(adapter.of_targets([target]))
         if factors is None:
             count = target.m * int(frozen.sum())
             results[target.name] = _Found(_still(target, count), Sums(), trained=False)
@@ -177,7 +177,7 @@ def _figures(target: TargetLayer, b: Tensor, coefficients: Tensor, allowed: Tens
 
 def _certificate(
     old: ModelDirectory,
-    found: AdapterDirectory,
+    adapter: AdapterDirectory,
     masks: MaskStore,
     basis: BasisStore | None,
     layers: list[_Found],
@@ -186,7 +186,7 @@ def _certificate(
 ) -> Certificate:
     log_tests = math.log(max(1, sum(each.sums.number for each in layers)))
     problems = [problem for each in layers for problem in _problems(each, log_tests)] + [
-        f"it brings a weight of its own for a masked layer, {name}" for name in _replaced(found, masks)
+        f"it brings a weight of its own for a masked layer, {name}" for name in _replaced(adapter, masks)
     ]
     reasons = [] if problems else _cannot_tell(layers, log_tests)
     outcome = BROKEN if problems else CANNOT_TELL if reasons else KEPT
@@ -200,14 +200,14 @@ def _certificate(
         claim=_claim(outcome, layers),
         problems=problems,
         reasons=reasons,
-        notes=[*(f"masks: {note}" for note in masks.metadata.notes), *_notes(found, old, masks, layers)],
-        not_claimed=_not_claimed(found, masks),
+        notes=[*(f"masks: {note}" for note in masks.metadata.notes), *_notes(adapter, old, masks, layers)],
+        not_claimed=_not_claimed(adapter, masks),
         before=str(old.directory),
-        after=str(found.directory),
+        after=str(adapter.directory),
         masks=str(masks.directory),
         basis=None if basis is None else str(basis.directory),
         before_fingerprint=fingerprint,
-        after_fingerprint=digests[str(found.directory / WEIGHTS)],
+        after_fingerprint=digests[str(adapter.directory / WEIGHTS)],
         masks_fingerprint=masks.fingerprint(),
         basis_fingerprint=masks.metadata.basis_fingerprint,
         files={"before": _of_model(old), "after": digests},
@@ -221,8 +221,8 @@ def _of_model(old: ModelDirectory) -> dict[str, str]:
     return {name: digest.sha256 for name, digest in zip(old.tensors, digests, strict=True)}
 
 
-def _problems(found: _Found, log_tests: float) -> list[str]:
-    layer = found.layer
+def _problems(checked: _Found, log_tests: float) -> list[str]:
+    layer = checked.layer
     if layer.not_finite:
         return [f"{layer.layer}: {layer.not_finite} NaN or infinite entries of A and B"]
     if layer.violations:
@@ -230,12 +230,12 @@ def _problems(found: _Found, log_tests: float) -> list[str]:
             f"{layer.layer}: {layer.violations} of {layer.frozen} frozen coefficients of ΔW U are more than A's rounding "
             f"allows (the worst {layer.worst_move:.3e}, where rounding allows {layer.worst_allowed:.3e})"
         ]
-    return [f"{layer.layer}: A U: {problem}" for problem in found.sums.excesses(log_tests)] if found.trained else []
+    return [f"{layer.layer}: A U: {problem}" for problem in checked.sums.excesses(log_tests)] if checked.trained else []
 
 
-def _replaced(found: AdapterDirectory, masks: MaskStore) -> list[str]:
+def _replaced(adapter: AdapterDirectory, masks: MaskStore) -> list[str]:
     """Whole weights of masked layers among what it holds besides A and B."""
-    return [name for name in found.others if any(name.startswith(f"{layer.name}.") for layer in masks.layers)]
+    return [name for name in adapter.others if any(name.startswith(f"{layer.name}.") for layer in masks.layers)]
 
 
 def _cannot_tell(layers: list[_Found], log_tests: float) -> list[str]:
@@ -268,9 +268,9 @@ def _claim(outcome: str, layers: list[_Found]) -> str:
     }[outcome]
 
 
-def _notes(found: AdapterDirectory, old: ModelDirectory, masks: MaskStore, layers: list[_Found]) -> list[str]:
+def _notes(adapter: AdapterDirectory, old: ModelDirectory, masks: MaskStore, layers: list[_Found]) -> list[str]:
     notes = []
-    base = found.config.get("base_model_name_or_path")
+    base = adapter.config.get("base_model_name_or_path")
     if base and Path(str(base)).is_dir() and Path(str(base)).resolve() != old.directory.resolve():
         notes.append(f"the adapter names {base} as its base model; what is certified is its use on {old.directory}")
     if plain := [each.layer.layer for each in layers if not each.trained]:
@@ -278,12 +278,12 @@ def _notes(found: AdapterDirectory, old: ModelDirectory, masks: MaskStore, layer
     return notes
 
 
-def _not_claimed(found: AdapterDirectory, masks: MaskStore) -> list[Difference]:
+def _not_claimed(adapter: AdapterDirectory, masks: MaskStore) -> list[Difference]:
     masked = {layer.name for layer in masks.layers}
-    free = [name for name in found.layers if name not in masked]
+    free = [name for name in adapter.layers if name not in masked]
     parts = []
     if free:
         parts.append(Difference("adapters of layers without a mask", CHANGED, f"{len(free)}, the first {free[0]}"))
-    if found.others:
-        parts.append(Difference("weights beside A and B", CHANGED, f"{len(found.others)}, the first {found.others[0]}"))
+    if adapter.others:
+        parts.append(Difference("weights beside A and B", CHANGED, f"{len(adapter.others)}, the first {adapter.others[0]}"))
     return parts

@@ -25,13 +25,13 @@ def outcomes(rows: Sequence[Mapping[str, Any]], losses: Sequence[Sequence[float]
 
     ``losses``: nats of each trained token of each task item; 'loss' then holds their sum and number, item by item.
     """
-    found: dict[str, Any] = {}
+    by_prompt: dict[str, Any] = {}
     for row in rows:
         mark = str(int(row["correct"])) if row["suite"] == "gsm8k" else MARKS[row["verdict"]]
-        found[row["suite"]] = found.get(row["suite"], "") + mark
+        by_prompt[row["suite"]] = by_prompt.get(row["suite"], "") + mark
     if losses:
-        found["loss"] = {"nats": [round(sum(tokens), 5) for tokens in losses], "tokens": [len(tokens) for tokens in losses]}
-    return found
+        by_prompt["loss"] = {"nats": [round(sum(tokens), 5) for tokens in losses], "tokens": [len(tokens) for tokens in losses]}
+    return by_prompt
 
 
 @dataclass(frozen=True)

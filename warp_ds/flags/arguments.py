@@ -28,7 +28,8 @@ from warp_ds.models.layer_names import parse_layer_types
 
 @dataclass
 class SafetyTuningArguments(PublishFlags, SafetyDataArguments, TrainingFlags):
-    """Phase 0."""
+    """Phase 0, safety tuning: trains every parameter (or an adapter) on refusals, where a model has none worth keeping.
+    Writes RUN/model. Example: warp-ds phase0 --model_name MODEL --safety_data refusals.jsonl"""
 
     def check(self) -> None:
         super().check()
@@ -38,7 +39,8 @@ class SafetyTuningArguments(PublishFlags, SafetyDataArguments, TrainingFlags):
 
 @dataclass
 class BasisArguments(BasisFlags, PublishFlags, SafetyDataArguments, LayerArguments, PackingFlags):
-    """Phase 1."""
+    """Phase 1, basis: the eigenvectors U of what each layer is given on examples of what must stay. Reads a model, writes
+    basis files to its run directory. Example: warp-ds phase1 --model_name MODEL --safety_data refusals.jsonl"""
 
     basis: str = flag(
         "activation",
@@ -55,7 +57,9 @@ class BasisArguments(BasisFlags, PublishFlags, SafetyDataArguments, LayerArgumen
 
 @dataclass
 class ImportanceArguments(MaskFlags, PublishFlags, SafetyDataArguments, LayerArguments, PackingFlags):
-    """Phase 2."""
+    """Phase 2, importance: scores each coefficient of C = W U by its gradient on the same examples and marks the share
+    --keep_ratio to freeze. Reads phase 1's basis, writes masks to its run directory. Example: warp-ds phase2 --model_name
+    MODEL --safety_data refusals.jsonl --basis_dir checkpoints/phase1_latest"""
 
     safety_samples: int = again(SafetyDataArguments, "safety_samples", 50)
     basis_dir: str | None = flag(
@@ -75,7 +79,9 @@ class ImportanceArguments(MaskFlags, PublishFlags, SafetyDataArguments, LayerArg
 
 @dataclass
 class TrainArguments(MaskedTrainingFlags, ControlFlags, PublishFlags, UtilityDataArguments, LayerArguments, TrainingFlags):
-    """Phase 3."""
+    """Phase 3, training: trains on a task while the marked coefficients stay constant to the bit. Reads phase 2's masks,
+    writes RUN/model. Example: warp-ds phase3 --model_name MODEL --utility_data task.jsonl --masks_dir
+    checkpoints/phase2_latest"""
 
     batch_size: int = again(RunArguments, "batch_size", 2)
     basis_dir: str | None = again(
@@ -113,7 +119,8 @@ class AuditArguments(UtilityDataArguments, SafetyDataArguments, RunArguments):
 
 @dataclass
 class EvaluateArguments(HeldOutArguments, UtilityDataArguments, RunArguments):
-    """Evaluation."""
+    """Evaluation: what a model refuses, over-refuses and gets right, answer by answer. Example: warp-ds evaluate --model_name
+    checkpoints/phase3_latest/model --harmful_data prompts.jsonl"""
 
     suite: str = flag("refusal,over_refusal,gsm8k,loss", "comma-separated list of measurements, and of lm-eval tasks")
     utility_data: str = again(

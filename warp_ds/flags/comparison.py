@@ -40,7 +40,9 @@ class CompareArguments(
     PackingFlags,
     LoraFlags,
 ):
-    """Arms side by side (phases/compare.py). --seed is that of the shared bases and masks."""
+    """Arms side by side: each arm trained from one start model, measured on the same prompts, with paired intervals and a
+    recommendation. --seed is that of the shared bases and masks. Example: warp-ds compare --model_name MODEL --safety_data
+    refusals.jsonl --utility_data task.jsonl --harmful_data prompts.jsonl --arms before,layers,rotated"""
 
     safety_samples: int = again(
         SafetyDataArguments, "safety_samples", 100, "safety samples for bases (all of them) and SafeInstr; 0 = all"
@@ -116,14 +118,14 @@ class CompareArguments(
 
     def rates(self, arms: list[str]) -> dict[str, list[float]]:
         """Arm -> its grid of learning rates; ConfigError where --arm_rates names an arm that is not there."""
-        found = {arm: self.rate_list for arm in arms}
+        rates_of = {arm: self.rate_list for arm in arms}
         for part in (self.arm_rates or "").split(","):
             name, _, values = part.strip().partition("=")
-            if part.strip() and (name not in found or not values):
+            if part.strip() and (name not in rates_of or not values):
                 raise ConfigError(f"--arm_rates {part!r}: give ARM=RATE:RATE for arms of --arms ({', '.join(arms)})")
             if values:
-                found[name] = _numbers("arm_rates", values.replace(":", ","))
-        return found
+                rates_of[name] = _numbers("arm_rates", values.replace(":", ","))
+        return rates_of
 
 
 @dataclass

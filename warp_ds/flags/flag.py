@@ -56,8 +56,8 @@ def again(group: type, name: str, default: Any, help: str | None = None) -> Any:
 
 
 def nature(field: dataclasses.Field[Any]) -> Nature:
-    found: Nature = field.metadata.get("nature", Nature())
-    return found
+    told: Nature = field.metadata.get("nature", Nature())
+    return told
 
 
 def dataclass_fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:

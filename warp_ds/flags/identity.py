@@ -20,17 +20,17 @@ BY_CONTENT = ("model", "judge", "data", "files", "text")
 @cache
 def natures() -> dict[str, Nature]:
     """Every flag's nature, by its name, which is one in all phases."""
-    found: dict[str, Nature] = {}
+    by_flag: dict[str, Nature] = {}
     for module in (phases, comparison):
         for kind in vars(module).values():
             if dataclasses.is_dataclass(kind):
-                found.update({name: nature(f) for name, f in dataclass_fields(kind).items()})
-    return found
+                by_flag.update({name: nature(f) for name, f in dataclass_fields(kind).items()})
+    return by_flag
 
 
 def reading(*kinds: str) -> list[str]:
     """The flags that name a 'model', say, or 'data' (``Nature.reads``)."""
-    return [name for name, found in natures().items() if found.reads in kinds]
+    return [name for name, nature in natures().items() if nature.reads in kinds]
 
 
 def identity_settings(arguments: RunArguments) -> dict[str, Any]:

@@ -128,11 +128,11 @@ def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:
     training_arguments.several_words(passed)
     for action in passed._actions:
         action.default, action.required = argparse.SUPPRESS, False
-    found, more = passed.parse_known_args(kept)
+    known, more = passed.parse_known_args(kept)
     if more:
         raise unknown_flags(more, names_of(kind))
     try:
-        return training_arguments.settle(vars(found))
+        return training_arguments.settle(vars(known))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -172,7 +172,8 @@ def grouped(words: Sequence[str]) -> list[list[str]]:
 
 def _parse(kind: type[Arguments], argv: list[str] | None, trains: bool) -> tuple[Arguments, list[str]]:
     """The flags of ``kind``, and the words that belong to none of them."""
-    parser = FlagParser(kind, description=kind.__doc__, epilog=f"{CONFIG_HELP} {PASSED_HELP}" if trains else CONFIG_HELP)
+    epilog = f"{CONFIG_HELP} {PASSED_HELP}" if trains else CONFIG_HELP
+    parser = FlagParser(kind, usage="%(prog)s [--flag value ...]", description=kind.__doc__, epilog=epilog)
     arguments, rest = parser.parse_args_into_dataclasses(
         args=_with_config_file(argv, kind, trains), look_for_args_file=False, return_remaining_strings=True
     )
@@ -199,10 +200,10 @@ def _with_config_file(argv: list[str] | None, kind: Any, trains: bool) -> list[s
     TrainingArguments where the phase ``trains``."""
     parser = FlagParser([], add_help=False)
     parser.add_argument("--config", metavar="FILE")
-    found, argv = parser.parse_known_args(argv)
-    if found.config is None:
+    known, argv = parser.parse_known_args(argv)
+    if known.config is None:
         return argv
-    path = Path(found.config)
+    path = Path(known.config)
     try:
         # Composed and not loaded: every value stays as it is written, where YAML would make 34 of 042 and a day of 2021-05-03.
         top = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)

@@ -295,22 +295,22 @@ def _mapping(name: str, text: str) -> dict[str, Any]:
     return mapping
 
 
-def check_scheduler(found: Mapping[str, Any], learning_rate: float = 1.0) -> None:
+def check_scheduler(settings: Mapping[str, Any], learning_rate: float = 1.0) -> None:
     """ValueError where the scheduler of these flags cannot be made; some look at the learning rate."""
-    kind = found.get("lr_scheduler_type", "linear")
+    kind = settings.get("lr_scheduler_type", "linear")
     if kind in ("reduce_lr_on_plateau", "greedy"):
         raise ValueError(f"--lr_scheduler_type {kind} is refused: {_NOT_CHECKED}")
-    if "lr_scheduler_type" not in found and "lr_scheduler_kwargs" not in found:
+    if "lr_scheduler_type" not in settings and "lr_scheduler_kwargs" not in settings:
         return
     import torch
     from transformers import get_scheduler
 
     some = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
     try:
-        get_scheduler(kind, some, 2, 10, found.get("lr_scheduler_kwargs") or {})
+        get_scheduler(kind, some, 2, 10, settings.get("lr_scheduler_kwargs") or {})
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"--lr_scheduler_type {kind} with --lr_scheduler_kwargs {found.get('lr_scheduler_kwargs')}: {error}; "
+            f"--lr_scheduler_type {kind} with --lr_scheduler_kwargs {settings.get('lr_scheduler_kwargs')}: {error}; "
             "its arguments are a JSON mapping, such as '{\"min_lr_rate\": 0.1}'"
         ) from error
 

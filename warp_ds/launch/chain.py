@@ -58,16 +58,16 @@ class Chain:
         if not (directory / "chain.json").is_file():
             raise ConfigError(f"{directory} is no chain of launch/submit.py (no chain.json there)")
         path = directory / "chain.json"
-        found = read_json(path)
+        stored = read_json(path)
         try:
-            check_fields(found, _Recorded)
-            odd = [phase for phase in (*found["flags"], *found["jobs"]) if not CHAIN_ENTRY.fullmatch(phase)]
-            odd += [job for jobs in found["jobs"].values() for job in jobs if not re.fullmatch(r"\d{1,12}(_\d{1,9})?", job)]
-            if odd or found["cluster"] not in ("slurm", "local", "debug") or not found["flags"]:
-                raise SchemaError(f"{ascii(odd[0] if odd else found['cluster'])[:60]} is no phase, job or cluster of a chain")
+            check_fields(stored, _Recorded)
+            odd = [phase for phase in (*stored["flags"], *stored["jobs"]) if not CHAIN_ENTRY.fullmatch(phase)]
+            odd += [job for jobs in stored["jobs"].values() for job in jobs if not re.fullmatch(r"\d{1,12}(_\d{1,9})?", job)]
+            if odd or stored["cluster"] not in ("slurm", "local", "debug") or not stored["flags"]:
+                raise SchemaError(f"{ascii(odd[0] if odd else stored['cluster'])[:60]} is no phase, job or cluster of a chain")
         except SchemaError as error:
             raise ArtifactError(f"{path} is not what launch/submit.py writes ({error}): use another --run_name") from error
-        return Chain(directory, **found)
+        return Chain(directory, **stored)
 
     def finished(self, phase: str) -> bool:
         return (self.directory / phase / "finished.json").is_file()
@@ -82,18 +82,18 @@ class Chain:
     def states(self) -> dict[str, str]:
         """phase -> its job's state, 'finished' where nothing is left to do. SlurmError where Slurm does not answer."""
         left = {phase: self.job(phase) for phase in self.flags if not self.finished(phase)}
-        found = {phase: "finished" for phase in self.flags if phase not in left}
+        by_phase = {phase: "finished" for phase in self.flags if phase not in left}
         if self.cluster == "slurm":
             known = slurm.job_states([job for job in left.values() if job])
-            found.update({phase: known.get(job or "", "GONE" if job else "NOT SUBMITTED") for phase, job in left.items()})
+            by_phase.update({phase: known.get(job or "", "GONE" if job else "NOT SUBMITTED") for phase, job in left.items()})
         else:
-            found.update(
+            by_phase.update(
                 {
                     phase: "RUNNING" if job and local_alive(job) else "STOPPED" if job else "WAITING"
                     for phase, job in left.items()
                 }
             )
-        return found
+        return by_phase
 
 
 def find_chain(arguments: SubmitArguments, rest: Sequence[str]) -> Chain:
@@ -112,13 +112,13 @@ def find_chain(arguments: SubmitArguments, rest: Sequence[str]) -> Chain:
         directory = root / f"chain_{datetime.now():%Y%m%d_%H%M%S}"
         for path in sorted(root.glob("*/chain.json"), key=written_at, reverse=True):
             try:
-                found = Chain.load(path.parent)
+                loaded = Chain.load(path.parent)
             except (ArtifactError, ConfigError):
                 continue
             if (
-                found.flags == phase_flags(phases, rest, path.parent)
-                and found.cluster == arguments.cluster
-                and not all(map(found.finished, found.flags))
+                loaded.flags == phase_flags(phases, rest, path.parent)
+                and loaded.cluster == arguments.cluster
+                and not all(map(loaded.finished, loaded.flags))
             ):
                 directory = path.parent
                 break

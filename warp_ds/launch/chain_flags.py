@@ -114,7 +114,7 @@ def phase_flags(phases: Sequence[str], rest: Sequence[str], directory: Path) -> 
     # What one phase has as its own, no other passes on to transformers: phase 0's --learning_rate beside compare.
     passed = set(training_arguments.fields()).difference(*has.values())
     has = {phase: names | passed if PHASES[phase].trains else names for phase, names in has.items()}
-    found: dict[str, list[str]] = {phase: [] for phase in phases}
+    by_phase: dict[str, list[str]] = {phase: [] for phase in phases}
     for name, *values in groups:
         only, _, own = name[2:].replace("-", "_").rpartition(".")
         takers = [phase for phase in phases if own in has[phase] and only in ("", phase, phase.removeprefix("phase"))]
@@ -126,19 +126,19 @@ def phase_flags(phases: Sequence[str], rest: Sequence[str], directory: Path) -> 
                 f"{name}: no phase of {', '.join(phases)} has this flag" + (" here: the chain sets it" if takers else "")
             )
         for phase in takers:
-            found[phase] += [f"--{own}", *values]
-    if "compare" in found:
-        words = found.pop("compare")
+            by_phase[phase] += [f"--{own}", *values]
+    if "compare" in by_phase:
+        words = by_phase.pop("compare")
         seeds = parse_phase(PHASES["compare"], words)[0].seed_list
-        found |= {f"compare_seed{seed}": [*words, "--seeds", str(seed)] for seed in seeds}
-    for phase, words in found.items():
+        by_phase |= {f"compare_seed{seed}": [*words, "--seeds", str(seed)] for seed in seeds}
+    for phase, words in by_phase.items():
         words += ["--output_dir", str(directory), "--log_dir", str(directory / "logs"), "--run_name", phase]
         # What a phase before it in the chain makes, it takes.
         if phase == "evaluate" and "phase3" in phases:
             words += ["--model_name", str(directory / "phase3" / "model")]
         elif "phase0" in phases and phase != "phase0":
             words += ["--model_name", str(directory / "phase0" / "model")]
-    return found
+    return by_phase
 
 
 def kind_of(phase: str) -> str:

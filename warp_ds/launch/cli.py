@@ -55,9 +55,9 @@ def _run(words: list[str]) -> int:
     commands.add_parser("submit", help="phases one after another, as jobs of Slurm or here")
     _add_commands(commands)
     for word in words:
-        if found := control_character(word):
+        if character := control_character(word):
             parser.error(
-                f"{ascii(word)[:120]} holds the character {found}, a line end or another control character, which no "
+                f"{ascii(word)[:120]} holds the character {character}, a line end or another control character, which no "
                 "value of this program has"
             )
     arguments, rest = parser.parse_known_args(underscored(words))
@@ -325,9 +325,9 @@ def _overlap(arguments: argparse.Namespace) -> int:
     from warp_ds.store.files import write_json
 
     output = output_file("--output", arguments.output)
-    found = overlap(arguments.masks)
-    write_json(output, found)
-    to_terminal(overlap_blocks(found))
+    compared = overlap(arguments.masks)
+    write_json(output, compared)
+    to_terminal(overlap_blocks(compared))
     print(f"overlap: {arguments.output}")
     return 0
 

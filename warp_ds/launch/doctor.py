@@ -40,8 +40,8 @@ def examine(arguments: DoctorArguments, given: set[str]) -> Iterator[machine.Fin
         yield machine.writable(name, getattr(arguments, name))
     yield machine.network()
     yield machine.queue()
-    found, local = machine.model(arguments.model_name)
-    yield found
+    model, local = machine.model(arguments.model_name)
+    yield model
     for name in ("safety_data", "utility_data"):
         if f"--{name}" in given:
             yield machine.data(name, getattr(arguments, name), arguments.refusal_file if name == "safety_data" else None)

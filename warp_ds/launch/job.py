@@ -8,10 +8,12 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from warp_ds.cluster import consensus, preemption, processes, slurm
 from warp_ds.cluster.slurm import task_environment
@@ -111,9 +113,22 @@ def _fail(error: BaseException, status: int, wrong_input: bool) -> None:
         logger.error("rank %d failed: %s", rank, text)
     if not _on_terminal() and not (wrong_input and rank > 0):
         print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
+    _tell_torchrun(text)
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)
+
+
+def _tell_torchrun(text: str) -> None:
+    """torchrun ends with a table of what failed, long after this rank's own line: the cause is in that table, too."""
+
+    @record
+    def fail() -> None:
+        raise ConfigError(text) from None  # what is being handled may say a secret
+
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        with suppress(ConfigError, OSError):
+            fail()
 
 
 def _on_terminal() -> bool:

@@ -63,10 +63,10 @@ def devices(arguments: RunArguments) -> Finding:
 
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        found = f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}"
+        cards = f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}"
         if arguments.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            return Finding("GPUs", f"{found}, without bfloat16", "--dtype float16 --deepspeed ds_configs/zero3_fp16.json")
-        return Finding("GPUs", found)
+            return Finding("GPUs", f"{cards}, without bfloat16", "--dtype float16 --deepspeed ds_configs/zero3_fp16.json")
+        return Finding("GPUs", cards)
     if shutil.which("nvidia-smi"):
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA (a CPU build)"
         return Finding(
@@ -141,7 +141,7 @@ def _interface(pattern: str) -> bool:
     if pattern.startswith("^"):
         return True
     names = pattern.removeprefix("=").split(",")
-    return any(found.startswith(name) for name in names for found in _interfaces())
+    return any(interface.startswith(name) for name in names for interface in _interfaces())
 
 
 def queue() -> Finding:

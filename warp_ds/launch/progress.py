@@ -64,8 +64,8 @@ def _events(run: Path) -> list[dict[str, Any]]:
 
 def _progress(run: Path) -> str:
     try:
-        found = read_json(run / "progress.json")
-        return f"{found['done']:g} of {found['total']:g} {found['unit']}"
+        stored = read_json(run / "progress.json")
+        return f"{stored['done']:g} of {stored['total']:g} {stored['unit']}"
     except (ArtifactError, ValueError, KeyError, TypeError, IndexError):
         return ""
 

@@ -65,9 +65,9 @@ def _of_this_rank(arguments: RunArguments, mark: Path) -> None:
             f"{processes.local_rank()}, but torch sees {torch.cuda.device_count()}: as many ranks a node as GPUs"
         )
     for name in ("output_dir", "log_dir"):
-        found = writable(name, getattr(arguments, name))
-        if found.cure:
-            raise ConfigError(f"{found.name} {found.found} on {socket.gethostname()}: {found.cure}")
+        trouble = writable(name, getattr(arguments, name))
+        if trouble.cure:
+            raise ConfigError(f"{trouble.name} {trouble.found} on {socket.gethostname()}: {trouble.cure}")
     deadline = time.monotonic() + 30  # network file systems remember for a while that a file was not there
     while not mark.exists():
         if time.monotonic() > deadline:
@@ -83,12 +83,12 @@ def _check_model_path(name: str) -> None:
     """ConfigError on every rank where a path is no directory on some host. Collective."""
     if not name.startswith(("/", "./", "../", "~")):
         return
-    found = processes.all_gather_object((socket.gethostname(), Path(name).expanduser().is_dir()))
-    without = sorted({host for host, there in found if not there})
+    on_hosts = processes.all_gather_object((socket.gethostname(), Path(name).expanduser().is_dir()))
+    without = sorted({host for host, there in on_hosts if not there})
     if not without:
         return
     shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
-    somewhere = next((host for host, there in found if there), None)
+    somewhere = next((host for host, there in on_hosts if there), None)
     raise ConfigError(
         f"--model_name {name}: no such directory on {shown}"
         + (f", though there is on {somewhere}: give a directory on a file system that all nodes share" if somewhere else "")

@@ -97,13 +97,13 @@ def _slurm_jobs(chain: Chain, phases: list[str], arguments: SubmitArguments, aft
 
 def _marked_jobs(chain: Chain) -> dict[str, str]:
     """phase -> id, of this user's jobs in the queue that have the chain's mark."""
-    found = {}
+    jobs = {}
     for line in slurm.run("squeue", "--me", "--array", "--noheader", "--format=%i|%k").splitlines():
         job, _, comment = line.partition("|")
         if comment.startswith(chain.mark()):
             phases, (_, _, task) = comment.removeprefix(chain.mark()).split(","), job.partition("_")
-            found[phases[int(task or 0)]] = job
-    return found
+            jobs[phases[int(task or 0)]] = job
+    return jobs
 
 
 def _submit_here(chain: Chain, arguments: SubmitArguments) -> None:

@@ -87,10 +87,10 @@ class AdapterDirectory:
                 f"{directory / WEIGHTS} holds {foreign[0]!r}, which PEFT does not load (no {PREFIX!r} before it)"
             )
         tensors = {name.removeprefix(PREFIX): location for name, location in stored.items()}
-        found = AdapterDirectory(directory, config, tensors)
-        for name in found.layers:
-            found._check(name)
-        return found
+        opened = AdapterDirectory(directory, config, tensors)
+        for name in opened.layers:
+            opened._check(name)
+        return opened
 
     @property
     def base_name(self) -> str:

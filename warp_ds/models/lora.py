@@ -54,18 +54,18 @@ def lora_pairs(model: nn.Module, layers: Iterable[TargetLayer]) -> dict[str, Lor
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     modules = dict(model.named_modules(remove_duplicate=False))
-    found = {}
+    pairs = {}
     for layer in layers:
-        names = [name for name in modules if name == layer.name or name.endswith(f".{layer.name}")]
+        names = [name for name in modules if name == layer.module or name.endswith(f".{layer.module}")]
         module: Any = modules[min(names, key=len)] if names else None
         if isinstance(module, BaseTunerLayer):
-            found[layer.name] = _pair(module, layer)
+            pairs[layer.name] = _pair(module, layer)
         elif module is not None and any(p.requires_grad for p in module.parameters()):
             raise UnsupportedSetting(
                 f"{layer.name} itself trains beside the adapter ({type(module).__name__}; modules_to_save?): leave it out "
                 "there, or make masks without it"
             )
-    return found
+    return pairs
 
 
 def _pair(module: Any, layer: TargetLayer) -> LoraPair:

@@ -120,10 +120,10 @@ def compose(name: str) -> Arm:
         raise ConfigError(f"--arms {name}: layers trains the target layers without a mask: leave it or the other part out")
     made: dict[str, Any] = {}
     for setting in EXCLUSIVE:
-        found = [getattr(arm, setting) for arm in arms if getattr(arm, setting)]
-        if len(found) > 1:
+        given = [getattr(arm, setting) for arm in arms if getattr(arm, setting)]
+        if len(given) > 1:
             raise ConfigError(f"--arms {name}: two of its parts set the {setting}: they exclude each other")
-        made |= {setting: found[0]} if found else {}
+        made |= {setting: given[0]} if given else {}
     if "harmful" in dict(strengths):
         made["harmful_share"] = dict(strengths)["harmful"]
     adapter = "lora" in parts

@@ -58,8 +58,8 @@ class Original:
         ending = "svd" if kind == "basis" else "mask"
         for directory in (Path(given), Path(given) / kind, Path(given) / "checkpoints" / kind):
             paths = sorted({*directory.glob("layer_*.pt"), *directory.glob("*/layer_*.pt")})
-            found = {p: m for p in paths if (m := _FILE.fullmatch(p.name)) and m[2] == ending}
-            if found:
+            matching = {p: m for p in paths if (m := _FILE.fullmatch(p.name)) and m[2] == ending}
+            if matching:
                 break
         else:
             raise ArtifactError(
@@ -68,7 +68,7 @@ class Original:
         metadata = read_json(directory / "metadata.json") if (directory / "metadata.json").is_file() else {}
         metadata = metadata if isinstance(metadata, dict) else {}
         files: dict[tuple[int, str], Path] = {}
-        for path, match in found.items():
+        for path, match in matching.items():
             named = path.parent.name if path.parent != directory else layer_type or metadata.get("layer_type")
             if named not in LAYER_TYPES:
                 raise ArtifactError(

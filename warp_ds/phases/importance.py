@@ -209,11 +209,11 @@ def _add_shown(
     """Adds |∂L_b/∂C| of all that backward passes show. NotFinite, on every rank, where something is NaN or infinite."""
     finite = Finite()
     for step, batch, taken in shown:
-        for found in inputs:
-            if found.layers[0].name in taken:
-                for layer in found.layers:
+        for seen in inputs:
+            if seen.layers[0].name in taken:
+                for layer in seen.layers:
                     finite.watch(layer, batch, taken[layer.name])
-                scores.add(found, taken, batch, step, columns.get(found.layers[0].name), scale)
+                scores.add(seen, taken, batch, step, columns.get(seen.layers[0].name), scale)
     stop_together(finite.failure(), "inputs or output gradients", samples)
 
 

@@ -21,6 +21,7 @@ from warp_ds.report.card import without_sections
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import read_json, write_json, write_tensors, write_text
 from warp_ds.store.fingerprints import SHOWN, fingerprint_model
+from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.shared_reading import model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -50,13 +51,16 @@ def safe_lora_formula(unaligned: Path, threshold: float) -> Formula:
 def safe_delta_formula(basis_dir: Path, s: float) -> Formula:
     """The layers of the basis by Safe Delta; every other parameter stays the aligned one, as in its authors' code."""
     basis = BasisStore(basis_dir)
-    layers = {layer.parameter: layer.name for layer in basis.layers}
+    layers: dict[str, list[TargetLayer]] = {}
+    for layer in basis.layers:
+        layers.setdefault(layer.parameter, []).append(layer)
 
     def merged(name: str, tuned: Tensor, aligned: Tensor) -> Tensor:
-        if name not in layers:
-            return aligned
-        hessian = safety_hessian(*basis.columns(layers[name]))
-        return safe_delta(aligned, tuned, hessian, s)[0]
+        result = aligned
+        for layer in layers.get(name, ()):
+            part = safe_delta(layer.of(aligned), layer.of(tuned), safety_hessian(*basis.columns(layer.name)), s)[0]
+            result = layer.replaced(result, part)
+        return result
 
     return merged
 
@@ -69,37 +73,37 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     """
     fingerprint = model_fingerprint(base)
     with consensus.on_every_rank_or_none("opening the adapter"):
-        found = AdapterDirectory.of(adapter)
-        if found.others:
+        opened = AdapterDirectory.of(adapter)
+        if opened.others:
             raise ArtifactError(
-                f"{adapter} holds {len(found.others)} weights beside A and B ({found.others[0]}), which are not merged here: "
+                f"{adapter} holds {len(opened.others)} weights beside A and B ({opened.others[0]}), which are not merged here: "
                 "merge it with PEFT (merge_and_unload)"
             )
         source = ModelDirectory.of(base)
-        if not all(f"{layer}.weight" in source.tensors for layer in found.layers):
+        if not all(f"{layer}.weight" in source.tensors for layer in opened.layers):
             source = by_parameter(source)
-        for layer in found.layers:
+        for layer in opened.layers:
             location = source.tensors.get(f"{layer}.weight")
-            if location is None or location.shape != found.shape(layer):
+            if location is None or location.shape != opened.shape(layer):
                 raise ArtifactError(
-                    f"{adapter} changes {layer} of {found.shape(layer)}, which {base} has not"
+                    f"{adapter} changes {layer} of {opened.shape(layer)}, which {base} has not"
                     + ("" if location is None else f" (but of {location.shape})")
                     + ": it is of another model"
                 )
-        _check_base(found, base, fingerprint)
+        _check_base(opened, base, fingerprint)
         if output.exists() and not (output / MARK).is_file() and (not output.is_dir() or any(output.iterdir())):
             raise ConfigError(f"{output} is there already: give a new directory")
         mark = {"base": str(base), "adapter": str(adapter)}
         if (output / MARK).is_file() and read_json(output / MARK) != mark:
             raise ConfigError(f"{output} holds the merge of another base or adapter (its {MARK}): give a new directory")
-        if not found.layers:
+        if not opened.layers:
             raise ArtifactError(f"{adapter} holds no pair of A and B: there is nothing to merge")
-    stored = {source.tensors[f"{layer}.weight"].name: layer for layer in found.layers}
+    stored = {source.tensors[f"{layer}.weight"].name: layer for layer in opened.layers}
 
     def merged(name: str, w: Tensor, _: Tensor) -> Tensor:
         if name not in stored:
             return w
-        whole = w.float() + found.factors(stored[name]).delta()
+        whole = w.float() + opened.factors(stored[name]).delta()
         if not whole.to(w.dtype).isfinite().all():
             raise ArtifactError(f"{adapter}: merged, {name} is not finite")
         return whole

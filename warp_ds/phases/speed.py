@@ -123,25 +123,29 @@ class Speed(TrainerCallback, ExportableState):
             return  # of an evaluation
         last = "train_runtime" in logs
         since = self.totals.minus(self._launched if last else self._logged)
-        found: dict[str, float] = {"num_tokens": self.totals.tokens, **self._rates(since)}
+        figures: dict[str, float] = {"num_tokens": self.totals.tokens, **self._rates(since)}
         if not last:
             steps = state.global_step - self._logged_step
             if "rotate_seconds" in logs and since.seconds:
-                found["rotate_share"] = logs["rotate_seconds"] * steps / since.seconds
+                figures["rotate_share"] = logs["rotate_seconds"] * steps / since.seconds
             a_step = (time.monotonic() - self._begun) / max(1, state.global_step - self._first_step)
-            found["seconds_left"] = round(a_step * max(0, state.max_steps - state.global_step), 3)
-            found["total_flos"] = self.flops
+            figures["seconds_left"] = round(a_step * max(0, state.max_steps - state.global_step), 3)
+            figures["total_flos"] = self.flops
             self._logged, self._logged_step = Totals(**asdict(self.totals)), state.global_step
-        logs.update(found)
+        logs.update(figures)
         if state.log_history:
-            state.log_history[-1].update(found)
+            state.log_history[-1].update(figures)
 
     def _rates(self, since: Totals) -> dict[str, float]:
         ranks, a_second = processes.world_size(), since.tokens / since.seconds if since.seconds else 0.0
-        found = {"tokens_per_second": a_second, "tokens_per_second_per_rank": a_second / ranks, "padding_share": since.padding}
+        figures = {
+            "tokens_per_second": a_second,
+            "tokens_per_second_per_rank": a_second / ranks,
+            "padding_share": since.padding,
+        }
         if self.peak:
-            found["mfu"] = training_flops(self.parameters, since.tokens) / since.seconds / (ranks * self.peak)
-        return found
+            figures["mfu"] = training_flops(self.parameters, since.tokens) / since.seconds / (ranks * self.peak)
+        return figures
 
     # ------------------------------------------------------------ afterwards
 

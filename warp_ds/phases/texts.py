@@ -45,11 +45,11 @@ def read_texts(name: str, **options: Any) -> StoredSamples:
         part = count()
         return store(work, read_samples(name, hold=hold, **options))
 
-    what, found = f"reading {name}", None
+    what, directory = f"reading {name}", None
     with consensus.long_step(what):
         if processes.rank() == 0:
-            found = read().directory.name
-    known = str(processes.broadcast_object(found))
+            directory = read().directory.name
+    known = str(processes.broadcast_object(directory))
     for mine in _turns():
         with consensus.long_step(what):
             if mine and cache.place_of(known) is None and read().directory.name != known:
@@ -73,21 +73,21 @@ def tokenise(samples: Any, arguments: Any, prompt_only: bool = False) -> Any:
     Raises DataError.
     """
     config, tokenizer = load_tokenizer(arguments)
-    found = samples if isinstance(samples, StoredSamples) else as_samples(samples)
+    texts = samples if isinstance(samples, StoredSamples) else as_samples(samples)
     options = {"max_length": arguments.max_length, "prompt_only": prompt_only, "train_on": arguments.train_on}
 
     def on_disk() -> Path:
-        return tokens_on_disk(found, tokenizer, arguments.num_proc, **options)
+        return tokens_on_disk(texts, tokenizer, arguments.num_proc, **options)
 
     for mine in (processes.rank() == 0, *_turns()):
         with consensus.long_step("tokenising"):
             directory = on_disk() if mine else None
     with consensus.on_every_rank_or_none("reading the tokens"):
         tokens = tokens_from(directory or on_disk())
-        if len(tokens) != len(found):
-            held = f"tokens of {len(tokens)} of {len(found)} samples"
+        if len(tokens) != len(texts):
+            held = f"tokens of {len(tokens)} of {len(texts)} samples"
             raise DataError(f"{directory or on_disk()} is damaged ({held}): remove it, and it is made again")
-        encoded = fitting(tokens, found, arguments.max_length, prompt_only=prompt_only, long_samples=arguments.long_samples)
+        encoded = fitting(tokens, texts, arguments.max_length, prompt_only=prompt_only, long_samples=arguments.long_samples)
         largest = tokens.data.column("largest").to_numpy()
         rows = encoded["row"][:] if "row" in encoded.column_names else range(len(encoded))
         check_largest(((row, int(largest[row])) for row in rows), config)

@@ -87,8 +87,8 @@ class GlobalBatchTrainer(Trainer):
         """Trainer's own takes a mean of batches' means, which depends on the number of ranks. Collective."""
         begun = time.monotonic()
         with self.speed.paused():
-            found = self.watched.measure(self.model, self.tokenizer)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+            measured = self.watched.measure(self.model, self.tokenizer)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.monotonic() - begun, 3)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

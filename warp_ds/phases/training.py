@@ -83,7 +83,8 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         elif arguments.left_projection:
             raise ConfigError("--left_projection is of masks: leave it, or --masks_dir none, out")
         else:
-            check_targets(model_dir, arguments.target_layers, arguments.layer_type)
+            alone = arguments.train_scope == "warp" and arguments.adapter == "none"
+            check_targets(model_dir, arguments.target_layers, arguments.layer_type, alone)
     with start_run("phase3", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
@@ -94,7 +95,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         model = _what_trains(model, masks_dir, arguments)
         callbacks: list[TrainerCallback] = []
         if masks_dir is not None:
-            placed = arguments.basis_placement, arguments.left_projection
+            placed = arguments.basis_placement, arguments.left_projection, arguments.train_scope == "warp"
             callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), *placed))
         callbacks += controls.averages(run.directory / "trainer", checkpoint)
         facts = run_facts(arguments, inputs, phase="phase3", **_masks_facts(masks_dir))

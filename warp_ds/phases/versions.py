@@ -12,16 +12,16 @@ PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "saf
 
 def installed_versions() -> dict[str, str]:
     """Name to version; a package that is not installed is left out. Of warp_ds the code's own, also where it is a checkout."""
-    found = {"python": sys.version.split()[0], "warp_ds": __version__}
+    versions = {"python": sys.version.split()[0], "warp_ds": __version__}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def shown_versions(*names: str) -> str:
     """'torch 2.13.0, deepspeed 0.19.8': of those ``names`` that are installed."""
-    found = installed_versions()
-    return ", ".join(f"{name} {found[name]}" for name in names if name in found)
+    versions = installed_versions()
+    return ", ".join(f"{name} {versions[name]}" for name in names if name in versions)

@@ -73,10 +73,10 @@ class Watched:
     def measure(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
         """loss: nats a response token, one mean over all of them; refusal_rate with its 95 % Wilson interval, and of how many
         judged answers. The same on any number of ranks. Collective."""
-        found: dict[str, float] = {}
+        measured: dict[str, float] = {}
         if self.samples:
             options: dict[str, Any] = {"pad_token_id": pad_token(tokenizer), "batch_size": self.batch_size}
-            found["loss"] = loss_per_token(model, self.samples, **options)
+            measured["loss"] = loss_per_token(model, self.samples, **options)
         if self.prompts:
             options = {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size, "desc": "refusals"}
             answers = generate_greedy(model, tokenizer, self.prompts, synced=True, **options)
@@ -84,13 +84,13 @@ class Watched:
             judged = [said == "refusal" for said in verdicts if said != "not_judged"]
             refused = rate(sum(judged), len(judged)) if judged else None
             low, high = (0.0, 1.0) if refused is None or refused.interval is None else refused.interval
-            found |= {
+            measured |= {
                 "refusal_rate": math.nan if refused is None else refused.value,
                 "refusal_rate_low": low,
                 "refusal_rate_high": high,
                 "refusal_judged": len(judged),
             }
-        return found
+        return measured
 
 
 def settle(arguments: TrainingFlags, passed: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,8 +95,8 @@ def _steps(run: Path, whole: bool) -> dict[str, str]:
     trained = read_json(run / "finished.json").get("training", {})
 
     def mean(name: str, how: str) -> str:
-        found = [float(line[name]) for line in lines if "loss" in line and name in line]
-        return format(sum(found) / len(found), how) if found else ""
+        values = [float(line[name]) for line in lines if "loss" in line and name in line]
+        return format(sum(values) / len(values), how) if values else ""
 
     def total(name: str, how: str) -> str:
         return format(float(trained[name]), how) if name in trained else ""

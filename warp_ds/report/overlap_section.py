@@ -27,15 +27,17 @@ def overlaps(runs: Runs, pictures: Path) -> list[Section]:
     return [Section("What the masks share", blocks)] if blocks else []
 
 
-def overlap_blocks(found: Mapping[str, Any]) -> list[Block]:
+def overlap_blocks(compared: Mapping[str, Any]) -> list[Block]:
     """Of the content of overlap.json: which masks, every pair over all layers, and every layer over all pairs."""
     masks = [
         [str(i), m["directory"], f"{m['basis']}, {m['unit']}, {m['score']}", f"{m['keep_ratio']:g}", m["data_fingerprint"][:8]]
-        for i, m in enumerate(found["masks"], 1)
+        for i, m in enumerate(compared["masks"], 1)
     ]
-    pairs = [[f"{p['first'] + 1} and {p['second'] + 1}", *_cells([p["over_all"]])] for p in found["pairs"]]
-    layers = [[parts[0]["layer"], *_cells(parts)] for parts in zip(*(pair["layers"] for pair in found["pairs"]), strict=True)]
-    models = {m["model_fingerprint"] for m in found["masks"]}
+    pairs = [[f"{p['first'] + 1} and {p['second'] + 1}", *_cells([p["over_all"]])] for p in compared["pairs"]]
+    layers = [
+        [parts[0]["layer"], *_cells(parts)] for parts in zip(*(pair["layers"] for pair in compared["pairs"]), strict=True)
+    ]
+    models = {m["model_fingerprint"] for m in compared["masks"]}
     caution = ["The masks are of different models."] if len(models) > 1 else []
     return [
         Table(["mask", "directory", "basis, unit, score", "keep_ratio", "safety set"], masks),

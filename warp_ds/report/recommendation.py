@@ -87,8 +87,8 @@ def _row(setting: Setting | None) -> dict[str, Any] | None:
 
 def with_recommendation(comparison: Comparison, floor: float) -> Comparison:
     """The comparison, its recommendation at ``floor`` (a share of the start model's refusals) under about."""
-    found = recommend(comparison.points, floor)
-    return comparison if found is None else replace(comparison, about={**comparison.about, "recommendation": found.to_json()})
+    advice = recommend(comparison.points, floor)
+    return comparison if advice is None else replace(comparison, about={**comparison.about, "recommendation": advice.to_json()})
 
 
 def recommend(points: Sequence[Point], floor: float = FLOOR) -> Recommendation | None:
@@ -129,15 +129,15 @@ def _cells(points: Sequence[Point], measure: str) -> Cells:
 
 def _settings(points: Sequence[Point], start: Cells, floor: float) -> list[Setting]:
     """An arm's rates, each with how far it is from the floor."""
-    found = []
+    settings = []
     for rate in dict.fromkeys(point.rate for point in points):
         mine = [point for point in points if point.rate == rate]
         loss, refusal = _cells(mine, "loss"), _cells(mine, "refusal")
         if loss and refusal:
             before = estimates([_of_the_starts(start, refusal)])[0]
             nll, kept = float(estimates([loss])[0]), float(estimates([refusal])[0])
-            found.append(Setting(points[0].arm, rate, loss, refusal, nll, kept, kept - floor * float(before)))
-    return found
+            settings.append(Setting(points[0].arm, rate, loss, refusal, nll, kept, kept - floor * float(before)))
+    return settings
 
 
 def _of_the_starts(start: Cells, like: Cells) -> Cells:

@@ -96,8 +96,8 @@ def comparison_blocks(comparison: Comparison) -> list[Block]:
 
 def recommended(comparison: Comparison) -> list[Block]:
     """What the comparison comes to, in one paragraph, where it says so."""
-    found = comparison.about.get("recommendation")
-    return [f"Recommendation. {found['text']}"] if found else []
+    advice = comparison.about.get("recommendation")
+    return [f"Recommendation. {advice['text']}"] if advice else []
 
 
 def _by_seed(reading: Reading) -> str:

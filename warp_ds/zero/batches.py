@@ -56,8 +56,8 @@ class Batch:
         if self.sequence is None:
             return sample_sums(x)
         of_tokens = x.sum(dim=-1, dtype=torch.float32).flatten()
-        found = of_tokens.new_zeros(len(self.samples) + 1).index_add_(0, self.sequence.flatten(), of_tokens)
-        return found[: len(self.samples)]
+        summed = of_tokens.new_zeros(len(self.samples) + 1).index_add_(0, self.sequence.flatten(), of_tokens)
+        return summed[: len(self.samples)]
 
     def take(self, x: Tensor) -> Tensor:
         """The tokens that count [t, n] of x [B, L, n], sample by sample: a copy, or x itself where all do.

@@ -110,10 +110,10 @@ class RowScores:
     def __init__(self, inputs: Sequence[ScoredInput], device: torch.device | str):
         self.rows: dict[str, Rows] = {}
         self.sums: dict[str, Tensor] = {}
-        for found in inputs:
-            for layer in found.layers:
+        for scored in inputs:
+            for layer in scored.layers:
                 self.rows[layer.name] = rows = Rows(layer.m, world_size(), rank())
-                self.sums[layer.name] = torch.zeros(len(rows.block), found.rank, device=device)
+                self.sums[layer.name] = torch.zeros(len(rows.block), scored.rank, device=device)
         self._pending: dict[str, Tensor] = {}
 
     @property
@@ -122,18 +122,18 @@ class RowScores:
         return not self._pending
 
     def add(
-        self, found: ScoredInput, taken: dict[str, Tapped], batch: Batch, step: Step, columns: Tensor | None, scale: float
+        self, scored: ScoredInput, taken: dict[str, Tapped], batch: Batch, step: Step, columns: Tensor | None, scale: float
     ) -> None:
         """Adds |∂L_b/∂C| of the step's importance batches for the layers that share an input. Collective.
 
         ``taken``: this rank's x and g, removed from it; ``columns``: U [n, r], None for the identity; ``scale``: what
         the loss must be multiplied by.
         """
-        x = batch.take(taken[found.layers[0].name].x)
-        if columns is not None and found.tokens_first:
+        x = batch.take(taken[scored.layers[0].name].x)
+        if columns is not None and scored.tokens_first:
             x, columns = x.float() @ columns, None
         right = gather_tokens(x, step)
-        for layer in found.layers:
+        for layer in scored.layers:
             g = gather_rows(batch.take(taken.pop(layer.name).g), step, self.rows[layer.name])
             for first, end, last in step.segments:
                 pending = self._pending.pop(layer.name, None)
