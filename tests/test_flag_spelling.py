@@ -105,6 +105,7 @@ def test_a_comparison_takes_what_its_phases_take() -> None:
         "score",
         "basis_dir",
         "masks_dir",
+        "left_projection",
         "learning_rate",
         *watching,
     }

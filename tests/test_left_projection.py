@@ -13,6 +13,7 @@ from dense_training import DenseAdamW, task_loss, train
 from phase3_jobs import LAYERS, common, losses, make_model, phase3
 from ranks import run_ranks
 from safetensors.torch import load_file
+from test_rows_reference import phi3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from warp_ds.cluster import processes
@@ -21,11 +22,12 @@ from warp_ds.flags.arguments import BasisArguments, ImportanceArguments
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.importance import run_importance
 from warp_ds.protection import protect_optimizer
+from warp_ds.store.masks import MaskStore
 
 
-def artefacts(root: Path) -> None:
+def artefacts(root: Path, layers: str = LAYERS) -> None:
     """OSFT's masks: the leading right singular vectors of W."""
-    shared = common(root, root / "artefacts", layer_type=LAYERS, safety_data=str(root / "refusals_fit.jsonl"), safety_samples=0)
+    shared = common(root, root / "artefacts", layer_type=layers, safety_data=str(root / "refusals_fit.jsonl"), safety_samples=0)
     run_basis(BasisArguments(**shared, basis="weight"))
     run_importance(ImportanceArguments(**shared, keep_ratio=0.3, mask_unit="column", score="singular_value"))
 
@@ -133,6 +135,26 @@ def test_an_optimizer_without_deepspeed(root: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "trained")
     left, right = map(max, zip(*kept(root, str(tmp_path / "trained" / "model.safetensors")), strict=True))
     assert left < 2e-5 and right < 2e-5
+
+
+def of_fused(root: Path, output: Path) -> str:
+    return str(phase3(root, root / "artefacts", output, left_projection=True) / "model" / "model.safetensors")
+
+
+def test_rows_of_a_fused_weight_have_a_left_side_of_their_own(tmp_path: Path) -> None:
+    """Some of Phi-3's qkv_proj and gate_up_proj, the rest of which is held."""
+    make_model(tmp_path, phi3)
+    run_ranks(1, artefacts, tmp_path, "attn_k,ffn_gate")
+    after = load_file(run_ranks(2, of_fused, tmp_path, tmp_path / "out")[0])
+    before, masks = (
+        load_file(tmp_path / "m" / "model.safetensors"),
+        MaskStore(tmp_path / "artefacts" / "phase2_latest" / "masks"),
+    )
+    for layer in masks.layers:
+        w, trained = (torch.cat([of[layer.parameter][a:b] for a, b in layer.rows]).double() for of in (before, after))
+        k = masks.metadata.layers[layer.name]["frozen"] // layer.m
+        u, moved = torch.linalg.svd(w)[0][:, :k], trained - w
+        assert k and float(moved.norm()) > 0.01 and float((u.T @ moved).norm() / moved.norm()) < 2e-5
 
 
 def test_what_has_no_left_side_is_refused(root: Path, tmp_path: Path) -> None:

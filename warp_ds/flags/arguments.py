@@ -102,7 +102,8 @@ class TrainArguments(MaskedTrainingFlags, ControlFlags, PublishFlags, UtilityDat
 
 @dataclass
 class AuditArguments(UtilityDataArguments, SafetyDataArguments, RunArguments):
-    """The audit of a task set."""
+    """Audit: which samples of a task set cost safety, ranked by their gradients in the coefficients that masks freeze. Example:
+    warp-ds audit --model_name MODEL --utility_data task.jsonl --safety_data refusals.jsonl"""
 
     utility_samples: int = again(UtilityDataArguments, "utility_samples", 0)
     basis_dir: str | None = again(TrainArguments, "basis_dir", None)

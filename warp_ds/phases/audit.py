@@ -26,9 +26,8 @@ from warp_ds.data.sample import Sample
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import AuditArguments
 from warp_ds.method.mask import unpack_bits
-from warp_ds.models.targets import shared_inputs
 from warp_ds.phases.basis import safety_pairs
-from warp_ds.phases.importance import frozen_model, loss_weights, passes, scaled_loss
+from warp_ds.phases.importance import frozen_model, loss_weights, passes, scaled_loss, scored_inputs
 from warp_ds.phases.publish import fetch_shared
 from warp_ds.phases.run import start_run
 from warp_ds.phases.texts import read_texts, tokenise
@@ -118,10 +117,11 @@ def sample_costs(
     gradient = GradientSums(layers, safety.device)
     scale = 2.0**12 if arguments.dtype == "float16" else 1.0
     with frozen_model(model):
-        count = _run(model, layers, safety, gradient.add, arguments, scratch, scale)
+        groups = [seen.layers for seen in scored_inputs(layers, basis, 1.0)]
+        count = _run(model, groups, safety, gradient.add, arguments, scratch, scale)
         kept = {layer.name: _in_frozen(gradient.sums.pop(layer.name), layer, masks, basis) for layer in layers}
         products = SampleProducts(kept, len(task))
-        _run(model, layers, task, products.add, arguments, scratch, scale)
+        _run(model, groups, task, products.add, arguments, scratch, scale)
     square = torch.tensor([sum(float(part.double().square().sum()) for part in kept.values())], dtype=torch.float64)
     whole = float(all_reduce_sum(square.to(collective_device()))) ** 0.5
     inner, squares = products.meet()
@@ -133,19 +133,22 @@ def sample_costs(
 
 def _run(
     model: Any,
-    layers: Sequence[TargetLayer],
+    groups: Sequence[Sequence[TargetLayer]],
     samples: Samples,
     add: Add,
     arguments: AuditArguments,
     scratch: Path,
     scale: float,
 ) -> int:
-    """Backward passes of every sample that has a response token; how many have. ConfigError where none has."""
+    """Backward passes of every sample that has a response token; how many have. ConfigError where none has.
+
+    ``groups``: layers that see one input.
+    """
     batches, _ = importance_batches(samples, 1)
     if not batches:
         raise ConfigError("no sample has a response token: raise --max_length, or give data with responses")
     loss = partial(scaled_loss, loss_weights(batches, samples), scale)
-    groups = shared_inputs(layers)
+    layers = [layer for group in groups for layer in group]
     with tqdm(total=len(batches), desc="gradients", unit="sample", disable=rank() != 0) as bar:
         for steps, shown in passes(model, layers, batches, samples, loss, arguments, scratch, arguments.batch_size):
             finite = Finite()

@@ -149,7 +149,7 @@ def importance_scores(
     rows, capacity = micro_batch(arguments)
     samples = Samples(dataset, tokenizer, arguments.resolved_device, capacity=capacity)
     batches = _speaking_batches(samples, arguments, notes)
-    inputs = _scored_inputs(layers, basis, samples.tokens / len(batches))
+    inputs = scored_inputs(layers, basis, samples.tokens / len(batches))
     scores, saved = RowScores(inputs, samples.device), SavedScores(scratch / "scores")
     done = saved.load(scores)
     if done:
@@ -291,7 +291,7 @@ class _Columns:
         return columns
 
 
-def _scored_inputs(layers: Sequence[TargetLayer], basis: BasisStore | None, tokens: float) -> list[ScoredInput]:
+def scored_inputs(layers: Sequence[TargetLayer], basis: BasisStore | None, tokens: float) -> list[ScoredInput]:
     """The layers by the input they see: as phase 1 found it, or as the known architectures have it.
 
     ``tokens``: of an importance batch, on average.

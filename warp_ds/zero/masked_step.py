@@ -88,6 +88,10 @@ class Driver(ABC):
         """The fp32 master's; to be read."""
 
     @abstractmethod
+    def set_coefficients(self, layer: ProtectedLayer, c: Tensor) -> None:
+        """Writes the fp32 master's; ``c`` may be a view of it."""
+
+    @abstractmethod
     def write(self, layer: ProtectedLayer, weights: Tensor) -> None:
         """Gives forward and backward fp32 ``weights``, rounded to their dtype."""
 
@@ -199,7 +203,9 @@ class MaskedStep:
         with self._measured():
             if self.left is not None:
                 for layer in layers:
-                    self.left.project(layer, self.driver.coefficients(layer))
+                    c = self.driver.coefficients(layer)
+                    self.left.project(layer, c)
+                    self.driver.set_coefficients(layer, c)
             for layer, weights in self.placement.rotate_back(layers, self.driver.coefficients, fast=True):
                 self.driver.write(layer, weights)
 

@@ -141,6 +141,9 @@ class PlainDriver(Driver):
     def coefficients(self, layer: ProtectedLayer) -> Tensor:
         return layer.partition.take(self._masters[layer.param])
 
+    def set_coefficients(self, layer: ProtectedLayer, c: Tensor) -> None:
+        layer.partition.put(self._masters[layer.param], c)
+
     def write(self, layer: ProtectedLayer, weights: Tensor) -> None:
         layer.partition.put(self._weights[layer.param].view(-1), weights)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from warp_ds.cluster import processes
 from warp_ds.method.objectives import conflict
 from warp_ds.zero import deepspeed_internals
+
+logger = logging.getLogger(__name__)
 
 
 class GradientSurgery:
@@ -61,7 +65,10 @@ class GradientSurgery:
             own = deepspeed_internals.get_gradient(self.zero, param).double()
             other = aside.to(own.device, torch.float64)
             sums += torch.stack([own @ other, own @ own, other @ other]).to(sums.device)
-        self.removed = conflict(*processes.all_reduce_sum(sums).tolist())
+        inner, task, safety = processes.all_reduce_sum(sums).tolist()
+        if not math.isfinite(safety) and processes.rank() == 0:
+            logger.warning("the safety gradient of this step is not finite (fp16?): nothing is taken out of the task's")
+        self.removed = conflict(inner, task, safety) if math.isfinite(safety) else 0.0
         if self.removed:
             for param, aside in zip(self.params, self._aside, strict=True):
                 own = deepspeed_internals.get_gradient(self.zero, param).float()
