@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from warp_ds import errors
 from warp_ds.cluster import consensus, processes
+from warp_ds.cluster.peaks import return_freed_memory
 from warp_ds.errors import ArtifactError
 from warp_ds.method.mask import pack_bits, unpack_bits
 from warp_ds.method.rotation import Rotation
@@ -122,6 +123,7 @@ def protect_optimizer(
         alone, placement = _layers(basis, masks, masked, 1, 0, "replicated")
         return MaskedStep(PlainDriver(optimizer, alone, hold_rest), placement, left_projection)
     layers, placement = _layers(basis, masks, masked, processes.world_size(), processes.rank(), basis_placement)
+    return_freed_memory()  # what reading took, on top of which the training's peak would stand
     return MaskedStep(Zero3Driver(optimizer, layers, mark, hold_rest), placement, left_projection)
 
 

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
+from transformers import PreTrainedModel, modeling_utils
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import logging as hf_logging
 
 from warp_ds.errors import CheckpointError
+from warp_ds.models.classes import auto_class_of
 from warp_ds.store.checkpoint_index import ReadAhead, TensorLocation, read_header, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def _replaced(name: str, substitute: object) -> Iterator[None]:
 
 
 def load_on_meta(name_or_path: str, *, dtype: torch.dtype, ahead: ReadAhead | None = None, **kwargs: Any) -> MetaModel:
-    """``AutoModelForCausalLM.from_pretrained`` without reading a weight.
+    """``from_pretrained`` of ``classes.auto_class`` without reading a weight.
 
     Parameters and buffers found in the checkpoint are on meta; missing ones are initialised as ever. ``ahead`` hears of
     each file as soon as its header is read.
@@ -129,7 +130,7 @@ def load_on_meta(name_or_path: str, *, dtype: torch.dtype, ahead: ReadAhead | No
         stack.enter_context(zero3_hidden_from_transformers())
         stack.enter_context(quiet_transformers())
         # transformers' own error for wrong shapes names none of them.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class_of(name_or_path, kwargs).from_pretrained(
             name_or_path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
         )
         model, told = loaded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from warp_ds.cluster.memory import host_memory
 from warp_ds.cluster.processes import all_gather_object, rank
 from warp_ds.data.formats import IGNORE
+from warp_ds.errors import ConfigError
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.fetch import FetchHooks, outside, saved_by_reference
@@ -28,23 +30,6 @@ class Tapped:
     g: Tensor
 
 
-class _Tap(torch.autograd.Function):
-    """The identity on y; its backward pass hands on x and ∂L/∂y. Saved tensors let checkpointing drop and remake x."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, taken: dict[str, Tapped], layer: TargetLayer) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.taken, ctx.layer = taken, layer
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        parts = [g[..., first:end] for first, end in ctx.layer.rows] or [g]
-        ctx.taken[ctx.layer.name] = Tapped(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
-        return g, None, None, None
-
-
 @dataclass
 class GradientTaps:
     """Within the context, a backward pass leaves inputs and output gradients of the target layers in ``taken``."""
@@ -57,8 +42,10 @@ class GradientTaps:
     def __enter__(self) -> GradientTaps:
         for layer in self.layers:
 
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, layer: TargetLayer = layer) -> Tensor:
-                return _Tap.apply(y, inputs[0].detach(), self.taken, layer) if y.requires_grad else y
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, layer: TargetLayer = layer) -> None:
+                if y.grad_fn is not None:
+                    # Of y as the layer made it, whatever the model then does to it in place.
+                    y.grad_fn.register_prehook(partial(self._take, layer, inputs[0].detach()))
 
             self._handles.append(self.model.get_submodule(layer.module).register_forward_hook(hook))
         return self
@@ -66,6 +53,11 @@ class GradientTaps:
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def _take(self, layer: TargetLayer, x: Tensor, gradients: tuple[Tensor, ...]) -> None:
+        (g,) = gradients
+        parts = [g[..., first:end] for first, end in layer.rows] or [g]
+        self.taken[layer.name] = Tapped(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
 
 
 # ---------------------------------------------------------------- backward passes
@@ -175,7 +167,10 @@ class GradientWalk:
 def gradients_with_hooks(
     model: Any, blocks: Sequence[nn.Module], layers: Sequence[TargetLayer], steps: Sequence[Step], samples: Samples, loss: Loss
 ) -> Shown:
-    """The same by whole passes, for models that cannot be walked."""
+    """The same by whole passes, for models that cannot be walked.
+
+    Raises ConfigError, naming the model, where it writes over what its modules return, which hooks on them do not survive.
+    """
     handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, y: y.requires_grad_(True))
     try:
         with GradientTaps(model, layers) as taps, FetchHooks(outside(model, blocks), blocks, backward=True):
@@ -185,6 +180,12 @@ def gradients_with_hooks(
                 logits = model(**batch.inputs, use_cache=False, **keep_last(model, last)).logits[:, -last:]
                 loss(logits, batch, last).backward()
                 yield step, batch, taps.taken
+    except RuntimeError as error:
+        if "modified inplace" not in str(error):
+            raise
+        raise ConfigError(
+            f"phase 2 cannot run a {type(model).__name__}: it is no chain of blocks, and it writes over what its modules return"
+        ) from error
     finally:
         handle.remove()
 
