@@ -58,32 +58,32 @@ def named(source: str) -> tuple[PromptSet, str | None] | None:
     if Path(source).expanduser().exists():
         return None
     name, mark, place = source.partition(":")
-    found = SETS.get(name.strip().lower())
-    if found is None:
+    prompt_set = SETS.get(name.strip().lower())
+    if prompt_set is None:
         return None
     if mark and not place.strip():
-        raise DataError(f"{source!r} names no file: give {name}:FILE, or {name} alone for the hub's {found.hub}")
-    return found, place.strip() or None
+        raise DataError(f"{source!r} names no file: give {name}:FILE, or {name} alone for the hub's {prompt_set.hub}")
+    return prompt_set, place.strip() or None
 
 
-def prompts_of(tables: Iterable[Table], found: PromptSet) -> Iterator[Table]:
+def prompts_of(tables: Iterable[Table], prompt_set: PromptSet) -> Iterator[Table]:
     """The set's rows, of one column, `prompt`. Raises `DataError` for a table without its columns."""
     some = False
     for table in tables:
-        column = _first(found.prompts, table.columns)
+        column = _first(prompt_set.prompts, table.columns)
         if column is None:
             raise DataError(
-                f"{table.source} has none of the columns {', '.join(found.prompts)} of {found.hub}; its columns are "
+                f"{table.source} has none of the columns {', '.join(prompt_set.prompts)} of {prompt_set.hub}; its columns are "
                 f"{', '.join(map(str, table.columns))}: name its file alone, and its column with --prompt_column"
             )
-        kept = table.only([i for i, row in enumerate(table.rows) if _counts(row, found, table)])
-        context = _first(found.contexts, table.columns)
+        kept = table.only([i for i, row in enumerate(table.rows) if _counts(row, prompt_set, table)])
+        context = _first(prompt_set.contexts, table.columns)
         rows = [{"prompt": _prompt(row[column], row.get(context) if context else None)} for row in kept.rows]
         some = some or bool(rows)
         if rows:
             yield replace(kept, columns=["prompt"], rows=rows)
-    if not some and found.rows is not None:
-        raise DataError(f"no row of {found.hub} has {' or '.join(found.rows[0])} {' or '.join(found.rows[1])}")
+    if not some and prompt_set.rows is not None:
+        raise DataError(f"no row of {prompt_set.hub} has {' or '.join(prompt_set.rows[0])} {' or '.join(prompt_set.rows[1])}")
 
 
 def _first(names: Iterable[str], columns: Iterable[str]) -> str | None:
@@ -91,10 +91,10 @@ def _first(names: Iterable[str], columns: Iterable[str]) -> str | None:
     return next((name for name in names if name in there), None)
 
 
-def _counts(row: Mapping[str, Any], found: PromptSet, table: Table) -> bool:
-    if found.rows is None or (column := _first(found.rows[0], table.columns)) is None:
+def _counts(row: Mapping[str, Any], prompt_set: PromptSet, table: Table) -> bool:
+    if prompt_set.rows is None or (column := _first(prompt_set.rows[0], table.columns)) is None:
         return True
-    return str(row.get(column)).strip().lower() in found.rows[1]
+    return str(row.get(column)).strip().lower() in prompt_set.rows[1]
 
 
 def _prompt(value: Any, context: Any) -> Any:

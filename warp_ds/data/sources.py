@@ -88,9 +88,9 @@ def read_source(
     """The rows of one source, about `size` at a time and no further than is asked for; `streaming` keeps no copy of what the
     hub has. Of a set known by name (`prompt_sets`) its prompts. Raises `DataError`."""
     if (known := named(source)) is not None:
-        found, place = known
-        where = (found.hub, found.split, found.config) if place is None else (place, split, config)
-        yield from prompts_of(read_source(*where, size, streaming), found)
+        prompt_set, place = known
+        where = (prompt_set.hub, prompt_set.split, prompt_set.config) if place is None else (place, split, config)
+        yield from prompts_of(read_source(*where, size, streaming), prompt_set)
         return
     path = local_path(source)
     settled = Settled()

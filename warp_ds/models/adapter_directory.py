@@ -104,12 +104,12 @@ class AdapterDirectory:
         if not (self.directory / BASE).is_file():
             return None
         said = read_json(self.directory / BASE)
-        found = said.get("model_fingerprint") if isinstance(said, dict) else None
-        if not isinstance(found, str):
+        fingerprint = said.get("model_fingerprint") if isinstance(said, dict) else None
+        if not isinstance(fingerprint, str):
             raise ArtifactError(
                 f"{self.directory / BASE} is not what this program writes: train the adapter again, or remove it"
             )
-        return found
+        return fingerprint
 
     @property
     def layers(self) -> list[str]:

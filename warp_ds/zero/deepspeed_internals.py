@@ -212,8 +212,8 @@ def set_gradient(optimizer: Any, param: nn.Parameter, value: Tensor) -> None:
 
 def accumulated(optimizer: Any, param: Any) -> Tensor:
     """What the backward passes of a step have summed up so far of ``param``'s local gradient, flat, padding included."""
-    found: Tensor = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[param.ds_id]
-    return found
+    partition: Tensor = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[param.ds_id]
+    return partition
 
 
 def refuse_swapped_gradients(optimizer: Any) -> None:
