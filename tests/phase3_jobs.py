@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from warp_ds.cluster import processes
 from warp_ds.data.synthetic import demo_data
@@ -27,15 +27,11 @@ SAMPLES = 7  # divides by no number of ranks or micro-batches used here
 TRAINER = {"weight_decay": 0.1, "max_grad_norm": 0.5, "adam_epsilon": 1e-4, "lr_scheduler_type": "constant", "logging_steps": 1}
 
 
-def make_model(root: Path) -> Path:
-    """A Llama of odd sizes with a tokenizer, and the texts, under ``root``."""
-    data = demo_data(0)
-    tokenizer = train_tokenizer([r["prompt"] + r["response"] for r in data["refusals_fit"][:50]], directory=root / "m")
-    torch.manual_seed(0)
+def odd_llama(vocabulary: int) -> PreTrainedModel:
     # Three query heads on one key head, widths that neither 2 nor 3 ranks divide.
-    LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=vocabulary,
             hidden_size=42,
             intermediate_size=55,
             num_hidden_layers=2,
@@ -47,7 +43,15 @@ def make_model(root: Path) -> Path:
             bos_token_id=0,
             eos_token_id=1,
         )
-    ).save_pretrained(root / "m")
+    )
+
+
+def make_model(root: Path, build: Callable[[int], PreTrainedModel] = odd_llama) -> Path:
+    """A Llama of odd sizes (or what ``build`` makes of a vocabulary) with a tokenizer, and the texts, under ``root``."""
+    data = demo_data(0)
+    tokenizer = train_tokenizer([r["prompt"] + r["response"] for r in data["refusals_fit"][:50]], directory=root / "m")
+    torch.manual_seed(0)
+    build(len(tokenizer)).save_pretrained(root / "m")
     for name in ("refusals_fit", "harmless_heldout", "utility_train"):
         rows = data[name][:SAMPLES]
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -67,8 +71,8 @@ def common(root: Path, output: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-def phase12(root: Path, output: Path, **more: Any) -> None:
-    shared = common(root, output, layer_type=LAYERS, safety_data=str(root / "refusals_fit.jsonl"), safety_samples=0)
+def phase12(root: Path, output: Path, layers: str = LAYERS, **more: Any) -> None:
+    shared = common(root, output, layer_type=layers, safety_data=str(root / "refusals_fit.jsonl"), safety_samples=0)
     run_basis(BasisArguments(**shared))
     run_importance(ImportanceArguments(**shared, keep_ratio=0.2, importance_batch_size=3, **more))
 

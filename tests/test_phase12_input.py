@@ -23,9 +23,10 @@ from phase12_jobs import (
 from ranks import run_ranks
 from tiny_models import SIZES, tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Phi3Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, MptConfig
 
 from warp_ds.errors import ArtifactError, ConfigError, DataError
+from warp_ds.models.layer_names import in_ranges, parse_target_layers
 from warp_ds.models.targets import find_targets
 from warp_ds.phases.basis import compute_basis, run_basis
 from warp_ds.phases.importance import compute_masks
@@ -62,9 +63,8 @@ def test_targets_are_found_with_their_shapes() -> None:
 @pytest.mark.parametrize(
     "config,kind,named",
     [
-        (Phi3Config(**SIZES), "attn_q", "model.layers.0.self_attn.qkv_proj fuses"),
-        (Phi3Config(**SIZES), "ffn_up", "model.layers.0.mlp.gate_up_proj fuses"),
-        (GPT2Config(vocab_size=64, n_embd=40, n_layer=2, n_head=4), "ffn_down", "transformer.h.0.mlp.c_fc is a Conv1D"),
+        (MptConfig(d_model=40, n_heads=4, n_layers=2, vocab_size=64), "attn_q", "transformer.blocks.0.attn.Wqkv fuses"),
+        (GPT2Config(vocab_size=64, n_embd=40, n_layer=2, n_head=4), "ffn_down", "transformer.h.0.mlp.c_proj is a Conv1D"),
         (MixtralConfig(**SIZES, num_local_experts=2), "ffn_down", "experts"),
     ],
 )
@@ -91,7 +91,27 @@ class Blockless(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "layers,kind", [("2", "ffn_down"), ("0-2", "ffn_down"), ("1-0", "ffn_down"), ("x", "ffn_down"), ("all", "mlp"), ("all", "")]
+    "text,blocks",
+    [
+        ("0-5,12,20-31", [*range(6), 12, *range(20, 32)]),
+        ("31, 3,3-4", [3, 4, 31]),
+        ("early,30-31", [*range(11), 30, 31]),
+        ("last", [31]),
+        ("all", [*range(32)]),
+    ],
+)
+def test_lists_and_ranges_of_layers(text: str, blocks: list[int]) -> None:
+    assert parse_target_layers(text, 32) == blocks
+    assert parse_target_layers(in_ranges(blocks), 32) == blocks
+
+
+@pytest.mark.parametrize(
+    "layers,kind",
+    [
+        *((layers, "ffn_down") for layers in ("2", "0-2", "1-0", "x", "0,2", "0,", ",", "", "0-", "-1", "0,x", "0 1")),
+        ("all", "mlp"),
+        ("all", ""),
+    ],
 )
 def test_layers_that_are_not_there(layers: str, kind: str) -> None:
     with pytest.raises(ConfigError, match="this model: it has 0-1|use all, early|choose from"):

@@ -48,6 +48,7 @@ def protect(
     *,
     model_dir: str | None = None,
     basis_placement: str = "auto",
+    hold_rest: bool = False,
 ) -> MaskedStep:
     """Freezes the rotated coefficients that ``masks_dir`` names in every further step of a DeepSpeed engine.
 
@@ -56,8 +57,9 @@ def protect(
     the identity basis, and for those that name their basis. ``model_dir`` is checked against the artefacts'
     fingerprints where given. ``basis_placement``: 'replicated' holds every basis on every rank, 'owner' each on one
     rank, to which the layers' shards are sent, 'sharded' a piece of each on every rank, gathered a layer ahead of use;
-    'auto' takes the fastest that fits (``zero.placements.place_bases``). Called on every rank. Raises
-    ArtifactError where the artefacts belong to another model, UnsupportedSetting where the step would not be exact,
+    'auto' takes the fastest that fits (``zero.placements.place_bases``). ``hold_rest``: where masks are of some rows of a
+    fused weight (attn_q in a qkv_proj), its other rows keep their values; else they train unmasked. Called on every rank.
+    Raises ArtifactError where the artefacts belong to another model, UnsupportedSetting where the step would not be exact,
     ValueError where a checkpoint of another basis or of unprotected training was loaded before.
 
     While protected, the fp32 master weights are rotated coefficients: ``safe_get_full_fp32_param`` returns C, not W.
@@ -65,7 +67,10 @@ def protect(
     """
     deepspeed_internals.refuse_unsupported(engine.optimizer)
     return protect_optimizer(
-        engine.module, engine.optimizer, basis_dir, masks_dir, model_dir=model_dir, basis_placement=basis_placement
+        *(engine.module, engine.optimizer, basis_dir, masks_dir),
+        model_dir=model_dir,
+        basis_placement=basis_placement,
+        hold_rest=hold_rest,
     )
 
 
@@ -77,6 +82,7 @@ def protect_optimizer(
     *,
     model_dir: str | None = None,
     basis_placement: str = "auto",
+    hold_rest: bool = False,
 ) -> MaskedStep:
     """As ``protect``, for a model and its optimizer: DeepSpeed's ZeRO-3 optimizer, or a plain torch one.
 
@@ -105,9 +111,9 @@ def protect_optimizer(
                 "on whole parameters (one process, or DDP); not under FSDP"
             )
         alone, placement = _layers(basis, masks, masked, 1, 0, "replicated")
-        return MaskedStep(PlainDriver(optimizer, alone), placement)
+        return MaskedStep(PlainDriver(optimizer, alone, hold_rest), placement)
     layers, placement = _layers(basis, masks, masked, processes.world_size(), processes.rank(), basis_placement)
-    return MaskedStep(Zero3Driver(optimizer, layers, mark), placement)
+    return MaskedStep(Zero3Driver(optimizer, layers, mark, hold_rest), placement)
 
 
 def _fingerprint(model: nn.Module, model_dir: str | None) -> str | None:
@@ -184,6 +190,11 @@ def _masked(model: nn.Module, masks: MaskStore) -> list[_Masked]:
         )
     found = []
     for layer in masks.layers:
+        if layer.rows and layer.name in pairs:
+            raise errors.UnsupportedSetting(
+                f"{layer.name} is some rows of {layer.parameter}, whose adapter reads one input for all of them: masks of "
+                "layers with a weight of their own can protect an adapter"
+            )
         if layer.name not in pairs:
             continue  # its W is frozen, and nothing is added to it
         pair = pairs[layer.name]
@@ -211,9 +222,9 @@ def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> di
             )
         param = by_name[min(matches, key=len)]
         shape = tuple(getattr(param, "ds_shape", param.shape))
-        if shape != layer.shape:
+        if not layer.fits(shape):
             raise ArtifactError(
-                f"the masks in {source} have {layer.name} as {layer.shape}, but this model has "
+                f"the masks in {source} have {layer.parameter} as {layer.whole_shape}, but this model has "
                 f"{shape}: they belong to another model"
             )
         if not param.requires_grad:
@@ -248,7 +259,8 @@ def _layers(
 def _share(masks: MaskStore, masked: _Masked, key: str, basis: BasisStore | None, world_size: int, rank: int) -> ProtectedLayer:
     """This rank's share of one masked parameter."""
     target, device = masked.target, _compute_device(masked.param)
-    partition, frozen = RowPartition(target.m, target.n, world_size, rank), int(masks.metadata.layers[target.name]["frozen"])
+    partition = RowPartition(target.m, target.n, world_size, rank, target.rows, target.height)
+    frozen = int(masks.metadata.layers[target.name]["frozen"])
     if masked.columns is None:
         whole = masks.packed(target.name, partition.rows.start, partition.rows.stop)
         cut = [masks.packed(target.name, row, row + 1) for row in partition.cut_rows]
@@ -297,7 +309,7 @@ class WarpCallback(TrainerCallback):
 
     Works under ZeRO-3, and without DeepSpeed. Logs, where the Trainer logs: ``masked_fraction``,
     ``grad_norm_removed``, ``rotate_seconds``, ``rotate_bytes``. ``basis_dir`` may be left out where it is the one that
-    the masks name. ``basis_placement`` as in ``protect``.
+    the masks name. ``basis_placement`` and ``hold_rest`` as in ``protect``.
     """
 
     def __init__(
@@ -306,11 +318,12 @@ class WarpCallback(TrainerCallback):
         masks_dir: str | Path | None = None,
         model_dir: str | None = None,
         basis_placement: str = "auto",
+        hold_rest: bool = False,
     ):
         if masks_dir is None:
             raise ArtifactError("WarpCallback needs masks_dir, the masks/ directory of a phase 2 run")
         self.basis_dir, self.masks_dir, self.model_dir = basis_dir, masks_dir, model_dir
-        self.basis_placement = basis_placement
+        self.basis_placement, self.hold_rest = basis_placement, hold_rest
         self.protection: MaskedStep | None = None
         self._clipping: float | None = None
 
@@ -328,6 +341,7 @@ class WarpCallback(TrainerCallback):
             self.masks_dir,
             model_dir=self.model_dir,
             basis_placement=self.basis_placement,
+            hold_rest=self.hold_rest,
         )
         if protection.driver.clips(args.max_grad_norm):
             self._clipping, args.max_grad_norm = args.max_grad_norm, 0.0

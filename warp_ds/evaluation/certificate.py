@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from warp_ds.errors import ArtifactError
 from warp_ds.evaluation import unmasked
@@ -20,6 +21,7 @@ from warp_ds.store.bases import BasisStore
 from warp_ds.store.checkpoint_index import INDEX
 from warp_ds.store.digests import FileState, afresh
 from warp_ds.store.fingerprints import Contents, fingerprint_model, model_contents, whole_part
+from warp_ds.store.layers import uncovered
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import phase_of, run_config
 
@@ -248,11 +250,22 @@ def _rest(old: ModelDirectory, new: ModelDirectory, masks: MaskStore) -> tuple[l
                 if name not in masked
             }
         )
+    parts = {f"{name} (rows without a mask)": (name, rows) for name, rows in uncovered(masks.layers).items()}
+
+    def read(model: ModelDirectory, name: str) -> Tensor:
+        return unmasked.rows_of(model.read(parts[name][0]), parts[name][1]) if name in parts else model.read(name)
+
+    for model, side in zip((old, new), sides, strict=True):
+        side.update({name: unmasked.stored(read(model, name)) for name in parts})
     problems = []
     for name in sorted(sides[1]):
-        if sides[1][name] != sides[0].get(name) and sides[1][name].dtype in FLOATS and not torch.isfinite(new.read(name)).all():
+        if (
+            sides[1][name] != sides[0].get(name)
+            and sides[1][name].dtype in FLOATS
+            and not torch.isfinite(read(new, name)).all()
+        ):
             problems.append(f"{name}, which no mask covers, holds NaN or infinities after training")
-    compared = unmasked.compare_tensors(sides[0], sides[1], lambda name: (old.read(name), new.read(name)))
+    compared = unmasked.compare_tensors(sides[0], sides[1], lambda name: (read(old, name), read(new, name)))
     return [*compared, *unmasked.compare_files(old.directory, new.directory)], problems
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from torch import Tensor
 from warp_ds.store.digests import digest_parts, whole_file
 from warp_ds.store.files import parse_json, read_json
 from warp_ds.store.fingerprints import VOLATILE
+from warp_ds.store.layers import Ranges
 
 #: The first that matches a tensor's name.
 KINDS = {
@@ -50,6 +52,18 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     sha256: str
+
+
+def stored(tensor: Tensor) -> StoredTensor:
+    """A tensor that is part of a stored one."""
+    content = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return StoredTensor(tensor.dtype, tuple(tensor.shape), hashlib.sha256(content).hexdigest())
+
+
+def rows_of(tensor: Tensor, rows: Ranges) -> Tensor:
+    """The rows of a tensor seen as [rows, its last dimension]."""
+    whole = tensor.view(-1, tensor.shape[-1])
+    return torch.cat([whole[first:end] for first, end in rows])
 
 
 @dataclass(frozen=True)

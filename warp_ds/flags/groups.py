@@ -107,7 +107,7 @@ class LayerArguments:
     """Which layers are rotated."""
 
     target_layers: str = flag(
-        "all", "all, early, middle, late (thirds), last, one number, or a range such as 0-5", debug="last"
+        "all", "all, early, middle, late (thirds), last, a number, a range, or a list such as 0-5,12,20-31", debug="last"
     )
     layer_type: str = flag("ffn_down", f"comma-separated list of {', '.join(LAYER_TYPES)}")
 

@@ -77,11 +77,11 @@ class ModelDirectory:
                 f"{location.path}: {name} is stored as {short_dtype(location.dtype)}, which is quantised: certify "
                 "the model before quantising it"
             )
-        if location.shape != target.shape:
+        if not target.fits(location.shape):
             raise ArtifactError(
-                f"{location.path}: {name} is {location.shape}, not {target.shape} as the masks or the basis have it"
+                f"{location.path}: {name} is {location.shape}, not {target.whole_shape} as the masks or the basis have it"
             )
-        return self.read(name)
+        return target.of(self.read(name))
 
     def read(self, name: str) -> Tensor:
         """The tensor called ``name``, in the shape and dtype it is stored in. Raises ArtifactError."""

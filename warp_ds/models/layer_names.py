@@ -16,8 +16,8 @@ def parse_layer_types(text: str) -> list[str]:
     return [kind for kind in LAYER_TYPES if kind in given]
 
 
-def parse_target_layers(text: str, depth: int) -> range:
-    """The blocks that ``--target_layers`` names in a model of ``depth`` blocks, as a range.
+def parse_target_layers(text: str, depth: int) -> list[int]:
+    """The blocks that ``--target_layers`` names in a model of ``depth`` blocks, ascending, each once.
 
     Thirds of 32 are 0-10, 11-21, 22-31, as in the original. ConfigError for anything outside the model.
     """
@@ -29,13 +29,31 @@ def parse_target_layers(text: str, depth: int) -> range:
         "late": range(min(2 * cut, depth), depth),
         "last": range(depth - 1, depth),
     }
-    if text in named:
-        blocks = named[text]
-    else:
-        first, _, last = text.partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or text.endswith("-"):
-            raise ConfigError(f"--target_layers {text!r}: use {', '.join(named)}, a number or a range such as 0-5")
-        blocks = range(int(first), int(last or first) + 1)
-    if not blocks or blocks.stop > depth:
-        raise ConfigError(f"--target_layers {text!r} names no layers of this model: it has 0-{depth - 1}")
-    return blocks
+    blocks: set[int] = set()
+    for part in text.split(","):
+        part = part.strip()
+        chosen = named[part] if part in named else _range(part, text, list(named))
+        if not chosen or chosen.stop > depth:
+            raise ConfigError(f"--target_layers {text!r} names no layers of this model: it has 0-{depth - 1}")
+        blocks.update(chosen)
+    return sorted(blocks)
+
+
+def _range(part: str, text: str, named: list[str]) -> range:
+    first, _, last = part.partition("-")
+    if not first.isdecimal() or (last and not last.isdecimal()) or part.endswith("-"):
+        raise ConfigError(
+            f"--target_layers {text!r}: use {', '.join(named)}, a number, a range such as 0-5, or a list such as 0-5,12,20-31"
+        )
+    return range(int(first), int(last or first) + 1)
+
+
+def in_ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2,5': as --target_layers takes them."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)

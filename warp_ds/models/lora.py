@@ -56,7 +56,7 @@ def lora_pairs(model: nn.Module, layers: Iterable[TargetLayer]) -> dict[str, Lor
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {}
     for layer in layers:
-        names = [name for name in modules if name == layer.name or name.endswith(f".{layer.name}")]
+        names = [name for name in modules if name == layer.module or name.endswith(f".{layer.module}")]
         module: Any = modules[min(names, key=len)] if names else None
         if isinstance(module, BaseTunerLayer):
             found[layer.name] = _pair(module, layer)

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from warp_ds.cluster.processes import rank
 from warp_ds.errors import ConfigError
 from warp_ds.models.context import text_config
-from warp_ds.models.layer_names import LAYER_TYPES, parse_layer_types, parse_target_layers
+from warp_ds.models.families import EXPERTS, FUSED_NAMES, PATHS, fused_rows
+from warp_ds.models.layer_names import LAYER_TYPES, in_ranges, parse_layer_types, parse_target_layers
 from warp_ds.models.transformers_internals import zero3_hidden_from_transformers
-from warp_ds.store.layers import TargetLayer
+from warp_ds.store.layers import TargetLayer, uncovered
 
-#: Where a layer type is found in a block, for Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 and all built like them.
-MODULES = {
-    "ffn_down": "mlp.down_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_o": "self_attn.o_proj",
-}
+logger = logging.getLogger(__name__)
+
 #: Layer types that see the same input in all these models; phase 1 finds it by the input itself.
 SHARING = (("ffn_up", "ffn_gate"), ("attn_q", "attn_k", "attn_v"))
-_FUSED = ("qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "wqkv", "w_pack", "dense_h_to_4h", "in_proj")
 
 #: What stands beside a text decoder, where a model's class does not say which part that is.
 _BESIDE = {
@@ -71,16 +67,58 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def find_targets(model: nn.Module, target_layers: str, layer_type: str) -> list[TargetLayer]:
     """The layers to rotate, by block, then in the order of LAYER_TYPES. Works on ZeRO-3 partitioned parameters.
 
-    Raises ConfigError, naming the module, for a range outside the model, fused projections, Conv1D, experts and
-    quantised layers.
+    Blocks that have no layer of a type are left out, and counted in rank 0's log. Raises ConfigError, naming the module, for a
+    range outside the model, Conv1D, experts, quantised layers, fused projections whose rows are not known, and where nothing
+    is left.
     """
+    targets, lacking = targets_and_lacking(model, target_layers, layer_type)
+    if lacking and rank() == 0:
+        logger.info("%s", lacking_in_words(lacking))
+    return targets
+
+
+def targets_and_lacking(model: nn.Module, target_layers: str, layer_type: str) -> tuple[list[TargetLayer], Lacking]:
+    """``find_targets``, and the blocks that have no layer of a type, by the type."""
     types = parse_layer_types(layer_type)
     prefix, blocks = find_blocks(model)
-    return [
-        _target(blocks[index], f"{prefix}.{index}", index, kind)
-        for index in parse_target_layers(target_layers, len(blocks))
-        for kind in types
-    ]
+    chosen = parse_target_layers(target_layers, len(blocks))
+    found, lacking = [], {kind: Blocks([], len(chosen)) for kind in types}
+    for index in chosen:
+        for kind in types:
+            target = _target(blocks[index], f"{prefix}.{index}", index, kind)
+            if target is None:
+                lacking[kind].without.append(index)
+            else:
+                found.append(target)
+    if not found:
+        inner = dict(blocks[chosen[0]].named_modules())
+        linear = ", ".join(name for name, module in inner.items() if isinstance(module, nn.Linear)) or "no linear layers"
+        raise ConfigError(
+            f"{type(model).__name__} has no {' or '.join(types)} in the {len(chosen)} blocks that --target_layers "
+            f"{target_layers} names: {prefix}.{chosen[0]}, a {type(blocks[chosen[0]]).__name__}, has {linear}"
+        )
+    return found, {kind: blocks for kind, blocks in lacking.items() if blocks.without}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Of the chosen blocks those without a layer of some type."""
+
+    without: list[int]
+    chosen: int
+
+
+Lacking = dict[str, Blocks]
+"""layer type -> the chosen blocks that have none"""
+
+
+def lacking_in_words(lacking: Lacking) -> str:
+    """'attn_q is in 1 of 4 blocks (not in 0-2)'"""
+    parts = (
+        f"{kind} is in {of.chosen - len(of.without)} of {of.chosen} blocks (not in {in_ranges(of.without)})"
+        for kind, of in lacking.items()
+    )
+    return "; ".join(parts)
 
 
 def targets_of(model_dir: Path, target_layers: str, layer_type: str) -> list[TargetLayer]:
@@ -89,54 +127,81 @@ def targets_of(model_dir: Path, target_layers: str, layer_type: str) -> list[Tar
     # A Trainer of the same process leaves its configuration behind, by which transformers would gather and fill.
     with zero3_hidden_from_transformers(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return find_targets(model, target_layers, layer_type)
+    return targets_and_lacking(model, target_layers, layer_type)[0]
 
 
-def check_targets(model_dir: Path, target_layers: str, layer_type: str) -> None:
-    """Raises what ``find_targets`` would, before any weight is read."""
+def check_targets(model_dir: Path, target_layers: str, layer_type: str, alone: bool = False) -> None:
+    """Raises what ``find_targets`` would, before any weight is read.
+
+    ``alone``: nothing but the layers is to train, and no mask holds the rest: ConfigError also for some rows of a parameter.
+    """
     try:
-        targets_of(model_dir, target_layers, layer_type)
+        targets = targets_of(model_dir, target_layers, layer_type)
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError):
         return  # What is wrong with the model itself is said where it is loaded.
+    for parameter in uncovered(targets) if alone else ():
+        named = ", ".join(layer.name for layer in targets if layer.parameter == parameter)
+        raise ConfigError(
+            f"{named} is not all of {parameter}, which without masks trains as a whole: give all of its types with "
+            "--layer_type, or --train_scope all"
+        )
 
 
-def _target(block: nn.Module, prefix: str, index: int, kind: str) -> TargetLayer:
+def _target(block: nn.Module, prefix: str, index: int, kind: str) -> TargetLayer | None:
+    """The block's layer of a type; None where it has none. ConfigError where it has one that cannot be rotated."""
     inner = dict(block.named_modules())
-    name = f"{prefix}.{MODULES[kind]}"
     if kind.startswith("ffn"):
         _refuse_experts(inner, prefix, kind)
-    module = inner.get(MODULES[kind])
-    if module is None:
-        parent = MODULES[kind].split(".")[0]
-        # What stands where the layer would be is named first.
-        for other, candidate in sorted(inner.items(), key=lambda item: item[0].split(".")[0] != parent):
-            if isinstance(candidate, Conv1D):
-                raise ConfigError(
-                    f"{prefix}.{other} is a Conv1D, which stores W transposed: GPT-2's kind of model is "
-                    "not supported; use one with plain linear layers"
-                )
-            if other.rsplit(".", 1)[-1].lower() in _FUSED:
-                raise ConfigError(
-                    f"{prefix}.{other} fuses several projections in one matrix, so {kind} cannot be "
-                    "rotated alone: choose another --layer_type, or a model with separate projections"
-                )
+    path = next((path for path in PATHS[kind] if path in inner), None)
+    if path is None:
+        return _fused(inner, prefix, index, kind)
+    module, name = inner[path], f"{prefix}.{path}"
+    _check_linear(module, name)
+    return TargetLayer(name, index, kind, *_shape(module))
+
+
+def _fused(inner: dict[str, nn.Module], prefix: str, index: int, kind: str) -> TargetLayer | None:
+    """The rows of a fused weight that are the block's layer of a type; None where it has no such weight."""
+    for path, module in inner.items():
+        holder, _, leaf = path.rpartition(".")
+        if leaf not in FUSED_NAMES.get(kind, ()):
+            continue
+        name = f"{prefix}.{path}"
+        _check_linear(module, name)
+        height, n = _shape(module)
+        rows = fused_rows(inner[holder], kind, height)
+        if rows is None:
+            raise ConfigError(
+                f"{name} fuses several projections in one matrix, and which of its rows are {kind} is not known for a "
+                f"{type(inner[holder]).__name__}: choose another --layer_type, or a model of another family"
+            )
+        return TargetLayer(f"{name}[{kind}]", index, kind, sum(end - first for first, end in rows), n, rows, height)
+    return None
+
+
+def _check_linear(module: nn.Module, name: str) -> None:
+    if isinstance(module, Conv1D):
         raise ConfigError(
-            f"no module {name} for {kind}: {prefix} has "
-            f"{', '.join(n for n, m in inner.items() if isinstance(m, nn.Linear)) or 'no linear layers'}"
+            f"{name} is a Conv1D, which stores W transposed, so that no rank has whole rows of it: GPT-2's kind of model is "
+            "not supported; use one with plain linear layers"
         )
     if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
         raise ConfigError(
             f"{name} is a {type(module).__name__} of {_dtype(module)}, not a plain linear layer: load "
             "the model unquantised and without adapters (merge them first)"
         )
-    return TargetLayer(name, index, kind, module.out_features, module.in_features)
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    """(outputs, inputs), also where the weight is partitioned."""
+    return module.out_features, module.in_features
 
 
 def _refuse_experts(inner: dict[str, nn.Module], prefix: str, kind: str) -> None:
     for name in inner:
-        if name.rsplit(".", 1)[-1] in ("experts", "block_sparse_moe", "router"):
+        if name.rsplit(".", 1)[-1] in EXPERTS:
             raise ConfigError(
                 f"{prefix}.{name} is a mixture of experts: its layers see different tokens each, and "
                 f"{kind} of such a block is not supported; choose attention layers with --layer_type"

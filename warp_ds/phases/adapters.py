@@ -59,7 +59,7 @@ def add_lora(model: PreTrainedModel, masked: Sequence[TargetLayer], arguments: A
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         use_rslora=arguments.lora_rslora,
-        target_modules=[layer.name for layer in layers],
+        target_modules=list(dict.fromkeys(layer.module for layer in layers)),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

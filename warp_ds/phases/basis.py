@@ -229,9 +229,9 @@ def _without_data(
     with Background("making the bases", samples.device) as decompositions:
         for group in groups:
             mine = owner[group[0].name] == rank()
-            weight = model.get_submodule(group[0].name).weight
+            weight = model.get_parameter(group[0].parameter)
             with gathered([weight] if arguments.basis == "weight" else []):
-                w = weight.detach().float().clone() if mine and arguments.basis == "weight" else None
+                w = group[0].of(weight.detach()).float().clone() if mine and arguments.basis == "weight" else None
 
             def job(group: list[TargetLayer] = group, w: Any = w) -> None:
                 begun = time.monotonic()

@@ -20,6 +20,7 @@ from warp_ds.models.directory import ModelDirectory, by_parameter
 from warp_ds.report.card import without_sections
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import read_json, write_json, write_tensors, write_text
+from warp_ds.store.layers import TargetLayer
 
 logger = logging.getLogger(__name__)
 Formula = Callable[[str, Tensor, Tensor], Tensor]
@@ -48,13 +49,16 @@ def safe_lora_formula(unaligned: Path, threshold: float) -> Formula:
 def safe_delta_formula(basis_dir: Path, s: float) -> Formula:
     """The layers of the basis by Safe Delta; every other parameter stays the aligned one, as in its authors' code."""
     basis = BasisStore(basis_dir)
-    layers = {layer.parameter: layer.name for layer in basis.layers}
+    layers: dict[str, list[TargetLayer]] = {}
+    for layer in basis.layers:
+        layers.setdefault(layer.parameter, []).append(layer)
 
     def merged(name: str, tuned: Tensor, aligned: Tensor) -> Tensor:
-        if name not in layers:
-            return aligned
-        hessian = safety_hessian(*basis.columns(layers[name]))
-        return safe_delta(aligned, tuned, hessian, s)[0]
+        result = aligned
+        for layer in layers.get(name, ()):
+            part = safe_delta(layer.of(aligned), layer.of(tuned), safety_hessian(*basis.columns(layer.name)), s)[0]
+            result = layer.replaced(result, part)
+        return result
 
     return merged
 

@@ -15,9 +15,11 @@ from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.dealing import in_turn
 from warp_ds.data.formats import encode_prompt
 from warp_ds.data.sample import Sample
+from warp_ds.errors import ConfigError
 from warp_ds.method.baselines import attention_neurons, linear_neurons, robust_neurons, top_share
 from warp_ds.method.mask import pack_bits
-from warp_ds.models.targets import MODULES, find_blocks, find_targets
+from warp_ds.models.layer_names import LAYER_TYPES
+from warp_ds.models.targets import find_targets
 from warp_ds.store.files import write_json
 from warp_ds.store.fingerprints import fingerprint_rows
 from warp_ds.store.layers import TargetLayer
@@ -25,7 +27,7 @@ from warp_ds.store.masks import write_mask
 from warp_ds.store.metadata import MasksMetadata, layer_entry, metadata_dict
 
 logger = logging.getLogger(__name__)
-LAYERS = ",".join(MODULES)
+LAYERS = ",".join(LAYER_TYPES)
 #: Neurons of a block: name -> the weights' rows (or columns) that one neuron is.
 NEURONS = {
     "ffn": {"ffn_up": "row", "ffn_gate": "row", "ffn_down": "column"},
@@ -51,7 +53,7 @@ def least_importance(engine: Any, tokenizer: Any, prompts: Sequence[str | Sample
             importance = importance.cpu()
             importances[name] = importance if name not in importances else torch.minimum(importances[name], importance)
 
-    handles = [handle for number, block in enumerate(find_blocks(model)[1]) for handle in _watch(number, block, note)]
+    handles = [handle for number, modules in _modules(model).items() for handle in _watch(number, modules, note)]
     mine = in_turn(prompts, processes.world_size(), processes.rank(), None)
     try:
         with torch.no_grad():
@@ -67,12 +69,29 @@ def least_importance(engine: Any, tokenizer: Any, prompts: Sequence[str | Sample
     return {name: torch.stack([part[name] for part in parts]).min(0).values for name in parts[0]}
 
 
-def _watch(number: int, block: nn.Module, note: Any) -> list[Any]:
+def _modules(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
+    """Block -> its linear layers by type, and as 'attention' what holds them. ConfigError where a block has not all of them,
+    each with a weight of its own."""
+    modules: dict[int, dict[str, nn.Module]] = {}
+    for layer in find_targets(model, "all", LAYERS):
+        of_block = modules.setdefault(layer.layer, {})
+        if not layer.rows:
+            of_block[layer.type] = model.get_submodule(layer.module)
+        if layer.type == "attn_q":
+            of_block["attention"] = model.get_submodule(layer.module.rpartition(".")[0])
+    for number, of_block in modules.items():
+        if missing := sorted({*LAYER_TYPES} - of_block.keys()):
+            raise ConfigError(
+                f"safety neurons are rows and columns of {', '.join(LAYER_TYPES)}, each with a weight of its own: block "
+                f"{number} of {type(model).__name__} has no such {', '.join(missing)}"
+            )
+    return modules
+
+
+def _watch(number: int, modules: dict[str, nn.Module], note: Any) -> list[Any]:
     """Hooks on one block; a pre-hook sees the weight of its own layer whole, also under ZeRO-3."""
     kept: dict[str, Tensor] = {}
-    modules = {kind: block.get_submodule(path) for kind, path in MODULES.items()}
-    attention = block.get_submodule(MODULES["attn_q"].rpartition(".")[0])
-    width = int(attention.head_dim)  # type: ignore[arg-type]
+    width = int(modules["attention"].head_dim)  # type: ignore[arg-type]
 
     def ffn(module: nn.Module, inputs: Any) -> None:
         note(f"{number}.ffn", linear_neurons(inputs[0][0], module.weight))  # type: ignore[arg-type]

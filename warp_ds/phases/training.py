@@ -78,7 +78,8 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         if masks_dir is not None:
             inputs["masks"] = MaskStore(masks_dir).fingerprint()
         else:
-            check_targets(model_dir, arguments.target_layers, arguments.layer_type)
+            alone = arguments.train_scope == "warp" and arguments.adapter == "none"
+            check_targets(model_dir, arguments.target_layers, arguments.layer_type, alone)
     with start_run("phase3", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
@@ -88,7 +89,8 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         model = _what_trains(model, masks_dir, arguments)
         callbacks: list[TrainerCallback] = []
         if masks_dir is not None:
-            callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), arguments.basis_placement))
+            hold_rest = arguments.train_scope == "warp"
+            callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), arguments.basis_placement, hold_rest))
         callbacks += controls.averages(run.directory / "trainer", checkpoint)
         facts = run_facts(arguments, inputs, phase="phase3", **_masks_facts(masks_dir))
         trainer = fit(

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -28,7 +29,18 @@ BASIS_FORMAT, MASKS_FORMAT, VERSION = "warp_ds.basis", "warp_ds.masks", 2
 # ---------------------------------------------------------------- bases and masks
 
 
-class LayerEntry(TypedDict):
+class RowsEntry(TypedDict, total=False):
+    """Of a layer that is some rows of a parameter."""
+
+    rows: list[list[int]]
+    """[first, end] of each range of them, ascending, ..."""
+    height: int
+    """... and the rows of the whole parameter."""
+    stored: str
+    """The parameter's name, where it is not the weight of the module that the layer's name begins with."""
+
+
+class LayerEntry(RowsEntry):
     """A layer in basis/metadata.json."""
 
     layer: int
@@ -111,12 +123,29 @@ class MasksMetadata:
 
 
 def layers_of(entries: Mapping[str, Mapping[str, Any]]) -> list[TargetLayer]:
-    return [TargetLayer(name, e["layer"], e["type"], *e["shape"]) for name, e in entries.items()]
+    return [
+        TargetLayer(
+            name,
+            e["layer"],
+            e["type"],
+            m=e["shape"][0],
+            n=e["shape"][1],
+            rows=tuple((first, end) for first, end in e.get("rows", ())),
+            height=e.get("height", 0),
+            stored=e.get("stored", ""),
+        )
+        for name, e in entries.items()
+    ]
 
 
 def layer_entry(layer: TargetLayer, file: str, **more: Any) -> Any:
     """A layer's entry in either metadata file."""
-    return {"layer": layer.layer, "type": layer.type, "shape": list(layer.shape), "file": file, **more}
+    entry = {"layer": layer.layer, "type": layer.type, "shape": list(layer.shape), "file": file}
+    if layer.rows:
+        entry.update(rows=[list(part) for part in layer.rows], height=layer.height)
+    if layer.stored:
+        entry["stored"] = layer.stored
+    return {**entry, **more}
 
 
 def metadata_dict(metadata: BasisMetadata | MasksMetadata) -> dict[str, Any]:
@@ -137,6 +166,35 @@ def check_entries(entries: Mapping[str, LayerEntry] | Mapping[str, MaskedLayerEn
         seen.add(place)
         if len(entry["shape"]) != 2 or min(entry["shape"]) < 1:
             raise SchemaError(f"{name} has shape {entry['shape']}")
+        _check_rows(name, entry)
+    _check_apart(entries)
+
+
+def _check_rows(name: str, entry: Mapping[str, Any]) -> None:
+    """The rows that a layer is, of a parameter of more, are as many as its shape says. Raises SchemaError."""
+    rows, height = entry.get("rows"), entry.get("height")
+    if rows is None and height is None:
+        return
+    if not rows or height is None or any(len(part) != 2 for part in rows):
+        raise SchemaError(f"{name} is rows {rows} of {height}")
+    ends = [0, *(end for part in rows for end in part)]
+    if sorted(ends) != ends or any(first == end for first, end in rows) or ends[-1] > height:
+        raise SchemaError(f"{name} is rows {rows} of {height}: no ascending ranges of them")
+    if (count := sum(end - first for first, end in rows)) != entry["shape"][0]:
+        raise SchemaError(f"{name} has shape {entry['shape']}, but is {count} rows of its parameter")
+
+
+def _check_apart(entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """No row of a parameter belongs to two layers, and all layers of one say the same of it. Raises SchemaError."""
+    of_parameter: dict[str, list[TargetLayer]] = {}
+    for layer in layers_of(entries):
+        of_parameter.setdefault(layer.parameter, []).append(layer)
+    for parameter, layers in of_parameter.items():
+        if len({layer.whole_shape for layer in layers}) > 1 or (len(layers) > 1 and not all(layer.rows for layer in layers)):
+            raise SchemaError(f"{' and '.join(layer.name for layer in layers[:2])} are {parameter}, of different shapes")
+        rows = sorted(part for layer in layers for part in layer.rows)
+        if any(second[0] < first[1] for first, second in pairwise(rows)):
+            raise SchemaError(f"two layers have the same rows of {parameter}")
 
 
 def shapes_in(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -224,6 +282,7 @@ def check_layers(
     kind: str,
     phase: str,
 ) -> None:
+    known = {layer.name: layer for layer in layers_of(entries)}
     for layer in layers:
         entry = entries.get(layer.name)
         if entry is None:
@@ -235,6 +294,11 @@ def check_layers(
             raise ArtifactError(
                 f"the {kind} in {directory} has {layer.name} as {entry['shape']}, but {model_name} has "
                 f"{list(layer.shape)}: it belongs to another model"
+            )
+        if known[layer.name] != layer:
+            raise ArtifactError(
+                f"the {kind} in {directory} has {layer.name} as other rows of {layer.parameter} than {model_name} has: it "
+                "belongs to another model"
             )
 
 

@@ -245,7 +245,7 @@ class InputHooks:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], layer: TargetLayer = layer) -> None:
                 self._take(layer, inputs[0].detach())
 
-            self._handles.append(self.model.get_submodule(layer.name).register_forward_pre_hook(hook))
+            self._handles.append(self.model.get_submodule(layer.module).register_forward_pre_hook(hook))
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -32,15 +32,16 @@ class _Tap(torch.autograd.Function):
     """The identity on y; its backward pass hands on x and ∂L/∂y. Saved tensors let checkpointing drop and remake x."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, taken: dict[str, Tapped], name: str) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, taken: dict[str, Tapped], layer: TargetLayer) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.taken, ctx.name = taken, name
+        ctx.taken, ctx.layer = taken, layer
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        ctx.taken[ctx.name] = Tapped(x, g)
+        parts = [g[..., first:end] for first, end in ctx.layer.rows] or [g]
+        ctx.taken[ctx.layer.name] = Tapped(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
         return g, None, None, None
 
 
@@ -57,9 +58,9 @@ class GradientTaps:
         for layer in self.layers:
 
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, layer: TargetLayer = layer) -> Tensor:
-                return _Tap.apply(y, inputs[0].detach(), self.taken, layer.name) if y.requires_grad else y
+                return _Tap.apply(y, inputs[0].detach(), self.taken, layer) if y.requires_grad else y
 
-            self._handles.append(self.model.get_submodule(layer.name).register_forward_hook(hook))
+            self._handles.append(self.model.get_submodule(layer.module).register_forward_hook(hook))
         return self
 
     def __exit__(self, *_: Any) -> None:

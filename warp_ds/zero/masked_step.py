@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,8 @@ class Driver(ABC):
     """Where an optimizer keeps gradients and masters, how it steps, and what its weights are written to.
 
     A *unit* is what the optimizer steps at once with one set of hyperparameters: a sub-group of ZeRO-3, a parameter group
-    of a plain optimizer. All tensors of a layer are its flat local partition, padding included.
+    of a plain optimizer. All tensors of a layer are this rank's share of it (``RowPartition``), flat and without padding.
+    Layers may be rows of one parameter; what no layer has of it trains unmasked, or is held where it is (``hold_rest``).
     """
 
     optimizer: Any
@@ -53,6 +54,8 @@ class Driver(ABC):
     """The masked layers of each unit that has some."""
     device: torch.device
     """Where what a step did is added up."""
+    hold_rest = False
+    """Whether rows that no layer has, of a parameter that some layer has rows of, keep their values."""
     ends_with_training = False
     """Whether a Trainer's training must end with ``release``."""
     max_grad_norm = 0.0
@@ -81,7 +84,7 @@ class Driver(ABC):
 
     @abstractmethod
     def coefficients(self, layer: ProtectedLayer) -> Tensor:
-        """View of the fp32 master."""
+        """The fp32 master's; to be read."""
 
     @abstractmethod
     def write(self, layer: ProtectedLayer, weights: Tensor) -> None:
@@ -92,12 +95,12 @@ class Driver(ABC):
         """The optimizer that steps a unit, and the parameter group that it reads."""
 
     @abstractmethod
-    def masked(self, layer: ProtectedLayer) -> tuple[Tensor, Tensor]:
-        """(C, dL/dC) that the optimizer is about to step with."""
+    def masked(self, layer: ProtectedLayer) -> AbstractContextManager[tuple[Tensor, Tensor]]:
+        """A block with (C, dL/dC) that the optimizer is about to step with, changed as they are changed in it."""
 
     @abstractmethod
     def others(self, unit: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(master, gradient) of all else that the optimizer is about to step with a unit."""
+        """(master, gradient) of all else that the optimizer is about to move with a unit."""
 
     def over_ranks(self, norms: Tensor) -> Tensor:
         """Sums over the ranks that hold pieces of a gradient. Collective."""
@@ -176,9 +179,9 @@ class MaskedStep:
             for values, gradient in self.driver.others(unit):
                 decay(kind, group, values, gradient, None)
             for layer in self.driver.units[unit]:
-                c, gradient = self.driver.masked(layer)
-                for piece, frozen in layer.frozen_pieces(c.device):
-                    decay(kind, group, c[piece], gradient[piece], frozen)
+                with self.driver.masked(layer) as (c, gradient):
+                    for piece, frozen in layer.frozen_pieces(c.device):
+                        decay(kind, group, c[piece], gradient[piece], frozen)
         group["weight_decay"] = 0.0
         return lambda: group.update(weight_decay=weight_decay)
 

@@ -22,16 +22,16 @@ from torch import Tensor
 
 from warp_ds.cluster.dealing import LeastLoaded
 from warp_ds.method.rotation import Rotation
-from warp_ds.store.layers import TargetLayer
+from warp_ds.store.layers import Ranges, TargetLayer
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.protected_layer import ProtectedLayer, row_chunks
 
 Source = Callable[[ProtectedLayer], Tensor]
-"""Gives a layer's flat local partition; may be asked twice."""
+"""Gives this rank's share of a layer, flat and without padding; may be asked twice."""
 Apply = Callable[[Rotation, Tensor], Tensor]
 """``Rotation.rotate`` or ``Rotation.unrotate``."""
 Rotated = Iterator[tuple[ProtectedLayer, Tensor]]
-"""(layer, its local partition rotated: new fp32 tensor [partition.length], padding 0)"""
+"""(layer, this rank's share of it rotated: a new fp32 tensor)"""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,15 @@ class BasisShard:
 
 
 @lru_cache(maxsize=1024)
-def _first_piece(m: int, n: int, world_size: int) -> RowPartition:
-    return RowPartition(m, n, world_size, 0)
+def _spread(layer: tuple[int, int, Ranges, int], world_size: int) -> tuple[int, Tensor]:
+    m, n, ranges, height = layer
+    partition = RowPartition(m, n, world_size, 0, ranges, height)
+    return len(partition.cut_rows), torch.tensor(partition.shares)
+
+
+def spread(layer: TargetLayer, world_size: int) -> tuple[int, Tensor]:
+    """(rows that are cut, elements of each rank's share) of a layer; remembered for layers of the same rows."""
+    return _spread((layer.m, layer.n, layer.rows, layer.height), world_size)
 
 
 class Placement(ABC):
@@ -157,7 +164,7 @@ class InPlace(Placement):
         """(bytes, multiply-adds) of one rotation: a ring's all-reduce of cut rows, all of which every rank rotates."""
         joined = multiply_adds = 0.0
         for layer in self.layers:
-            cut = len(_first_piece(layer.m, layer.n, self.world_size).cut_rows)
+            cut, _ = spread(layer, self.world_size)
             joined += 2 * 4 * cut * layer.n * (self.world_size - 1) / self.world_size
             multiply_adds += (layer.m / self.world_size + cut) * self.bases[layer.name][1] / 4
         return joined, multiply_adds
@@ -302,15 +309,15 @@ class Owner(Placement):
 
     def cost(self) -> Cost:
         ranks = self.world_size
-        everybody, multiply_adds, sent = 0.0, [0.0] * ranks, [0.0] * ranks
+        multiply_adds, sent = [0.0] * ranks, torch.zeros(ranks, dtype=torch.int64)
         for layer in self.layers:
             key, size = self.bases[layer.name]
-            shard = 4 * _first_piece(layer.m, layer.n, ranks).length
-            everybody += shard
-            multiply_adds[self.owners[key]] += layer.m * size / 4
-            # Everybody sends a shard to the owner, which gives all others theirs.
-            sent[self.owners[key]] += shard * (ranks - 2)
-        return Cost(2 * (everybody + max(sent)), self.holds(), 2 * max(multiply_adds))
+            owner, shares = self.owners[key], spread(layer, ranks)[1]
+            multiply_adds[owner] += layer.m * size / 4
+            # Everybody sends its share to the owner, which gives all others theirs.
+            sent += shares
+            sent[owner] += layer.m * layer.n - 2 * shares[owner]
+        return Cost(2 * 4 * int(sent.max()), self.holds(), 2 * max(multiply_adds))
 
     def keep(self, key: str, make: Callable[[], Rotation]) -> None:
         if self.owners[key] == self.rank:
@@ -319,23 +326,22 @@ class Owner(Placement):
     def apply(self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool) -> Rotated:
         """In waves of one layer an owner, so that all of them rotate at once.
 
-        Shards are whole in order of rank, so that an owner receives the matrix row after row, and the padding last.
+        Shares are whole in order of rank, so that an owner receives the matrix row after row.
         """
         ranks = self.world_size
         for wave in zip_longest(*([x for x in layers if self.owners[x.basis] == owner] for owner in range(ranks))):
-            lengths = [0 if layer is None else layer.partition.length for layer in wave]
-            mine, own = wave[self.rank], lengths[self.rank]
+            lengths = [0 if layer is None else layer.partition.stop - layer.partition.start for layer in wave]
+            mine = wave[self.rank]
+            of_ranks = [0] * ranks if mine is None else mine.partition.shares
             shards = torch.cat([source(layer).to(layer.device, torch.float32) for layer in wave if layer is not None])
-            whole = shards.new_empty(ranks * own)
-            self._exchange(whole, shards, [own] * ranks, lengths)
+            whole = shards.new_empty(sum(of_ranks))
+            self._exchange(whole, shards, of_ranks, lengths)
             if mine is not None:
-                m, n = mine.target.m, mine.target.n
-                rows = whole[: m * n].view(m, n)
+                rows = whole.view(mine.target.m, mine.target.n)
                 with matmul_precision(mine.param.dtype if fast else torch.float32):
-                    for chunk in row_chunks(m, n):
+                    for chunk in row_chunks(mine.target.m, mine.target.n):
                         rows[chunk] = apply(self.own[mine.basis], rows[chunk])
-                whole[m * n :] = 0.0
-            self._exchange(shards, whole, lengths, [own] * ranks)
+            self._exchange(shards, whole, lengths, of_ranks)
             del whole
             for layer, result in zip(wave, shards.split(lengths), strict=True):
                 if layer is not None:

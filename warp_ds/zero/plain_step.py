@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from warp_ds.errors import UnsupportedSetting
 from warp_ds.zero.masked_step import Driver, MaskedStep
+from warp_ds.zero.partition import between
 from warp_ds.zero.protected_layer import ProtectedLayer
 
 _PROTECTED = "_warp_ds_protected"
@@ -18,17 +20,18 @@ _PROTECTED = "_warp_ds_protected"
 class PlainDriver(Driver):
     """For the length of ``optimizer.step`` each masked parameter is its rotated coefficients C, kept in fp32.
 
-    Costs one fp32 copy of the masked layers, which hold C between steps. Checkpoints of the optimizer hold moments of C;
-    the model's hold W, from which C is made anew (within rounding). A unit is a parameter group.
+    Costs one fp32 copy of the masked parameters, which holds C between steps, and W in rows that no layer has. Checkpoints
+    of the optimizer hold moments of C; the model's hold W, from which C is made anew (within rounding). A unit is a
+    parameter group.
     """
 
     ends_with_training = True
 
-    def __init__(self, optimizer: torch.optim.Optimizer, layers: list[ProtectedLayer]):
+    def __init__(self, optimizer: torch.optim.Optimizer, layers: list[ProtectedLayer], hold_rest: bool = False):
         """``layers`` have one partition each (world size 1). UnsupportedSetting where the optimizer cannot be masked."""
         if getattr(optimizer, _PROTECTED, False):
             raise UnsupportedSetting("this optimizer is protected already: release the first protection before a second one")
-        self.optimizer = optimizer
+        self.optimizer, self.hold_rest = optimizer, hold_rest
         self.device = layers[0].device
         self._norm: float | None = None
         group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -40,9 +43,17 @@ class PlainDriver(Driver):
                     "to the optimizer, or make masks without it"
                 )
             self.units.setdefault(group_of[layer.param], []).append(layer)
-        self._c: dict[ProtectedLayer, Tensor] = {}
-        self._rotated: dict[ProtectedLayer, Tensor] = {}
-        self._weights: dict[ProtectedLayer, Tensor] = {}
+        self._layers = layers
+        own: dict[nn.Parameter, list[slice]] = {}
+        for layer in layers:
+            own.setdefault(layer.param, []).extend(layer.partition.own)
+        self._rest = {p: [] if hold_rest else list(between(parts, p.numel())) for p, parts in own.items()}
+        """What of each masked parameter no layer has, and is not held."""
+        self._masters: dict[nn.Parameter, Tensor] = {}
+        """Flat, fp32."""
+        self._rotated: dict[nn.Parameter, Tensor] = {}
+        """Flat, fp32."""
+        self._weights: dict[nn.Parameter, Tensor] = {}
         self._handles: list[Any] = []
 
     def install(self, step: MaskedStep) -> None:
@@ -51,7 +62,8 @@ class PlainDriver(Driver):
             found = layer.start(c)
             if layer.adapter_b is not None and bool(layer.adapter_b.any()):
                 problems.append(found)
-            self._c[layer] = c.view(layer.target.m, layer.target.n)
+            master = self._masters.setdefault(layer.param, layer.param.detach().float().flatten().clone())
+            layer.partition.put(master, c)
             # A checkpoint's moments were loaded as the weights' dtype; those of C are fp32.
             state = self.optimizer.state.get(layer.param, {})
             state.update({k: v.float() for k, v in state.items() if torch.is_tensor(v) and v.is_floating_point()})
@@ -59,7 +71,7 @@ class PlainDriver(Driver):
             raise ValueError(problem)
         adapters = [layer for layer in step.layers if layer.adapter_b is not None]
         for layer, weights in step.placement.rotate_back(adapters, self.coefficients, fast=True):
-            layer.param.data.copy_(weights.view_as(layer.param))
+            layer.partition.put(layer.param.data.view(-1), weights)
         setattr(self.optimizer, _PROTECTED, True)
         restores: list[Callable[[], None]] = []
 
@@ -79,8 +91,10 @@ class PlainDriver(Driver):
                 restores.pop()()
             for unit in self.units:
                 step.write_weights(unit)
-            for layer in step.layers:
-                layer.param.grad, layer.param.data = None, self._weights.pop(layer)
+            for param, master in self._masters.items():
+                param.grad, param.data = None, self._weights.pop(param)
+                for rest in self._rest[param]:
+                    param.data.view(-1)[rest] = master[rest].to(param.dtype)
 
         self._handles = [self.optimizer.register_step_pre_hook(before), self.optimizer.register_step_post_hook(after)]
 
@@ -97,7 +111,7 @@ class PlainDriver(Driver):
                 "the gradients are still scaled by a GradScaler, so neither clipping nor decay would "
                 "be right: call scaler.unscale_(optimizer) before the step, or use bf16"
             )
-        for layer in self._c:
+        for layer in self._layers:
             if layer.param.grad is None:
                 raise ValueError(f"{layer.target.name} has no gradient at the optimizer step")
         overflow = getattr(self.optimizer, "found_inf", None)
@@ -105,36 +119,51 @@ class PlainDriver(Driver):
 
     def _swap_in(self) -> None:
         """Makes each masked parameter its C, and its gradient that of C."""
-        for layer, c in self._c.items():
-            self._weights[layer] = layer.param.data
-            layer.param.grad = None
-            layer.param.data = c
-            layer.param.grad = self._rotated.pop(layer).view_as(c)
+        for param, master in self._masters.items():
+            self._weights[param] = param.data
+            shape, param.grad = param.shape, None
+            param.data = master.view(shape)
+            param.grad = self._rotated.pop(param).view(shape)
 
     def gradient(self, layer: ProtectedLayer) -> Tensor:
         assert layer.param.grad is not None
-        return layer.param.grad.flatten()
+        return layer.partition.take(layer.param.grad.flatten())
 
     def set_gradient(self, layer: ProtectedLayer, rotated: Tensor) -> None:
-        self._rotated[layer] = rotated
+        if layer.param not in self._rotated:
+            assert layer.param.grad is not None
+            of_rest = torch.zeros_like(self._masters[layer.param])
+            for rest in self._rest[layer.param]:
+                of_rest[rest] = layer.param.grad.flatten()[rest].float()
+            self._rotated[layer.param] = of_rest
+        layer.partition.put(self._rotated[layer.param], rotated)
 
     def coefficients(self, layer: ProtectedLayer) -> Tensor:
-        return self._c[layer].view(-1)
+        return layer.partition.take(self._masters[layer.param])
 
     def write(self, layer: ProtectedLayer, weights: Tensor) -> None:
-        self._weights[layer].copy_(weights.view(layer.target.m, layer.target.n))
+        layer.partition.put(self._weights[layer.param].view(-1), weights)
 
     def hyperparameters(self, unit: int) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
         return self.optimizer, self.optimizer.param_groups[unit]
 
-    def masked(self, layer: ProtectedLayer) -> tuple[Tensor, Tensor]:
+    @contextmanager
+    def masked(self, layer: ProtectedLayer) -> Iterator[tuple[Tensor, Tensor]]:
         assert layer.param.grad is not None
-        return self.coefficients(layer), layer.param.grad.view(-1)
+        c, gradient = self.coefficients(layer), layer.partition.take(layer.param.grad.view(-1))
+        yield c, gradient
+        layer.partition.put(self._masters[layer.param], c)
+        layer.partition.put(layer.param.grad.view(-1), gradient)
 
     def others(self, unit: int) -> Iterator[tuple[Tensor, Tensor]]:
         masked = {layer.param for layer in self.units[unit]}
-        params = self.optimizer.param_groups[unit]["params"]
-        return ((p.data, p.grad) for p in params if p.grad is not None and p not in masked)
+        for param in self.optimizer.param_groups[unit]["params"]:
+            if param.grad is not None and param not in masked:
+                yield param.data, param.grad
+        for param in masked:
+            assert param.grad is not None
+            for rest in self._rest[param]:
+                yield param.data.view(-1)[rest], param.grad.view(-1)[rest]
 
     def clips(self, max_grad_norm: float) -> bool:
         # Whoever clips before ``optimizer.step`` would do so before the mask is applied.
@@ -146,4 +175,4 @@ class PlainDriver(Driver):
 
     def all_coefficients(self) -> dict[str, Tensor]:
         """C [m, n] fp32 of every masked layer, by name."""
-        return {layer.target.name: c for layer, c in self._c.items()}
+        return {layer.target.name: self.coefficients(layer).view(layer.target.shape) for layer in self._layers}

@@ -20,15 +20,12 @@ ADAPTER_ROUNDING = 2.0**-5
 
 @dataclass(eq=False)
 class ProtectedLayer:
-    """Rows of one parameter with one basis and one mask: all rows of a layer's weight [m, n], or of the A [r, n] of its
-    LoRA adapter, whose mask freezes whole columns of A U. Compared by identity.
+    """Rows of one parameter with one basis and one mask: all rows of a weight [m, n], some rows of a fused or stacked one
+    (several of these then share ``param``), or the A [r, n] of a LoRA adapter, whose mask freezes whole columns of A U.
+    Compared by identity.
 
-    Where more is to be said, it goes here, and nothing that takes the step need know:
-
-    - stacked experts: a parameter of many row blocks gives one of these a block, with the block's rows beside ``param``
-      (``partition`` then cuts the parameter, and its whole and cut rows are those of the block);
-    - a left basis, C = Vᵀ W U: the key of V beside ``basis``. V mixes rows, which in-place placements do not have
-      together: ``Owner`` does, so a left basis is placed by it, or by a placement that gathers column blocks.
+    A left basis, C = Vᵀ W U, would be the key of V beside ``basis``. V mixes rows, which in-place placements do not have
+    together: ``Owner`` does, so a left basis is placed by it, or by a placement that gathers column blocks.
     """
 
     target: TargetLayer
@@ -48,13 +45,8 @@ class ProtectedLayer:
     """B [m, r], where ``param`` is the A of an adapter W' = W + s B A: its frozen coefficients are then 0, whatever it
     started as, so that W' U = W U in the frozen columns."""
 
-    @property
-    def real(self) -> slice:
-        """What of the local partition is no padding."""
-        return slice(0, self.partition.stop - self.partition.start)
-
     def frozen_pieces(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-        """(slice of the local partition, which of its entries are frozen: bool), a bounded piece at a time."""
+        """(slice of this rank's share, which of its entries are frozen: bool), a bounded piece at a time."""
         n, whole = self.target.n, self.partition.whole
         for rows in row_chunks(len(self.partition.rows), n):
             bits = unpack_bits(self.whole_frozen[rows].to(device), n)
@@ -65,7 +57,7 @@ class ProtectedLayer:
                 yield fragment.local, cut[fragment.cut, fragment.columns]
 
     def start(self, coefficients: Tensor) -> str:
-        """Puts the frozen entries of an adapter's C, the local partition, to 0 in place; any other layer's stay as they are.
+        """Puts the frozen entries of an adapter's C, this rank's share, to 0 in place; any other layer's stay as they are.
 
         What was wrong with it for one that has been trained already, in words: more than rounding was there to be lost.
         """
@@ -76,7 +68,7 @@ class ProtectedLayer:
             part = coefficients[piece]
             lost = max(lost, float(part.masked_select(frozen).abs().max()) if bool(frozen.any()) else 0.0)
             part.masked_fill_(frozen, 0.0)
-        size = float(coefficients[self.real].square().mean().sqrt()) if coefficients[self.real].numel() else 0.0
+        size = float(coefficients.square().mean().sqrt()) if coefficients.numel() else 0.0
         return (
             f"the adapter of {self.target.name} has been trained (B is not 0) and reads frozen directions (a coefficient of "
             f"{lost:.1e} among others of {size:.1e}): taking that out would change what it does; start from a new adapter"

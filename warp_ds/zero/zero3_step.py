@@ -7,7 +7,8 @@ without protection), and C beside the optimizer's moments, from where a protecte
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from warp_ds.errors import UnsupportedSetting
 from warp_ds.zero import deepspeed_internals
 from warp_ds.zero.masked_step import Driver, MaskedStep
+from warp_ds.zero.partition import between
 from warp_ds.zero.placements import Placement, Rotated
 from warp_ds.zero.protected_layer import ProtectedLayer
 
@@ -39,7 +41,7 @@ NO_CHECKPOINTS = (
 
 @dataclass(frozen=True)
 class Span:
-    """Where a layer's local partition lies in the optimizer's flat buffers."""
+    """Where the local piece of a layer's parameter lies in the optimizer's flat buffers."""
 
     sub_group: int
     offset: int
@@ -48,9 +50,10 @@ class Span:
 class Zero3Driver(Driver):
     """Gradients and masters are ZeRO-3 shards; a unit is a sub-group."""
 
-    def __init__(self, optimizer: Any, layers: list[ProtectedLayer], fingerprint: str):
+    def __init__(self, optimizer: Any, layers: list[ProtectedLayer], fingerprint: str, hold_rest: bool = False):
         """``fingerprint`` names basis and masks together. UnsupportedSetting where the step would not be exact."""
         deepspeed_internals.refuse_unsupported(optimizer)
+        self.hold_rest = hold_rest
         self.zero, self.optimizer = optimizer, optimizer.optimizer
         self.fingerprint = fingerprint
         self.device = torch.device(get_accelerator().current_device_name())
@@ -65,6 +68,11 @@ class Zero3Driver(Driver):
                 )
             self.units.setdefault(sub_group, []).append(layer)
             self.spans[layer] = Span(sub_group, offset)
+        self._layers_of = Counter(layer.param for layer in layers)
+        self._read: tuple[nn.Parameter, Tensor] | None = None
+        """The parameter whose gradient was read last, and that: its layers come one after another."""
+        self._rotated: dict[nn.Parameter, tuple[Tensor, int]] = {}
+        """Of parameters whose layers are being rotated: the gradient's local piece, fp32, and how many layers are left."""
         self._undo: list[Callable[[], None]] = []
 
     # ------------------------------------------------------------ where things are
@@ -73,34 +81,69 @@ class Zero3Driver(Driver):
     def resident(self, unit: int) -> Iterator[None]:
         with deepspeed_internals.resident(self.zero, unit, gradients=True):
             yield
+            self._read = None
 
     def local(self, flat: Tensor, layer: ProtectedLayer) -> Tensor:
-        """View of the layer's part in a flat buffer of its sub-group."""
+        """View of the local piece of the layer's parameter in a flat buffer of its sub-group."""
         return flat.data.narrow(0, self.spans[layer].offset, layer.partition.length)
 
     def gradient(self, layer: ProtectedLayer) -> Tensor:
-        return deepspeed_internals.get_gradient(self.zero, layer.param)
+        if self._read is None or self._read[0] is not layer.param:
+            self._read = layer.param, deepspeed_internals.get_gradient(self.zero, layer.param)
+        return layer.partition.take(self._read[1])
 
     def set_gradient(self, layer: ProtectedLayer, rotated: Tensor) -> None:
-        deepspeed_internals.set_gradient(self.zero, layer.param, rotated)
+        partition, of_param = layer.partition, self._layers_of[layer.param]
+        if of_param == 1 and rotated.numel() == partition.length:
+            deepspeed_internals.set_gradient(self.zero, layer.param, rotated)
+            return
+        if layer.param not in self._rotated:
+            before = deepspeed_internals.get_gradient(self.zero, layer.param)
+            rest_trains = bool(partition.ranges) and not self.hold_rest
+            piece = before.float().clone() if rest_trains else torch.zeros_like(before, dtype=torch.float32)
+            self._rotated[layer.param] = piece, of_param
+        piece, left = self._rotated.pop(layer.param)
+        partition.put(piece, rotated)
+        if left > 1:
+            self._rotated[layer.param] = piece, left - 1
+        else:
+            deepspeed_internals.set_gradient(self.zero, layer.param, piece)
 
     def coefficients(self, layer: ProtectedLayer) -> Tensor:
+        return layer.partition.take(self._master(layer))
+
+    def _master(self, layer: ProtectedLayer) -> Tensor:
         return self.local(deepspeed_internals.master(self.zero, self.spans[layer].sub_group), layer)
 
+    def set_coefficients(self, layer: ProtectedLayer, c: Tensor) -> None:
+        """Writes the fp32 master's; the padding of its piece becomes 0."""
+        piece = self._master(layer)
+        layer.partition.put(piece, c)
+        piece[layer.partition.padding] = 0.0
+
     def write(self, layer: ProtectedLayer, weights: Tensor) -> None:
-        deepspeed_internals.shard(layer.param)[layer.real].copy_(weights[layer.real])
+        layer.partition.put(deepspeed_internals.shard(layer.param), weights)
 
     def hyperparameters(self, unit: int) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
         return deepspeed_internals.stepping(self.zero, unit)
 
-    def masked(self, layer: ProtectedLayer) -> tuple[Tensor, Tensor]:
-        gradient = deepspeed_internals.master_gradient(self.zero, self.spans[layer].sub_group)
-        return self.coefficients(layer), self.local(gradient, layer)
+    @contextmanager
+    def masked(self, layer: ProtectedLayer) -> Iterator[tuple[Tensor, Tensor]]:
+        gradients = self.local(deepspeed_internals.master_gradient(self.zero, self.spans[layer].sub_group), layer)
+        c, gradient = self.coefficients(layer), layer.partition.take(gradients)
+        yield c, gradient
+        layer.partition.put(self._master(layer), c)
+        layer.partition.put(gradients, gradient)
 
     def others(self, unit: int) -> Iterator[tuple[Tensor, Tensor]]:
         flat, gradient = deepspeed_internals.master(self.zero, unit), deepspeed_internals.master_gradient(self.zero, unit)
-        spans = [(self.spans[layer].offset, layer.partition.length) for layer in self.units[unit]]
-        return ((flat.data[other], gradient[other]) for other in _between(spans, flat.numel()))
+        masked = []
+        for layer in self.units[unit]:
+            offset, partition = self.spans[layer].offset, layer.partition
+            whole = self.hold_rest or not partition.ranges
+            parts = [slice(0, partition.length)] if whole else [*partition.own, partition.padding]
+            masked += [slice(offset + part.start, offset + part.stop) for part in parts]
+        return ((flat.data[other], gradient[other]) for other in between(masked, flat.numel()))
 
     def over_ranks(self, norms: Tensor) -> Tensor:
         if dist.is_initialized():
@@ -150,18 +193,7 @@ class Zero3Driver(Driver):
         for sub_group, layers in self.units.items():
             with deepspeed_internals.resident(self.zero, sub_group, weights=True):
                 for layer, weights in step.placement.rotate_back(layers, self.coefficients):
-                    self.coefficients(layer).copy_(weights)
-
-
-def _between(spans: Iterable[tuple[int, int]], total: int) -> Iterator[slice]:
-    """What of range(total) lies in none of the (offset, length) spans."""
-    at = 0
-    for offset, length in sorted(spans):
-        if at < offset:
-            yield slice(at, offset)
-        at = offset + length
-    if at < total:
-        yield slice(at, total)
+                    layer.partition.put(self._master(layer), weights)
 
 
 class StepCheckpoints:
@@ -193,14 +225,12 @@ class StepCheckpoints:
             with deepspeed_internals.resident(self.zero, sub_group, weights=True):
                 found: Rotated
                 if sub_group in saved:
-                    found = iter([(layer, self.driver.local(saved[sub_group], layer)) for layer in layers])
+                    found = iter([(x, x.partition.take(self.driver.local(saved[sub_group], x))) for x in layers])
                 else:
                     found = self.placement.rotate(layers, self.driver.coefficients)
                 for layer, c in found:
                     problems.append((layer, layer.start(c)))
-                    local = self.driver.coefficients(layer)
-                    local[layer.real].copy_(c[layer.real])
-                    local[layer.real.stop :] = 0.0
+                    self.driver.set_coefficients(layer, c)
                 self._write_adapters(layers)
         if any(layer.adapter_b is not None for layer, _ in problems):
             _raise_together(self._lost_of_trained(problems))
@@ -260,15 +290,14 @@ class StepCheckpoints:
         """Why the checkpoint's W are not those of its C; empty where they are. Collective."""
         problem = ""
         layers = self.driver.units.get(sub_group, [])
-        for layer, again in self.placement.rotate_back(layers, lambda layer: self.driver.local(saved, layer)):
-            real = layer.real
-            weights = self.driver.coefficients(layer)[real].to(self.driver.device)
+        for layer, again in self.placement.rotate_back(layers, lambda x: x.partition.take(self.driver.local(saved, x))):
+            weights = self.driver.coefficients(layer).to(self.driver.device)
             if not weights.numel():
                 continue
             # W was made from C on this kind of hardware or another: rounding of fp32 products apart, which is relative to
             # the size of a row.
-            row = (again[real].square().mean() * layer.target.n).sqrt()
-            moved = float((again[real] - weights).abs().max())
+            row = (again.square().mean() * layer.target.n).sqrt()
+            moved = float((again - weights).abs().max())
             if not moved <= float(row) * 2.0**-17:
                 problem = problem or (
                     f"the checkpoint's weights of {layer.target.name} are not those of its rotated coefficients "
@@ -306,7 +335,7 @@ class StepCheckpoints:
             coefficients = masters[sub_group].detach()
             masters[sub_group] = coefficients.to("cpu", copy=True)
             for layer, weights in self.placement.rotate_back(layers, self.driver.coefficients):
-                self.driver.local(masters[sub_group], layer).copy_(weights)
+                layer.partition.put(self.driver.local(masters[sub_group], layer), weights)
             index = deepspeed_internals.state_index(self.zero, sub_group)
             # An Adam that finds anything in a state takes it as its own: without moments there is none to add C to.
             if index in base["state"] or type(self.base).__name__ == "SGD":

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from warp_ds.flags.arguments import BasisArguments, ImportanceArguments, TrainArguments
 from warp_ds.flags.groups import DTYPE_BYTES
 from warp_ds.models.context import text_config
 from warp_ds.models.source import local_model_dir, read_config, snapshot
-from warp_ds.models.targets import find_blocks, find_targets
+from warp_ds.models.targets import find_blocks, lacking_in_words, targets_and_lacking
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.fetch import outside
 from warp_ds.zero.partition import RowPartition
@@ -103,6 +105,8 @@ class Shape:
     vocabulary: int
     stored_itemsize: int
     targets: list[TargetLayer]
+    lacking: str = ""
+    """Of the blocks that were chosen those without a layer of some type, in words."""
 
     def shard(self, ranks: int) -> int:
         """Elements of all parameters on one rank, padding included."""
@@ -121,6 +125,7 @@ def read_shape(model_name: str, layer_type: str, target_layers: str) -> Shape:
     embedding = model.get_input_embeddings()
     rest = {id(p): p for m in outside(model, blocks) if m is not embedding for p in m.parameters(recurse=False)}
     numels = [p.numel() for p in model.parameters()]
+    targets, lacking = targets_and_lacking(model, target_layers, layer_type)
     stored = getattr(config, "dtype", None) or torch.bfloat16
     return Shape(
         name=model_name,
@@ -130,11 +135,21 @@ def read_shape(model_name: str, layer_type: str, target_layers: str) -> Shape:
         embedding=embedding.weight.numel(),
         head=sum(p.numel() for p in rest.values()),
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        intermediate=_widest(text, blocks),
         vocabulary=text.vocab_size,
         stored_itemsize=(getattr(torch, stored) if isinstance(stored, str) else stored).itemsize,
-        targets=find_targets(model, target_layers, layer_type),
+        targets=targets,
+        lacking=lacking_in_words(lacking),
     )
+
+
+def _widest(text: Any, blocks: list[nn.Module]) -> int:
+    """The feed-forward width: what the configuration says, at its largest; else the widest input of a block's linear layers."""
+    stated = getattr(text, "intermediate_size", None)
+    if isinstance(stated, (list, tuple)):
+        return max(stated)
+    widths = (module.in_features for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
+    return stated or max(widths, default=text.hidden_size)
 
 
 # Choosing ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,119 @@
+"""Phases 1, 2 and 3 on fused projections and on a hybrid, on 1, 2 and 3 ranks, against the dense one-process reference.
+
+GPT-NeoX fuses queries, keys and values head by head: each is many ranges of one weight's rows. Only some of them are named, so
+the others must stay to the bit. LFM2's blocks are convolutions and attention by turns. Tolerances as in Llama's references.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dense_reference
+import numpy as np
+import pytest
+import rows_reference
+import torch
+from phase3_jobs import losses, make_model, phase3, phase12
+from ranks import run_ranks
+from safetensors.torch import load_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Lfm2Config, Lfm2ForCausalLM, Phi3Config, Phi3ForCausalLM
+
+from warp_ds.evaluation.certificate import certify
+from warp_ds.evaluation.movement import movement
+
+WORLDS = (1, 2, 3)
+SHARED = {"max_position_embeddings": 256, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1, "hidden_size": 30}
+
+
+def neox(vocabulary: int) -> Any:
+    sizes = {"intermediate_size": 41, "num_hidden_layers": 2, "num_attention_heads": 3}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=vocabulary, **SHARED, **sizes, use_parallel_residual=False))
+
+
+def phi3(vocabulary: int) -> Any:
+    sizes = {"intermediate_size": 41, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1}
+    return Phi3ForCausalLM(Phi3Config(vocab_size=vocabulary, **SHARED, **sizes))
+
+
+def lfm2(vocabulary: int) -> Any:
+    sizes = {"intermediate_size": 41, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 1}
+    kinds = ["conv", "full_attention", "conv"]
+    return Lfm2ForCausalLM(
+        Lfm2Config(vocab_size=vocabulary, **SHARED, **sizes, layer_types=kinds, block_auto_adjust_ff_dim=False)
+    )
+
+
+#: Family -> its model, the layers that are masked, and on how many ranks.
+CASES = {
+    "neox": (neox, "attn_q,attn_v,ffn_up,ffn_down", WORLDS),
+    "phi3": (phi3, "attn_k,ffn_gate", (2,)),
+    "lfm2": (lfm2, "attn_q,attn_o,ffn_down", WORLDS),
+}
+RUNS = [(family, world) for family, (_, _, worlds) in CASES.items() for world in worlds]
+
+
+def job(roots: dict[str, Path], world: int) -> dict[str, list[float]]:
+    found = {}
+    for family, root in roots.items():
+        if world in CASES[family][2]:
+            output = root / f"world{world}"
+            phase12(root, output, CASES[family][1])
+            found[family] = losses(phase3(root, output, output))
+    return found
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for family, (build, _, _) in CASES.items():
+        made[family] = tmp_path_factory.mktemp(family)
+        make_model(made[family], build)
+    return made
+
+
+@pytest.fixture(scope="module")
+def jobs(roots: dict[str, Path]) -> dict[int, dict[str, list[float]]]:
+    return {world: run_ranks(world, job, roots, world)[0] for world in WORLDS}
+
+
+@pytest.mark.parametrize("family,world", RUNS)
+def test_bases_and_masks_are_the_references(roots: Any, jobs: Any, family: str, world: int) -> None:
+    root, parts = roots[family], rows_reference.read_parts(roots[family] / f"world{world}")
+    of_types = {part.name.rpartition("[")[2].rstrip("]") for part in parts.values() if part.rows is not None}
+    assert of_types == {"neox": {"attn_q", "attn_v"}, "phi3": {"attn_k", "ffn_gate"}, "lfm2": set()}[family]
+    for name, sigma in rows_reference.covariances(root, parts).items():
+        u, s = parts[name].basis.double().numpy(), parts[name].values.double().numpy()
+        assert np.abs((u * s) @ u.T - sigma).max() < 1e-5 * np.abs(sigma).max(), name
+    for name, scores in rows_reference.importances(root, parts, 3).items():
+        wanted = dense_reference.highest([scores], round(0.2 * scores.size))[0]
+        frozen = parts[name].frozen.numpy()
+        assert frozen.sum() == wanted.sum()
+        # What differs may only be scores within fp32's rounding of the threshold.
+        least = scores[wanted].min()
+        assert np.abs(scores[frozen != wanted] - least).max(initial=0.0) < 1e-4 * least, name
+        assert (frozen != wanted).sum() <= 4, name
+
+
+@pytest.mark.parametrize("family,world", RUNS)
+def test_training_is_the_references_and_the_certificate_says_so(roots: Any, jobs: Any, family: str, world: int) -> None:
+    root, artefacts = roots[family], roots[family] / f"world{world}"
+    parts = rows_reference.read_parts(artefacts)
+    expected, weights = rows_reference.training(root, parts)
+    assert jobs[world][family] == pytest.approx(expected, abs=1e-6)
+    start = load_file(root / "m" / "model.safetensors")
+    trained = load_file(artefacts / "phase3_latest" / "model" / "model.safetensors")
+    for name, value in trained.items():
+        if name not in weights:
+            assert torch.equal(value, start[name]), name
+            continue
+        assert (value.double() - weights[name]).abs().max() < 1e-5, name
+        assert (value - start[name]).abs().max() > 1e-3, name
+        taken = [row for part in parts.values() if f"{part.module}.weight" == name for row in part.rows or range(len(value))]
+        rest = sorted({*range(len(value))} - {*taken})
+        assert torch.equal(value[rest], start[name][rest]), f"rows of {name} that no mask names"
+    certificate = certify(root / "m", artefacts / "phase3_latest" / "model", artefacts / "phase2_latest" / "masks")
+    assert certificate.kept, certificate.problems
+    assert len(certificate.layers) == len(parts)
+    moved = movement(root / "m", artefacts / "phase3_latest" / "model", artefacts / "phase1_latest" / "basis")
+    assert moved.keys() == parts.keys() and all(0 < value < 1 for value in moved.values())
