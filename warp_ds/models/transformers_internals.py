@@ -228,7 +228,13 @@ DEQUANTISED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 
 def quantisation(name_or_path: str, hub: dict[str, Any]) -> str | None:
     """The method by which the model's weights are stored in fewer bits, as its config names it."""
-    config = AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in hub.items() if k != "attn_implementation"})
+    return quantisation_of(
+        AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in hub.items() if k != "attn_implementation"})
+    )
+
+
+def quantisation_of(config: Any) -> str | None:
+    """``quantisation`` of a configuration."""
     found = getattr(config, "quantization_config", None)
     if not found:
         return None
@@ -314,10 +320,24 @@ def _refuse_two_names(model: PreTrainedModel, name: str | os.PathLike, stored: s
         )
 
 
-def weights_as_loaded(directory: str | os.PathLike) -> dict[str, TensorLocation]:
-    """Where the data of each parameter of the causal LM in a local directory lies, by the parameter's name, as
-    ``from_pretrained`` finds it; of tied parameters the one that is kept. Without those made of parts of stored tensors, or
-    of several. Needs no process group.
+@dataclass(frozen=True)
+class LoadedWeight:
+    """A parameter of a loaded model, and which elements of the stored tensors it is made of."""
+
+    shape: tuple[int, ...]
+    pieces: list[Piece[TensorLocation]]
+
+    @property
+    def location(self) -> TensorLocation | None:
+        """The one stored tensor that it is, where it is one."""
+        first = self.pieces[0].origin if len(self.pieces) == 1 else None
+        return first if first is not None and first.shape == self.shape else None
+
+
+def weights_as_loaded(directory: str | os.PathLike) -> dict[str, LoadedWeight]:
+    """What each parameter of the causal LM in a local directory is made of, by the parameter's name, as ``from_pretrained``
+    makes it; of tied parameters the one that is kept. Without those that are computed from what is stored. Needs no process
+    group.
 
     Raises:
         CannotMap: weights are pickled.
@@ -328,9 +348,8 @@ def weights_as_loaded(directory: str | os.PathLike) -> dict[str, TensorLocation]
     found = {}
     for name, param in built.model.named_parameters():
         with suppress(CannotMap):
-            pieces = built.source(param) if param.is_meta else []
-            if len(pieces) == 1 and pieces[0].origin.shape == param.shape:
-                found[name] = pieces[0].origin
+            if param.is_meta:
+                found[name] = LoadedWeight(tuple(param.shape), built.source(param))
     return found
 
 

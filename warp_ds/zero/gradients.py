@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from warp_ds.cluster.memory import host_memory
 from warp_ds.cluster.processes import all_gather_object, rank
 from warp_ds.data.formats import IGNORE
-from warp_ds.store.layers import TargetLayer
+from warp_ds.models.experts import by_module, tapped
+from warp_ds.store.layers import Ranges, TargetLayer
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.fetch import FetchHooks, outside, saved_by_reference
 from warp_ds.zero.importance_steps import Step
@@ -22,27 +24,56 @@ from warp_ds.zero.walk import BlockWalk, HiddenStates, keep_last
 
 @dataclass
 class Tapped:
-    """What one backward pass shows of a target layer: x [B, L, n] and g = ∂L/∂y [B, L, m]."""
+    """What one backward pass shows of a target layer: x [B, L, n] and g = ∂L/∂y [B, L, m]; of an expert x [t, n] and
+    g [t, m] of the tokens ``places`` [t] of the batch."""
 
     x: Tensor
     g: Tensor
+    places: Tensor | None = None
 
 
 class _Tap(torch.autograd.Function):
     """The identity on y; its backward pass hands on x and ∂L/∂y. Saved tensors let checkpointing drop and remake x."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, taken: dict[str, Tapped], layer: TargetLayer) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.taken, ctx.layer = taken, layer
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, taken: dict[str, Tapped], name: str, columns: Ranges, places: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, places)
+        ctx.taken, ctx.name, ctx.columns = taken, name, columns
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        parts = [g[..., first:end] for first, end in ctx.layer.rows] or [g]
-        ctx.taken[ctx.layer.name] = Tapped(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
-        return g, None, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
+        x, places = ctx.saved_tensors
+        parts = [g[..., first:end] for first, end in ctx.columns] or [g]
+        ctx.taken[ctx.name] = Tapped(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), places)
+        return g, None, None, None, None, None
+
+
+@dataclass
+class _ExpertGradients:
+    """Taps what a block's experts are given, and the gradients of what they make of it."""
+
+    taken: dict[str, Tapped]
+    layers: list[TargetLayer]
+
+    def given(self, hidden: Tensor) -> None:
+        pass
+
+    def up(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return self._tap([of for of in self.layers if "down" not in of.type], expert, places, x, y)
+
+    def down(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return self._tap([of for of in self.layers if "down" in of.type], expert, places, x, y)
+
+    def _tap(self, layers: list[TargetLayer], expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        for layer in layers:
+            if layer.expert == expert and y.requires_grad:
+                first = expert * y.shape[-1]  # of the expert's rows in the stacked parameter
+                columns = tuple((begin - first, end - first) for begin, end in layer.rows)
+                y = _Tap.apply(y, x.detach(), self.taken, layer.name, columns, places)
+        return y
 
 
 @dataclass
@@ -53,12 +84,18 @@ class GradientTaps:
     layers: Sequence[TargetLayer]
     taken: dict[str, Tapped] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
+    _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> GradientTaps:
-        for layer in self.layers:
+        experts = by_module(self.layers)
+        if experts:
+            self._stack.enter_context(
+                tapped(self.model, {name: _ExpertGradients(self.taken, of) for name, of in experts.items()})
+            )
+        for layer in (layer for layer in self.layers if layer.expert is None):
 
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, layer: TargetLayer = layer) -> Tensor:
-                return _Tap.apply(y, inputs[0].detach(), self.taken, layer) if y.requires_grad else y
+                return _Tap.apply(y, inputs[0].detach(), self.taken, layer.name, layer.rows, None) if y.requires_grad else y
 
             self._handles.append(self.model.get_submodule(layer.module).register_forward_hook(hook))
         return self
@@ -66,6 +103,7 @@ class GradientTaps:
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
+        self._stack.close()
 
 
 # ---------------------------------------------------------------- backward passes
