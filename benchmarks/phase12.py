@@ -180,7 +180,7 @@ def collect(arguments: Any) -> dict[str, Any]:
     model = make_model(arguments, arguments.layers)
     samples = Samples(make_rows(arguments.tokens, arguments.length), Tokenizer(), arguments.device)
     walk = BlockWalk(model, list(find_blocks(model)[1]))
-    assert walk.why_not(samples.batch([0])) is None
+    assert walk.why_not(samples.few(), find_targets(model, "all", FIVE)) is None
     scratch, dtype = Path(tempfile.mkdtemp()), getattr(torch, arguments.dtype)
 
     def collecting(types: str) -> Callable[[], None]:

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from warp_ds.errors import ConfigError
+from warp_ds.models.classes import model_class
 from warp_ds.models.context import text_config
 
 _KEPT_APART = {"full_attention", "sliding_attention"}
@@ -33,10 +34,7 @@ def check_packable(config: Any, name: str) -> None:
 
 
 def _takes_position_ids(config: Any) -> bool:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return "position_ids" in inspect.signature((made[0] if isinstance(made, tuple) else made).forward).parameters
+    return "position_ids" in inspect.signature(model_class(config).forward).parameters
 
 
 def packed_attention(device: str, dtype: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from warp_ds.errors import ConfigError, DataError
+from warp_ds.models.classes import is_language_model
 from warp_ds.models.context import embedding_rows
 from warp_ds.store.checkpoint_index import CheckpointError, how_to_merge, resolve_checkpoint
 
@@ -20,11 +22,26 @@ HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "
 """Of architectures that are no language model, though their configuration would also make one."""
 
 
+#: What a processor (of pictures, sounds) is saved as, beside the tokenizer.
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json")
+
+
+class WithProcessor:
+    """A tokenizer that is saved together with the processor of the model that training started from, as it is there."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: Path) -> None:
+        self.tokenizer, self.start = tokenizer, start
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        self.tokenizer.save_pretrained(directory)
+        for name in PROCESSOR:
+            if (self.start / name).is_file() and not (Path(directory) / name).exists():
+                shutil.copyfile(self.start / name, Path(directory) / name)
+
+
 def check_model_dir(directory: Path, flag: str = "--model_name") -> None:
     """ConfigError, naming ``flag``, for what is no causal LM in safetensors that transformers' own code loads: adapters,
     two sets of weights, pickles, remote code, other kinds of models. Reads the configuration and the files' headers."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING  # brings torch, which a look at data need not wait for
-
     try:
         resolve_checkpoint(directory)
     except CheckpointError as error:
@@ -36,7 +53,7 @@ def check_model_dir(directory: Path, flag: str = "--model_name") -> None:
                 f"{flag} {directory} is a {architecture}, not a causal language model: its output layer is "
                 "another one; give the model that it was made from"
             )
-    if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not is_language_model(config):
         raise ConfigError(
             f"{flag} {directory} is a model of type {config.model_type}, which is no causal language model "
             "(decoder only) in transformers: this kind is not supported"

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from warp_ds.cluster.processes import rank
 from warp_ds.errors import ConfigError
+from warp_ds.models.classes import auto_class, reads_pictures
 from warp_ds.models.context import text_config
 from warp_ds.models.experts import find_experts
 from warp_ds.models.families import FUSED_NAMES, PATHS, fused_rows
@@ -63,6 +64,17 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "supported (Llama, Mistral, Qwen 2, Gemma 2 and models built like them are)"
         )
     return lists[0]
+
+
+def beside_text(model: nn.Module) -> set[str]:
+    """Names of the parameters of all that a model which reads pictures too has beside its text decoder, embedding and output
+    layer; none of any other model's."""
+    if not reads_pictures(model):
+        return set()
+    text: Any = model
+    kept = [text.get_decoder(), text.get_input_embeddings(), text.get_output_embeddings()]
+    own = {id(p) for module in kept if module is not None for p in module.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) not in own}
 
 
 def find_targets(model: nn.Module, target_layers: str, layer_type: str) -> list[TargetLayer]:
@@ -128,7 +140,7 @@ def targets_of(model_dir: Path, target_layers: str, layer_type: str) -> list[Tar
     config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     # A Trainer of the same process leaves its configuration behind, by which transformers would gather and fill.
     with zero3_hidden_from_transformers(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = auto_class(config).from_config(config, trust_remote_code=False)
     return targets_and_lacking(model, target_layers, layer_type)[0]
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from huggingface_hub import StateDictSplit, get_torch_storage_size, split_state_dict_into_shards_factory
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, modeling_utils
+from transformers import AutoConfig, PreTrainedModel, modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -29,6 +29,7 @@ from transformers.utils import logging as hf_logging
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from warp_ds.errors import CheckpointError
+from warp_ds.models.classes import auto_class_of
 from warp_ds.models.copies import CannotMap, Copies
 from warp_ds.store.checkpoint_index import DTYPES, RangeReader, ReadAhead, TensorLocation, read_header, resolve_checkpoint
 from warp_ds.store.pieces import Piece
@@ -182,7 +183,7 @@ def _conversions_noted(copies: Copies[TensorLocation]) -> Iterator[dict[int, Con
 
 
 def load_on_meta(name_or_path: str, *, dtype: torch.dtype, ahead: ReadAhead | None = None, **kwargs: Any) -> MetaModel:
-    """``AutoModelForCausalLM.from_pretrained`` without reading a weight.
+    """``from_pretrained`` of ``classes.auto_class`` without reading a weight.
 
     Parameters and buffers found in the checkpoint are on meta; missing ones are initialised as ever. ``ahead`` hears of
     each file as soon as its header is read.
@@ -206,7 +207,7 @@ def load_on_meta(name_or_path: str, *, dtype: torch.dtype, ahead: ReadAhead | No
         stack.enter_context(quiet_transformers())
         kwargs |= _dequantising(name_or_path, kwargs)
         # transformers' own error for wrong shapes names none of them.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class_of(name_or_path, kwargs).from_pretrained(
             name_or_path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
         )
         model, told = loaded

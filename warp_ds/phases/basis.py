@@ -197,10 +197,10 @@ def _inputs(
     itemsize, (rows, _) = arguments.torch_dtype.itemsize, micro_batch(arguments)
     if arguments.collect != "hooks":
         walk = BlockWalk(model, list(blocks))
-        reason = walk.why_not(samples.batch([0]))
+        reason = walk.why_not(samples.few(), layers)
         if reason is None:
             yield from collect_by_walk(walk, layers, samples, rows, directory, itemsize)
-            logger.info("each block's parameters were fetched %d time(s)", max(walk.fetches))
+            logger.info("each block's parameters were fetched %d times, twice of it to try the walk", max(walk.fetches))
             return
         if arguments.collect == "walk":
             raise ConfigError(f"--collect walk: this model cannot be run layer by layer ({reason}): use hooks")

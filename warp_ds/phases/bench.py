@@ -39,6 +39,7 @@ from warp_ds.phases.training import run_safety_tuning, run_training
 from warp_ds.phases.trials import Trial, made_from
 from warp_ds.report import card
 from warp_ds.report.tradeoff import Point
+from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import write_text
 from warp_ds.zero.deepspeed_internals import end_engine
 from warp_ds.zero.model import resolve_model_dir
@@ -317,18 +318,17 @@ class Bench:
         trained = made_from(trial)
         assert trained is not None
         fine_tuned = self.model(trained)
-        aligned = self.start(arm.start)
+        aligned, layers = self.start(arm.start), []
         if arm.merge == "resta":
             formula = resta_formula(self.unaligned(), arm.strength("resta", a.resta_alpha))
             self.measuring.measured("unaligned", self.unaligned)  # so that the report shows how unaligned that model is
         elif arm.merge == "safelora":
             formula = safe_lora_formula(self.unaligned(), arm.strength("safelora", a.safelora_threshold))
         else:
-            formula = safe_delta_formula(
-                self.basis(arm.start, "activation", LAYERS, a.seed), arm.strength("safedelta", a.safedelta_s)
-            )
+            basis = self.basis(arm.start, "activation", LAYERS, a.seed)
+            formula, layers = safe_delta_formula(basis, arm.strength("safedelta", a.safedelta_s)), BasisStore(basis).layers
         output = self.root / trial.run / "model"
-        self.timed(trial.run, lambda: merge(fine_tuned, aligned, output, formula))
+        self.timed(trial.run, lambda: merge(fine_tuned, aligned, output, formula, layers=layers))
         merger = f"This model is the trained one, {card.code(fine_tuned)}, merged by the arm {card.code(arm.name)}."
         text = f"## Merged after training\n\n{merger}\n\n"
         consensus.on_rank_0(lambda: card.write_section(output, "merged", text + card.made(fine_tuned)), "writing the card")

@@ -229,7 +229,7 @@ def _passes(
     steps = plan_steps(batches, samples, micro_batch(arguments)[0], world_size())
     blocks = list(find_blocks(model)[1])
     walk = BlockWalk(model, blocks)
-    reason = walk.why_not(samples.batch([0]))
+    reason = walk.why_not(samples.few(), layers, logits=True)
     if reason is not None:
         logger.warning("this model cannot be run layer by layer (%s): it is run as a whole", reason)
         for step in steps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -107,15 +107,26 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     merge(base, base, output, merged, mark=mark)
 
 
-def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula, mark: dict[str, str] | None = None) -> None:
+def merge(
+    fine_tuned: Path,
+    aligned: Path,
+    output: Path,
+    formula: Formula,
+    mark: dict[str, str] | None = None,
+    layers: Sequence[TargetLayer] = (),
+) -> None:
     """Writes the model directory ``output``, in the files and dtypes of ``fine_tuned``. Collective; each file is made once.
+
+    ``formula`` is given the stored names, or, where ``layers`` are stored under other names than their parameters', those.
 
     Raises ArtifactError where the models do not have the same parameters.
     """
     if consensus.on_rank_0(lambda: (output / MARK).is_file(), "looking for a merged model"):
         return
     with consensus.on_every_rank_or_none("opening the models"):
-        source, before = ModelDirectory.of(fine_tuned), ModelDirectory.of(aligned)
+        source, before = ModelDirectory.of(fine_tuned, layers), ModelDirectory.of(aligned, layers)
+        if source.tensors.keys() != before.tensors.keys():
+            source, before = by_parameter(source), by_parameter(before)
         places = {name: Path(location.path).name for name, location in source.tensors.items()}
         files = sorted(set(places.values()))
     # A file is written aside and renamed: one that is there is whole.
@@ -130,7 +141,7 @@ def merge(fine_tuned: Path, aligned: Path, output: Path, formula: Formula, mark:
                 for name in (name for name, where in places.items() if where == file):
                     tuned = source.read(name)
                     other = tuned if aligned == fine_tuned else before.read(name)
-                    tensors[name] = formula(name, tuned, other).to(tuned.dtype)
+                    tensors[source.tensors[name].name] = formula(name, tuned, other).to(tuned.dtype)
                 write_tensors(output / file, tensors, {"format": "pt"})
 
     def rest() -> None:

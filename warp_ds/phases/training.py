@@ -26,7 +26,8 @@ from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
 from warp_ds.flags.groups import TrainingFlags
 from warp_ds.models.flops import active_parameters, device_peak
-from warp_ds.models.targets import check_targets, find_targets
+from warp_ds.models.source import WithProcessor
+from warp_ds.models.targets import beside_text, check_targets, find_targets
 from warp_ds.phases import adapters, checkpoints
 from warp_ds.phases.constrained import Constrained
 from warp_ds.phases.controls import Controls
@@ -160,6 +161,8 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
         model, tokenizer = load_model(arguments, settings.zero3_config(arguments), attention_of(arguments))
         if arguments.adapter == "lora":
             model = adapters.add_lora(model, [], arguments, arguments.seed)
+        else:
+            choose_trained(model, None)
         facts = run_facts(arguments, inputs, phase="phase0")
         trainer = fit(model, tokenizer, samples, arguments, run.directory, checkpoint, [], passed, watched=watched, facts=facts)
         model_card = card.new_card(
@@ -207,10 +210,11 @@ def _masks_facts(masks_dir: Path | None) -> dict[str, Any]:
 
 
 def choose_trained(model: nn.Module, wanted: Sequence[str] | None) -> None:
-    """Lets only the parameters of these names train; None lets every parameter train."""
-    if wanted is not None:
-        for name, param in model.named_parameters():
-            param.requires_grad_(name in wanted)
+    """Lets only the parameters of these names train; None: every parameter but those of what a model reads beside text, which
+    text alone cannot train, and weight decay would still move."""
+    others = beside_text(model) if wanted is None else set()
+    for name, param in model.named_parameters():
+        param.requires_grad_(name not in others if wanted is None else name in wanted)
 
 
 def find_checkpoint(directory: Path, arguments: TrainingFlags, passed: Mapping[str, Any] | None = None) -> Path | None:
@@ -331,9 +335,9 @@ def _arrange_reporters(trainer: Trainer, callbacks: Sequence[TrainerCallback], d
         trainer.remove_callback(PrinterCallback)  # rank 0's lines are enough
 
 
-def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, directory: Path, model_card: str) -> None:
-    """Writes the trained model as an ordinary Hugging Face directory. Collective."""
-    save_sharded(trainer.model_wrapped, directory, tokenizer=tokenizer, model_card=model_card)
+def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, directory: Path, model_card: str, start: Path) -> None:
+    """Writes the trained model as an ordinary Hugging Face directory, with the processor of ``start``. Collective."""
+    save_sharded(trainer.model_wrapped, directory, tokenizer=WithProcessor(tokenizer, start), model_card=model_card)
 
 
 def write_result(
@@ -341,7 +345,7 @@ def write_result(
 ) -> None:
     """What came out, in the run's directory: model/, or adapter/ and, where it is asked for, the merged model/. Collective."""
     if arguments.adapter == "none":
-        export(trainer, tokenizer, directory / "model", model_card)
+        export(trainer, tokenizer, directory / "model", model_card, resolve_model_dir(arguments.model_name))
         return
     adapters.export_adapter(trainer.model, tokenizer, directory / "adapter", model_card, arguments.model_name)
     if arguments.merge_adapter:

@@ -14,6 +14,7 @@ from warp_ds.cluster.dealing import in_turn
 from warp_ds.data.collate import EMPTY, empty_sample, pad_batch, pad_token
 from warp_ds.data.formats import IGNORE
 from warp_ds.data.packing import even_rows, pack_batch
+from warp_ds.errors import ConfigError
 
 
 @dataclass
@@ -51,8 +52,23 @@ class Batch:
             return values.unsqueeze(1).expand(self.labels.shape)
         return torch.cat([values, values.new_zeros(1)])[self.sequence]
 
+    def shaped(self, x: Tensor) -> Tensor:
+        """x [B, L, n], also of a layer that is given the tokens in one row, [B L, n].
+
+        Raises ConfigError for any other shape, as of a layer that sees some of the tokens, or in another order.
+        """
+        if x.dim() == 2 and x.shape[0] == self.counted.numel():
+            x = x.view(*self.counted.shape, x.shape[-1])
+        if x.shape[:-1] != self.counted.shape:
+            raise ConfigError(
+                f"a layer's input is {tuple(x.shape)}, but the batch is {tuple(self.counted.shape)} tokens: it does not see "
+                "every token once, in order; choose other layers with --layer_type or --target_layers"
+            )
+        return x
+
     def sums(self, x: Tensor) -> Tensor:
         """fp32 [samples]: ``sample_sums`` of x [B, L, n], packed or not."""
+        x = self.shaped(x)
         if self.sequence is None:
             return sample_sums(x)
         of_tokens = x.sum(dim=-1, dtype=torch.float32).flatten()
@@ -60,13 +76,9 @@ class Batch:
         return found[: len(self.samples)]
 
     def take(self, x: Tensor) -> Tensor:
-        """The tokens that count [t, n] of x [B, L, n], sample by sample: a copy, or x itself where all do.
-
-        Raises ValueError for any other shape, as of a layer that sees some of the tokens, or in another order.
-        """
-        if x.shape[:-1] != self.counted.shape:
-            raise ValueError(f"a layer's input is {tuple(x.shape)}, but the batch is {tuple(self.counted.shape)} tokens")
-        x = x.reshape(-1, x.shape[-1])
+        """The tokens that count [t, n] of x [B, L, n], sample by sample: a copy, or x itself where all do. Raises as
+        ``shaped``."""
+        x = self.shaped(x).reshape(-1, x.shape[-1])
         # Several times faster than x[counted] on a CPU.
         whole = self.sequence is None and len(self._places) == len(x)
         return x if whole else x.index_select(0, self._places)
@@ -149,6 +161,10 @@ class Samples:
         """Tokens of these samples' micro-batch, with its padding."""
         rows = self.packed(indices)
         return len(rows) * max(map(self.length, rows), default=0)
+
+    def few(self) -> list[Batch]:
+        """Small micro-batches, the same on every rank: of the first two samples, and of the last one."""
+        return [self.batch(range(min(2, len(self)))), self.batch([len(self) - 1])]
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The given samples (EMPTY allowed) as one micro-batch."""

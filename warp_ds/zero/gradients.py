@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from warp_ds.cluster.memory import host_memory
 from warp_ds.cluster.processes import all_gather_object, rank
 from warp_ds.data.formats import IGNORE
+from warp_ds.errors import ConfigError
 from warp_ds.models.experts import by_module, tapped
 from warp_ds.store.layers import Ranges, TargetLayer
 from warp_ds.zero.batches import Batch, Samples
@@ -32,23 +33,16 @@ class Tapped:
     places: Tensor | None = None
 
 
-class _Tap(torch.autograd.Function):
-    """The identity on y; its backward pass hands on x and ∂L/∂y. Saved tensors let checkpointing drop and remake x."""
+def _tap(taken: dict[str, Tapped], name: str, y: Tensor, x: Tensor, columns: Ranges = (), places: Tensor | None = None) -> None:
+    """Lets the backward pass leave x and ∂L/∂y, of y as the layer made it, whatever the model then does to it in place."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, taken: dict[str, Tapped], name: str, columns: Ranges, places: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, places)
-        ctx.taken, ctx.name, ctx.columns = taken, name, columns
-        return y.view_as(y)
+    def take(gradients: tuple[Tensor, ...]) -> None:
+        (g,) = gradients
+        parts = [g[..., first:end] for first, end in columns] or [g]
+        taken[name] = Tapped(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), places)
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
-        x, places = ctx.saved_tensors
-        parts = [g[..., first:end] for first, end in ctx.columns] or [g]
-        ctx.taken[ctx.name] = Tapped(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), places)
-        return g, None, None, None, None, None
+    if y.grad_fn is not None:
+        y.grad_fn.register_prehook(take)
 
 
 @dataclass
@@ -69,10 +63,10 @@ class _ExpertGradients:
 
     def _tap(self, layers: list[TargetLayer], expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
         for layer in layers:
-            if layer.expert == expert and y.requires_grad:
+            if layer.expert == expert:
                 first = expert * y.shape[-1]  # of the expert's rows in the stacked parameter
                 columns = tuple((begin - first, end - first) for begin, end in layer.rows)
-                y = _Tap.apply(y, x.detach(), self.taken, layer.name, columns, places)
+                _tap(self.taken, layer.name, y, x.detach(), columns, places)
         return y
 
 
@@ -94,8 +88,8 @@ class GradientTaps:
             )
         for layer in (layer for layer in self.layers if layer.expert is None):
 
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, layer: TargetLayer = layer) -> Tensor:
-                return _Tap.apply(y, inputs[0].detach(), self.taken, layer.name, layer.rows, None) if y.requires_grad else y
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, layer: TargetLayer = layer) -> None:
+                _tap(self.taken, layer.name, y, inputs[0].detach(), layer.rows)
 
             self._handles.append(self.model.get_submodule(layer.module).register_forward_hook(hook))
         return self
@@ -213,7 +207,10 @@ class GradientWalk:
 def gradients_with_hooks(
     model: Any, blocks: Sequence[nn.Module], layers: Sequence[TargetLayer], steps: Sequence[Step], samples: Samples, loss: Loss
 ) -> Shown:
-    """The same by whole passes, for models that cannot be walked."""
+    """The same by whole passes, for models that cannot be walked.
+
+    Raises ConfigError, naming the model, where it writes over what its modules return, which hooks on them do not survive.
+    """
     handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, y: y.requires_grad_(True))
     try:
         with GradientTaps(model, layers) as taps, FetchHooks(outside(model, blocks), blocks, backward=True):
@@ -223,6 +220,12 @@ def gradients_with_hooks(
                 logits = model(**batch.inputs, use_cache=False, **keep_last(model, last)).logits[:, -last:]
                 loss(logits, batch, last).backward()
                 yield step, batch, taps.taken
+    except RuntimeError as error:
+        if "modified inplace" not in str(error):
+            raise
+        raise ConfigError(
+            f"phase 2 cannot run a {type(model).__name__}: it is no chain of blocks, and it writes over what its modules return"
+        ) from error
     finally:
         handle.remove()
 

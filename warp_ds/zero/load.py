@@ -21,11 +21,12 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from warp_ds.cluster.consensus import on_every_rank_or_none
 from warp_ds.cluster.processes import all_gather_object, collective_device, rank
+from warp_ds.models.classes import auto_class_of
 from warp_ds.models.copies import CannotMap
 from warp_ds.models.transformers_internals import (
     DEQUANTISED,
@@ -322,7 +323,7 @@ def _from_pretrained(name: str, ds_config: dict[str, Any] | None, dtype: torch.d
     config["train_micro_batch_size_per_gpu"] = 1
     with zero3_hidden_from_transformers():
         seen_by_transformers = HfDeepSpeedConfig(config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **hub)
+        loaded: Any = auto_class_of(name, hub).from_pretrained(name, dtype=dtype, output_loading_info=True, **hub)
         del seen_by_transformers
     model, told = loaded
     with on_every_rank_or_none(f"checking what was found in {name}"):

@@ -2,7 +2,8 @@
 
 A block is called as the model itself calls it: the model's own forward runs with every other block stepping aside, so
 masks, positions and whatever else blocks are given stay the model's business. That works for models which pass each
-block's output, as it is, to the next; ``BlockWalk.why_not`` finds out without fetching a block.
+block's output, as it is, to the next, and nothing else of it; ``BlockWalk.why_not`` tries it on a small batch, against a
+plain forward pass.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import inspect
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from warp_ds.cluster.memory import free_gpu_memory
 from warp_ds.cluster.processes import all_gather_object
 from warp_ds.store.files import remove_own
+from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.batches import Batch
 from warp_ds.zero.fetch import gathered, outside
 
@@ -42,6 +45,7 @@ class BlockWalk:
     def __init__(self, model: Any, blocks: Sequence[nn.Module]):
         self.model = model
         self.blocks = list(blocks)
+        self._forwards: list[Forward] = [block.forward for block in self.blocks]
         self.fetches = [0] * len(self.blocks)
         """How often each block's parameters were gathered."""
         embedding = model.get_input_embeddings()
@@ -49,30 +53,21 @@ class BlockWalk:
         others = [p for m in outside(model, self.blocks) if m is not embedding for p in m.parameters(recurse=False)]
         self._head = list({id(p): p for p in others}.values())
 
-    def why_not(self, batch: Batch) -> str | None:
-        """Why this model cannot be walked, None where it can; the same on every rank. Gathers the embedding alone."""
+    def why_not(self, batches: Sequence[Batch], layers: Sequence[TargetLayer], logits: bool = False) -> str | None:
+        """Why the walk is not to be trusted with this model, None where it is; the same on every rank, given the same batches.
+
+        All ``batches`` are walked side by side. Every one of ``layers`` must see the same of the first as in a plain forward
+        pass; with ``logits`` all blocks are walked, and what comes out must be the same too. Gathers the embedding (and the
+        head, for logits), and each block twice.
+        """
         reason = None
-        with self.embedding(), torch.no_grad():
+        whole = {id(p): p for p in self._embedding + (self._head if logits else [])}
+        with gathered(whole.values()), torch.no_grad():
             try:
-                self._check(batch)
+                _Proof(self, batches, layers, logits).run()
             except Exception as error:  # whatever an unknown model does here, it is not a chain
-                reason = f"{type(error).__name__}: {error}"
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return next((r for r in all_gather_object(reason) if r is not None), None)
-
-    def _check(self, batch: Batch) -> None:
-        passed: list[Tensor] = []
-
-        def aside(position: int, hidden: Tensor, _: Any) -> Tensor:
-            if position != len(passed) or (passed and hidden is not passed[-1]):
-                raise NotAChain(f"block {position} does not get what the block before it returned")
-            passed.append(hidden.clone())
-            if position == len(self.blocks) - 1:
-                raise _Done
-            return passed[-1]
-
-        self._forward(aside, **batch.inputs)
-        if len(passed) != len(self.blocks):
-            raise NotAChain(f"{len(passed)} of {len(self.blocks)} blocks were run")
 
     @contextmanager
     def embedding(self) -> Iterator[None]:
@@ -148,13 +143,108 @@ class BlockWalk:
 
             return forward
 
+        before = [block.__dict__.get("forward") for block in self.blocks]
         for position, block in enumerate(self.blocks):
-            block.forward = substitute(position, block.forward)  # type: ignore[method-assign]
+            block.forward = substitute(position, self._forwards[position])  # type: ignore[method-assign]
         try:
             yield
         finally:
-            for block in self.blocks:
-                del block.__dict__["forward"]
+            for block, forward in zip(self.blocks, before, strict=True):
+                if forward is None:
+                    del block.__dict__["forward"]
+                else:
+                    block.forward = forward  # type: ignore[method-assign]
+
+
+class _Proof:
+    """The walk of some small batches, and a plain forward pass of the first of them."""
+
+    def __init__(self, walk: BlockWalk, batches: Sequence[Batch], layers: Sequence[TargetLayer], logits: bool):
+        self.walk, self.batches, self.logits = walk, batches, logits
+        self.last = len(walk.blocks) - 1 if logits else max(layer.layer for layer in layers)
+        self.modules = sorted({layer.module for layer in layers})
+        self.seen: dict[str, Tensor] | None = None
+        """module -> a sketch of what it sees; None while nobody looks"""
+        self.directions: dict[int, Tensor] = {}
+        self.rounding = 0.0
+        """What the two may differ by, relative to their size: the same kernels on the same numbers, sums in another order."""
+
+    def run(self) -> None:
+        """Raises NotAChain where walk and plain pass differ by more than rounding, or what the model raises in the walk."""
+
+        def note(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> None:
+            if self.seen is not None:
+                self.seen[name] = self._sketch(inputs[0])
+
+        handles = [self.walk.model.get_submodule(n).register_forward_pre_hook(partial(note, name=n)) for n in self.modules]
+        try:
+            walked, out = self._walk()
+            plain, expected = self._plain()
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name in sorted(walked.keys() | plain.keys()):
+            self._compare(f"what {name} sees", plain.get(name), walked.get(name))
+        if self.logits:
+            self._compare("the logits", expected, out)
+
+    def _walk(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What the modules see of the first batch, and its last logits; the others are walked beside it."""
+        walked: dict[str, Tensor] = {}
+        hidden = [self.walk.embed(batch) for batch in self.batches]
+        self.rounding = torch.finfo(hidden[0].dtype).eps ** 0.5 / 8
+        for index in range(self.last + 1):
+            with self.walk.block(index):
+                for number, batch in enumerate(self.batches):
+                    self.seen = None if number else walked
+                    hidden[number] = self.walk.run(index, hidden[number], batch)
+                    if not isinstance(hidden[number], Tensor):
+                        raise NotAChain(f"block {index} returns a {type(hidden[number]).__name__}")
+        self.seen = None
+        return walked, self.walk.logits(hidden[0], self.batches[0], self._positions) if self.logits else None
+
+    def _plain(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The same of a plain forward pass."""
+        plain: dict[str, Tensor] = {}
+        order = iter(range(self.last + 1))
+
+        def step(position: int, hidden: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+            if position != next(order, None):
+                raise NotAChain(f"block {position} is not run once, after the one before it")
+            with self.walk.block(position):
+                after = forward(hidden)
+            if position == self.last and not self.logits:
+                raise _Done
+            return after
+
+        self.seen, model, inputs = plain, self.walk.model, self.batches[0].inputs
+        if not self.logits:
+            self.walk._forward(step, **inputs)
+            return plain, None
+        with self.walk._replaced(step):
+            logits = model(**inputs, use_cache=False, **keep_last(model, self._positions)).logits
+        return plain, logits[:, -self._positions :]
+
+    @property
+    def _positions(self) -> int:
+        return min(16, self.batches[0].labels.shape[1])
+
+    def _sketch(self, x: Tensor) -> Tensor:
+        """x in eight random directions, which keep its size and any difference's, and take little room for all layers."""
+        n = x.shape[-1]
+        if n not in self.directions:
+            self.directions[n] = torch.randn(n, 8, generator=torch.Generator().manual_seed(n)).to(x.device)
+        return x.float() @ self.directions[n]
+
+    def _compare(self, what: str, plain: Tensor | None, walked: Tensor | None) -> None:
+        """Raises NotAChain unless the two agree to rounding."""
+        if plain is None or walked is None or plain.shape != walked.shape:
+            raise NotAChain(f"{what} is not the same in the walk")
+        # What is not finite is the phases' to find, with the sample that it is in.
+        first, second = (x.float().nan_to_num(0.0, 0.0, 0.0) for x in (plain, walked))
+        off, size = float(torch.linalg.vector_norm(second - first)), float(torch.linalg.vector_norm(first))
+        if not off <= self.rounding * size:
+            raise NotAChain(f"{what} differs by {off / max(size, 1e-30):.1e} of its size in the walk")
 
 
 def keep_last(model: Any, positions: int) -> dict[str, int]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from warp_ds.flags.arguments import BasisArguments, ImportanceArguments, TrainArguments
 from warp_ds.flags.groups import DTYPE_BYTES
+from warp_ds.models.classes import auto_class
 from warp_ds.models.context import text_config
 from warp_ds.models.source import local_model_dir, read_config, snapshot
 from warp_ds.models.targets import find_blocks, lacking_in_words, targets_and_lacking
@@ -122,7 +122,7 @@ def read_shape(model_name: str, layer_type: str, target_layers: str) -> Shape:
     directory = local_model_dir(name) or snapshot(name, files=["config.json"])
     config = read_config(directory)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = auto_class(config).from_config(config, trust_remote_code=False)
     text = text_config(config)
     blocks = list(find_blocks(model)[1])
     embedding = model.get_input_embeddings()

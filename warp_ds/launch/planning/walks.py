@@ -30,9 +30,9 @@ def basis(shape: Shape, job: Job, sharding: Sharding) -> Estimate:
     mine = math.ceil(job.basis_samples / n_ranks) * job.tokens
     tokens = job.basis_samples * job.tokens
     last = max(layer.layer for layer in shape.targets)
-    # The embedding is gathered to find out whether the model can be walked, and to walk it.
-    fetched = 2 * shape.embedding + sum(shape.blocks[: last + 1])
-    need.gpu["gathered"] = max(shape.embedding, *shape.blocks) * b
+    # The embedding is gathered to try the walk and to walk, each block twice more for the trial.
+    fetched = 2 * shape.embedding + 3 * sum(shape.blocks[: last + 1])
+    need.gpu["gathered"] = (shape.embedding + max(shape.blocks)) * b
     keep_hidden_states(need, mine * shape.hidden * b, job)
     need.gpu["activations"] = forward_activations(shape, micro_batch(job.batch_size, mine, job), b)
     need.sent = fetched * b * others_share(n_ranks)
@@ -68,9 +68,10 @@ def importance(shape: Shape, job: Job, sharding: Sharding) -> Estimate:
     lowest = min(layer.layer for layer in shape.targets)
     parts = 1 if job.gradient_checkpointing else steps
     walked = sum(shape.blocks[:lowest]) + 2 * sum(shape.blocks[lowest:])
-    fetched = shape.embedding * (parts + 1) + parts * (shape.head + walked)
+    # To try the walk, embedding and head are gathered at the same time, and each block twice.
+    fetched = shape.embedding * (parts + 1) + parts * (shape.head + walked) + shape.head + 2 * sum(shape.blocks)
     need.sent = fetched * b * others_share(n_ranks)
-    need.gpu["gathered"] = max(shape.embedding, shape.head, *shape.blocks) * b
+    need.gpu["gathered"] = (shape.embedding + shape.head + max(shape.blocks)) * b
     deep = len(shape.blocks) - lowest + 1
     kept = deep * (steps if job.gradient_checkpointing else 0) + 2
     bases = _scores(need, shape, job, steps, of_rank)
