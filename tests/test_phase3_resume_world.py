@@ -54,8 +54,8 @@ def run(
         if state.global_step == stop_at and processes.rank() == processes.world_size() - 1:
             os.kill(os.getpid(), signal.SIGUSR2)
 
-    def keep(trainer: Any, tokenizer: Any, directory: Path, card: str) -> None:
-        export(trainer, tokenizer, directory, card)
+    def keep(trainer: Any, tokenizer: Any, directory: Path, card: str, *more: Any) -> None:
+        export(trainer, tokenizer, directory, card, *more)
         found = whole_coefficients(trainer)
         base = trainer.deepspeed.optimizer.optimizer
         found["decay"] = torch.tensor([group["weight_decay"] for group in base.param_groups], dtype=torch.float64)

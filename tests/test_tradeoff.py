@@ -45,6 +45,7 @@ def test_every_arm_of_the_papers_is_a_few_settings() -> None:
         "ema",
         "patch",
         "harmful",
+        "safegrad",
         "lora",
         "safelora",
     }
