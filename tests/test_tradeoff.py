@@ -49,7 +49,7 @@ def test_every_arm_of_the_papers_is_a_few_settings() -> None:
         "lora",
         "safelora",
     }
-    assert ARMS["osft"] == Arm("osft", "target", "weight", "column", "singular_value")
+    assert ARMS["osft"] == Arm("osft", "target", "weight", "column", "singular_value", left=True)
 
 
 def test_composition_takes_what_each_part_sets() -> None:
