@@ -41,7 +41,8 @@ def make_models(root: Path) -> None:
         optimizer.zero_grad()
     _save(model, tokenizer, root / "m")
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.add_(0.5 * torch.randn_like(model.model.layers[1].mlp.down_proj.weight))
+        moved = model.model.layers[1].mlp.down_proj.weight
+        moved.add_(0.5 * torch.randn(moved.shape, generator=torch.Generator().manual_seed(3)))
     _save(model, tokenizer, root / "moved")
     (root / "moved" / "README.md").write_text("# moved\n\nTrained by warp_ds phase 0 on nothing.\n")
     _save(word_salad(tokenizer), tokenizer, root / "words")

@@ -52,8 +52,8 @@ def test_any_number_of_ranks_gives_the_same_answers_and_verdicts(results: Any) -
                 assert row["judge"] == pytest.approx(same["judge"], abs=1e-5) if "judge" in row else True
                 assert {k: v for k, v in row.items() if k != "judge"} == {k: v for k, v in same.items() if k != "judge"}
             for name, value in flattened(found["metrics"]).items():
-                # fp32 losses; and bases of other world sizes, equal within rounding
-                same = value if isinstance(value, str) else pytest.approx(value, rel=1e-4, nan_ok=True)
+                # fp32 losses; and bases of other world sizes, equal within rounding. What is not finite is null in the file.
+                same = value if value is None or isinstance(value, str) else pytest.approx(value, rel=1e-4)
                 assert flattened(other["metrics"])[name] == same, (world, model, name)
 
 

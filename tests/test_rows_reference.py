@@ -17,8 +17,17 @@ import torch
 from phase3_jobs import losses, make_model, phase3, phase12
 from ranks import run_ranks
 from safetensors.torch import load_file
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Lfm2Config, Lfm2ForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
+import warp_ds
 from warp_ds.evaluation.certificate import certify
 from warp_ds.evaluation.movement import movement
 
@@ -117,3 +126,33 @@ def test_training_is_the_references_and_the_certificate_says_so(roots: Any, jobs
     assert len(certificate.layers) == len(parts)
     moved = movement(root / "m", artefacts / "phase3_latest" / "model", artefacts / "phase1_latest" / "basis")
     assert moved.keys() == parts.keys() and all(0 < value < 1 for value in moved.values())
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_other_rows_are_held_or_trained_by_a_plain_optimizer_too(roots: Any, jobs: Any, held: bool) -> None:
+    root, artefacts = roots["neox"], roots["neox"] / "world1"
+    basis, masks = ((artefacts / f"phase{i}_latest" / kind).resolve() for i, kind in ((1, "basis"), (2, "masks")))
+    model = AutoModelForCausalLM.from_pretrained(root / "m")
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    warp_ds.protect_optimizer(model, optimizer, basis, masks, hold_rest=held)
+    ids = torch.arange(24).view(2, 12)
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    parts = rows_reference.read_parts(artefacts).values()
+    for part in parts:
+        before, after = start[f"{part.module}.weight"], model.state_dict()[f"{part.module}.weight"]
+        rows = list(part.rows or range(len(before)))
+        change = (after[rows] - before[rows]).double() @ part.basis.double()
+        assert change[part.frozen].abs().max() < 1e-6 and change[~part.frozen].abs().max() > 1e-3, part.name
+        if "query_key_value" in part.module:  # no mask names the keys
+            taken = {
+                row
+                for other in rows_reference.read_parts(artefacts).values()
+                if other.module == part.module
+                for row in other.rows
+            }
+            rest = sorted({*range(len(before))} - taken)
+            assert rest and torch.equal(before[rest], after[rest]) == held

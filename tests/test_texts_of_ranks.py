@@ -16,7 +16,7 @@ from ranks import run_ranks
 
 from warp_ds.cluster import processes
 from warp_ds.data import tokens
-from warp_ds.flags.arguments import TrainArguments
+from warp_ds.flags.arguments import BasisArguments, TrainArguments
 from warp_ds.phases import texts, training
 from warp_ds.phases.texts import read_texts, tokenise
 from warp_ds.phases.training import run_training
@@ -148,3 +148,15 @@ def test_texts_that_one_rank_cannot_open_are_every_ranks_error(tmp_path: Path) -
     zero, one = run_ranks(2, opened_by_one, tmp_path)
     assert "OtherRankError: " in zero and "failed on rank 1: PermissionError: not for rank 1" in zero
     assert one.endswith("PermissionError: not for rank 1")
+
+
+def test_flags_say_how_texts_are_read(tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"q": f"How {i}?", "a": f"So {i}."}) + "\n" for i in range(3)))
+    (tmp_path / "no.txt").write_text("No.\n")
+    asked = {"prompt_column": "q", "model_name": "m"}
+    safety = BasisArguments(
+        **asked, safety_data=str(tmp_path / "asked.jsonl"), safety_samples=2, refusal_file=str(tmp_path / "no.txt")
+    )
+    assert [sample.response for sample in texts.safety_texts(safety)] == ["No.", "No."]
+    task = TrainArguments(**asked, response_column="a", utility_data=str(tmp_path / "asked.jsonl"), utility_samples=2)
+    assert [(sample.prompt, sample.response) for sample in texts.task_texts(task)] == [("How 0?", "So 0."), ("How 1?", "So 1.")]

@@ -26,11 +26,10 @@ from warp_ds.data.sample import Sample
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import AuditArguments
 from warp_ds.method.mask import unpack_bits
-from warp_ds.phases.basis import safety_pairs
 from warp_ds.phases.importance import frozen_model, loss_weights, passes, scaled_loss, scored_inputs
 from warp_ds.phases.publish import fetch_shared
 from warp_ds.phases.run import start_run
-from warp_ds.phases.texts import read_texts, tokenise
+from warp_ds.phases.texts import safety_texts, task_texts, tokenise
 from warp_ds.phases.training import artefacts, find_masks
 from warp_ds.report.audit_section import FORMAT, audit_blocks
 from warp_ds.report.tables import to_terminal
@@ -61,9 +60,9 @@ def run_audit(arguments: AuditArguments) -> Path:
     model_dir = resolve_model_dir(arguments.model_name)
     fingerprint = model_fingerprint(model_dir)
     fetch_shared(arguments)
-    safety = safety_pairs(arguments)
+    safety = safety_texts(arguments)
     read_together(lambda: artefacts(arguments), "reading basis and masks")
-    task = _task(arguments)
+    task = task_texts(arguments)
     with consensus.on_every_rank_or_none("checking the inputs"):
         masks_dir, basis_dir = find_masks(arguments, fingerprint)
         if masks_dir is None:
@@ -85,18 +84,6 @@ def run_audit(arguments: AuditArguments) -> Path:
         if rank() == 0:
             to_terminal(audit_blocks(found, with_texts=False))
         return run.directory
-
-
-def _task(arguments: AuditArguments) -> Sequence[Sample]:
-    return read_texts(
-        arguments.utility_data,
-        split=arguments.utility_split,
-        samples=arguments.utility_samples,
-        prompt_column=arguments.prompt_column,
-        response_column=arguments.response_column,
-        config=arguments.data_config,
-        streaming=arguments.streaming,
-    )
 
 
 def sample_costs(

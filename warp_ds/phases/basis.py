@@ -25,7 +25,7 @@ from warp_ds.phases.packing import attention_of, check_apart, check_packing, mic
 from warp_ds.phases.publish import published
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import log_rate
-from warp_ds.phases.texts import read_texts, tokenise
+from warp_ds.phases.texts import safety_texts, tokenise
 from warp_ds.store.files import remove_unfinished, write_json, write_tensors
 from warp_ds.store.fingerprints import fingerprint_rows
 from warp_ds.store.layers import TargetLayer
@@ -59,7 +59,7 @@ def run_basis(arguments: BasisArguments, pairs: Any = None) -> Path:
     _check(arguments)
     init_distributed(arguments.resolved_device, arguments.timeout)
     ds_config = zero3_config(arguments)
-    pairs = safety_pairs(arguments) if pairs is None else pairs
+    pairs = safety_texts(arguments) if pairs is None else pairs
     model_dir = resolve_model_dir(arguments.model_name)
     with on_every_rank_or_none("looking for the layers"):
         check_targets(model_dir, arguments.target_layers, arguments.layer_type)
@@ -75,20 +75,6 @@ def run_basis(arguments: BasisArguments, pairs: Any = None) -> Path:
         compute_basis(model, tokenizer, layers, dataset, arguments, run.directory / "basis", inputs)
         run.finish()
     return run.directory
-
-
-def safety_pairs(arguments: Any) -> Any:
-    """The safety set of phases 1 and 2, in order."""
-    return read_texts(
-        arguments.safety_data,
-        split=arguments.safety_split,
-        samples=arguments.safety_samples,
-        prompt_column=arguments.prompt_column,
-        response_column=arguments.response_column,
-        config=arguments.data_config,
-        streaming=arguments.streaming,
-        refusal_file=arguments.refusal_file,
-    )
 
 
 @returning_large_pieces()

@@ -26,7 +26,7 @@ from warp_ds.flags.arguments import EvaluateArguments
 from warp_ds.phases.fitting import fitting_sets
 from warp_ds.phases.publish import fetch_shared
 from warp_ds.phases.run import start_run
-from warp_ds.phases.texts import check_lengths
+from warp_ds.phases.texts import check_lengths, task_options
 from warp_ds.report import card
 from warp_ds.report.tables import evaluation_blocks, to_terminal
 from warp_ds.store.files import write_json, write_text
@@ -184,17 +184,7 @@ def _sets(arguments: EvaluateArguments, suites: Sequence[str]) -> EvaluationSets
     sets = EvaluationSets(
         prompts(arguments.harmful_data, samples=arguments.harmful_samples) if "refusal" in suites else (),
         prompts(arguments.harmless_data or "", samples=arguments.harmless_samples) if "over_refusal" in suites else (),
-        load_samples(
-            arguments.utility_data,
-            split=arguments.utility_split,
-            samples=arguments.utility_samples,
-            prompt_column=arguments.prompt_column,
-            response_column=arguments.response_column,
-            config=arguments.data_config,
-            streaming=arguments.streaming,
-        )
-        if {"gsm8k", "loss"} & set(suites)
-        else (),
+        load_samples(arguments.utility_data, **task_options(arguments)) if {"gsm8k", "loss"} & set(suites) else (),
         {Path(file).stem: prompts(file) for file in (arguments.prompt_file or "").split(",") if file},
     )
     if "gsm8k" in suites:

@@ -25,12 +25,11 @@ from warp_ds.method.importance import response_loss, tokens_first
 from warp_ds.method.mask import frozen_count, pack_bits
 from warp_ds.method.selection import DECADE, LOG_BINS, random_scores
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
-from warp_ds.phases.basis import safety_pairs
 from warp_ds.phases.packing import attention_of, check_apart, check_packing, micro_batch
 from warp_ds.phases.publish import fetch_shared, published
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import log_rate
-from warp_ds.phases.texts import tokenise
+from warp_ds.phases.texts import safety_texts, tokenise
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import remove_unfinished, write_json
 from warp_ds.store.fingerprints import fingerprint_rows
@@ -67,7 +66,7 @@ def run_importance(arguments: ImportanceArguments, pairs: Any = None) -> Path:
     if arguments.basis != "identity":
         with on_every_rank_or_none("reading the basis"):
             basis = BasisStore(find_artifact(arguments.basis_dir, "basis", arguments.output_dir))
-    pairs = safety_pairs(arguments) if pairs is None else pairs
+    pairs = safety_texts(arguments) if pairs is None else pairs
     model_dir = resolve_model_dir(arguments.model_name)
     with on_every_rank_or_none("looking for the layers"):
         check_targets(model_dir, arguments.target_layers, arguments.layer_type)

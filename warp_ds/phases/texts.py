@@ -61,6 +61,31 @@ def read_texts(name: str, **options: Any) -> StoredSamples:
     return samples
 
 
+def task_texts(arguments: Any) -> StoredSamples:
+    """The task's samples, in order, as UtilityDataArguments name them. Collective; raises as ``read_texts``."""
+    return read_texts(arguments.utility_data, **task_options(arguments))
+
+
+def safety_texts(arguments: Any) -> StoredSamples:
+    """The samples of what must stay, in order, as SafetyDataArguments name them. Collective; raises as ``read_texts``."""
+    options = {"split": arguments.safety_split, "samples": arguments.safety_samples, "refusal_file": arguments.refusal_file}
+    return read_texts(arguments.safety_data, **options, **_columns(arguments))
+
+
+def task_options(arguments: Any) -> dict[str, Any]:
+    """How the task is read, for ``read_texts`` and ``data.datasets.load_samples``."""
+    return {"split": arguments.utility_split, "samples": arguments.utility_samples, **_columns(arguments)}
+
+
+def _columns(arguments: Any) -> dict[str, Any]:
+    return {
+        "prompt_column": arguments.prompt_column,
+        "response_column": arguments.response_column,
+        "config": arguments.data_config,
+        "streaming": arguments.streaming,
+    }
+
+
 def _turns() -> tuple[bool, bool]:
     """Whether this rank looks now for what rank 0 has made, and makes it where its machine does not see that: first one rank of
     each machine, then, where ranks do not count from 0 there, any."""

@@ -20,7 +20,6 @@ from transformers.integrations import TensorBoardCallback
 
 from warp_ds.cluster import consensus, preemption, processes
 from warp_ds.data.collate import GlobalBatchSampler
-from warp_ds.data.stored import StoredSamples
 from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import AuditArguments, SafetyTuningArguments, TrainArguments
@@ -35,7 +34,7 @@ from warp_ds.phases.publish import fetch_shared, published
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import Speed
 from warp_ds.phases.start_model import HeldToStart
-from warp_ds.phases.texts import read_texts, tokenise
+from warp_ds.phases.texts import safety_texts, task_texts, tokenise
 from warp_ds.phases.trainer import CompleteConverted, EarlyStopping, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
 from warp_ds.phases.trainer_arguments import check_training, run_facts, trainer_arguments
 from warp_ds.phases.watching import Watched
@@ -67,7 +66,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
     read_together(lambda: artefacts(arguments), "reading basis and masks")
     with consensus.on_every_rank_or_none("checking the inputs"):
         check_packing(arguments, model_dir)
-    pairs = _task(arguments)
+    pairs = task_texts(arguments)
     with consensus.on_every_rank_or_none("checking the inputs"):
         adapters.check_peft(arguments)
         watched = Watched.read(arguments, passed)
@@ -75,17 +74,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         inputs = {"model": fingerprint, "data": fingerprint_rows(pairs), **watched.fingerprints(arguments, passed)}
         inputs |= controls.fingerprints()
         masks_dir, basis_dir = find_masks(arguments, inputs["model"])
-        if masks_dir is not None:
-            inputs["masks"] = MaskStore(masks_dir).fingerprint()
-            if arguments.adapter != "none":
-                refuse_entries(MaskStore(masks_dir))
-            if arguments.left_projection:
-                refuse_without_left(MaskStore(masks_dir), arguments.adapter != "none")
-        elif arguments.left_projection:
-            raise ConfigError("--left_projection is of masks: leave it, or --masks_dir none, out")
-        else:
-            alone = arguments.train_scope == "warp" and arguments.adapter == "none"
-            check_targets(model_dir, arguments.target_layers, arguments.layer_type, alone)
+        inputs |= _checked_masks(arguments, model_dir, masks_dir)
     with start_run("phase3", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
@@ -113,16 +102,20 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         return run.directory
 
 
-def _task(arguments: TrainArguments) -> StoredSamples:
-    return read_texts(
-        arguments.utility_data,
-        split=arguments.utility_split,
-        samples=arguments.utility_samples,
-        prompt_column=arguments.prompt_column,
-        response_column=arguments.response_column,
-        config=arguments.data_config,
-        streaming=arguments.streaming,
-    )
+def _checked_masks(arguments: TrainArguments, model_dir: Path, masks_dir: Path | None) -> dict[str, str]:
+    """The masks' fingerprint, as an input of the run. Raises ConfigError where what is asked for does not go with them."""
+    adapted = arguments.adapter != "none"
+    if masks_dir is None:
+        if arguments.left_projection:
+            raise ConfigError("--left_projection is of masks: leave it, or --masks_dir none, out")
+        check_targets(model_dir, arguments.target_layers, arguments.layer_type, arguments.train_scope == "warp" and not adapted)
+        return {}
+    masks = MaskStore(masks_dir)
+    if adapted:
+        refuse_entries(masks)
+    if arguments.left_projection:
+        refuse_without_left(masks, adapted)
+    return {"masks": masks.fingerprint()}
 
 
 def _what_trains(model: Any, masks_dir: Path | None, arguments: TrainArguments) -> Any:
@@ -143,16 +136,7 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
     fingerprint = model_fingerprint(model_dir)
     with consensus.on_every_rank_or_none("checking the inputs"):
         check_packing(arguments, model_dir)
-    pairs = read_texts(
-        arguments.safety_data,
-        split=arguments.safety_split,
-        samples=arguments.safety_samples,
-        prompt_column=arguments.prompt_column,
-        response_column=arguments.response_column,
-        config=arguments.data_config,
-        streaming=arguments.streaming,
-        refusal_file=arguments.refusal_file,
-    )
+    pairs = safety_texts(arguments)
     with consensus.on_every_rank_or_none("checking the inputs"):
         adapters.check_peft(arguments)
         watched = Watched.read(arguments, passed)

@@ -58,7 +58,7 @@ class PlainDriver(Driver):
 
     def install(self, step: MaskedStep) -> None:
         problems = []
-        for layer, c in step.placement.rotate(step.layers, lambda layer: layer.param.detach().flatten(), fast=True):
+        for layer, c in step.placement.rotate(step.layers, _weights, fast=True):
             started = layer.start(c)
             if layer.adapter_b is not None and bool(layer.adapter_b.any()):
                 problems.append(started)
@@ -179,3 +179,7 @@ class PlainDriver(Driver):
     def all_coefficients(self) -> dict[str, Tensor]:
         """C [m, n] fp32 of every masked layer, by name."""
         return {layer.target.name: self.coefficients(layer).view(layer.target.shape) for layer in self._layers}
+
+
+def _weights(layer: ProtectedLayer) -> Tensor:
+    return layer.partition.take(layer.param.detach().flatten())
