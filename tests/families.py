@@ -69,7 +69,7 @@ def ungated(fused: tuple[str, ...] = (), walk: bool = True, refused: dict[str, s
 
 
 def experts(where: str = ALL, **more: Any) -> Family:
-    """A mixture whose routed experts are layers in the blocks ``where``: ffn_* are the shared or dense ones', else the experts'."""
+    """A mixture whose routed experts are layers in the blocks ``where``; ffn_* are those that every token passes, else theirs."""
     return Family({**MOE, **more}, blocks() | dict.fromkeys(EXPERT_TYPES, where))
 
 
@@ -155,7 +155,9 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_moe": experts("1-3"),
     **{kind: experts("1-3", **HEADS) for kind in ("glm4_moe", "dots1")},
     "gpt_oss": other_experts("stores W transposed or its gates and ups by turns", **HEADS, **LOCAL),
-    "llama4_text": other_experts("a way that is not known", ALL, **HEADS, intermediate_size_mlp=48, interleave_moe_layer_step=2),
+    "llama4_text": other_experts(
+        "a way that is not known", ALL, **HEADS, **dict(intermediate_size_mlp=48, interleave_moe_layer_step=2)
+    ),
     **{
         kind: Family(
             {**MOE, **MLA},
