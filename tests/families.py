@@ -69,7 +69,7 @@ def ungated(fused: tuple[str, ...] = (), walk: bool = True, refused: dict[str, s
 
 
 def experts(where: str = ALL, **more: Any) -> Family:
-    """A mixture whose routed experts are layers in the blocks ``where``; ffn_* are those that every token passes, else theirs."""
+    """A mixture whose routed experts are layers in the blocks ``where``; ffn_* are what every token passes, else theirs."""
     return Family({**MOE, **more}, blocks() | dict.fromkeys(EXPERT_TYPES, where))
 
 
