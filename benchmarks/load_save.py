@@ -1,8 +1,9 @@
 """Sharded loading and saving against transformers under ZeRO-3: time, bytes asked of the files, anonymous memory.
 
-    python benchmarks/load_save.py [--gigabytes 2.2] [--ranks 2 4] [--repeats 3] [--directory DIR]
+    python benchmarks/load_save.py [--family llama|qwen3_moe] [--gigabytes 2.2] [--ranks 2 4] [--repeats 3] [--directory DIR]
 
-A bf16 Llama checkpoint is generated in several files. For each world size, both ways take turns, each in fresh
+A bf16 checkpoint is generated in several files: of Llama, or of Qwen 3 MoE, whose files hold three tensors an expert and
+whose model has two a layer. For each world size, both ways take turns, each in fresh
 processes: loading, before which the files are dropped from the page cache where the system lets us, and saving what was
 loaded. Times run from a barrier to a barrier, without starting Python. Both ways of saving end with the files synced to
 disk; ``save_ratio_unsynced`` lets transformers skip that. The last line is one JSON object; ratios are medians of the
@@ -32,10 +33,12 @@ import psutil
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 SHARD_BYTES = 400_000_000
+FAMILIES = ("llama", "qwen3_moe")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, default="llama")
     parser.add_argument("--gigabytes", type=float, default=2.2)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--repeats", type=int, default=3)
@@ -44,7 +47,7 @@ def main() -> None:
     parser.add_argument("--worker-directory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker == "generate":
-        generate(Path(arguments.worker_directory), arguments.gigabytes)
+        generate(Path(arguments.worker_directory), arguments.family, arguments.gigabytes)
     elif arguments.worker:
         measure(arguments.worker, Path(arguments.worker_directory))
     else:
@@ -58,11 +61,16 @@ def compare(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="load_save_") as folder:
         root = Path(folder)
         here = ["--worker-directory", str(root)]
-        start(1, "generate", root, [*here, "--gigabytes", str(arguments.gigabytes)])
+        start(1, "generate", root, [*here, "--family", arguments.family, "--gigabytes", str(arguments.gigabytes)])
         files = sorted((root / "checkpoint").glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         print(f"checkpoint: {size / 1e9:.2f} GB in {len(files)} files; {os.cpu_count()} cores, {memory_gb():.0f} GB")
-        summary: dict[str, Any] = {"checkpoint_gb": round(size / 1e9, 3), "files": len(files), "cores": os.cpu_count()}
+        summary: dict[str, Any] = {
+            "family": arguments.family,
+            "checkpoint_gb": round(size / 1e9, 3),
+            "files": len(files),
+            "cores": os.cpu_count(),
+        }
         disk: list[float] = []
         for world_size in arguments.ranks:
             runs: dict[str, list[list[dict[str, Any]]]] = {"warp_ds": [], "transformers": []}
@@ -83,6 +91,7 @@ def compare(arguments: argparse.Namespace) -> None:
         # The figures named in the issue: two ranks, and the worst of all world sizes for what may not exceed.
         names = {n: [summary[f"{n}_{w}"] for w in arguments.ranks] for n in ("bytes_ratio", "anon_mb", "save_anon_mb")}
         summary["load_ratio"] = summary[f"load_ratio_{arguments.ranks[0]}"]
+        summary["load_ratio_warm"] = summary[f"load_ratio_warm_{arguments.ranks[0]}"]
         summary["save_ratio"] = summary[f"save_ratio_{arguments.ranks[0]}"]
         summary.update({name: max(values) for name, values in names.items()})
         print(json.dumps(summary))
@@ -189,23 +198,43 @@ def memory_gb() -> float:
     return psutil.virtual_memory().total / 1e9
 
 
-def generate(root: Path, gigabytes: float) -> None:
+def generate(root: Path, family: str, gigabytes: float) -> None:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    hidden, intermediate, vocabulary = 2048, 5504, 32000
-    layer = 4 * hidden * hidden + 3 * hidden * intermediate
-    layers = max(1, round((gigabytes * 1e9 / 2 - 2 * vocabulary * hidden) / layer))
+    config, layer = (_llama if family == "llama" else _qwen3_moe)()
+    others = 2 * config.vocab_size * config.hidden_size
+    config.num_hidden_layers = max(1, round((gigabytes * 1e9 / 2 - others) / layer))
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(root / "checkpoint", max_shard_size=SHARD_BYTES)
+
+
+def _llama() -> tuple[Any, int]:
+    """The configuration but for its depth, and a layer's parameters."""
+    from transformers import LlamaConfig
+
+    hidden, intermediate = 2048, 5504
+    config = LlamaConfig(vocab_size=32000, hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=16)
+    return config, 4 * hidden * hidden + 3 * hidden * intermediate
+
+
+def _qwen3_moe() -> tuple[Any, int]:
+    """Qwen3-30B-A3B's experts, half as many a layer."""
+    from transformers import Qwen3MoeConfig
+
+    hidden, intermediate, experts = 2048, 768, 64
+    config = Qwen3MoeConfig(
+        vocab_size=32000,
         hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
+        moe_intermediate_size=intermediate,
+        num_experts=experts,
+        num_experts_per_tok=8,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
     )
-    LlamaForCausalLM(config).save_pretrained(root / "checkpoint", max_shard_size=SHARD_BYTES)
+    return config, 3 * experts * hidden * intermediate + 2 * hidden * 128 * (32 + 4)
 
 
 # A rank: measures -------------------------------------------------------------------------------------------------
@@ -243,6 +272,7 @@ def measure(way: str, root: Path) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.models.llama import modeling_llama  # noqa: F401  not to be timed
+    from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: F401
 
     from warp_ds.cluster import processes
     from warp_ds.zero.load import load_sharded

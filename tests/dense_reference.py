@@ -18,7 +18,10 @@ def load(directory: Any) -> Any:
     """The model in fp64, without dropout."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+        model.set_experts_implementation("eager")  # the default's kernel knows no fp64
+    return model
 
 
 def _ids(row: Row) -> torch.Tensor:

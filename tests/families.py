@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from warp_ds.models.layer_names import EXPERT_TYPES
+
 ALL = "0-3"
 FFN, ATTENTION = ("ffn_down", "ffn_up", "ffn_gate"), ("attn_q", "attn_k", "attn_v", "attn_o")
 BASE: dict[str, Any] = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
@@ -66,8 +68,15 @@ def ungated(fused: tuple[str, ...] = (), walk: bool = True, refused: dict[str, s
     return Family(more, found, fused, refused, walk)
 
 
-def experts(attention: str = ALL, **more: Any) -> Family:
-    return Family({**MOE, **more}, blocks("", attention), refused=dict.fromkeys(FFN, "mixture of experts"))
+def experts(where: str = ALL, **more: Any) -> Family:
+    """A mixture whose routed experts are layers in the blocks ``where``; ffn_* are what every token passes, else theirs."""
+    return Family({**MOE, **more}, blocks() | dict.fromkeys(EXPERT_TYPES, where))
+
+
+def other_experts(reason: str, ffn: str = "", **more: Any) -> Family:
+    """A mixture whose experts are refused by name; ``ffn``: where it has dense or shared layers."""
+    refused = dict.fromkeys(EXPERT_TYPES if ffn else (*FFN, *EXPERT_TYPES), reason)
+    return Family({**MOE, **more}, blocks(ffn), refused=refused)
 
 
 QKV = ("attn_q", "attn_k", "attn_v")
@@ -138,15 +147,23 @@ FAMILIES: dict[str, Family] = {
         walk=False,
         kind="gemma4_text",
     ),
-    "inkling2_text": Family({}, blocks(""), refused=dict.fromkeys(FFN, "mixture of experts"), walk=False),
-    # Mixtures of experts: attention.
-    **{kind: experts() for kind in ("mixtral", "qwen2_moe", "olmoe", "phimoe", "granitemoe", "ernie4_5_moe")},
-    **{kind: experts(**HEADS) for kind in ("qwen3_moe", "glm4_moe", "dots1")},
-    "gpt_oss": experts(**HEADS, **LOCAL),
-    "llama4_text": experts(**HEADS, intermediate_size_mlp=48, interleave_moe_layer_step=2),
+    "inkling2_text": Family({"n_routed_experts": 4}, blocks() | dict.fromkeys(EXPERT_TYPES, ALL), walk=False),
+    # Mixtures of experts.
+    **{kind: experts() for kind in ("mixtral", "qwen2_moe", "olmoe", "phimoe", "granitemoe")},
+    "qwen3_moe": experts(**HEADS),
     "minimax": experts(**HEADS, **ODD),
+    "ernie4_5_moe": experts("1-3"),
+    **{kind: experts("1-3", **HEADS) for kind in ("glm4_moe", "dots1")},
+    "gpt_oss": other_experts("stores W transposed or its gates and ups by turns", **HEADS, **LOCAL),
+    "llama4_text": other_experts(
+        "a way that is not known", ALL, **HEADS, **dict(intermediate_size_mlp=48, interleave_moe_layer_step=2)
+    ),
     **{
-        kind: Family({**MOE, **MLA}, {"attn_o": ALL}, refused={"ffn_down": "mixture of experts", "attn_q": "has no attn_q"})
+        kind: Family(
+            {**MOE, **MLA},
+            {**blocks(attention=""), "attn_o": ALL, **dict.fromkeys(EXPERT_TYPES, "1-3")},
+            refused={"attn_q": "has no attn_q"},
+        )
         for kind in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
     },
 }

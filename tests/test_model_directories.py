@@ -147,7 +147,8 @@ def test_weights_as_loaded_are_the_loaded_weights(tmp_path: Path, family: str) -
     found = weights_as_loaded(tmp_path)
     named = dict(loaded.named_parameters())
     assert set(found) == set(named)
-    for name, location in found.items():
+    for name, weight in found.items():
+        location = weight.location
         with open(location.path, "rb") as file:
             file.seek(location.offset)
             stored = torch.frombuffer(bytearray(file.read(location.nbytes)), dtype=location.dtype)

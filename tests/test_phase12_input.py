@@ -23,7 +23,7 @@ from phase12_jobs import (
 from ranks import run_ranks
 from tiny_models import SIZES, tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, MptConfig
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, GPT2Config, GptOssConfig, LlamaConfig, MixtralConfig, MptConfig
 
 from warp_ds.errors import ArtifactError, ConfigError, DataError
 from warp_ds.models.layer_names import in_ranges, parse_target_layers
@@ -65,7 +65,7 @@ def test_targets_are_found_with_their_shapes() -> None:
     [
         (MptConfig(d_model=40, n_heads=4, n_layers=2, vocab_size=64), "attn_q", "transformer.blocks.0.attn.Wqkv fuses"),
         (GPT2Config(vocab_size=64, n_embd=40, n_layer=2, n_head=4), "ffn_down", "transformer.h.0.mlp.c_proj is a Conv1D"),
-        (MixtralConfig(**SIZES, num_local_experts=2), "ffn_down", "experts"),
+        (GptOssConfig(**SIZES, num_local_experts=2), "ffn_down", "layers.0.mlp.experts, a GptOssExperts, stores W transposed"),
     ],
 )
 def test_layers_that_cannot_be_rotated_are_named(config: Any, kind: str, named: str) -> None:
@@ -75,6 +75,22 @@ def test_layers_that_cannot_be_rotated_are_named(config: Any, kind: str, named: 
 
 def test_attention_of_a_mixture_of_experts_is_fine() -> None:
     assert len(find_targets(on_meta(MixtralConfig(**SIZES, num_local_experts=2)), "all", "attn_q")) == 2
+
+
+def test_experts_are_layers_each() -> None:
+    targets = find_targets(on_meta(MixtralConfig(**SIZES, num_local_experts=2)), "last", "ffn_down,ffn_up,experts_up")
+    assert [(t.name.removeprefix("model.layers.1.mlp.experts."), t.stem, t.rows, t.height, t.shape) for t in targets] == [
+        ("down_proj[experts_down_000]", "layer_01_experts_down_000", ((0, 40),), 80, (40, 51)),
+        ("down_proj[experts_down_001]", "layer_01_experts_down_001", ((40, 80),), 80, (40, 51)),
+        ("gate_up_proj[experts_up_000]", "layer_01_experts_up_000", ((51, 102),), 204, (51, 40)),
+        ("gate_up_proj[experts_up_001]", "layer_01_experts_up_001", ((153, 204),), 204, (51, 40)),
+    ]
+    # A block's expert for every token is its feed-forward; the routed ones are asked for by their own name.
+    shared = Glm4MoeConfig(**SIZES, n_routed_experts=2, first_k_dense_replace=1, moe_intermediate_size=24, head_dim=10)
+    assert [t.name for t in find_targets(on_meta(shared), "all", "ffn_down")] == [
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.shared_experts.down_proj",
+    ]
 
 
 def test_adapters_and_quantised_layers_are_named() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -63,3 +65,40 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def batch() -> dict[str, torch.Tensor]:
     ids = torch.randint(3, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(7))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+_ROUTED = dict(num_experts_per_tok=2, moe_intermediate_size=24)
+_LATENT = dict(
+    num_key_value_heads=4,
+    q_lora_rank=None,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    n_group=1,
+    topk_group=1,
+)
+
+CONVERTED: dict[str, dict[str, object]] = {
+    "qwen3_moe": dict(num_experts=5, head_dim=10, **_ROUTED),
+    "qwen2_moe": dict(num_experts=4, shared_expert_intermediate_size=20, **_ROUTED),
+    "mixtral": dict(num_local_experts=3, num_experts_per_tok=2),
+    "olmoe": dict(num_experts=4, num_experts_per_tok=2),
+    "phimoe": dict(num_local_experts=3, num_experts_per_tok=2),
+    "deepseek_v3": dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, **_LATENT, **_ROUTED),
+    "glm4_moe": dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, head_dim=10, **_ROUTED),
+    "ernie4_5_moe": dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=24, moe_num_shared_experts=1),
+    "granitemoe": dict(num_local_experts=3, num_experts_per_tok=2),
+    "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2, head_dim=10, sliding_window=8),
+}
+"""Families whose checkpoints hold other tensors than their models have parameters, and what makes them tiny."""
+
+
+def tiny_converted(family: str, seed: int = 0) -> PreTrainedModel:
+    """In fp32, every parameter random."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **CONVERTED[family]}))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(0.1 * torch.randn_like(param))
+    return model.float()

@@ -122,6 +122,7 @@ def protect_optimizer(
             )
         alone, placement = _layers(basis, masks, masked, 1, 0, "replicated")
         return MaskedStep(PlainDriver(optimizer, alone, hold_rest), placement, left_projection)
+    deepspeed_internals.let_leaf_inputs_have_gradients(model)
     layers, placement = _layers(basis, masks, masked, processes.world_size(), processes.rank(), basis_placement)
     return_freed_memory()  # what reading took, on top of which the training's peak would stand
     return MaskedStep(Zero3Driver(optimizer, layers, mark, hold_rest), placement, left_projection)

@@ -239,9 +239,9 @@ def _claim(outcome: str, layers: Sequence[LayerCertificate]) -> str:
 
 def _rest(old: ModelDirectory, new: ModelDirectory, masks: MaskStore) -> tuple[list[unmasked.Difference], list[str]]:
     """What else changed, which no claim covers; and problems: NaN and infinities where something did."""
-    masked = {layer.parameter for layer in masks.layers}
     sides = []
     for model in (old, new):
+        masked = {name for parameter in {layer.parameter for layer in masks.layers} for name in model.parts_of(parameter)}
         digests = model_contents(model.directory).digests()
         sides.append(
             {

@@ -19,7 +19,7 @@ from warp_ds.flags.checks import (
     refuse_secrets,
 )
 from warp_ds.flags.flag import again, flag, samples
-from warp_ds.models.layer_names import LAYER_TYPES, parse_layer_types
+from warp_ds.models.layer_names import KNOWN_TYPES, parse_layer_types
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ class LayerArguments:
     target_layers: str = flag(
         "all", "all, early, middle, late (thirds), last, a number, a range, or a list such as 0-5,12,20-31", debug="last"
     )
-    layer_type: str = flag("ffn_down", f"comma-separated list of {', '.join(LAYER_TYPES)}")
+    layer_type: str = flag("ffn_down", f"comma-separated list of {', '.join(KNOWN_TYPES)}")
 
 
 @dataclass

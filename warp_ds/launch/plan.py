@@ -64,8 +64,8 @@ def print_plan(made: Plan) -> None:
             rest = (_percent(ratios.get(name)) for name in ("read", "sent", "written", "disk"))
             table.add_row("  off by", of_memory, "(with GPU)", *rest, style="dim")
     console.print(table)
-    if made.shape.lacking:
-        console.print(made.shape.lacking, highlight=False)
+    for words in filter(None, (made.shape.lacking, made.shape.loading)):
+        console.print(words, highlight=False)
     for phase in made.phases:
         for place, parts in (("GPU", phase.gpu), ("host", phase.host)):
             named = ", ".join(f"{name} {gb(size)}" for name, size in sorted(parts.items(), key=lambda p: -p[1]) if size)

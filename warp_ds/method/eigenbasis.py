@@ -114,6 +114,11 @@ def weight_basis(w: Tensor, energy: float = 1.0, max_rank: int = 0) -> Basis:
     return basis
 
 
+def unseen_basis(n: int) -> Basis:
+    """Of a layer that saw nothing: one column that stands for nothing (its value is 0), and its complement."""
+    return Basis(torch.eye(n, 1), torch.zeros(1), energy=1.0, orthogonality_error=0.0, residual=0.0)
+
+
 def random_basis(n: int, seed: int, max_rank: int = 0) -> Basis:
     """``max_rank`` (0: n) columns of a random rotation, uniform over all, from ``seed``; every value is 1."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from warp_ds.errors import ArtifactError
-from warp_ds.store.checkpoint_index import TensorLocation, resolve_checkpoint
+from warp_ds.errors import ArtifactError, CheckpointError
+from warp_ds.store.checkpoint_index import RangeReader, TensorLocation, resolve_checkpoint
 from warp_ds.store.layers import TargetLayer
+
+if TYPE_CHECKING:  # which imports transformers
+    from warp_ds.models.transformers_internals import LoadedWeight
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,6 +35,8 @@ class ModelDirectory:
     directory: Path
     tensors: dict[str, TensorLocation]
     """By the name under which it is stored, or by its parameter's where those differ."""
+    assembled: Mapping[str, LoadedWeight] = field(default_factory=dict)
+    """Parameters made of several of these, or of parts of them."""
 
     @staticmethod
     def of(directory: Path, targets: Sequence[TargetLayer] = ()) -> ModelDirectory:
@@ -38,9 +45,16 @@ class ModelDirectory:
             tensors = resolve_checkpoint(directory)
         except OSError as error:
             raise ArtifactError(f"{directory} cannot be read as a model directory: {error}") from error
-        if not all(target.parameter in tensors for target in targets):
-            tensors = _by_parameter(directory, tensors)
-        return ModelDirectory(directory, tensors)
+        if all(target.parameter in tensors for target in targets):
+            return ModelDirectory(directory, tensors)
+        return ModelDirectory(directory, *_by_parameter(directory, tensors))
+
+    def parts_of(self, parameter: str) -> set[str]:
+        """Names of the tensors that hold a parameter."""
+        if parameter not in self.assembled:
+            return {parameter}
+        stored = {piece.origin.name for piece in self.assembled[parameter].pieces}
+        return {name for name, location in self.tensors.items() if location.name in stored}
 
     def others(self) -> str:
         """Other weights beside those that from_pretrained loads, as a message; empty where there are none."""
@@ -56,6 +70,8 @@ class ModelDirectory:
     def weight(self, target: TargetLayer) -> Tensor:
         """W [m, n]; ArtifactError where it is missing, quantised, of another shape, or stored under two names."""
         name = target.parameter
+        if name in self.assembled:
+            return self._rows(target)
         alike = [o for o in self.tensors if o != name and (o.endswith(f".{name}") or name.endswith(f".{o}"))]
         if name not in self.tensors:
             raise ArtifactError(
@@ -83,8 +99,42 @@ class ModelDirectory:
             )
         return target.of(self.read(name))
 
+    def _rows(self, target: TargetLayer) -> Tensor:
+        """W [m, n] of a parameter that is made of several stored tensors; reads no others than its rows are of."""
+        loaded = self.assembled[target.parameter]
+        if not target.fits(loaded.shape):
+            raise ArtifactError(
+                f"{self.directory}: {target.parameter} is {loaded.shape}, not {target.whole_shape} as the masks or the basis "
+                "have it"
+            )
+        rows = target.rows or ((0, target.m),)
+        parts = [self._elements(target.parameter, first * target.n, end * target.n) for first, end in rows]
+        return torch.cat(parts).view(target.shape)
+
+    def _elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of an assembled parameter, flat. Raises ArtifactError."""
+        pieces = [piece.within(start, stop) for piece in self.assembled[name].pieces]
+        pieces = [piece for piece in pieces if piece.length > 0]
+        dtype = pieces[0].origin.dtype
+        if any(piece.origin.dtype != dtype or dtype not in FLOATS for piece in pieces):
+            raise ArtifactError(
+                f"{self.directory}: {name} is stored as {short_dtype(dtype)}, or partly, which is quantised: certify the model "
+                "before quantising it"
+            )
+        out = torch.empty(stop - start, dtype=dtype)
+        try:
+            with RangeReader() as reader:
+                for piece in pieces:
+                    reader.read(piece.origin, piece.first, out[piece.begin - start : piece.end - start])
+        except (OSError, CheckpointError) as error:
+            raise ArtifactError(f"{self.directory} has no readable weight {name} ({error})") from error
+        return out
+
     def read(self, name: str) -> Tensor:
         """The tensor called ``name``, in the shape and dtype it is stored in. Raises ArtifactError."""
+        if name in self.assembled:
+            shape = self.assembled[name].shape
+            return self._elements(name, 0, math.prod(shape)).view(shape)
         if name not in self.tensors:
             raise ArtifactError(f"{self.directory} has no parameter {name}: it is another kind of model")
         try:
@@ -96,16 +146,18 @@ class ModelDirectory:
 
 def by_parameter(model: ModelDirectory) -> ModelDirectory:
     """The same directory by the names that from_pretrained gives its parameters, where those are not the stored ones."""
-    return ModelDirectory(model.directory, _by_parameter(model.directory, model.tensors))
+    return ModelDirectory(model.directory, *_by_parameter(model.directory, model.tensors))
 
 
-def _by_parameter(directory: Path, tensors: dict[str, TensorLocation]) -> dict[str, TensorLocation]:
+def _by_parameter(
+    directory: Path, tensors: dict[str, TensorLocation]
+) -> tuple[dict[str, TensorLocation], dict[str, LoadedWeight]]:
     """The tensors in the same order, by the names of the parameters that from_pretrained makes of them; those that it makes
-    none of keep theirs."""
+    none of keep theirs. And the parameters that it makes of several, or of parts."""
     from warp_ds.models.transformers_internals import CannotMap, weights_as_loaded
 
     try:
-        names = {location.name: name for name, location in weights_as_loaded(directory).items()}
+        loaded = weights_as_loaded(directory)
     except (
         CannotMap,
         ArithmeticError,
@@ -119,13 +171,14 @@ def _by_parameter(directory: Path, tensors: dict[str, TensorLocation]) -> dict[s
     ) as error:  # transformers' own of a directory that it does not load are any of these
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ArtifactError(f"{directory} has no readable weights of the masked layers: {reason[:500]}") from error
+    names = {weight.location.name: name for name, weight in loaded.items() if weight.location is not None}
     renamed = {names.get(name, name): location for name, location in tensors.items()}
     if len(renamed) < len(tensors):
         raise ArtifactError(
             f"{directory} stores a weight under two names: which one counts depends on the reader; save the "
             "model again by from_pretrained and save_pretrained"
         )
-    return renamed
+    return renamed, {name: weight for name, weight in loaded.items() if weight.location is None}
 
 
 def short_dtype(dtype: torch.dtype) -> str:

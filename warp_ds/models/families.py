@@ -30,6 +30,10 @@ PATHS: dict[str, tuple[str, ...]] = {
         "mlp.dense_4h_to_h",  # GPT-NeoX, Falcon, BLOOM, Persimmon
         "mlp.fc_out",  # GPT-J, CodeGen
         "shared_mlp.output_linear",  # Granite 4
+        "mlp.shared_expert.down_proj",  # what every token passes beside a mixture's routed experts: Qwen 2 MoE, Qwen 3-Next
+        "mlp.shared_experts.down_proj",  # DeepSeek, GLM 4.5, Ernie 4.5
+        "mlp.shared_mlp.down_proj",  # HunYuan
+        "feed_forward.shared_expert.down_proj",  # Llama 4
     ),
     "ffn_up": (
         "mlp.up_proj",
@@ -43,8 +47,21 @@ PATHS: dict[str, tuple[str, ...]] = {
         "mlp.c_fc",
         "mlp.dense_h_to_4h",
         "mlp.fc_in",
+        "mlp.shared_expert.up_proj",
+        "mlp.shared_experts.up_proj",
+        "mlp.shared_mlp.up_proj",
+        "feed_forward.shared_expert.up_proj",
     ),
-    "ffn_gate": ("mlp.gate_proj", "feed_forward.gate_proj", "mlp_block.gate_proj", "feed_forward.w1"),
+    "ffn_gate": (
+        "mlp.gate_proj",
+        "feed_forward.gate_proj",
+        "mlp_block.gate_proj",
+        "feed_forward.w1",
+        "mlp.shared_expert.gate_proj",
+        "mlp.shared_experts.gate_proj",
+        "mlp.shared_mlp.gate_proj",
+        "feed_forward.shared_expert.gate_proj",
+    ),
     **{
         f"attn_{part}": (
             f"self_attn.{part}_proj",
@@ -138,9 +155,6 @@ FUSED: dict[str, Cut] = {
     "Glm4MLP": _halves,
     "GraniteMoeHybridMLP": _halves,
 }
-
-#: Modules whose layers see different tokens each.
-EXPERTS = ("experts", "block_sparse_moe", "router")
 
 assert set(PATHS) == set(LAYER_TYPES)
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 from warp_ds.errors import ConfigError
 
 LAYER_TYPES = ("ffn_down", "ffn_up", "ffn_gate", "attn_q", "attn_k", "attn_v", "attn_o")
+EXPERT_TYPES = ("experts_down", "experts_up", "experts_gate")
+"""Of a mixture's routed experts: as many layers a block as it has experts, experts_down_007 and so on."""
+KNOWN_TYPES = LAYER_TYPES + EXPERT_TYPES
+
+
+def type_order(kind: str) -> tuple[int, str]:
+    """What layer types are sorted by: as in KNOWN_TYPES, and experts by their number."""
+    return next(i for i, known in enumerate(KNOWN_TYPES) if kind == known or kind.startswith(f"{known}_")), kind
 
 
 def parse_layer_types(text: str) -> list[str]:
-    """'ffn_down,attn_q' -> ['ffn_down', 'attn_q'], in the order of LAYER_TYPES; ConfigError for an unknown one."""
+    """'ffn_down,attn_q' -> ['ffn_down', 'attn_q'], in the order of KNOWN_TYPES; ConfigError for an unknown one."""
     given = [part.strip() for part in text.split(",") if part.strip()]
-    unknown = [part for part in given if part not in LAYER_TYPES]
+    unknown = [part for part in given if part not in KNOWN_TYPES]
     if unknown or not given:
-        raise ConfigError(f"--layer_type {text!r}: choose from {', '.join(LAYER_TYPES)}")
-    return [kind for kind in LAYER_TYPES if kind in given]
+        raise ConfigError(f"--layer_type {text!r}: choose from {', '.join(KNOWN_TYPES)}")
+    return [kind for kind in KNOWN_TYPES if kind in given]
 
 
 def parse_target_layers(text: str, depth: int) -> list[int]:

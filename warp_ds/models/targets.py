@@ -17,8 +17,9 @@ from warp_ds.cluster.processes import rank
 from warp_ds.errors import ConfigError
 from warp_ds.models.classes import auto_class, reads_pictures
 from warp_ds.models.context import text_config
-from warp_ds.models.families import EXPERTS, FUSED_NAMES, PATHS, fused_rows
-from warp_ds.models.layer_names import LAYER_TYPES, in_ranges, parse_layer_types, parse_target_layers
+from warp_ds.models.experts import find_experts
+from warp_ds.models.families import FUSED_NAMES, PATHS, fused_rows
+from warp_ds.models.layer_names import in_ranges, parse_layer_types, parse_target_layers, type_order
 from warp_ds.models.transformers_internals import zero3_hidden_from_transformers
 from warp_ds.store.layers import TargetLayer, uncovered
 
@@ -94,14 +95,15 @@ def targets_and_lacking(model: nn.Module, target_layers: str, layer_type: str) -
     types = parse_layer_types(layer_type)
     prefix, blocks = find_blocks(model)
     chosen = parse_target_layers(target_layers, len(blocks))
+    named: set[str] = set()
     found, lacking = [], {kind: Blocks([], len(chosen)) for kind in types}
     for index in chosen:
         for kind in types:
-            target = _target(blocks[index], f"{prefix}.{index}", index, kind)
-            if target is None:
+            targets = _targets(blocks[index], f"{prefix}.{index}", index, kind)
+            found += [target for target in targets if target.name not in named]
+            named.update(target.name for target in targets)
+            if not targets:
                 lacking[kind].without.append(index)
-            else:
-                found.append(target)
     if not found:
         inner = dict(blocks[chosen[0]].named_modules())
         linear = ", ".join(name for name, module in inner.items() if isinstance(module, nn.Linear)) or "no linear layers"
@@ -161,11 +163,23 @@ def check_targets(model_dir: Path, target_layers: str, layer_type: str, alone: b
         )
 
 
-def _target(block: nn.Module, prefix: str, index: int, kind: str) -> TargetLayer | None:
-    """The block's layer of a type; None where it has none. ConfigError where it has one that cannot be rotated."""
+def _targets(block: nn.Module, prefix: str, index: int, kind: str) -> list[TargetLayer]:
+    """The block's layers of a type, none where it has none; of a feed-forward that is experts alone, theirs.
+
+    ConfigError where it has one that cannot be rotated.
+    """
     inner = dict(block.named_modules())
-    if kind.startswith("ffn"):
-        _refuse_experts(inner, prefix, kind)
+    if kind.startswith("experts_"):
+        experts = find_experts(inner, prefix, index)
+        return experts.layers(kind) if experts else []
+    target = _target(inner, prefix, index, kind)
+    if target is None and kind.startswith("ffn_") and (experts := find_experts(inner, prefix, index)):
+        return experts.layers(kind.replace("ffn_", "experts_"))
+    return [target] if target else []
+
+
+def _target(inner: dict[str, nn.Module], prefix: str, index: int, kind: str) -> TargetLayer | None:
+    """The layer of a type that every token passes."""
     path = next((path for path in PATHS[kind] if path in inner), None)
     if path is None:
         return _fused(inner, prefix, index, kind)
@@ -211,15 +225,6 @@ def _shape(module: Any) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
-def _refuse_experts(inner: dict[str, nn.Module], prefix: str, kind: str) -> None:
-    for name in inner:
-        if name.rsplit(".", 1)[-1] in EXPERTS:
-            raise ConfigError(
-                f"{prefix}.{name} is a mixture of experts: its layers see different tokens each, and "
-                f"{kind} of such a block is not supported; choose attention layers with --layer_type"
-            )
-
-
 def _dtype(module: nn.Module) -> str:
     weight = getattr(module, "weight", None)
     return str(weight.dtype).removeprefix("torch.") if weight is not None else "no weight"
@@ -228,7 +233,9 @@ def _dtype(module: nn.Module) -> str:
 def shared_inputs(layers: Iterable[TargetLayer]) -> list[list[TargetLayer]]:
     """The layers grouped by the input that they see in the known architectures; file naming takes the first of each."""
     groups: dict[tuple[int, str], list[TargetLayer]] = {}
-    for layer in sorted(layers, key=lambda layer: (layer.layer, LAYER_TYPES.index(layer.type))):
+    for layer in sorted(layers, key=lambda layer: (layer.layer, type_order(layer.type))):
         shared = next((kinds[0] for kinds in SHARING if layer.type in kinds), layer.type)
+        if layer.type.startswith(("experts_up", "experts_gate")):
+            shared = "experts_up"
         groups.setdefault((layer.layer, shared), []).append(layer)
     return list(groups.values())

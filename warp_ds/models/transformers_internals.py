@@ -8,25 +8,31 @@ remember where their data lies, saving records which tensor goes to which file. 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import PreTrainedModel, modeling_utils
+from huggingface_hub import StateDictSplit, get_torch_storage_size, split_state_dict_into_shards_factory
+from transformers import AutoConfig, PreTrainedModel, modeling_utils
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import logging as hf_logging
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from warp_ds.errors import CheckpointError
 from warp_ds.models.classes import auto_class_of
-from warp_ds.store.checkpoint_index import ReadAhead, TensorLocation, read_header, resolve_checkpoint
+from warp_ds.models.copies import CannotMap, Copies
+from warp_ds.store.checkpoint_index import DTYPES, RangeReader, ReadAhead, TensorLocation, read_header, resolve_checkpoint
+from warp_ds.store.pieces import Piece
 
 logger = logging.getLogger(__name__)
 
@@ -36,27 +42,54 @@ def keeps_logits(model: Any) -> bool:
     return hasattr(modeling_utils, "slice_logits_to_keep") and "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-class CannotMap(Exception):
-    """The checkpoint's bytes are not the parameters' bytes; the message says why."""
-
-
 @dataclass
 class MetaModel:
     """A model as ``from_pretrained`` leaves it, but for its weights, which are on meta."""
 
     model: PreTrainedModel
-    _sources: dict[int, tuple[torch.Tensor, TensorLocation]] = field(repr=False)
+    _copies: Copies[TensorLocation] = field(repr=False)
+    _conversions: dict[int, Conversion] = field(repr=False)
 
-    def source(self, tensor: torch.Tensor) -> TensorLocation:
-        """Where the data of a meta parameter or buffer lies.
+    def source(self, tensor: torch.Tensor) -> list[Piece[TensorLocation]]:
+        """Which elements of the checkpoint's tensors a meta parameter or buffer is made of, in its order.
 
         Raises:
-            CannotMap: the tensor is the result of an operation on checkpoint tensors.
+            CannotMap: it holds other values than stored ones, or is scattered over the stored tensors.
         """
-        source = self._sources.get(tensor.untyped_storage()._cdata)
-        if source is None or source[0].shape != tensor.shape or not tensor.is_contiguous():
-            raise CannotMap("its tensors are fused, split or converted on the way into the model")
-        return source[1]
+        return self._copies.pieces(tensor)
+
+    def conversion(self, tensor: torch.Tensor) -> Conversion:
+        """How transformers makes a meta parameter that has no ``source``. Raises CannotMap where it does not say how."""
+        try:
+            return self._conversions[tensor.untyped_storage()._cdata]
+        except KeyError:
+            raise CannotMap("its tensors are changed on the way into the model") from None
+
+
+@dataclass(eq=False)
+class Conversion:
+    """One run of a transformers converter: what it is given, and what it makes of that."""
+
+    converter: WeightConverter
+    layer_name: str
+    model: PreTrainedModel
+    given: dict[str, list[torch.Tensor]]
+    """The converter's pattern -> checkpoint tensors, on meta."""
+    copies: Copies[TensorLocation]
+
+    def run(self, reader: RangeReader) -> dict[str, torch.Tensor]:
+        """The same with the stored values, on the CPU: whole parameters, by their names."""
+        converter = copy.deepcopy(self.converter)
+        for pattern, tensors in self.given.items():
+            converter.collected_tensors[pattern] = [self._read(tensor, reader) for tensor in tensors]  # type: ignore[misc]
+        made = converter.convert(self.layer_name, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def _read(self, tensor: torch.Tensor, reader: RangeReader) -> torch.Tensor:
+        value = torch.empty(tensor.shape, dtype=tensor.dtype)
+        for piece in self.copies.pieces(tensor):
+            reader.read(piece.origin, piece.first, value.view(-1)[piece.begin : piece.end])
+        return value
 
 
 @dataclass
@@ -64,32 +97,36 @@ class _CheckpointSlice:
     """Stands for safetensors' slice object; becomes a meta tensor where that would read."""
 
     location: TensorLocation
-    sources: dict[int, tuple[torch.Tensor, TensorLocation]]
+    copies: Copies[TensorLocation]
 
     def __getitem__(self, index: object) -> _CheckpointSlice:
         return self
 
+    def get_dtype(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.location.dtype)
+
     def to(self, device: object = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         tensor = torch.empty(self.location.shape, dtype=dtype or self.location.dtype, device="meta")
         # nn.Parameter(tensor) is another object over the same storage: the storage is what can be found again.
-        self.sources[tensor.untyped_storage()._cdata] = (tensor, self.location)
+        self.copies.add(tensor, self.location)
         return tensor
 
 
 class _HeaderOnlyFile:
     """Stands for ``safetensors.safe_open``."""
 
-    def __init__(self, path: str, sources: dict[int, tuple[torch.Tensor, TensorLocation]], ahead: ReadAhead | None) -> None:
+    def __init__(self, path: str, copies: Copies[TensorLocation], ahead: ReadAhead | None) -> None:
         self.tensors = read_header(path)
-        self.sources = sources
+        self.copies = copies
         if ahead is not None:
-            ahead.start(self.tensors.values())
+            # Ranks share each tensor; of stacked experts' tensors they take some whole, which is not known yet.
+            ahead.start(tensor for name, tensor in self.tensors.items() if ".experts." not in name)
 
     def keys(self) -> list[str]:
         return list(self.tensors)
 
     def get_slice(self, name: str) -> _CheckpointSlice:
-        return _CheckpointSlice(self.tensors[name], self.sources)
+        return _CheckpointSlice(self.tensors[name], self.copies)
 
     def __exit__(self, *error: object) -> None:
         pass
@@ -108,6 +145,43 @@ def _replaced(name: str, substitute: object) -> Iterator[None]:
         setattr(modeling_utils, name, original)
 
 
+@contextmanager
+def _run_within(name: str, context: AbstractContextManager[Any]) -> Iterator[None]:
+    """``transformers.modeling_utils.<name>`` runs as it is, but within ``context``."""
+    original = getattr(modeling_utils, name, None)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        assert original is not None
+        with context:
+            return original(*args, **kwargs)
+
+    with _replaced(name, run):
+        yield
+
+
+@contextmanager
+def _conversions_noted(copies: Copies[TensorLocation]) -> Iterator[dict[int, Conversion]]:
+    """Within: by the storage of what they make, what transformers' converters are given."""
+    original: Any = WeightConverter.convert
+    found: dict[int, Conversion] = {}
+
+    def convert(self: WeightConverter, layer_name: str, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        given = self.materialize_tensors()
+        conversion = Conversion(copy.deepcopy(self), layer_name, model, given, copies)
+        self.collected_tensors.update({pattern: list(tensors) for pattern, tensors in given.items()})  # type: ignore[arg-type]
+        made = original(self, layer_name, model=model, **kwargs)
+        for value in made.values():
+            tensor = value[0] if isinstance(value, list) else value
+            found[tensor.untyped_storage()._cdata] = conversion
+        return made
+
+    WeightConverter.convert = convert  # type: ignore[assignment, method-assign]
+    try:
+        yield found
+    finally:
+        WeightConverter.convert = original  # type: ignore[method-assign]
+
+
 def load_on_meta(name_or_path: str, *, dtype: torch.dtype, ahead: ReadAhead | None = None, **kwargs: Any) -> MetaModel:
     """``from_pretrained`` of ``classes.auto_class`` without reading a weight.
 
@@ -115,20 +189,23 @@ def load_on_meta(name_or_path: str, *, dtype: torch.dtype, ahead: ReadAhead | No
     each file as soon as its header is read.
 
     Raises:
-        CannotMap: the checkpoint is pickled, or its weights are converted on loading.
+        CannotMap: the checkpoint is pickled.
         CheckpointError: a file is missing or damaged, a weight has another shape than the config gives it, is in no file,
             or is stored under two names.
     """
-    sources: dict[int, tuple[torch.Tensor, TensorLocation]] = {}
+    copies: Copies[TensorLocation] = Copies()
 
     def refuse_pickle(path: str | os.PathLike, *args: object, **kwargs: object) -> None:
         raise CannotMap(f"{os.path.basename(path)} is pickled, not safetensors")
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced("safe_open", lambda path, **_: _HeaderOnlyFile(path, sources, ahead)))
+        stack.enter_context(_replaced("safe_open", lambda path, **_: _HeaderOnlyFile(path, copies, ahead)))
+        conversions = stack.enter_context(_conversions_noted(copies))
+        stack.enter_context(_run_within("convert_and_load_state_dict_in_model", copies))
         stack.enter_context(_replaced("load_state_dict", refuse_pickle))
         stack.enter_context(zero3_hidden_from_transformers())
         stack.enter_context(quiet_transformers())
+        kwargs |= _dequantising(name_or_path, kwargs)
         # transformers' own error for wrong shapes names none of them.
         loaded: Any = auto_class_of(name_or_path, kwargs).from_pretrained(
             name_or_path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
@@ -141,10 +218,41 @@ def load_on_meta(name_or_path: str, *, dtype: torch.dtype, ahead: ReadAhead | No
             f"({len(told['mismatched_keys'])} such weights): the config and the weights are not of one model."
         )
     check_loading(model, name_or_path, told)
-    _refuse_two_names(model, name_or_path, {location.name for _, location in sources.values()})
-    if _converts(model):
-        raise CannotMap("its tensors are fused, split or converted on the way into the model")
-    return MetaModel(model, sources)
+    _refuse_two_names(model, name_or_path, {location.name for location in copies.origins()})
+    _forget_dequantising(model)
+    return MetaModel(model, copies, conversions)
+
+
+DEQUANTISED = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+"""Quantisation methods whose weights transformers makes floating-point numbers of as it loads them, if asked to."""
+
+
+def quantisation(name_or_path: str, hub: dict[str, Any]) -> str | None:
+    """The method by which the model's weights are stored in fewer bits, as its config names it."""
+    return quantisation_of(
+        AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in hub.items() if k != "attn_implementation"})
+    )
+
+
+def quantisation_of(config: Any) -> str | None:
+    """``quantisation`` of a configuration."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    return str((found if isinstance(found, dict) else found.to_dict()).get("quant_method"))
+
+
+def _dequantising(name_or_path: str, hub: dict[str, Any]) -> dict[str, Any]:
+    method = quantisation(name_or_path, hub)
+    return {"quantization_config": DEQUANTISED[method](dequantize=True)} if method in DEQUANTISED else {}
+
+
+def _forget_dequantising(model: PreTrainedModel) -> None:
+    """``save_pretrained`` reverses what loading did: half of it (FP8), under the names of what is no longer stored (MXFP4)."""
+    steps: Any = model._weight_conversions
+    if any(getattr(operation, "hf_quantizer", None) for step in steps for operation in getattr(step, "operations", ())):
+        used = {tuple(step._original_target_patterns) for step in steps}
+        steps[:] = [step for step in get_model_conversion_mapping(model) if tuple(step._original_target_patterns) in used]
 
 
 def check_loading(model: PreTrainedModel, name: str | os.PathLike, told: dict[str, Any]) -> None:
@@ -213,22 +321,37 @@ def _refuse_two_names(model: PreTrainedModel, name: str | os.PathLike, stored: s
         )
 
 
-def weights_as_loaded(directory: str | os.PathLike) -> dict[str, TensorLocation]:
-    """Where the data of each parameter of the causal LM in a local directory lies, by the parameter's name, as
-    ``from_pretrained`` finds it; of tied parameters the one that is kept. Needs no process group.
+@dataclass(frozen=True)
+class LoadedWeight:
+    """A parameter of a loaded model, and which elements of the stored tensors it is made of."""
+
+    shape: tuple[int, ...]
+    pieces: list[Piece[TensorLocation]]
+
+    @property
+    def location(self) -> TensorLocation | None:
+        """The one stored tensor that it is, where it is one."""
+        first = self.pieces[0].origin if len(self.pieces) == 1 else None
+        return first if first is not None and first.shape == self.shape else None
+
+
+def weights_as_loaded(directory: str | os.PathLike) -> dict[str, LoadedWeight]:
+    """What each parameter of the causal LM in a local directory is made of, by the parameter's name, as ``from_pretrained``
+    makes it; of tied parameters the one that is kept. Without those that are computed from what is stored. Needs no process
+    group.
 
     Raises:
-        CannotMap: weights are pickled, quantised or converted on loading.
+        CannotMap: weights are pickled.
         CheckpointError: as ``resolve_checkpoint`` and ``load_on_meta``.
     """
     resolve_checkpoint(directory)
     built = load_on_meta(os.fspath(directory), dtype=torch.float32, trust_remote_code=False)
-    return {name: built.source(param) for name, param in built.model.named_parameters() if param.is_meta}
-
-
-def _converts(model: Any) -> bool:
-    """Whether loading ``model`` fused, split or transposed weights."""
-    return any(isinstance(step, WeightConverter) for step in getattr(model, "_weight_conversions", None) or ())
+    found = {}
+    for name, param in built.model.named_parameters():
+        with suppress(CannotMap):
+            if param.is_meta:
+                found[name] = LoadedWeight(tuple(param.shape), built.source(param))
+    return found
 
 
 @contextmanager
@@ -257,30 +380,54 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def _split_by_storage(state: dict[str, torch.Tensor], **kwargs: Any) -> StateDictSplit:
+    """Tensors of one storage go to one file, as everywhere; on meta, huggingface_hub takes every one for a storage."""
+    return split_state_dict_into_shards_factory(
+        state, get_storage_size=get_torch_storage_size, get_storage_id=lambda tensor: tensor.untyped_storage()._cdata, **kwargs
+    )
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor of a weight file, and which elements of the state dict's tensors it is made of."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: list[Piece[str]]
+
+
 def save_without_weights(
     model: PreTrainedModel, directory: str, state: dict[str, torch.Tensor], max_shard_size: int | str
-) -> dict[str, dict[str, str]]:
+) -> dict[str, dict[str, SavedTensor]]:
     """``model.save_pretrained`` without a weight file: configs and index only.
 
     Args:
         state: by state-dict name, one meta tensor a stored tensor (the same object for tied ones).
 
     Returns:
-        For each weight file its tensors: name in the file to name in the model, in ``save_pretrained``'s order.
+        For each weight file its tensors by their names in the file, in ``save_pretrained``'s order. What loading stacked,
+        fused, renamed or permuted is taken apart again, where that is a matter of copying row ranges.
     """
-    by_storage = {tensor.untyped_storage()._cdata: name for name, tensor in state.items()}
-    files: dict[str, dict[str, str]] = {}
+    copies: Copies[str] = Copies()
+    for name, tensor in state.items():
+        copies.add(tensor, name)
+    files: dict[str, dict[str, SavedTensor]] = {}
 
     def record(tensors: dict[str, torch.Tensor], path: str, metadata: object = None) -> None:
         for name, tensor in tensors.items():
-            model_name = by_storage.get(tensor.untyped_storage()._cdata)
-            if model_name is None or state[model_name].shape != tensor.shape:
-                raise CannotMap(f"{name} is split or fused from the model's parameters")
-            files.setdefault(os.path.basename(path), {})[name] = model_name
+            try:
+                saved = SavedTensor(tuple(tensor.shape), tensor.dtype, copies.pieces(tensor))
+            except CannotMap as cause:
+                raise CannotMap(f"{name}: {cause}") from cause
+            files.setdefault(os.path.basename(path), {})[name] = saved
 
     def save(original_format: bool) -> None:
         files.clear()
-        with _replaced("safe_save_file", record), quiet_transformers():
+        with ExitStack() as stack:
+            stack.enter_context(_replaced("safe_save_file", record))
+            stack.enter_context(_replaced("split_torch_state_dict_into_shards", _split_by_storage))
+            stack.enter_context(_run_within("revert_weight_conversion", copies))
+            stack.enter_context(quiet_transformers())
             model.save_pretrained(
                 directory, state_dict=dict(state), max_shard_size=max_shard_size, save_original_format=original_format
             )

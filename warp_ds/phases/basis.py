@@ -18,8 +18,8 @@ from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.cluster.processes import all_gather_object, init_distributed, rank, world_size
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.arguments import BasisArguments
-from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, weight_basis
-from warp_ds.models.layer_names import LAYER_TYPES
+from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, unseen_basis, weight_basis
+from warp_ds.models.layer_names import type_order
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases.packing import attention_of, check_apart, check_packing, micro_batch
 from warp_ds.phases.publish import published
@@ -33,6 +33,7 @@ from warp_ds.store.metadata import BasisMetadata, layer_entry, metadata_dict
 from warp_ds.store.state import Progress
 from warp_ds.zero.batches import Samples
 from warp_ds.zero.collect import (
+    ROUTED,
     Background,
     Delivered,
     LayerInput,
@@ -141,13 +142,16 @@ def _from_activations(
             "scope, more samples, or a longer --max_length (responses may have been cut off)"
         )
     entries: Entries = {}
+    few: list[str] = []
     traffic, begun = Traffic(), time.monotonic()
     progress, done = Progress(directory.parent, len(layers), "layers"), 0
     with Background("decomposing the covariances", samples.device) as decompositions:
         for seen in _inputs(model, layers, samples, arguments, directory):
             way = seen.route
             tokens, delivered = deliver(seen, owner[seen.first.name], arguments.torch_dtype, traffic)
-            if tokens != samples.tokens:
+            if way == ROUTED:
+                few += [f"{seen.first.name} ({tokens})"] if tokens < seen.first.n else []
+            elif tokens != samples.tokens:
                 raise ConfigError(
                     f"{seen.first.name} saw {tokens} tokens, but the safety set has {samples.tokens}: "
                     "the model runs this layer more than once a pass, or not for every token"
@@ -158,6 +162,14 @@ def _from_activations(
             progress.at(done)
             leave_if_asked()  # finished bases stay: a run that goes on makes the others
         decompositions.meet()
+    if few:
+        logger.warning(
+            "%d experts saw fewer tokens of the safety set than they have inputs (%s%s): their bases hold what they saw, "
+            "completed by its complement, of which nothing is frozen",
+            len(few),
+            ", ".join(few[:4]),
+            ", ..." if len(few) > 4 else "",
+        )
     log_rate("bases", samples.length(range(len(samples))), begun)
     logger.info("this rank has sent %.3f GB of activations and covariances", traffic.bytes / 1e9)
     return entries
@@ -195,6 +207,8 @@ def _decomposition(
             basis = token_basis(delivered.x, arguments.energy, arguments.max_rank)
         elif delivered.sigma is not None:
             basis = covariance_basis(delivered.sigma, arguments.energy, arguments.max_rank)
+        else:
+            basis = unseen_basis(delivered.layers[0].n)
         delivered.x = delivered.sigma = None
         entries.update(_write(directory, delivered.layers, basis, delivered.tokens, way, time.monotonic() - begun))
 
@@ -224,7 +238,11 @@ def _without_data(
                 if w is not None:
                     basis = weight_basis(w, arguments.energy, arguments.max_rank)
                 else:
-                    seed = 1000 * (arguments.seed * 1000 + group[0].layer) + LAYER_TYPES.index(group[0].type)
+                    seed = (
+                        1000 * (arguments.seed * 1000 + group[0].layer)
+                        + type_order(group[0].type)[0]
+                        + 100 * (group[0].expert or 0)
+                    )
                     basis = random_basis(group[0].n, seed, arguments.max_rank)
                 entries.update(_write(directory, group, basis, 0, arguments.basis, time.monotonic() - begun))
 

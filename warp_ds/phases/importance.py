@@ -301,6 +301,8 @@ def scored_inputs(layers: Sequence[TargetLayer], basis: BasisStore | None, token
         for layer in layers:
             by_file.setdefault(basis.metadata.layers[layer.name]["file"], []).append(layer)
         groups = list(by_file.values())
+    # Experts of a block share a basis, but each is given tokens of its own.
+    groups = [[of for of in group if of.expert == expert] for group in groups for expert in {of.expert: 0 for of in group}]
     inputs = []
     for group in groups:
         n = r = group[0].n

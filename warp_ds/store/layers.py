@@ -25,7 +25,7 @@ class TargetLayer:
     layer: int
     """Number of its block."""
     type: str
-    """One of models.layer_names.LAYER_TYPES."""
+    """One of models.layer_names.LAYER_TYPES, or of EXPERT_TYPES with the expert's number: experts_down_007."""
     m: int
     """Outputs: rows of W."""
     n: int
@@ -47,6 +47,11 @@ class TargetLayer:
     def parameter(self) -> str:
         """Name of the parameter [m, n], or [height, n], that it lies in."""
         return self.stored or f"{self.module}.weight"
+
+    @property
+    def expert(self) -> int | None:
+        """Which of its block's experts it belongs to; None for a layer that sees every token."""
+        return int(self.type.rpartition("_")[2]) if self.type.startswith("experts_") else None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -83,6 +83,22 @@ class Batch:
         whole = self.sequence is None and len(self._places) == len(x)
         return x if whole else x.index_select(0, self._places)
 
+    def take_at(self, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Of x [t, n], what a layer saw of the tokens ``places`` [t] alone: those that count, and their numbers among all that
+        count, in the order of ``take``."""
+        order = torch.full((self.counted.numel(),), -1, dtype=torch.long, device=x.device)
+        order[self._places] = torch.arange(len(self._places), device=x.device)
+        numbers, chosen = order[places].sort(stable=True)
+        counting = numbers >= 0
+        return x.index_select(0, chosen[counting]), numbers[counting]
+
+    def sums_at(self, x: Tensor, places: Tensor) -> Tensor:
+        """``sums`` of x [t, n], what a layer saw of the tokens ``places`` [t] alone."""
+        rows = self.labels.new_tensor(range(len(self.labels))).unsqueeze(1).expand(self.labels.shape)
+        of_tokens = (rows if self.sequence is None else self.sequence).flatten()[places]
+        found = torch.zeros(len(self.samples) + 1, dtype=torch.float32, device=x.device)
+        return found.index_add_(0, of_tokens, x.sum(dim=-1, dtype=torch.float32))[: len(self.samples)]
+
 
 def sample_sums(x: Tensor) -> Tensor:
     """fp32 [B]: for each sample of x [B, ...] a sum that is finite where every entry is.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from warp_ds.cluster.peaks import LARGE_PIECE, return_freed_memory
 from warp_ds.cluster.processes import all_gather_object, collective_device, rank, world_size
 from warp_ds.data.collate import EMPTY
 from warp_ds.method.covariance import Covariance
-from warp_ds.models.layer_names import LAYER_TYPES
+from warp_ds.models.experts import by_module, tapped
+from warp_ds.models.layer_names import type_order
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.fetch import FetchHooks, outside
@@ -45,7 +47,7 @@ REMEDY = (
 
 # ---------------------------------------------------------------- how inputs reach their owner
 
-TOKENS, SEND, REDUCE = "tokens", "send", "reduce"
+TOKENS, SEND, REDUCE, ROUTED = "tokens", "send", "reduce", "routed"
 
 
 def route(tokens: int, n: int, ranks: int, itemsize: int) -> str:
@@ -63,6 +65,18 @@ def route(tokens: int, n: int, ranks: int, itemsize: int) -> str:
     return SEND if sent < reduced else REDUCE
 
 
+def of_expert(layer: TargetLayer) -> bool:
+    """Whether a layer's own input is seen: an expert's down projection. Gates and ups share the block's."""
+    return layer.type.startswith("experts_down")
+
+
+def _empty(layers: list[TargetLayer], samples: Samples, itemsize: int) -> LayerInput:
+    """How many tokens an expert is given is known at the end, so they are kept as they are (``routed``)."""
+    n = layers[0].n
+    way = ROUTED if of_expert(layers[0]) else route(samples.tokens, n, world_size(), itemsize)
+    return LayerInput(layers, way, Covariance(n, samples.device) if way == REDUCE else None)
+
+
 @dataclass(eq=False)
 class LayerInput:
     """An input that some target layers share, and what this rank has seen of it."""
@@ -77,7 +91,7 @@ class LayerInput:
     @property
     def first(self) -> TargetLayer:
         """The layer that the basis is named by."""
-        return min(self.layers, key=lambda layer: LAYER_TYPES.index(layer.type))
+        return min(self.layers, key=lambda layer: type_order(layer.type))
 
     def add(self, x: Tensor) -> None:
         """Adds tokens x [t, n]."""
@@ -121,7 +135,8 @@ def deliver(shared: LayerInput, owner: int, dtype: torch.dtype, traffic: Traffic
         local = torch.cat(shared.pieces) if shared.pieces else torch.empty(0, n, dtype=dtype)
         shared.pieces.clear()
         x = _send(local, counts, owner, traffic)
-        if x is not None and shared.route == SEND:
+        x = None if x is not None and not len(x) else x  # an expert that no token was routed to
+        if x is not None and (shared.route == SEND or (shared.route == ROUTED and len(x) >= n)):
             total = Covariance(n, x.device)
             total.add(x)
             x, sigma = None, total.result()
@@ -238,9 +253,13 @@ class InputHooks:
         self._sums: list[tuple[TargetLayer, Batch, Tensor]] = []
         self._seen: list[tuple[TargetLayer, Tensor]] = []
         self._handles: list[Any] = []
+        self._stack = ExitStack()
 
     def __enter__(self) -> InputHooks:
-        for layer in self.layers:
+        experts = by_module(self.layers)
+        if experts:
+            self._stack.enter_context(tapped(self.model, {name: _ExpertInputs(self, of) for name, of in experts.items()}))
+        for layer in (layer for layer in self.layers if layer.expert is None):
 
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], layer: TargetLayer = layer) -> None:
                 self._take(layer, inputs[0].detach())
@@ -251,6 +270,20 @@ class InputHooks:
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
+        self._stack.close()
+
+    def take_routed(self, layer: TargetLayer, x: Tensor, places: Tensor) -> None:
+        """Adds what an expert's layer is given: x [t, n] of the batch's tokens ``places``."""
+        assert self.batch is not None
+        if layer.name not in self.inputs:
+            self.inputs[layer.name] = _empty([layer], self.samples, self.itemsize)
+        self._sums.append((layer, self.batch, self.batch.sums_at(x, places)))
+        self.inputs[layer.name].add(self.batch.take_at(x, places)[0])
+
+    def take(self, layer: TargetLayer, x: Tensor) -> None:
+        """Adds what a layer is given: all tokens of the batch, [B, L, n], or flat."""
+        assert self.batch is not None
+        self._take(layer, x.view(*self.batch.counted.shape, -1))
 
     def _take(self, layer: TargetLayer, x: Tensor) -> None:
         assert self.batch is not None
@@ -263,9 +296,7 @@ class InputHooks:
                 return
         self._seen.append((layer, x))
         if layer.name not in self.inputs:
-            way = route(self.samples.tokens, layer.n, world_size(), self.itemsize)
-            covariance = Covariance(layer.n, self.samples.device) if way == REDUCE else None
-            self.inputs[layer.name] = LayerInput([layer], way, covariance)
+            self.inputs[layer.name] = _empty([layer], self.samples, self.itemsize)
         # Padding counts too, since real tokens attend to nothing that is not finite.
         self._sums.append((layer, self.batch, self.batch.sums(x)))
         self.inputs[layer.name].add(self.batch.take(x))
@@ -288,6 +319,28 @@ class InputHooks:
     def distinct(self) -> list[LayerInput]:
         """The different inputs, in the order in which they were met."""
         return list(dict.fromkeys(self.inputs.values()))
+
+
+@dataclass
+class _ExpertInputs:
+    """Shows ``hooks`` what a block's experts are given."""
+
+    hooks: InputHooks
+    layers: list[TargetLayer]
+
+    def given(self, hidden: Tensor) -> None:
+        for layer in self.layers:
+            if not of_expert(layer):
+                self.hooks.take(layer, hidden.detach())
+
+    def up(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def down(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        for layer in self.layers:
+            if of_expert(layer) and layer.expert == expert:
+                self.hooks.take_routed(layer, x.detach(), places)
+        return y
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
@@ -360,9 +413,7 @@ def _on_every_rank(hooks: InputHooks, layers: Sequence[TargetLayer], samples: Sa
     named = {layer.name: layer for layer in layers}
     empty = []
     for names in shared:
-        group = [named[name] for name in names]
-        way = route(samples.tokens, group[0].n, world_size(), itemsize)
-        empty.append(LayerInput(group, way, Covariance(group[0].n, samples.device) if way == REDUCE else None))
+        empty.append(_empty([named[name] for name in names], samples, itemsize))
     return hooks.distinct() or empty
 
 

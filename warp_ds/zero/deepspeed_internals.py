@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+from deepspeed.utils import safe_get_local_grad, safe_set_local_grad, z3_leaf_module
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import safe_globals
 
@@ -363,3 +363,18 @@ def is_built(operator: str) -> bool:
     from deepspeed.git_version_info import installed_ops
 
     return bool(installed_ops.get(operator))
+
+
+def let_leaf_inputs_have_gradients(model: nn.Module) -> None:
+    """DeepSpeed takes the gradients of what it calls leaf modules (mixtures of experts) once those of their inputs are there.
+    Where no input would have one, as below the lowest trained layer, that were before the parameters' own."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        floats = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs]
+        if not torch.is_grad_enabled() or not any(floats) or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return None
+        return tuple(x.detach().requires_grad_(True) if own else x for x, own in zip(inputs, floats, strict=True))
+
+    for module in model.modules():
+        if z3_leaf_module(module):
+            module.register_forward_pre_hook(hook, prepend=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from warp_ds.cluster.memory import host_memory
 from warp_ds.cluster.processes import all_gather_object, rank
 from warp_ds.data.formats import IGNORE
 from warp_ds.errors import ConfigError
-from warp_ds.store.layers import TargetLayer
+from warp_ds.models.experts import by_module, tapped
+from warp_ds.store.layers import Ranges, TargetLayer
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.fetch import FetchHooks, outside, saved_by_reference
 from warp_ds.zero.importance_steps import Step
@@ -24,10 +25,49 @@ from warp_ds.zero.walk import BlockWalk, HiddenStates, keep_last
 
 @dataclass
 class Tapped:
-    """What one backward pass shows of a target layer: x [B, L, n] and g = ∂L/∂y [B, L, m]."""
+    """What one backward pass shows of a target layer: x [B, L, n] and g = ∂L/∂y [B, L, m]; of an expert x [t, n] and
+    g [t, m] of the tokens ``places`` [t] of the batch."""
 
     x: Tensor
     g: Tensor
+    places: Tensor | None = None
+
+
+def _tap(taken: dict[str, Tapped], name: str, y: Tensor, x: Tensor, columns: Ranges = (), places: Tensor | None = None) -> None:
+    """Lets the backward pass leave x and ∂L/∂y, of y as the layer made it, whatever the model then does to it in place."""
+
+    def take(gradients: tuple[Tensor, ...]) -> None:
+        (g,) = gradients
+        parts = [g[..., first:end] for first, end in columns] or [g]
+        taken[name] = Tapped(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), places)
+
+    if y.grad_fn is not None:
+        y.grad_fn.register_prehook(take)
+
+
+@dataclass
+class _ExpertGradients:
+    """Taps what a block's experts are given, and the gradients of what they make of it."""
+
+    taken: dict[str, Tapped]
+    layers: list[TargetLayer]
+
+    def given(self, hidden: Tensor) -> None:
+        pass
+
+    def up(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return self._tap([of for of in self.layers if "down" not in of.type], expert, places, x, y)
+
+    def down(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return self._tap([of for of in self.layers if "down" in of.type], expert, places, x, y)
+
+    def _tap(self, layers: list[TargetLayer], expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        for layer in layers:
+            if layer.expert == expert:
+                first = expert * y.shape[-1]  # of the expert's rows in the stacked parameter
+                columns = tuple((begin - first, end - first) for begin, end in layer.rows)
+                _tap(self.taken, layer.name, y, x.detach(), columns, places)
+        return y
 
 
 @dataclass
@@ -38,14 +78,18 @@ class GradientTaps:
     layers: Sequence[TargetLayer]
     taken: dict[str, Tapped] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
+    _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> GradientTaps:
-        for layer in self.layers:
+        experts = by_module(self.layers)
+        if experts:
+            self._stack.enter_context(
+                tapped(self.model, {name: _ExpertGradients(self.taken, of) for name, of in experts.items()})
+            )
+        for layer in (layer for layer in self.layers if layer.expert is None):
 
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, layer: TargetLayer = layer) -> None:
-                if y.grad_fn is not None:
-                    # Of y as the layer made it, whatever the model then does to it in place.
-                    y.grad_fn.register_prehook(partial(self._take, layer, inputs[0].detach()))
+                _tap(self.taken, layer.name, y, inputs[0].detach(), layer.rows)
 
             self._handles.append(self.model.get_submodule(layer.module).register_forward_hook(hook))
         return self
@@ -53,11 +97,7 @@ class GradientTaps:
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
-
-    def _take(self, layer: TargetLayer, x: Tensor, gradients: tuple[Tensor, ...]) -> None:
-        (g,) = gradients
-        parts = [g[..., first:end] for first, end in layer.rows] or [g]
-        self.taken[layer.name] = Tapped(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
+        self._stack.close()
 
 
 # ---------------------------------------------------------------- backward passes

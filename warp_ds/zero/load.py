@@ -2,7 +2,7 @@
 
 transformers opens the whole checkpoint on rank 0 and gathers, overwrites, broadcasts and splits each parameter in turn.
 Here the model is built on meta, and every partition, a flat range of the parameter, is a byte range of a safetensors
-file: it is read straight into ``ds_tensor``. A rank's peak memory is its shard and one read buffer.
+file, or several: they are read straight into ``ds_tensor``. A rank's peak memory is its shard and one read buffer.
 """
 
 from __future__ import annotations
@@ -21,23 +21,31 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from warp_ds.cluster.consensus import on_every_rank_or_none
-from warp_ds.cluster.processes import all_gather_object, rank
+from warp_ds.cluster.processes import all_gather_object, collective_device, rank
 from warp_ds.models.classes import auto_class_of
+from warp_ds.models.copies import CannotMap
 from warp_ds.models.transformers_internals import (
-    CannotMap,
+    DEQUANTISED,
+    Conversion,
     MetaModel,
     check_loading,
     load_on_meta,
+    quantisation,
     zero3_hidden_from_transformers,
 )
 from warp_ds.store.checkpoint_index import RangeReader, ReadAhead, TensorLocation
+from warp_ds.store.pieces import Piece
 from warp_ds.zero.partitioned_param import Partitioner, own_range, why_not_by_hand
 
 logger = logging.getLogger(__name__)
+
+Pieces = list[Piece[TensorLocation]]
+Converted = tuple[str, nn.Parameter, Conversion]
+"""A parameter's name, the parameter and how it is made, where it is no pieces of stored tensors."""
 
 
 def load_sharded(
@@ -54,9 +62,10 @@ def load_sharded(
     """A causal LM with ZeRO-3 partitioned parameters: for ``deepspeed.initialize``, or for use as it is with
     ``deepspeed.zero.GatheredParameters``. Parameters, buffers, ties, configs and warnings are ``from_pretrained``'s.
 
-    Every rank calls it, after torch.distributed was initialised. Checkpoints and settings whose partitions are no byte
-    ranges (pickled ``.bin``, quantised or fused weights, offload to NVMe, ...) go through ``from_pretrained`` under
-    ``zero.Init``, and the log says why.
+    Every rank calls it, after torch.distributed was initialised. Parameters that transformers stacks, fuses, splits or
+    permutes from stored tensors are read from these; those that it transposes are made whole, in turns, by one rank each.
+    Checkpoints and settings whose partitions are no byte ranges (pickled ``.bin``, quantised weights, offload to NVMe, ...)
+    go through ``from_pretrained`` under ``zero.Init``, and the log says why.
 
     Args:
         model_name_or_path: local folder or hub name (cached files serve offline).
@@ -92,7 +101,7 @@ def load_sharded(
 
 def _built_on_meta(
     name: str, ds_config: dict[str, Any] | None, dtype: torch.dtype, hub: dict[str, Any]
-) -> tuple[MetaModel | None, dict[int, TensorLocation], str | None]:
+) -> tuple[MetaModel | None, dict[int, Pieces | Conversion], str | None]:
     """(the model on meta, where each of its parameters comes from, None), or why it cannot be read in shards. Collective."""
     reason = why_not_by_hand(ds_config or {})
     ahead = ReadAhead(rank(), dist.get_world_size())
@@ -107,15 +116,19 @@ def _built_on_meta(
     return None, {}, reason
 
 
-def _read_shards(built: MetaModel, plan: dict[int, TensorLocation], partitioner: Partitioner, name: str, progress: bool) -> int:
+def _read_shards(
+    built: MetaModel, plan: dict[int, Pieces | Conversion], partitioner: Partitioner, name: str, progress: bool
+) -> int:
     """Partitions the model on meta, and reads this rank's pieces; returns their bytes. Collective."""
     with _no_garbage_collection():
-        reads, whole = _replace_parameters(built.model, plan, partitioner)
+        reads, converted, whole = _replace_parameters(built.model, plan, partitioner)
     for param in whole:
         partitioner.cut(param)
-    with on_every_rank_or_none(f"reading {name}"), RangeReader() as reader:
-        _fill(reads, reader, progress and rank() == 0)
-        _fill_buffers(built, reader, partitioner.device)
+    with RangeReader() as reader:
+        with on_every_rank_or_none(f"reading {name}"):
+            _fill(reads, reader, progress and rank() == 0)
+            _fill_buffers(built, reader, partitioner.device)
+        _convert(converted, reader, name)
     return reader.bytes_requested
 
 
@@ -138,49 +151,56 @@ def _check_settings(ds_config: dict[str, Any] | None, device: str) -> None:
 
 
 def _why_quantised(name: str, hub: dict[str, Any]) -> str | None:
-    config = AutoConfig.from_pretrained(name, **{k: v for k, v in hub.items() if k != "attn_implementation"})
-    quantisation = getattr(config, "quantization_config", None)
-    if not quantisation:
-        return None
-    as_dict = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
-    return f"it is quantised ({as_dict.get('quant_method')})"
+    method = quantisation(name, hub)
+    return None if method is None or method in DEQUANTISED else f"it is quantised ({method})"
 
 
-def _plan(built: MetaModel) -> dict[int, TensorLocation]:
-    """Where each parameter that is still on meta comes from, by id."""
-    plan = {id(p): built.source(p) for p in built.model.parameters() if p.is_meta}
+def _plan(built: MetaModel) -> dict[int, Pieces | Conversion]:
+    """Where each parameter that is still on meta comes from, by id. Raises CannotMap."""
+    plan: dict[int, Pieces | Conversion] = {}
     for name, param in built.model.named_parameters():
-        if id(param) in plan and param.is_floating_point() and not plan[id(param)].dtype.is_floating_point:
-            location = plan[id(param)]
-            raise ValueError(
-                f"{location.path}: {location.name} is stored as {location.dtype}, but {name} is a floating-point "
-                "weight and the config names no quantisation: the header is wrong, or the file is of another model."
-            )
+        if not param.is_meta or id(param) in plan:
+            continue
+        try:
+            plan[id(param)] = pieces = built.source(param)
+        except CannotMap:
+            plan[id(param)] = built.conversion(param)
+            continue
+        for location in {piece.origin for piece in pieces}:
+            if param.is_floating_point() and not location.dtype.is_floating_point:
+                raise ValueError(
+                    f"{location.path}: {location.name} is stored as {location.dtype}, but {name} is a floating-point "
+                    "weight and the config names no quantisation: the header is wrong, or the file is of another model."
+                )
     return plan
 
 
 def _replace_parameters(
-    model: PreTrainedModel, plan: dict[int, TensorLocation], partitioner: Partitioner
-) -> tuple[list[tuple[nn.Parameter, TensorLocation]], list[nn.Parameter]]:
+    model: PreTrainedModel, plan: dict[int, Pieces | Conversion], partitioner: Partitioner
+) -> tuple[list[tuple[nn.Parameter, Pieces]], list[Converted], list[nn.Parameter]]:
     """Put partitioned parameters, still empty, in the place of those on meta; tied ones stay one.
 
     Returns the empty ones with their sources, and those that hold values already (missing in the checkpoint).
     """
     made: dict[int, nn.Parameter] = {}
-    reads, whole = [], []
-    for module in model.modules():
+    reads: list[tuple[nn.Parameter, Pieces]] = []
+    converted: list[Converted] = []
+    whole: list[nn.Parameter] = []
+    for path, module in model.named_modules():
         for name, param in module._parameters.items():
             if param is None:
                 continue
             if id(param) not in made:
-                if id(param) in plan:
-                    made[id(param)] = partitioner.empty(param)
-                    reads.append((made[id(param)], plan[id(param)]))
-                else:
-                    made[id(param)] = param
+                source = plan.get(id(param))
+                made[id(param)] = param if source is None else partitioner.empty(param)
+                if source is None:
                     whole.append(param)
+                elif isinstance(source, Conversion):
+                    converted.append((f"{path}.{name}" if path else name, made[id(param)], source))
+                else:
+                    reads.append((made[id(param)], source))
             module._parameters[name] = made[id(param)]
-    return reads, whole
+    return reads, converted, whole
 
 
 @contextmanager
@@ -196,17 +216,60 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _fill(reads: list[tuple[Any, TensorLocation]], reader: RangeReader, progress: bool) -> None:
+def _fill(reads: list[tuple[Any, Pieces]], reader: RangeReader, progress: bool) -> None:
     """Read this rank's range of each parameter, in the files' own order."""
-    jobs = []
-    for param, location in sorted(reads, key=lambda read: (read[1].path, read[1].offset)):
-        place = own_range(param)
-        jobs.append((location, place.start, param.ds_tensor[: place.stop - place.start]))
-    total = sum(out.numel() * location.dtype.itemsize for location, _, out in jobs)
+    jobs = [job for param, pieces in reads for job in _own(param, pieces)]
+    jobs.sort(key=lambda job: (job[1].origin.path, job[1].origin.offset, job[1].first))
+    total = sum(piece.length * piece.origin.dtype.itemsize for _, piece in jobs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading rank 0's shard", disable=not progress) as bar:
-        for location, first, out in jobs:
-            reader.read(location, first, out)
-            bar.update(out.numel() * location.dtype.itemsize)
+        for param, piece in jobs:
+            begin = piece.begin - own_range(param).start
+            reader.read(piece.origin, piece.first, param.ds_tensor[begin : begin + piece.length])
+            bar.update(piece.length * piece.origin.dtype.itemsize)
+
+
+def _convert(converted: list[Converted], reader: RangeReader, name: str) -> None:
+    """Parameters whose elements are no ranges of stored ones: the ranks take turns to make one whole, as transformers makes it,
+    and deal it out. Collective."""
+    by_run: dict[int, list[Converted]] = {}
+    for one in converted:
+        by_run.setdefault(id(one[2]), []).append(one)
+    runs = list(by_run.values())
+    if runs and rank() == 0:
+        logger.warning(
+            "%s: %d of its parameters (%s, ...) are transposed or computed from what is stored: the ranks make them whole, "
+            "one at a time each, with transformers' own conversion",
+            name,
+            len(converted),
+            converted[0][0],
+        )
+    for turn in range(0, len(runs), dist.get_world_size()):
+        batch = runs[turn : turn + dist.get_world_size()]
+        with on_every_rank_or_none(f"converting {name}"):
+            values = batch[rank()][0][2].run(reader) if rank() < len(batch) else {}
+        for owner, parameters in enumerate(batch):
+            for named, param, _ in parameters:
+                _deal_out(values.pop(named) if owner == rank() else None, param, owner)
+
+
+def _deal_out(value: torch.Tensor | None, param: Any, owner: int) -> None:
+    """Fills every rank's piece of ``param`` from its whole value on the owner. Collective."""
+    out = torch.empty(param.ds_tensor.numel(), dtype=param.dtype, device=collective_device())
+    pieces = None
+    if value is not None:
+        flat = out.new_zeros(dist.get_world_size() * out.numel())
+        flat[: param.ds_numel] = value.reshape(-1)
+        pieces = [piece.view(torch.uint8) for piece in flat.split(out.numel())]
+    dist.scatter(out.view(torch.uint8), pieces, src=owner)
+    param.ds_tensor.copy_(out)
+
+
+def _own(param: Any, pieces: Pieces) -> Iterator[tuple[Any, Piece[TensorLocation]]]:
+    """What of a parameter's pieces lies in this rank's range."""
+    place = own_range(param)
+    for piece in pieces:
+        if (own := piece.within(place.start, place.stop)).length > 0:
+            yield param, own
 
 
 def _fill_buffers(built: MetaModel, reader: RangeReader, device: torch.device) -> None:
@@ -217,7 +280,8 @@ def _fill_buffers(built: MetaModel, reader: RangeReader, device: torch.device) -
                 continue
             if buffer.is_meta:
                 module._buffers[name] = value = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
-                reader.read(built.source(buffer), 0, value.view(-1))
+                for piece in built.source(buffer):
+                    reader.read(piece.origin, piece.first, value.view(-1)[piece.begin : piece.end])
             else:
                 module._buffers[name] = buffer.to(device)
 

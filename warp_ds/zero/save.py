@@ -1,21 +1,23 @@
 """Save a ZeRO-3 model as an ordinary Hugging Face directory, every rank writing its share of the files.
 
-The files are those of ``save_pretrained``, byte for byte. Each weight file has one writing rank (concurrent writers of
-one file are not safe on every network file system); the pieces of a parameter are gathered to it in bounded chunks and
-go to their place in the file at once, so no rank holds a parameter, let alone the model. All is written in a directory
-beside the target, synced, and takes the target's name only when whole.
+The files are those of ``save_pretrained``, byte for byte, in the layout that the model was loaded from. Each weight file
+has one writing rank (concurrent writers of one file are not safe on every network file system); the pieces of a parameter
+are gathered to it in bounded chunks and go to their places in the file at once, so no rank holds a parameter, let alone the
+model. All is written in a directory beside the target, synced, and takes the target's name only when whole.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import queue
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from transformers import PreTrainedModel
 
 from warp_ds.cluster.consensus import on_every_rank_or_none
 from warp_ds.cluster.processes import broadcast_object, collective_device, rank, world_size
-from warp_ds.models.transformers_internals import save_without_weights
+from warp_ds.models.transformers_internals import SavedTensor, save_without_weights
 from warp_ds.store.checkpoint_index import DTYPES
 from warp_ds.zero import saved_directory
 from warp_ds.zero.fetch import gathered
@@ -38,10 +40,12 @@ GATHER_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a weight file."""
+class StoredRange:
+    """Elements [first, first + length) of a state-dict tensor, and where they go."""
 
     model_name: str
+    first: int
+    length: int
     dtype: torch.dtype
     offset: int
     """First byte in the file."""
@@ -53,7 +57,7 @@ class WeightFile:
 
     name: str
     header: bytes
-    tensors: list[StoredTensor]
+    ranges: list[StoredRange]
     size: int
 
 
@@ -149,7 +153,7 @@ def _write_all_but_weights(
         (directory / "README.md").write_text(model_card, encoding="utf-8")
     elif not (target / "README.md").exists():
         (directory / "README.md").write_text(_minimal_card(model), encoding="utf-8")
-    return [_lay_out(name, {k: (v, metas[v]) for k, v in names.items()}) for name, names in contents.items()]
+    return [_lay_out(name, tensors) for name, tensors in contents.items()]
 
 
 def _minimal_card(model: PreTrainedModel) -> str:
@@ -159,27 +163,33 @@ def _minimal_card(model: PreTrainedModel) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n# {type(model).__name__}\n"
 
 
-def _lay_out(file_name: str, tensors: dict[str, tuple[str, torch.Tensor]]) -> WeightFile:
-    """Header and offsets as the safetensors library writes them: by dtype, then by name, padded to 8 bytes.
-
-    Args:
-        tensors: by name in the file, the name in the model and a meta tensor of the stored shape and dtype.
-    """
+def _lay_out(file_name: str, tensors: dict[str, SavedTensor]) -> WeightFile:
+    """Header and offsets as the safetensors library writes them: by dtype, then by name, padded to 8 bytes."""
     dtype_names = {dtype: name for name, dtype in DTYPES.items()}
     rank_of = {dtype: index for index, dtype in enumerate(DTYPES.values())}
-    order = sorted(tensors, key=lambda name: (rank_of[tensors[name][1].dtype], name.encode()))
+    order = sorted(tensors, key=lambda name: (rank_of[tensors[name].dtype], name.encode()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name in order:
-        meta = tensors[name][1]
-        end = begin + meta.numel() * meta.dtype.itemsize
-        header[name] = {"dtype": dtype_names[meta.dtype], "shape": list(meta.shape), "data_offsets": [begin, end]}
+        tensor = tensors[name]
+        end = begin + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {"dtype": dtype_names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     data = 8 + len(text)
-    stored = [StoredTensor(tensors[name][0], tensors[name][1].dtype, data + header[name]["data_offsets"][0]) for name in order]
-    return WeightFile(file_name, len(text).to_bytes(8, "little") + text, stored, data + begin)
+    ranges = [
+        StoredRange(
+            piece.origin,
+            piece.first,
+            piece.length,
+            tensors[name].dtype,
+            data + header[name]["data_offsets"][0] + piece.begin * tensors[name].dtype.itemsize,
+        )
+        for name in order
+        for piece in tensors[name].pieces
+    ]
+    return WeightFile(file_name, len(text).to_bytes(8, "little") + text, ranges, data + begin)
 
 
 # Weights ----------------------------------------------------------------------------------------------------------
@@ -209,7 +219,8 @@ def _write_weights(state: dict[str, Any], files: list[WeightFile], directory: Pa
 class _Chunk:
     """Elements [begin, begin + length) of every rank's piece of a tensor, to be gathered at one rank."""
 
-    stored: StoredTensor
+    ranges: list[StoredRange]
+    """What the file holds of the tensor, in the tensor's order."""
     tensor: Any
     begin: int
     length: int
@@ -224,42 +235,55 @@ class _Chunk:
 
     @property
     def nbytes(self) -> int:
-        return sum(stop - start for start, stop in self._ranges()) * self.stored.dtype.itemsize
+        return sum(stop - start for piece in range(self.place.world_size) for _, start, stop in self._wanted(piece)) * (
+            self.ranges[0].dtype.itemsize
+        )
 
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        """What the chunk covers of the flat tensor, a range a piece, padding left out."""
+    def _wanted(self, piece: int) -> Iterator[tuple[StoredRange, int, int]]:
+        """What the file holds of one rank's part of the chunk: elements [start, stop) of the flat tensor, padding left out."""
         place = self.place
-        for piece in range(place.world_size):
-            start = piece * place.length + self.begin
-            yield start, max(start, min(start + self.length, (piece + 1) * place.length, place.m))
+        first = piece * place.length + self.begin
+        last = max(first, min(first + self.length, (piece + 1) * place.length, place.m))
+        index = bisect_right(self.ranges, first, key=lambda stored: stored.first + stored.length)
+        for stored in islice(self.ranges, index, None):
+            if stored.first >= last:
+                return
+            yield stored, max(first, stored.first), min(last, stored.first + stored.length)
 
     def gather(self) -> Iterator[tuple[int, torch.Tensor]]:
         """On the owner: file offsets, and bytes that belong there. Collective for partitioned tensors."""
-        partitioned = _is_partitioned(self.tensor)
+        partitioned, dtype = _is_partitioned(self.tensor), self.ranges[0].dtype
         flat = self.tensor.ds_tensor if partitioned else self.tensor.detach().reshape(-1)
-        mine = flat[self.begin : self.begin + self.length].to(self.stored.dtype).view(torch.uint8)
+        mine = flat[self.begin : self.begin + self.length].to(dtype).view(torch.uint8)
         pieces = [mine]
         if partitioned and world_size() > 1:
             mine = mine.to(collective_device())
             pieces = [torch.empty_like(mine) for _ in range(world_size())] if rank() == self.owner else []
             dist.gather(mine, pieces or None, dst=self.owner)
         if rank() == self.owner:
-            for (start, stop), piece in zip(self._ranges(), pieces, strict=True):
-                if start < stop:
-                    itemsize = self.stored.dtype.itemsize
-                    yield self.stored.offset + start * itemsize, piece[: (stop - start) * itemsize].cpu()
+            for index, data in enumerate(pieces):
+                first = index * self.place.length + self.begin
+                for stored, start, stop in self._wanted(index):
+                    here = data[(start - first) * dtype.itemsize : (stop - first) * dtype.itemsize]
+                    yield stored.offset + (start - stored.first) * dtype.itemsize, here.cpu()
 
 
 def _chunks(state: dict[str, Any], file: WeightFile, owner: int) -> Iterator[_Chunk]:
-    for stored in file.tensors:
-        tensor = state[stored.model_name]
+    by_tensor: dict[str, list[StoredRange]] = {}
+    for stored in file.ranges:
+        by_tensor.setdefault(stored.model_name, []).append(stored)
+    for name, ranges in by_tensor.items():
+        ranges.sort(key=lambda stored: stored.first)
+        tensor = state[name]
         # Pieces on NVMe, quantised, or over other groups of ranks: DeepSpeed puts the parameter together, whole.
         foreign = hasattr(tensor, "ds_tensor") and not _is_partitioned(tensor)
         with gathered([tensor] if foreign else []):
-            place = _Chunk(stored, tensor, 0, 0, owner).place
-            length = max(1, GATHER_BYTES // place.world_size // stored.dtype.itemsize)
+            place = _Chunk(ranges, tensor, 0, 0, owner).place
+            length = max(1, GATHER_BYTES // place.world_size // ranges[0].dtype.itemsize)
             for begin in range(0, place.length, length):
-                yield _Chunk(stored, tensor, begin, min(length, place.length - begin), owner)
+                chunk = _Chunk(ranges, tensor, begin, min(length, place.length - begin), owner)
+                if chunk.nbytes:  # the rest of it is in other files
+                    yield chunk
 
 
 def _is_partitioned(tensor: Any) -> bool:

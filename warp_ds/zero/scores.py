@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from warp_ds.cluster.dealing import block
-from warp_ds.cluster.processes import collective_device, rank, world_size
+from warp_ds.cluster.processes import all_gather_object, collective_device, rank, world_size
 from warp_ds.data.collate import EMPTY
 from warp_ds.method.importance import add_importance
 from warp_ds.store.layers import TargetLayer
@@ -50,7 +51,8 @@ class Finite:
 
     def watch(self, layer: TargetLayer, batch: Batch, tapped: Tapped) -> None:
         """One pass over each; padding counts too, since real tokens attend to nothing that is not finite."""
-        self._seen.append((layer, batch, torch.stack([batch.sums(tapped.x), batch.sums(tapped.g)])))
+        sums = batch.sums if tapped.places is None else partial(batch.sums_at, places=tapped.places)
+        self._seen.append((layer, batch, torch.stack([sums(tapped.x), sums(tapped.g)])))
 
     def failure(self) -> tuple[int, str, int] | None:
         """(order, layer name, sample) of the first that was not finite: an input of the lowest block, else a gradient
@@ -69,11 +71,28 @@ class Finite:
         return min(failures, default=None)
 
 
+def _counted(tapped: Tapped, batch: Batch, step: Step) -> tuple[Tensor, Step]:
+    """This rank's tokens that count of x, and the step by these: an expert is given some of its tokens. Collective."""
+    if tapped.places is None:
+        return batch.take(tapped.x), step
+    x, numbers = batch.take_at(tapped.x, tapped.places)
+    tokens = [int(count) for count in all_gather_object(len(numbers))]
+    of_experts = Step(step.parts, [], tokens)
+    before = sum(step.tokens[: rank()])
+    numbers = gather_tokens((numbers + before).unsqueeze(1), of_experts).squeeze(1).cpu()
+    for first, end, last in step.segments:
+        cuts = torch.searchsorted(numbers, torch.tensor([first, end])).tolist()
+        of_experts.segments.append((cuts[0], cuts[1], last))
+    return x, of_experts
+
+
 def gather_tokens(local: Tensor, step: Step) -> Tensor:
     """The tokens of all ranks in order, [all tokens, k], from this rank's [t, k]; on every rank."""
     if world_size() == 1:
         return local
     most = max(step.tokens)
+    if not most:  # no token was routed to the expert
+        return local
     padded = local.new_zeros(most, local.shape[1], device=collective_device())
     padded[: local.shape[0]] = local
     of_ranks = [torch.empty_like(padded) for _ in step.tokens]
@@ -88,6 +107,8 @@ def gather_rows(local: Tensor, step: Step, rows: Rows) -> Tensor:
     blocks = [Rows(rows.m, rows.world_size, r).block for r in range(rows.world_size)]
     sent = [local[:, b.start : b.stop].reshape(-1).to(collective_device()) for b in blocks]
     own = len(rows.block)
+    if not sum(step.tokens):
+        return local[:, rows.block.start : rows.block.stop]
     received = local.new_empty(sum(step.tokens) * own, device=collective_device())
     dist.all_to_all_single(received, torch.cat(sent), [t * own for t in step.tokens], [piece.numel() for piece in sent])
     return received.view(sum(step.tokens), own)
@@ -129,12 +150,14 @@ class RowScores:
         ``taken``: this rank's x and g, removed from it; ``columns``: U [n, r], None for the identity; ``scale``: what
         the loss must be multiplied by.
         """
-        x = batch.take(taken[scored.layers[0].name].x)
+        x, step = _counted(taken[scored.layers[0].name], batch, step)
         if columns is not None and scored.tokens_first:
             x, columns = x.float() @ columns, None
         right = gather_tokens(x, step)
         for layer in scored.layers:
-            g = gather_rows(batch.take(taken.pop(layer.name).g), step, self.rows[layer.name])
+            tapped = taken.pop(layer.name)
+            own = batch.take(tapped.g) if tapped.places is None else batch.take_at(tapped.g, tapped.places)[0]
+            g = gather_rows(own, step, self.rows[layer.name])
             for first, end, last in step.segments:
                 pending = self._pending.pop(layer.name, None)
                 if last:

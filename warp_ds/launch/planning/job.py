@@ -16,6 +16,7 @@ from warp_ds.models.classes import auto_class
 from warp_ds.models.context import text_config
 from warp_ds.models.source import local_model_dir, read_config, snapshot
 from warp_ds.models.targets import find_blocks, lacking_in_words, targets_and_lacking
+from warp_ds.models.transformers_internals import DEQUANTISED, quantisation_of
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.fetch import outside
 from warp_ds.zero.partition import RowPartition
@@ -107,6 +108,8 @@ class Shape:
     vocabulary: int
     stored_itemsize: int
     targets: list[TargetLayer]
+    loading: str = ""
+    """Where the weights are not read in shards, how they are."""
     lacking: str = ""
     """Of the blocks that were chosen those without a layer of some type, in words."""
 
@@ -141,8 +144,17 @@ def read_shape(model_name: str, layer_type: str, target_layers: str) -> Shape:
         vocabulary=text.vocab_size,
         stored_itemsize=(getattr(torch, stored) if isinstance(stored, str) else stored).itemsize,
         targets=targets,
+        loading=_loading(quantisation_of(config)),
         lacking=lacking_in_words(lacking),
     )
+
+
+def _loading(quantisation: str | None) -> str:
+    if quantisation is None:
+        return ""
+    if quantisation in DEQUANTISED:
+        return f"stored as {quantisation}: each parameter is made whole on one rank, the ranks by turns, and dealt out"
+    return f"stored as {quantisation}: loaded whole on rank 0 by from_pretrained, not in shards"
 
 
 def _widest(text: Any, blocks: list[nn.Module]) -> int:

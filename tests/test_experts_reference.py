@@ -1,0 +1,152 @@
+"""Phases 1, 2 and 3 on mixtures of experts, on 1, 2 and 3 ranks, against the dense one-process reference.
+
+Qwen 3 MoE has experts alone, DeepSeek's kind (GLM 4.5) a dense first block and an expert that every token passes. Tolerances as
+in Llama's references.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import dense_reference
+import experts_reference
+import numpy as np
+import pytest
+import rows_reference
+import torch
+from phase3_jobs import losses, make_model, phase3, phase12
+from ranks import run_ranks
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from warp_ds.evaluation.certificate import certify
+from warp_ds.evaluation.movement import movement
+
+WORLDS = (1, 2, 3)
+SHARED = {
+    "max_position_embeddings": 256,
+    "pad_token_id": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "num_experts_per_tok": 2,
+}
+
+
+def qwen3(vocabulary: int) -> Any:
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(vocab_size=vocabulary, **SHARED, num_experts=5, moe_intermediate_size=20, head_dim=8)
+    )
+
+
+def mixtral(vocabulary: int) -> Any:
+    return MixtralForCausalLM(MixtralConfig(vocab_size=vocabulary, **SHARED, num_local_experts=3))
+
+
+def glm4(vocabulary: int) -> Any:
+    sizes = {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 20,
+        "head_dim": 8,
+    }
+    return Glm4MoeForCausalLM(Glm4MoeConfig(vocab_size=vocabulary, **SHARED, **sizes, n_group=1, topk_group=1))
+
+
+#: Family -> its model, the layers that are masked, and on how many ranks.
+CASES = {
+    "qwen3": (qwen3, "ffn_down,ffn_up,ffn_gate", WORLDS),
+    "mixtral": (mixtral, "experts_down,experts_gate,attn_o", (2,)),
+    "glm4": (glm4, "ffn_down,experts_up,experts_down", WORLDS),
+}
+RUNS = [(family, world) for family, (_, _, worlds) in CASES.items() for world in worlds]
+
+
+def job(roots: dict[str, Path], world: int) -> dict[str, list[float]]:
+    found = {}
+    for family, root in roots.items():
+        if world in CASES[family][2]:
+            output = root / f"world{world}"
+            phase12(root, output, CASES[family][1])
+            found[family] = losses(phase3(root, output, output))
+    return found
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for family, (build, _, _) in CASES.items():
+        made[family] = tmp_path_factory.mktemp(family)
+        make_model(made[family], build)
+    return made
+
+
+@pytest.fixture(scope="module")
+def jobs(roots: dict[str, Path]) -> dict[int, dict[str, list[float]]]:
+    return {world: run_ranks(world, job, roots, world)[0] for world in WORLDS}
+
+
+def parts_of(root: Path, world: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(experts' layers, others)"""
+    parts = rows_reference.read_parts(root / f"world{world}")
+    return {k: p for k, p in parts.items() if "[" in k}, {k: p for k, p in parts.items() if "[" not in k}
+
+
+@pytest.mark.parametrize("family,world", RUNS)
+def test_bases_and_masks_are_the_references(roots: Any, jobs: Any, family: str, world: int) -> None:
+    root = roots[family]
+    experts, others = parts_of(root, world)
+    assert (len(experts), len(others)) == {"qwen3": (30, 0), "mixtral": (12, 2), "glm4": (8, 2)}[family]
+    inputs = experts_reference.experts_inputs(root)
+    sigmas = {name: dense_reference.covariance(inputs[experts_reference.sees(part)]) for name, part in experts.items()}
+    few = {name for name, part in experts.items() if len(inputs[experts_reference.sees(part)]) < part.basis.shape[0]}
+    for name, sigma in (sigmas | rows_reference.covariances(root, others)).items():
+        part = (experts | others)[name]
+        u, s = part.basis.double().numpy(), part.values.double().numpy()
+        assert np.abs((u * s) @ u.T - sigma).max() < 1e-5 * np.abs(sigma).max(), name
+        assert name not in few or u.shape[1] < u.shape[0], name
+    scores = experts_reference.importances(root, experts, 3) | rows_reference.importances(root, others, 3)
+    for name, of_layer in scores.items():
+        wanted = dense_reference.highest([of_layer], round(0.2 * of_layer.size))[0]
+        frozen = (experts | others)[name].frozen.numpy()
+        # What differs may only be scores within fp32's rounding of the threshold.
+        assert abs(int(frozen.sum()) - int(wanted.sum())) <= 2, name
+        least = of_layer[wanted].min(initial=np.inf)
+        assert np.abs(of_layer[frozen != wanted] - least).max(initial=0.0) < 1e-4 * least, name
+        assert (frozen != wanted).sum() <= 4, name
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_training_is_the_references_and_the_certificate_says_so(roots: Any, jobs: Any, world: int) -> None:
+    root, artefacts = roots["qwen3"], roots["qwen3"] / f"world{world}"
+    parts, _ = parts_of(root, world)
+    expected, weights = experts_reference.training(root, parts)
+    assert jobs[world]["qwen3"] == pytest.approx(expected, abs=1e-6)
+    start, trained = (
+        dict(AutoModelForCausalLM.from_pretrained(of).named_parameters())
+        for of in (root / "m", artefacts / "phase3_latest" / "model")
+    )
+    for name, value in trained.items():
+        if name not in weights:
+            assert torch.equal(value, start[name]), name
+            continue
+        assert (value.double() - weights[name]).abs().max() < 1e-5, name
+        assert (value - start[name]).abs().max() > 1e-3, name
+    certificate = certify(root / "m", artefacts / "phase3_latest" / "model", artefacts / "phase2_latest" / "masks")
+    assert certificate.kept, certificate.problems
+    assert len(certificate.layers) == len(parts)
+    moved = movement(root / "m", artefacts / "phase3_latest" / "model", artefacts / "phase1_latest" / "basis")
+    assert moved.keys() == parts.keys()
