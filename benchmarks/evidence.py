@@ -20,6 +20,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -27,8 +28,9 @@ from warp_ds.data.datasets import load_prompts, load_samples
 from warp_ds.data.synthetic import REFUSALS, demo_data
 from warp_ds.errors import ConfigError, WarpError
 from warp_ds.evaluation.metrics import wilson
+from warp_ds.evaluation.paired import Cells, Items, estimates, interval, replicates
 from warp_ds.launch.demo import COMPLIANT
-from warp_ds.phases.arms import compose
+from warp_ds.phases.arms import EXCLUSIVE, Arm, compose
 from warp_ds.store.files import read_lines, write_json, write_text
 
 SETS = ("Do-Not-Answer", "generated")
@@ -179,7 +181,7 @@ class Evidence:
             points = [Measured.of(path, self.protocol["prompts"]["heldout"]) for path in sorted((run / "points").iterdir())]
             points = [point for point in points if point is not None]
             outcomes[run.name] = [vars(point) for point in points]
-            blocks.append(f"## {run.name}\n\n{table(points)}")
+            blocks.append(f"## {run.name}\n\n{table(points)}\n{paired(points)}")
         write_json(self.out / "evidence.json", {"model": self.model, "dtype": self.dtype, "runs": outcomes})
         write_text(self.out / "evidence.md", "\n".join(blocks))
 
@@ -192,6 +194,7 @@ class Measured:
         found = re.fullmatch(r"(.+)_lr(.+)_seed(\d+)", name)
         self.arm, self.rate, self.seed = (found[1], float(found[2]), int(found[3])) if found else (name, None, None)
         self.nll = metrics.get("utility_nll")
+        self.loss = metrics.get("outcomes", {}).get("loss")
         by_suite: dict[str, list[Any]] = defaultdict(list)
         for row in rows:
             by_suite[row["suite"]].append(row.get("verdict", row.get("correct")))
@@ -203,6 +206,13 @@ class Measured:
             "over-refuses": harmless,
             "right": [bool(said) for said in by_suite["gsm8k"]],
         }
+
+    def items(self, name: str) -> Items:
+        """'loss', or a measure of ``outcomes``, prompt by prompt."""
+        if name == "loss":
+            kept = self.loss or {"nats": [], "tokens": []}
+            return Items(np.array(kept["nats"], float), np.array(kept["tokens"], float))
+        return Items(np.array(self.outcomes[name], float), np.ones(len(self.outcomes[name])))
 
     @classmethod
     def of(cls, path: Path, first: int) -> Measured | None:
@@ -227,6 +237,65 @@ def table(points: Sequence[Measured]) -> str:
         cells += [share([point.outcomes[name] for point in same]) for name in names]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def paired(points: Sequence[Measured]) -> str:
+    """Each arm less the same training without protection, each at the rate that is best for its task, on the same seeds."""
+    by_arm: dict[str, dict[float, dict[int, Measured]]] = defaultdict(lambda: defaultdict(dict))
+    for point in points:
+        if point.rate is not None and point.seed is not None:
+            by_arm[point.arm][point.rate][point.seed] = point
+    best = {arm: rates[best_rate(rates)] for arm, rates in by_arm.items()}
+    lines = []
+    for arm, seeds in sorted(best.items()):
+        plain = next((other for other in best if other != arm and is_plain(other, arm)), None)
+        if plain is None or not (shared := sorted(set(seeds) & set(best[plain]))):
+            continue
+        names = [name for name in seeds[shared[0]].outcomes if name != "incoherent"]
+        cells = [difference([seeds[s] for s in shared], [best[plain][s] for s in shared], name) for name in ("loss", *names)]
+        rate = next(point.rate for point in seeds.values())
+        lines.append(f"| {arm} at {rate:g} less {plain} | {len(shared)} | {' | '.join(cells)} |")
+        head = f"| | seeds | task loss | {' | '.join(names)} |\n{'|---' * (len(names) + 3)}|\n"
+    if not lines:
+        return ""
+    words = "Each arm at the rate with its best task loss, less the same training without protection at its own, paired"
+    return f"{words} over prompts and seeds\n(95 % of bootstrap draws):\n\n{head}" + "\n".join(lines) + "\n"
+
+
+def best_rate(rates: Mapping[float, Mapping[int, Measured]]) -> float:
+    """The rate with the lowest task loss on the seeds that every rate has (on its own where they share none)."""
+    shared = set.intersection(*(set(seeds) for seeds in rates.values()))
+
+    def loss(rate: float) -> float:
+        values = [point.nll for seed, point in rates[rate].items() if not shared or seed in shared]
+        return sum(float("inf") if value is None else value for value in values) / len(values)
+
+    return min(rates, key=loss)
+
+
+def is_plain(other: str, arm: str) -> bool:
+    """Whether ``other`` trains what ``arm`` trains, on data as harmful, and does nothing else."""
+    a, b = compose(arm), compose(other)
+    same = ("trains", "adapter", "harmful_share")
+    rest = [key for key in EXCLUSIVE if key not in same]
+    return all(getattr(a, key) == getattr(b, key) for key in same) and all(
+        getattr(b, key) == getattr(Arm(""), key) for key in rest
+    )
+
+
+def difference(ours: Sequence[Measured], theirs: Sequence[Measured], name: str) -> str:
+    """The first's measure less the second's, with its interval; points of shares in per cent."""
+
+    def cells(points: Sequence[Measured]) -> Cells:
+        return {("", number): point.items(name) for number, point in enumerate(points)}
+
+    both = [cells(ours), cells(theirs)]
+    if any(not len(items.top) for cell in both for items in cell.values()):
+        return ""
+    values = estimates(both)
+    low, high = interval(np.subtract(*replicates(both).T))
+    scale, form = (1, "+.3f") if name == "loss" else (100, "+.0f")
+    return f"{scale * (values[0] - values[1]):{form}} [{scale * low:{form}}, {scale * high:{form}}]"
 
 
 def share(seeds: Sequence[Sequence[bool]]) -> str:

@@ -76,3 +76,28 @@ def test_points_become_rows_with_each_prompt_set_apart(evidence: Any, tmp_path: 
     assert "| full+patch@1e-4 | 0.0001 | 2 | 0.500 | 75% [60, 86] | 0% [0, 9] |" in text and "| 50% [9, 91] |" in text
     kept = json.loads((tmp_path / "out" / "evidence.json").read_text())["runs"]["safe_sums"]
     assert [sum(point["outcomes"]["refuses Do-Not-Answer"]) for point in kept] == [40, 20]
+
+
+def test_arms_are_told_from_plain_training_prompt_by_prompt(evidence: Any) -> None:
+    def point(name: str, nll: float, marks: str) -> Any:
+        rows = [{"suite": "refusal", "prompt": "p", "verdict": {"r": "refusal", "c": "compliance"}[mark]} for mark in marks]
+        metrics = {"utility_nll": nll, "outcomes": {"loss": {"nats": [nll, nll], "tokens": [1, 1]}}}
+        return evidence.Measured(name, metrics, rows, 10)
+
+    points = [
+        point("layers_lr0.001_seed1", 0.5, "rrrrrrrrrr"),
+        point("layers_lr0.003_seed1", 0.3, "cccccrrrrr"),  # the better rate for the task
+        point("rotated_lr0.003_seed1", 0.4, "rrrrrrrrrr"),
+        point("full_lr0.003_seed1", 0.1, "cccccccccc"),
+        point("full+rotated_lr0.003_seed1", 0.1, "cccccccccr"),
+        point("full+harmful@0.1_lr0.003_seed1", 0.1, "cccccccccc"),
+    ]
+    lines = [line for line in evidence.paired(points).splitlines() if line.startswith("|") and " less " in line]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    rows = {name: rest for name, *rest in cells}
+    assert set(rows) == {"rotated at 0.003 less layers", "full+rotated at 0.003 less full"}
+    seeds, loss, refuses, *_ = rows["rotated at 0.003 less layers"]
+    assert seeds == "1" and loss == "+0.100 [+0.100, +0.100]"
+    value, low, high = (float(x) for x in refuses.replace("[", "").replace("]", "").replace(",", "").split())
+    assert value == 50 and 10 < low < 35 and 65 < high < 90  # ten prompts, five of which differ: 50 +- 2 sqrt(0.25 / 10)
+    assert rows["full+rotated at 0.003 less full"][2].startswith("+10 [+0, ")

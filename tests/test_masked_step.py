@@ -58,6 +58,8 @@ class Case:
     """Of the bases: on every rank, at an owner, to which shards are sent, or sharded, and gathered ahead of use."""
     zero: dict[str, Any] = field(default_factory=dict, hash=False)
     worlds: tuple[int, ...] = (1, 2, 3, 4)
+    samples: int = 12
+    """Of a global batch: a number of times the world size."""
 
 
 LARGE = 10**9
@@ -180,7 +182,9 @@ def hyperparameters(case: Case, names: list[str]) -> tuple[dict[str, float], dic
 
 
 @functools.cache
-def reference(root: Path, optimizer: str, model: str, basis: str, clip: float, decay: float, groups: bool, only: bool) -> Any:
+def reference(
+    root: Path, optimizer: str, model: str, basis: str, clip: float, decay: float, groups: bool, only: bool, samples: int
+) -> Any:
     """Losses, and the optimizer that holds the trained weights; one for all cases that differ in ZeRO-3 settings alone."""
     case = Case("reference", optimizer, model, basis, clip, decay, groups, only)
     dense = MODELS[model]()
@@ -193,11 +197,12 @@ def reference(root: Path, optimizer: str, model: str, basis: str, clip: float, d
         chosen: Any = dense_adamw(dense, artefacts, clip, decays)
     else:
         chosen = DenseAnyOptimizer(named, artefacts, lambda g: make_optimizer(optimizer, g, dense=True), decays, clip, lr)
-    return reference_losses(dense, token_batches(STEPS), chosen), chosen
+    return reference_losses(dense, token_batches(STEPS, samples), chosen), chosen
 
 
 def reference_of(case: Case, root: Path) -> Any:
-    return reference(root, case.optimizer, case.model, case.basis, case.clip, case.decay, case.groups, case.only)
+    settings = case.optimizer, case.model, case.basis, case.clip, case.decay, case.groups, case.only, case.samples
+    return reference(root, *settings)
 
 
 def make_engine(case: Case, dtype: torch.dtype = torch.float32, trained: Iterable[str] | None = None, **config: Any) -> Any:
@@ -300,7 +305,7 @@ def run_case(case: Case, root: Path) -> dict[str, float]:
         assert isinstance(protection.placement, Sharded)
         assert all(layer.basis in protection.placement.pieces for layer in protection.layers)
     before = masters(protection)
-    found = [train_step(engine, batch, case.accumulation) for batch in token_batches(STEPS)]
+    found = [train_step(engine, batch, case.accumulation) for batch in token_batches(STEPS, case.samples)]
     metrics = protection.metrics()
     result = {
         "loss": max(abs(a - b) for a, b in zip(found, losses, strict=True)),
