@@ -23,7 +23,13 @@ LINEAR: dict[str, Any] = dict(linear_num_value_heads=4, linear_num_key_heads=2, 
 MOE: dict[str, Any] = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 MOE |= dict(n_routed_experts=4, shared_expert_intermediate_size=16, n_shared_experts=1, first_k_dense_replace=1, n_group=1)
 MOE |= dict(topk_group=1)
-MLA: dict[str, Any] = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8)
+MLA: dict[str, Any] = dict(
+    q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, num_key_value_heads=4
+)
+VISION: dict[str, Any] = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28)
+VISION |= dict(patch_size=14, crop_size=28)
+AUDIO: dict[str, Any] = dict(hidden_size=16, intermediate_size=16, num_blocks=1, num_attention_heads=2, ext_pw_out_channel=16)
+AUDIO |= dict(depthwise_separable_out_channel=16, nemo_conv_channels=16, input_size=16)
 HEADS: dict[str, Any] = dict(head_dim=8)
 ODD: dict[str, Any] = dict(layer_types=["linear_attention", "full_attention"] * 2)
 LOCAL: dict[str, Any] = dict(layer_types=["sliding_attention", "full_attention"] * 2)
@@ -97,7 +103,7 @@ FAMILIES: dict[str, Family] = {
     "falcon_h1": Family({**HEADS, **MAMBA, "mamba_d_ssm": 64}, blocks(), walk=False),
     # Fused projections.
     "phi3": Family({}, blocks(), fused=(*QKV, "ffn_up", "ffn_gate")),
-    "phi4_multimodal": Family({}, blocks(), fused=(*QKV, "ffn_up", "ffn_gate")),
+    "phi4_multimodal": Family({"vision_config": VISION, "audio_config": AUDIO}, blocks(), fused=(*QKV, "ffn_up", "ffn_gate")),
     "glm": Family(HEADS, blocks(), fused=("ffn_up", "ffn_gate")),
     "glm4": Family(HEADS, blocks(), fused=("ffn_up", "ffn_gate")),
     "gpt_neox": ungated(QKV),
@@ -147,7 +153,9 @@ FAMILIES: dict[str, Family] = {
         walk=False,
         kind="gemma4_text",
     ),
-    "inkling2_text": Family({"n_routed_experts": 4}, blocks() | dict.fromkeys(EXPERT_TYPES, ALL), walk=False),
+    "inkling2_text": Family(
+        {"n_routed_experts": 4, "num_experts_per_tok": 2}, blocks() | dict.fromkeys(EXPERT_TYPES, ALL), walk=False
+    ),
     # Mixtures of experts.
     **{kind: experts() for kind in ("mixtral", "qwen2_moe", "olmoe", "phimoe", "granitemoe")},
     "qwen3_moe": experts(**HEADS),

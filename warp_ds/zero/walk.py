@@ -48,10 +48,17 @@ class BlockWalk:
         self._forwards: list[Forward] = [block.forward for block in self.blocks]
         self.fetches = [0] * len(self.blocks)
         """How often each block's parameters were gathered."""
-        embedding = model.get_input_embeddings()
-        self._embedding = list(embedding.parameters())
-        others = [p for m in outside(model, self.blocks) if m is not embedding for p in m.parameters(recurse=False)]
-        self._head = list({id(p): p for p in others}.values())
+        embedding, around = model.get_input_embeddings(), outside(model, self.blocks)
+        # Learned positions, which run again with every block: as wide as tokens, where embeddings of tokens per layer are not.
+        positions = [
+            module
+            for module in around
+            if isinstance(module, nn.Embedding) and module is not embedding and _width(module) == _width(embedding)
+        ]
+        self._positions = [p for module in positions for p in module.parameters()]
+        self._embedding = [*embedding.parameters(), *self._positions]
+        others = [p for m in around if m is not embedding and m not in positions for p in m.parameters(recurse=False)]
+        self._head = list({id(p): p for p in [*others, *self._positions]}.values())
 
     def why_not(self, batches: Sequence[Batch], layers: Sequence[TargetLayer], logits: bool = False) -> str | None:
         """Why the walk is not to be trusted with this model, None where it is; the same on every rank, given the same batches.
@@ -61,8 +68,7 @@ class BlockWalk:
         head, for logits), and each block twice.
         """
         reason = None
-        whole = {id(p): p for p in self._embedding + (self._head if logits else [])}
-        with gathered(whole.values()), torch.no_grad():
+        with torch.no_grad():
             try:
                 _Proof(self, batches, layers, logits).run()
             except Exception as error:  # whatever an unknown model does here, it is not a chain
@@ -76,17 +82,24 @@ class BlockWalk:
             yield
 
     @contextmanager
-    def block(self, index: int) -> Iterator[list[nn.Parameter]]:
-        """The block's parameters are whole inside."""
+    def block(self, index: int, alone: bool = False) -> Iterator[list[nn.Parameter]]:
+        """The block's parameters are whole inside, and unless it is to be ``alone`` learned positions."""
         self.fetches[index] += 1
         parameters = list(self.blocks[index].parameters())
-        with gathered(parameters):
+        with gathered([*parameters, *([] if alone else self._positions)]):
             yield parameters
 
     @contextmanager
     def head(self) -> Iterator[None]:
         """The parameters of all that follows the blocks are whole inside."""
         with gathered(self._head):
+            yield
+
+    @contextmanager
+    def around(self, head: bool) -> Iterator[None]:
+        """All but the blocks is whole inside; without ``head`` what comes before them."""
+        whole = {id(p): p for p in self._embedding + (self._head if head else [])}
+        with gathered(whole.values()):
             yield
 
     def embed(self, batch: Batch) -> Tensor:
@@ -191,7 +204,9 @@ class _Proof:
     def _walk(self) -> tuple[dict[str, Tensor], Tensor | None]:
         """What the modules see of the first batch, and its last logits; the others are walked beside it."""
         walked: dict[str, Tensor] = {}
-        hidden = [self.walk.embed(batch) for batch in self.batches]
+        # Nothing else is whole than when it counts: a model that wants more of itself must fail here.
+        with self.walk.embedding():
+            hidden = [self.walk.embed(batch) for batch in self.batches]
         self.rounding = torch.finfo(hidden[0].dtype).eps ** 0.5 / 8
         for index in range(self.last + 1):
             with self.walk.block(index):
@@ -201,7 +216,10 @@ class _Proof:
                     if not isinstance(hidden[number], Tensor):
                         raise NotAChain(f"block {index} returns a {type(hidden[number]).__name__}")
         self.seen = None
-        return walked, self.walk.logits(hidden[0], self.batches[0], self._positions) if self.logits else None
+        if not self.logits:
+            return walked, None
+        with self.walk.head():
+            return walked, self.walk.logits(hidden[0], self.batches[0], self._positions)
 
     def _plain(self) -> tuple[dict[str, Tensor], Tensor | None]:
         """The same of a plain forward pass."""
@@ -211,18 +229,19 @@ class _Proof:
         def step(position: int, hidden: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
             if position != next(order, None):
                 raise NotAChain(f"block {position} is not run once, after the one before it")
-            with self.walk.block(position):
+            with self.walk.block(position, alone=True):
                 after = forward(hidden)
             if position == self.last and not self.logits:
                 raise _Done
             return after
 
         self.seen, model, inputs = plain, self.walk.model, self.batches[0].inputs
-        if not self.logits:
-            self.walk._forward(step, **inputs)
-            return plain, None
-        with self.walk._replaced(step):
-            logits = model(**inputs, use_cache=False, **keep_last(model, self._positions)).logits
+        with self.walk.around(head=self.logits):
+            if not self.logits:
+                self.walk._forward(step, **inputs)
+                return plain, None
+            with self.walk._replaced(step):
+                logits = model(**inputs, use_cache=False, **keep_last(model, self._positions)).logits
         return plain, logits[:, -self._positions :]
 
     @property
@@ -247,8 +266,19 @@ class _Proof:
             raise NotAChain(f"{what} differs by {off / max(size, 1e-30):.1e} of its size in the walk")
 
 
+def _width(embedding: Any) -> int:
+    """Of an embedding's rows, partitioned or not."""
+    return int(getattr(embedding.weight, "ds_shape", embedding.weight.shape)[-1])
+
+
 def keep_last(model: Any, positions: int) -> dict[str, int]:
-    """The argument by which ``model`` makes logits of the last positions alone, where it has one."""
+    """The argument by which ``model`` makes logits of the last positions alone, where it has one.
+
+    Not where layers share keys (Gemma 4): those are then given the last positions alone, too.
+    """
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config.get_text_config(), "num_kv_shared_layers", 0):
+        return {}
     return {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
