@@ -6,22 +6,24 @@ import importlib.util
 import json
 import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 
 from warp_ds.launch.cli import main as warp_ds
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run_example(name: str, directory: str) -> None:
+def run_example(name: str, directory: str, *more: str) -> None:
     """As a script of its own would: in a fresh process, its directory first on the path."""
     sys.path.insert(0, str(EXAMPLES))
-    sys.argv = [name, directory] if name == "tiny.py" else [name, "--directory", directory]
-    if name in ("trainer.py", "trl_sft.py", "lora_trl.py"):
+    sys.argv = [name, directory] if name == "tiny.py" else [name, "--directory", directory, *more]
+    if name in ("trainer.py", "trl_sft.py", "lora_trl.py", "freeze_new_tokens.py"):
         os.environ["ACCELERATE_USE_CPU"] = "true"
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
@@ -60,6 +62,25 @@ def test_an_adapter_keeps_what_is_frozen(directory: Path) -> None:
         directory / "phase2_columns/masks",
     ]
     assert warp_ds(["verify", *map(str, words), "--output", str(directory / "lora_trl.json")]) == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_new_tokens_train(directory: Path, tied: bool) -> None:
+    """Each of the examples of freeze asserts that what it froze has stayed, to the bit, and that the rest has not."""
+    model = directory / "model"
+    if tied:
+        model = shutil.copytree(model, directory / "tied", dirs_exist_ok=True)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+        weights = load_file(model / "model.safetensors")
+        save_file({k: v for k, v in weights.items() if k != "lm_head.weight"}, model / "model.safetensors", {"format": "pt"})
+    run_ranks(1, run_example, "freeze_new_tokens.py", str(directory), "--model_name", str(model))
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("freeze_neurons", 1), ("freeze_pruned", 2)])
+def test_what_is_frozen_stays(directory: Path, name: str, ranks: int) -> None:
+    run_ranks(ranks, run_example, f"{name}.py", str(directory))
+    assert (directory / name / "model.safetensors").is_file()
 
 
 def test_artefacts_of_ones_own(directory: Path) -> None:

@@ -1,13 +1,22 @@
 """warp_ds: fine-tune a language model on ZeRO-3 shards without moving what its safety rests on."""
 
+from importlib import import_module
+
 __version__ = "0.1.0"
-__all__ = ["WarpCallback", "protect", "protect_optimizer"]
+#: Public name -> the module that has it.
+_MODULES = {
+    "AllBut": "method.entries",
+    "WarpCallback": "protection",
+    "freeze": "protection",
+    "freeze_optimizer": "protection",
+    "protect": "protection",
+    "protect_optimizer": "protection",
+}
+__all__ = ["AllBut", "WarpCallback", "freeze", "freeze_optimizer", "protect", "protect_optimizer"]
 
 
 def __getattr__(name: str) -> object:
     # Importing DeepSpeed takes seconds, which `warp-ds --help` need not wait for.
-    if name in __all__:
-        from warp_ds import protection as module
-
-        return getattr(module, name)
+    if name in _MODULES:
+        return getattr(import_module(f"warp_ds.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'warp_ds' has no attribute {name!r}")

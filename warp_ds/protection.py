@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from warp_ds import errors
 from warp_ds.cluster import consensus, processes
@@ -29,17 +29,22 @@ from warp_ds.store.layers import TargetLayer
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import find_artifact
 from warp_ds.zero import deepspeed_internals
+from warp_ds.zero.freezing import frozen_step
 from warp_ds.zero.masked_step import MaskedStep
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.placements import CPU, GPU, Placement, place_bases
 from warp_ds.zero.plain_step import PlainDriver
-from warp_ds.zero.protected_layer import ProtectedLayer
+from warp_ds.zero.protected_layer import ProtectedLayer, compute_device
 from warp_ds.zero.shared_reading import read_together
 from warp_ds.zero.zero3_step import Zero3Driver
 
 logger = logging.getLogger(__name__)
 Protection = MaskedStep
 """Its name in version 0.1."""
+SHARDED_OTHERWISE = (
+    "the model is sharded, but the optimizer is not DeepSpeed's: the masked step runs under ZeRO stage 3, or on whole "
+    "parameters (one process, or DDP); not under FSDP"
+)
 
 
 def protect(
@@ -94,9 +99,7 @@ def protect_optimizer(
 
     Also takes either of them as accelerate wraps it.
     """
-    by_deepspeed = not isinstance(optimizer, torch.optim.Optimizer)
-    if isinstance(optimizer, AcceleratedOptimizer):
-        by_deepspeed, optimizer = isinstance(optimizer, DeepSpeedOptimizerWrapper), optimizer.optimizer
+    by_deepspeed, optimizer = _unwrapped(optimizer)
     if by_deepspeed:
         deepspeed_internals.refuse_unsupported(optimizer)
         if left_projection and optimizer.swap_optimizer:
@@ -116,16 +119,58 @@ def protect_optimizer(
         mark = masks.fingerprint() + (basis.fingerprint() if basis is not None else "identity")
     if not by_deepspeed:
         if any(isinstance(each.param, DTensor) or hasattr(each.param, "ds_id") for each in masked):
-            raise errors.UnsupportedSetting(
-                "the model is sharded, but the optimizer is not DeepSpeed's: the masked step runs under ZeRO stage 3, or "
-                "on whole parameters (one process, or DDP); not under FSDP"
-            )
+            raise errors.UnsupportedSetting(SHARDED_OTHERWISE)
         alone, placement = _layers(basis, masks, masked, 1, 0, "replicated")
         return MaskedStep(PlainDriver(optimizer, alone, hold_rest), placement, left_projection)
     deepspeed_internals.let_leaf_inputs_have_gradients(model)
     layers, placement = _layers(basis, masks, masked, processes.world_size(), processes.rank(), basis_placement)
     return_freed_memory()  # what reading took, on top of which the training's peak would stand
     return MaskedStep(Zero3Driver(optimizer, layers, mark, hold_rest), placement, left_projection)
+
+
+def freeze(engine_or_trainer: Any, masks: Mapping[str, Any]) -> MaskedStep | WarpCallback:
+    """Holds entries of parameters where they are, to the bit, in every further step: no basis, no files.
+
+    ``masks``: parameter's name -> which of its entries are frozen (True = frozen), in one of these forms: a boolean tensor of
+    the parameter's shape, or with 1 in a dimension that it is repeated along; row numbers (token ids of an embedding) as a
+    list, range or integer tensor; a slice of rows; a tuple of these, as torch indexes; True for all of it; ``AllBut`` of any
+    of them. Parameters of any shape; of one with two names (tied) the union is frozen.
+    ``engine_or_trainer``: a DeepSpeed engine under ZeRO-3, then the step is returned; or a transformers Trainer, which is
+    given a ``WarpCallback(freeze=masks)``, then that is returned. Else see ``freeze_optimizer``.
+    Neither gradient, weight decay, momentum (that of steps before is dropped) nor clipping, which sees the masked gradient,
+    moves a frozen entry of the fp32 master or of the weights. Checkpoints say the masks' digests. Called on every rank.
+    Raises ConfigError for a name or mask that does not fit, UnsupportedSetting where the step would not be exact, ValueError
+    where a checkpoint trained with other masks is loaded, before or after.
+    """
+    if isinstance(engine_or_trainer, Trainer):
+        callback = WarpCallback(freeze=masks)
+        engine_or_trainer.add_callback(callback)
+        return callback
+    if not hasattr(engine_or_trainer, "module") or not hasattr(engine_or_trainer, "optimizer"):
+        raise errors.ConfigError(
+            f"freeze takes a DeepSpeed engine or a transformers Trainer, not {type(engine_or_trainer).__name__}: for a model "
+            "and its optimizer there is warp_ds.freeze_optimizer(model, optimizer, masks)"
+        )
+    deepspeed_internals.refuse_unsupported(engine_or_trainer.optimizer)
+    return freeze_optimizer(engine_or_trainer.module, engine_or_trainer.optimizer, masks)
+
+
+def freeze_optimizer(model: nn.Module, optimizer: Any, masks: Mapping[str, Any]) -> MaskedStep:
+    """As ``freeze``, for a model (as it is, or under DDP) and its plain torch optimizer, or DeepSpeed's ZeRO-3 optimizer.
+
+    Set ``max_grad_norm`` of what is returned to have gradients clipped by the masked norm.
+    """
+    by_deepspeed, optimizer = _unwrapped(optimizer)
+    if not by_deepspeed and any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()):
+        raise errors.UnsupportedSetting(SHARDED_OTHERWISE)
+    return frozen_step(model, optimizer, by_deepspeed, masks)
+
+
+def _unwrapped(optimizer: Any) -> tuple[bool, Any]:
+    """(whether it is DeepSpeed's; itself, without accelerate's wrapper)"""
+    if isinstance(optimizer, AcceleratedOptimizer):
+        return isinstance(optimizer, DeepSpeedOptimizerWrapper), optimizer.optimizer
+    return not isinstance(optimizer, torch.optim.Optimizer), optimizer
 
 
 def _fingerprint(model: nn.Module, model_dir: str | None) -> str | None:
@@ -270,13 +315,13 @@ def _layers(
     with consensus.on_every_rank_or_none("reading basis and masks"):
         targets = [each.target for each in masked]
         bases = {each.target.name: each.held(basis) for each in masked}
-        machine = CPU if all(_compute_device(each.param).type == "cpu" for each in masked) else GPU
+        machine = CPU if all(compute_device(each.param).type == "cpu" for each in masked) else GPU
         asked = asked if basis is not None else "replicated"
         placement, why = place_bases(asked, targets, bases, world_size, machine, rank=rank)
         if rank == 0 and world_size > 1 and basis is not None:
             logger.info("bases are placed as %s (--basis_placement %s): %s", placement.name, asked, why)
         for key, each in {bases[each.target.name][0]: each for each in masked}.items():
-            placement.keep(key, partial(each.rotation, basis, _compute_device(each.param)))
+            placement.keep(key, partial(each.rotation, basis, compute_device(each.param)))
         layers = [_share(masks, each, bases[each.target.name][0], basis, world_size, rank) for each in masked]
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # what completing the bases took in fp64, which NCCL may want
@@ -285,7 +330,7 @@ def _layers(
 
 def _share(masks: MaskStore, masked: _Masked, key: str, basis: BasisStore | None, world_size: int, rank: int) -> ProtectedLayer:
     """This rank's share of one masked parameter."""
-    target, device = masked.target, _compute_device(masked.param)
+    target, device = masked.target, compute_device(masked.param)
     partition = RowPartition(target.m, target.n, world_size, rank, target.rows, target.height)
     frozen = int(masks.metadata.layers[target.name]["frozen"])
     if masked.columns is None:
@@ -323,20 +368,13 @@ def _rotation(basis: BasisStore | None, target: TargetLayer, device: torch.devic
     return basis.rotation(target.name).to(device).polished()
 
 
-def _compute_device(param: nn.Parameter) -> torch.device:
-    if hasattr(param, "ds_id"):
-        from deepspeed.accelerator import get_accelerator
-
-        return torch.device(get_accelerator().current_device_name())
-    return param.device
-
-
 class WarpCallback(TrainerCallback):
     """``Trainer(..., callbacks=[WarpCallback(basis_dir=…, masks_dir=…)])`` protects any transformers or TRL training.
 
     Works under ZeRO-3, and without DeepSpeed. Logs, where the Trainer logs: ``masked_fraction``,
     ``grad_norm_removed``, ``rotate_seconds``, ``rotate_bytes``. ``basis_dir`` may be left out where it is the one that
-    the masks name. ``basis_placement``, ``left_projection`` and ``hold_rest`` as in ``protect``.
+    the masks name. ``freeze`` in place of files: what ``warp_ds.freeze`` takes. ``basis_placement``, ``left_projection``
+    and ``hold_rest`` as in ``protect``.
     """
 
     def __init__(
@@ -347,9 +385,14 @@ class WarpCallback(TrainerCallback):
         basis_placement: str = "auto",
         left_projection: bool = False,
         hold_rest: bool = False,
+        freeze: Mapping[str, Any] | None = None,
     ):
-        if masks_dir is None:
-            raise ArtifactError("WarpCallback needs masks_dir, the masks/ directory of a phase 2 run")
+        if (masks_dir is None) == (freeze is None):
+            raise ArtifactError(
+                "WarpCallback needs masks_dir, the masks/ directory of a phase 2 run, or freeze, which entries of which "
+                "parameters are frozen; one of them"
+            )
+        self.freeze = freeze
         self.basis_dir, self.masks_dir, self.model_dir = basis_dir, masks_dir, model_dir
         self.basis_placement, self.left_projection, self.hold_rest = basis_placement, left_projection, hold_rest
         self.protection: MaskedStep | None = None
@@ -362,22 +405,25 @@ class WarpCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Trainer has loaded any checkpoint by now; MaskedStep takes the coefficients from what was loaded.
-        self.protection = protection = protect_optimizer(
-            kwargs["model"],
-            kwargs["optimizer"],
-            self.basis_dir,
-            self.masks_dir,
-            model_dir=self.model_dir,
-            basis_placement=self.basis_placement,
-            left_projection=self.left_projection,
-            hold_rest=self.hold_rest,
-        )
+        self.protection = protection = self._protect(kwargs["model"], kwargs["optimizer"])
         if protection.driver.clips(args.max_grad_norm):
             self._clipping, args.max_grad_norm = args.max_grad_norm, 0.0
         if processes.rank() == 0:
             logger.info(
                 "protected: %.2f %% of the coefficients of the masked layers are frozen", 100 * protection.masked_fraction
             )
+
+    def _protect(self, model: nn.Module, optimizer: Any) -> MaskedStep:
+        if self.freeze is not None:
+            return freeze_optimizer(model, optimizer, self.freeze)
+        assert self.masks_dir is not None
+        return protect_optimizer(
+            *(model, optimizer, self.basis_dir, self.masks_dir),
+            model_dir=self.model_dir,
+            basis_placement=self.basis_placement,
+            left_projection=self.left_projection,
+            hold_rest=self.hold_rest,
+        )
 
     def on_log(
         self,

@@ -167,8 +167,7 @@ class MaskedStep:
                 with self.driver.resident(unit):
                     for layer, rotated in self.placement.rotate(layers, self.driver.gradient, fast=True):
                         norms[0] += _square(rotated).to(norms.device)
-                        for piece, frozen in layer.frozen_pieces(rotated.device):
-                            rotated[piece].masked_fill_(frozen, 0.0)
+                        layer.clear(rotated)
                         if self.left is not None:
                             self.left.project(layer, rotated)
                         norms[1] += _square(rotated).to(norms.device)

@@ -112,6 +112,8 @@ class Placement(ABC):
     """
 
     name: ClassVar[str]
+    rotates: ClassVar[bool] = True
+    """Whether C is anything but W."""
 
     def __init__(self, layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int, rank: int = 0):
         self.layers, self.bases = list(layers), bases

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from warp_ds.errors import UnsupportedSetting
+from warp_ds.zero.marks import FROZEN, MARK, other_masks
 from warp_ds.zero.masked_step import Driver, MaskedStep
 from warp_ds.zero.partition import between
 from warp_ds.zero.protected_layer import ProtectedLayer
@@ -27,11 +28,18 @@ class PlainDriver(Driver):
 
     ends_with_training = True
 
-    def __init__(self, optimizer: torch.optim.Optimizer, layers: list[ProtectedLayer], hold_rest: bool = False):
-        """``layers`` have one partition each (world size 1). UnsupportedSetting where the optimizer cannot be masked."""
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        layers: list[ProtectedLayer],
+        hold_rest: bool = False,
+        digests: dict[str, str] | None = None,
+    ):
+        """``layers`` have one partition each (world size 1). ``digests``: of the masks of entries that are frozen without a
+        basis, by parameter; the optimizer's state says them. UnsupportedSetting where the optimizer cannot be masked."""
         if getattr(optimizer, _PROTECTED, False):
             raise UnsupportedSetting("this optimizer is protected already: release the first protection before a second one")
-        self.optimizer, self.hold_rest = optimizer, hold_rest
+        self.optimizer, self.hold_rest, self.digests = optimizer, hold_rest, digests
         self.device = layers[0].device
         self._norm: float | None = None
         group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -62,6 +70,9 @@ class PlainDriver(Driver):
             started = layer.start(c)
             if layer.adapter_b is not None and bool(layer.adapter_b.any()):
                 problems.append(started)
+            if not step.placement.rotates:
+                self._masters[layer.param] = layer.param.detach().view(-1)  # the weights themselves: they are stepped as ever
+                continue
             master = self._masters.setdefault(layer.param, layer.param.detach().float().flatten().clone())
             layer.partition.put(master, c)
             # A checkpoint's moments were loaded as the weights' dtype; those of C are fp32.
@@ -72,6 +83,9 @@ class PlainDriver(Driver):
         adapters = [layer for layer in step.layers if layer.adapter_b is not None]
         for layer, weights in step.placement.rotate_back(adapters, self.coefficients, fast=True):
             layer.partition.put(layer.param.data.view(-1), weights)
+        if self.digests is not None:
+            self._take_state(self.optimizer)
+            self._handles.append(self.optimizer.register_load_state_dict_post_hook(self._take_state))
         setattr(self.optimizer, _PROTECTED, True)
         restores: list[Callable[[], None]] = []
 
@@ -96,12 +110,29 @@ class PlainDriver(Driver):
                 for rest in self._rest[param]:
                     param.data.view(-1)[rest] = master[rest].to(param.dtype)
 
-        self._handles = [self.optimizer.register_step_pre_hook(before), self.optimizer.register_step_post_hook(after)]
+        self._handles += [self.optimizer.register_step_pre_hook(before), self.optimizer.register_step_post_hook(after)]
 
     def release(self, step: MaskedStep) -> None:
         for handle in self._handles:
             handle.remove()
+        for group in self.optimizer.param_groups:
+            group.pop(MARK, None)
         setattr(self.optimizer, _PROTECTED, False)
+
+    @torch.no_grad()
+    def _take_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes up the state that the optimizer has or has just loaded: moments of frozen entries become 0, and the masks are
+        said in it. ValueError where it was trained with others."""
+        assert self.digests is not None
+        for group in optimizer.param_groups:
+            if (mark := group.get(MARK)) is not None and (problem := other_masks(mark, self.digests)):
+                raise ValueError(problem)
+            group[MARK] = {FROZEN: dict(self.digests)}
+        for layer in self._layers:
+            for moment in optimizer.state.get(layer.param, {}).values():
+                if torch.is_tensor(moment) and moment.shape == layer.param.shape and moment.dim():
+                    flat = moment.view(-1)
+                    layer.partition.put(flat, layer.clear(layer.partition.take(flat)))
 
     def _refuse_unready(self) -> bool:
         """Raises where a step would not be right, before anything is changed. Whether the optimizer will skip the step."""

@@ -56,6 +56,12 @@ class ProtectedLayer:
             for fragment in self.partition.fragments:
                 yield fragment.local, cut[fragment.cut, fragment.columns]
 
+    def clear(self, share: Tensor) -> Tensor:
+        """Puts the frozen entries of this rank's share of something (a gradient, a moment) to 0, in place."""
+        for piece, frozen in self.frozen_pieces(share.device):
+            share[piece].masked_fill_(frozen, 0.0)
+        return share
+
     def start(self, coefficients: Tensor) -> str:
         """Puts the frozen entries of an adapter's C, this rank's share, to 0 in place; any other layer's stay as they are.
 
@@ -75,6 +81,15 @@ class ProtectedLayer:
             if lost > ADAPTER_ROUNDING * size
             else ""
         )
+
+
+def compute_device(param: nn.Parameter) -> torch.device:
+    """Where a parameter is worked on: its own device, or this rank's accelerator where DeepSpeed has sharded it."""
+    if hasattr(param, "ds_id"):
+        from deepspeed.accelerator import get_accelerator
+
+        return torch.device(get_accelerator().current_device_name())
+    return param.device
 
 
 def row_chunks(rows: int, n: int) -> Iterator[slice]:

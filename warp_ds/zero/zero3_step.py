@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from warp_ds.errors import UnsupportedSetting
 from warp_ds.zero import deepspeed_internals
+from warp_ds.zero.marks import FROZEN, MARK, other_masks
 from warp_ds.zero.masked_step import Driver, MaskedStep
 from warp_ds.zero.partition import between
 from warp_ds.zero.placements import Placement, Rotated
@@ -29,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 #: Where a checkpoint keeps C: in the optimizer's state of each sub-group, beside the moments.
 COEFFICIENTS = "warp_coefficients"
-#: Where a checkpoint says who wrote it: in each of the optimizer's parameter groups.
-MARK = "warp_ds"
 NO_CHECKPOINTS = (
     "with the optimizer on NVMe, or partly on the device (offload_optimizer.ratio below 1), a protected run can neither "
     "save nor load DeepSpeed checkpoints: DeepSpeed leaves moments behind, and copies swap files, which hold rotated "
@@ -50,12 +49,20 @@ class Span:
 class Zero3Driver(Driver):
     """Gradients and masters are ZeRO-3 shards; a unit is a sub-group."""
 
-    def __init__(self, optimizer: Any, layers: list[ProtectedLayer], fingerprint: str, hold_rest: bool = False):
-        """``fingerprint`` names basis and masks together. UnsupportedSetting where the step would not be exact."""
+    def __init__(
+        self,
+        optimizer: Any,
+        layers: list[ProtectedLayer],
+        fingerprint: str,
+        hold_rest: bool = False,
+        digests: dict[str, str] | None = None,
+    ):
+        """``fingerprint`` names basis and masks together. ``digests``: of the masks of entries that are frozen without a
+        basis, by parameter. UnsupportedSetting where the step would not be exact."""
         deepspeed_internals.refuse_unsupported(optimizer)
         self.hold_rest = hold_rest
         self.zero, self.optimizer = optimizer, optimizer.optimizer
-        self.fingerprint = fingerprint
+        self.fingerprint, self.digests = fingerprint, digests
         self.device = torch.device(get_accelerator().current_device_name())
         self.units = {}
         self.spans: dict[ProtectedLayer, Span] = {}
@@ -120,6 +127,15 @@ class Zero3Driver(Driver):
         piece = self._master(layer)
         layer.partition.put(piece, c)
         piece[layer.partition.padding] = 0.0
+
+    def clear_moments(self, layer: ProtectedLayer) -> None:
+        """Puts the moments of frozen entries to 0: those of training before the masks would go on to move them."""
+        unit = self.spans[layer].sub_group
+        flat = deepspeed_internals.master(self.zero, unit)
+        for moment in self.hyperparameters(unit)[0].state.get(flat, {}).values():
+            if torch.is_tensor(moment) and moment.numel() == flat.numel() and moment.dim():
+                piece = self.local(moment, layer)
+                layer.partition.put(piece, layer.clear(layer.partition.take(piece)))
 
     def write(self, layer: ProtectedLayer, weights: Tensor) -> None:
         layer.partition.put(deepspeed_internals.shard(layer.param), weights)
@@ -231,6 +247,8 @@ class StepCheckpoints:
                 for layer, c in taken_up:
                     problems.append((layer, layer.start(c)))
                     self.driver.set_coefficients(layer, c)
+                    if self.driver.digests is not None:
+                        self.driver.clear_moments(layer)
                 self._write_adapters(layers)
         if any(layer.adapter_b is not None for layer, _ in problems):
             _raise_together(self._lost_of_trained(problems))
@@ -263,12 +281,14 @@ class StepCheckpoints:
         if not known:
             return (
                 ""
-                if steps == 0
+                if steps == 0 or self.driver.digests is not None  # then C is W, and ``take_masters`` clears its moments
                 else (
                     "the optimizer has already stepped without protection: its moments belong to W, not to the rotated "
                     "coefficients; protect before the first step, or load without optimizer states"
                 )
             )
+        if self.driver.digests is not None and (problem := other_masks(known[0], self.driver.digests)):
+            return problem
         if any(mark["fingerprint"] != self.driver.fingerprint for mark in known):
             return (
                 f"the loaded checkpoint was trained with other basis and masks ({known[0]['fingerprint']}, not "
@@ -331,7 +351,7 @@ class StepCheckpoints:
         masters = list(state[deepspeed_internals.MASTERS])
         base = dict(state[deepspeed_internals.OPTIMIZER_STATE])
         base["state"] = dict(base["state"])
-        for sub_group, layers in self.driver.units.items():
+        for sub_group, layers in self.driver.units.items() if self.placement.rotates else ():
             coefficients = masters[sub_group].detach()
             masters[sub_group] = coefficients.to("cpu", copy=True)
             for layer, weights in self.placement.rotate_back(layers, self.driver.coefficients):
@@ -341,7 +361,9 @@ class StepCheckpoints:
             if index in base["state"] or type(self.base).__name__ == "SGD":
                 base["state"][index] = {**base["state"].get(index, {}), COEFFICIENTS: coefficients}
         own = [{k: v for k, v in group.items() if k != "params"} for group in base["param_groups"]]
-        mark = {"fingerprint": self.driver.fingerprint, "steps": _steps(self.base), "groups": own}
+        mark: dict[str, Any] = {"fingerprint": self.driver.fingerprint, "steps": _steps(self.base), "groups": own}
+        if self.driver.digests is not None:
+            mark[FROZEN] = self.driver.digests
         base["param_groups"] = [{**group, MARK: {**mark, "group": index}} for index, group in enumerate(base["param_groups"])]
         return {**state, deepspeed_internals.MASTERS: masters, deepspeed_internals.OPTIMIZER_STATE: base}
 
