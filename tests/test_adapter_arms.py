@@ -19,9 +19,10 @@ from warp_ds.flags.arguments import TrainArguments
 from warp_ds.flags.comparison import CompareArguments
 from warp_ds.launch.chain_flags import check_flags, phase_flags
 from warp_ds.method.lora_baselines import safe_lora
+from warp_ds.models.adapter_directory import AdapterDirectory
 from warp_ds.phases.arms import parse_arms
 
-ARMS = "before,lora,lora+column,lora+original,lora+safelora@0.99"
+ARMS = "before,lora,lora+column,lora+original,lora+safelora@0.99,lora+guardspace,lora+salora,lora+asft@2"
 
 
 def test_what_an_adapters_arm_is() -> None:
@@ -57,6 +58,14 @@ def test_arms_of_adapters(tmp_path: Path) -> None:
     for arm, directory in masks.items():
         assert certify_adapter(start, adapters[arm], directory).outcome == "kept"
         assert certify_adapter(start, adapters["lora"], directory).outcome == "broken"
+    published = {arm: run / f"phase3_{arm}_lr0.01_seed42" for arm in ("lora+guardspace", "lora+salora", "lora+asft@2")}
+    settings = {arm: json.loads((path / "config.json").read_text())["settings"] for arm, path in published.items()}
+    assert settings["lora+asft@2"]["asft_lambda"] == 2 and settings["lora+salora"]["lora_alpha"] == 4
+    changed = {
+        arm: {name.rsplit(".", 1)[1] for name in AdapterDirectory.of(path / "adapter").layers}
+        for arm, path in published.items()
+    }
+    assert changed["lora+salora"] == {"q_proj", "v_proj"} and changed["lora+guardspace"] == {"q_proj", "down_proj"}
     unaligned = load_file(run / "phase0_unaligned" / "model" / "model.safetensors")
     aligned, trained = (load_file(path / "model.safetensors") for path in (start, adapters["lora"].parent / "model"))
     merged = load_file(run / "merge_lora+safelora@0.99_lr0.01_seed42" / "model" / "model.safetensors")

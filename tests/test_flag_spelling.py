@@ -97,6 +97,7 @@ def test_a_comparison_takes_what_its_phases_take() -> None:
     decided = {
         "adapter",
         "lora_layers",
+        "lora_method",
         "merge_adapter",
         "objective",
         "replay_data",

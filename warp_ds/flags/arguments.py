@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from warp_ds.flags.checks import at_least, check_keep_ratio, check_rank, check_training
-from warp_ds.flags.controls import ControlFlags
+from warp_ds.flags.controls import ControlFlags, TrainedMethodFlags
 from warp_ds.flags.flag import again, flag, samples
 from warp_ds.flags.groups import (
     BasisFlags,
@@ -78,7 +78,9 @@ class ImportanceArguments(MaskFlags, PublishFlags, SafetyDataArguments, LayerArg
 
 
 @dataclass
-class TrainArguments(MaskedTrainingFlags, ControlFlags, PublishFlags, UtilityDataArguments, LayerArguments, TrainingFlags):
+class TrainArguments(
+    MaskedTrainingFlags, TrainedMethodFlags, ControlFlags, PublishFlags, UtilityDataArguments, LayerArguments, TrainingFlags
+):
     """Phase 3, training: trains on a task while the marked coefficients stay constant to the bit. Reads phase 2's masks,
     writes RUN/model. Example: warp-ds phase3 --model_name MODEL --utility_data task.jsonl --masks_dir
     checkpoints/phase2_latest"""
@@ -97,6 +99,7 @@ class TrainArguments(MaskedTrainingFlags, ControlFlags, PublishFlags, UtilityDat
     def check(self) -> None:
         super().check()
         check_training(self)
+        self.check_lora_method()
         at_least(self, "utility_samples", 0)
 
 

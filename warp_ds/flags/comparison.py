@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from warp_ds.errors import ConfigError
 from warp_ds.flags.checks import at_least, check_floor, check_keep_ratio, check_rank
-from warp_ds.flags.controls import ControlFlags, ReplayFlags
+from warp_ds.flags.controls import ControlFlags, LoraMethodFlags, ReplayFlags
 from warp_ds.flags.flag import DEBUG_SAMPLES, again, flag, samples
 from warp_ds.flags.groups import (
     ArmFlags,
@@ -28,6 +28,7 @@ from warp_ds.models.layer_names import parse_layer_types
 @dataclass
 class CompareArguments(
     ReplayFlags,
+    LoraMethodFlags,
     ArmFlags,
     BasisFlags,
     MaskFlags,
@@ -55,8 +56,10 @@ class CompareArguments(
     heldout_samples: int = samples(100, "how many of them; 0 = all")
     mix_file: str | None = flag(None, "your own examples, mixed into every arm's task", reads="data")
     mix_ratio: float = flag(0.1, "how many of them, as a share of the task's samples")
-    unaligned_model: str | None = flag(None, "resta, safelora: the start model without its alignment", reads="model")
-    unaligned_data: str | None = flag(None, "resta, safelora: examples that undo it, to train such a model on", reads="data")
+    unaligned_model: str | None = flag(None, "resta, safelora, asft: the start model without its alignment", reads="model")
+    unaligned_data: str | None = flag(
+        None, "resta, safelora, asft: examples that undo it, to train such a model on", reads="data"
+    )
     unaligned_rate: float = flag(0.0, "resta: learning rate of that training; 0 = the largest of --learning_rates")
     resta_alpha: float = flag(0.3, "resta: share of the safety vector that is added")
     safedelta_s: float = flag(0.1, "safedelta: safety budget of a layer of 4,096 rows")

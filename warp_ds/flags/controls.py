@@ -22,6 +22,59 @@ class ReplayFlags:
     der_beta: float = flag(0.0, "der: weight of the replayed answers' own loss (DER++)")
 
 
+@dataclass
+class LoraMethodFlags:
+    """The published ways to keep an adapter from undoing safety that act during training."""
+
+    null_energy: float = flag(
+        0.01, "guardspace: share of the safety inputs' energy that its null space may hold where no eigenvalue is zero"
+    )
+    safety_rank: int = flag(16, "salora: directions of the safety outputs that an adapter stays out of")
+    asft_lambda: float = flag(1.0, "asft: weight of the regulariser")
+
+
+#: Which methods a flag says something of.
+_OF_METHODS = {"null_energy": "guardspace", "safety_rank": "salora", "asft_lambda": "asft", "unaligned_model": "asft"}
+
+
+@dataclass
+class TrainedMethodFlags(LoraMethodFlags):
+    """Which of them a training takes."""
+
+    lora_method: str = flag(
+        "plain",
+        "LoRA: plain, or a published way to keep it safe: guardspace, salora (both read --basis_dir), asft (reads "
+        "--unaligned_model)",
+        choices=("plain", "guardspace", "salora", "asft"),
+    )
+    unaligned_model: str | None = flag(None, "asft: the start model without its alignment", reads="model")
+
+    def check_lora_method(self) -> None:
+        """ConfigError where a method's flags do not go with it."""
+        method, masks = self.lora_method, getattr(self, "masks_dir", None)
+        if method != "plain" and getattr(self, "adapter", "none") == "none":
+            raise ConfigError(f"--lora_method {method} is of an adapter: give --adapter lora too")
+        for name, of in _OF_METHODS.items():
+            if getattr(self, name) != getattr(TrainedMethodFlags, name) and method != of:
+                raise ConfigError(f"--{name} is of --lora_method {of}, and says nothing of {method}")
+        if method in FIXED and (masks != "none" or getattr(self, "basis_dir", None) is None):
+            raise ConfigError(
+                f"--lora_method {method} holds the adapter by a basis of its own, and not by masks: give --basis_dir (phase 1, "
+                "of the safety inputs) and --masks_dir none"
+            )
+        if method == "asft" and self.unaligned_model is None:
+            raise ConfigError(
+                "--lora_method asft needs the model from before its alignment, whose difference it reckons with: give "
+                "--unaligned_model"
+            )
+        if self.null_energy >= 1.0:
+            raise ConfigError(f"--null_energy is a share of at least 0 and below 1, not {self.null_energy}")
+        at_least(self, "safety_rank", 1)
+
+
+FIXED = ("guardspace", "salora")
+"""The methods that hold something fixed beside an adapter, made of a basis."""
+
 #: Which objectives a flag says something of.
 _OF = {"replay_batch_size": REPLAYS, "der_alpha": ("der",), "der_beta": ("der",)}
 

@@ -143,6 +143,7 @@ DECIDED_BY_ARMS = {
     "mask_unit": "--arms (column), and --units of a sweep",
     "score": "--arms (osft, random-mask)",
     "adapter": "--arms (lora, lora+column)",
+    "lora_method": "--arms (lora+guardspace, lora+salora, lora+asft)",
     "lora_layers": "--layer_type",
     "merge_adapter": "the comparison, which measures merged models",
     "objective": "--arms (der, safegrad, constrained)",

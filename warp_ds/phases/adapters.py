@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from warp_ds.flags.groups import AdapterFlags
 from warp_ds.models.adapter_directory import BASE, WEIGHTS
 from warp_ds.models.layer_names import LAYER_TYPES
 from warp_ds.models.targets import find_targets
+from warp_ds.phases.lora_methods import folded
 from warp_ds.phases.merge import merge_adapter
 from warp_ds.report.card import of_merged
 from warp_ds.store.files import write_json, write_text
@@ -35,24 +37,30 @@ def check_peft(arguments: AdapterFlags) -> None:
         raise ConfigError("--adapter lora needs PEFT: pip install 'warp_ds[peft]' (or peft)")
 
 
-def add_lora(model: PreTrainedModel, masked: Sequence[TargetLayer], arguments: AdapterFlags, seed: int) -> Any:
-    """The PEFT model around ``model`` (ZeRO-3 partitioned, whose weights stop training): A and B on --lora_layers, else on the
-    ``masked`` layers, else on every linear layer that --layer_type can name. The same on every rank.
+def adapted_layers(model: PreTrainedModel, masked: Sequence[TargetLayer], arguments: AdapterFlags) -> list[TargetLayer]:
+    """The layers that get an adapter: those of --lora_layers, else the ``masked`` ones, else every linear layer that
+    --layer_type can name."""
+    if masked and not arguments.lora_layers:
+        return list(masked)
+    layers = find_targets(model, getattr(arguments, "target_layers", "all"), arguments.lora_layers or ",".join(LAYER_TYPES))
+    own = {layer.name for layer in masked}
+    free = [layer.name for layer in layers if layer.name not in own]
+    if free and own and processes.rank() == 0:
+        logger.warning(
+            "%d of %d layers with an adapter have no mask (the first is %s): nothing protects what they change",
+            *(len(free), len(layers), free[0]),
+        )
+    return layers
+
+
+def add_lora(model: PreTrainedModel, layers: Sequence[TargetLayer], arguments: AdapterFlags, seed: int) -> Any:
+    """The PEFT model around ``model`` (ZeRO-3 partitioned, whose weights stop training): A and B on ``layers``. The same on
+    every rank.
 
     A is drawn from ``seed`` (Kaiming, as PEFT does), B is 0, both in the model's dtype.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    layers = list(masked)
-    if arguments.lora_layers or not layers:
-        layers = find_targets(model, getattr(arguments, "target_layers", "all"), arguments.lora_layers or ",".join(LAYER_TYPES))
-        own = {layer.name for layer in masked}
-        free = [layer.name for layer in layers if layer.name not in own]
-        if free and own and processes.rank() == 0:
-            logger.warning(
-                "%d of %d layers with an adapter have no mask (the first is %s): nothing protects what they change",
-                *(len(free), len(layers), free[0]),
-            )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=arguments.lora_r,
@@ -85,7 +93,8 @@ def export_adapter(
     with saved_directory.replaced(directory) as aside:
         with consensus.on_every_rank_or_none(f"saving to {directory}"):
             if processes.rank() == 0:
-                config = adapted.peft_config[NAME]
+                state, changed = folded(adapted, state, adapted.peft_config[NAME])
+                config = adapted.peft_config[NAME] = replace(adapted.peft_config[NAME], **changed)
                 config.base_model_name_or_path = str(Path(base_model).resolve()) if Path(base_model).is_dir() else base_model
                 adapted.save_pretrained(aside, state_dict=state, save_embedding_layers=False)
                 tokenizer.save_pretrained(aside)

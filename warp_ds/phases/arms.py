@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from warp_ds.errors import ConfigError
+from warp_ds.flags.controls import FIXED
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Arm:
     """What is done to the weights afterwards: 'resta', 'safedelta' or 'safelora'."""
     adapter: bool = False
     """Whether a LoRA adapter trains in place of the weights; its masks are of whole columns."""
+    method: str | None = None
+    """Of an adapter, what keeps it safe during training: 'guardspace', 'salora' or 'asft'."""
     patch: bool = False
     """Whether a few refusals are trained at the very end."""
     strengths: tuple[tuple[str, float], ...] = ()
@@ -66,6 +69,9 @@ ARMS = {
         Arm("rsn-tune", start="rsn-tune"),
         Arm("lora", trains="target", adapter=True),
         Arm("safelora", merge="safelora"),
+        Arm("guardspace", method="guardspace"),
+        Arm("salora", method="salora"),
+        Arm("asft", method="asft"),
         Arm("der", objective="der"),
         Arm("safegrad", objective="safegrad"),
         Arm("constrained", objective="constrained"),
@@ -78,13 +84,14 @@ STRENGTHS = {
     "resta": "resta@0.5",
     "safedelta": "safedelta@10",
     "safelora": "safelora@0.35",
+    "asft": "asft@1",
     "der": "der@0.5",
     "ema": "ema@0.9",
     "patch": "patch@1e-4",
     "harmful": "harmful@0.1",
 }
 """The parts that take a number, and how one is written."""
-EXCLUSIVE = ("basis", "start", "safety_share", "harmful_share", "objective", "average", "merge", "patch")
+EXCLUSIVE = ("basis", "start", "safety_share", "harmful_share", "objective", "average", "merge", "method", "patch")
 """Settings that one part of an arm may make."""
 
 
@@ -131,10 +138,18 @@ def compose(name: str) -> Arm:
         raise ConfigError(
             f"--arms {name}: an adapter trains alone, and its masks are of whole columns: lora+column, lora+original"
         )
+    _check_method(name, made.get("method"), adapter, any(arm.basis for arm in arms))
     masked = next((arm for arm in arms if arm.basis), next((arm for arm in arms if arm.trains != "all"), ARMS["full"]))
     made |= {"adapter": True, "unit": "column", "left": False} if adapter else {}
     trains = "all" if "full" in parts else masked.trains
     return replace(masked, **made, name=name, trains=trains, strengths=strengths)
+
+
+def _check_method(name: str, method: str | None, adapter: bool, masked: bool) -> None:
+    if method and not adapter:
+        raise ConfigError(f"--arms {name}: {method} is of an adapter: lora+{method}")
+    if method in FIXED and masked:
+        raise ConfigError(f"--arms {name}: {method} and masks each hold an adapter in their own way: leave one out")
 
 
 def _by_entry(arm: Arm) -> bool:

@@ -23,7 +23,7 @@ from warp_ds.flags.arguments import (
     TrainArguments,
 )
 from warp_ds.flags.comparison import CompareArguments
-from warp_ds.flags.controls import REPLAYS
+from warp_ds.flags.controls import FIXED, REPLAYS
 from warp_ds.method.baselines import safety_share
 from warp_ds.phases.arms import Arm
 from warp_ds.phases.basis import run_basis
@@ -46,6 +46,8 @@ from warp_ds.zero.model import resolve_model_dir
 from warp_ds.zero.shared_reading import model_fingerprint
 
 PACKING = ("packing", "tokens_per_batch")
+PUBLISHED = "attn_q,attn_v"
+"""The layers of SaLoRA's published setting; alpha is r there."""
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_rslora")
 
 
@@ -216,7 +218,7 @@ class Bench:
 
     @staticmethod
     def basis_name(start: str | None, kind: str, layer_type: str, seed: int) -> str:
-        suffix = (f"_seed{seed}" if kind == "random" else "") + ("_all" if layer_type == LAYERS else "")
+        suffix = (f"_seed{seed}" if kind == "random" else "") + {LAYERS: "_all", PUBLISHED: "_qv"}.get(layer_type, "")
         return f"phase1_{start or 'start'}_{kind}{suffix}"
 
     @staticmethod
@@ -269,9 +271,7 @@ class Bench:
         if arm.merge:
             return self._merged(trial)
         a = self.arguments
-        adapter = {"adapter": "lora", "merge_adapter": True, **self._same(*LORA)} if arm.adapter else {}
-        if arm.adapter and not arm.basis:
-            adapter["lora_layers"] = a.layer_type  # those that the other arms train
+        adapter = self._adapter(arm) if arm.adapter else {}
         scope = "warp" if arm.adapter else "all" if arm.trains == "all" or (arm.basis and a.train_scope == "all") else "warp"
         settings = TrainArguments(
             **self.common(self.start(arm.start), seed=trial.seed),
@@ -290,6 +290,23 @@ class Bench:
         )
         consensus.on_rank_0(partial(self._remember, self.root / trial.run), "looking for a removed model")
         return self.timed(trial.run, lambda: run_training(settings, self.passed)) / "model"
+
+    def _adapter(self, arm: Arm) -> dict[str, Any]:
+        """What adapter trains in an arm, and what keeps it safe."""
+        a = self.arguments
+        adapter = {"adapter": "lora", "merge_adapter": True, **self._same(*LORA)}
+        layers = PUBLISHED if arm.method == "salora" else a.layer_type  # the others': those that the arms of weights train
+        if not arm.basis:
+            adapter["lora_layers"] = layers
+        if arm.method == "salora":
+            adapter |= {"lora_alpha": a.lora_r, "lora_rslora": False, **self._same("safety_rank")}
+        elif arm.method == "guardspace":
+            adapter |= self._same("null_energy")
+        elif arm.method == "asft":
+            adapter |= {"unaligned_model": str(self.unaligned()), "asft_lambda": arm.strength("asft", a.asft_lambda)}
+        if arm.method in FIXED:
+            adapter["basis_dir"] = str(self.basis(arm.start, "activation", layers, a.seed))
+        return {**adapter, "lora_method": arm.method or "plain"}
 
     def _objective(self, arm: Arm) -> dict[str, Any]:
         """What an arm's training minimises."""

@@ -95,7 +95,7 @@ def load_data(a: CompareArguments) -> ComparisonData:
 
 
 def check_data(arms: Sequence[Arm], a: CompareArguments, data: ComparisonData) -> None:
-    asking = next((str(arm.merge) for arm in arms if arm.merge in ("resta", "safelora")), None)
+    asking = next((part for arm in arms for part in (arm.merge, arm.method) if part in ("resta", "safelora", "asft")), None)
     if asking and not (a.unaligned_model or data.unaligned):
         raise ConfigError(
             f"--arms {asking} reckons with what undoing the alignment takes away: give an unaligned model with "

@@ -29,6 +29,7 @@ from warp_ds.models.source import WithProcessor
 from warp_ds.models.targets import beside_text, check_targets, find_targets
 from warp_ds.phases import adapters, checkpoints
 from warp_ds.phases.controls import Controls
+from warp_ds.phases.lora_methods import LoraMethod, basis_of
 from warp_ds.phases.packing import SamplesApart, attention_of, check_packing, make_sampler
 from warp_ds.phases.publish import fetch_shared, published
 from warp_ds.phases.run import start_run
@@ -75,6 +76,8 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         inputs |= controls.fingerprints()
         masks_dir, basis_dir = find_masks(arguments, inputs["model"])
         inputs |= _checked_masks(arguments, model_dir, masks_dir)
+    method = LoraMethod.read(arguments, fingerprint)
+    inputs |= method.fingerprints()
     with start_run("phase3", arguments, inputs, passed) as run:
         if run.done:
             return run.directory
@@ -82,12 +85,12 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         checkpoint = find_checkpoint(run.directory, arguments, passed)
         controls.check_start(run.directory, checkpoint)
         model, tokenizer = load_model(arguments, settings.zero3_config(arguments), attention_of(arguments))
-        model = _what_trains(model, masks_dir, arguments)
+        model, beside = _what_trains(model, masks_dir, arguments, method, run.directory)
         callbacks: list[TrainerCallback] = []
         if masks_dir is not None:
             placed = arguments.basis_placement, arguments.left_projection, arguments.train_scope == "warp"
             callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), *placed))
-        callbacks += controls.averages(run.directory / "trainer", checkpoint)
+        callbacks += beside + controls.averages(run.directory / "trainer", checkpoint)
         facts = run_facts(arguments, inputs, phase="phase3", **_masks_facts(masks_dir))
         trainer = fit(
             *(model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed),
@@ -95,7 +98,9 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
             facts=facts,
             objective=partial(controls.objective, samples, tokenizer, run.directory),
         )
-        write_result(trainer, tokenizer, arguments, run.directory, _model_card(arguments, masks_dir, trainer.speed))
+        write_result(
+            trainer, tokenizer, arguments, run.directory, _model_card(arguments, masks_dir, trainer.speed, method.said)
+        )
         run.finish(training=trainer.outcome())
         controls.end(run.directory)
         end_engine(trainer.deepspeed)
@@ -118,14 +123,19 @@ def _checked_masks(arguments: TrainArguments, model_dir: Path, masks_dir: Path |
     return {"masks": masks.fingerprint()}
 
 
-def _what_trains(model: Any, masks_dir: Path | None, arguments: TrainArguments) -> Any:
-    """The model with its target layers, its adapters on them, or all of it set to train."""
+def _what_trains(
+    model: Any, masks_dir: Path | None, arguments: TrainArguments, method: LoraMethod, directory: Path
+) -> tuple[Any, list[TrainerCallback]]:
+    """The model with its target layers, its adapters on them, or all of it set to train; what acts beside it. Collective."""
     masked = [] if masks_dir is None else MaskStore(masks_dir).layers
     if arguments.adapter == "lora":
-        return adapters.add_lora(model, masked, arguments, arguments.seed)
+        held = method.basis.layers if method.basis is not None else masked
+        layers = adapters.adapted_layers(model, held, arguments)
+        model = adapters.add_lora(model, layers, arguments, arguments.seed)
+        return model, method.attach(model, layers, directory)
     layers = masked or find_targets(model, arguments.target_layers, arguments.layer_type)
     choose_trained(model, [layer.parameter for layer in layers] if arguments.train_scope == "warp" else None)
-    return model
+    return model, []
 
 
 @published
@@ -148,7 +158,7 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
         checkpoint = find_checkpoint(run.directory, arguments, passed)
         model, tokenizer = load_model(arguments, settings.zero3_config(arguments), attention_of(arguments))
         if arguments.adapter == "lora":
-            model = adapters.add_lora(model, [], arguments, arguments.seed)
+            model = adapters.add_lora(model, adapters.adapted_layers(model, [], arguments), arguments, arguments.seed)
         else:
             choose_trained(model, None)
         facts = run_facts(arguments, inputs, phase="phase0")
@@ -174,6 +184,8 @@ def artefacts(arguments: TrainArguments | AuditArguments) -> Iterator[Contents]:
         yield masks.contents()
         if (basis := masks.find_basis(arguments.basis_dir)) is not None:
             yield basis.contents()
+    if isinstance(arguments, TrainArguments) and (held_by := basis_of(arguments)) is not None:
+        yield held_by.contents()
 
 
 def find_masks(arguments: TrainArguments | AuditArguments, model_fingerprint: str) -> tuple[Path | None, Path | None]:
@@ -341,17 +353,17 @@ def write_result(
         adapters.write_merged(resolve_model_dir(arguments.model_name), directory / "adapter", directory / "model")
 
 
-def _adapter_line(arguments: TrainingFlags) -> str:
+def _adapter_line(arguments: TrainingFlags, method: str = "") -> str:
     if arguments.adapter == "none":
         return ""
     scale = "alpha / sqrt(r)" if arguments.lora_rslora else "alpha / r"
     return (
         f"- adapter: LoRA, r {arguments.lora_r}, alpha {arguments.lora_alpha} (scaled by {scale}), dropout "
-        f"{arguments.lora_dropout:g}\n"
+        f"{arguments.lora_dropout:g}{method and f'; {method}'}\n"
     )
 
 
-def _model_card(arguments: TrainArguments, masks_dir: Path | None, speed: Speed) -> str:
+def _model_card(arguments: TrainArguments, masks_dir: Path | None, speed: Speed, method: str) -> str:
     protection = "without a mask"
     if masks_dir is not None:
         metadata = MaskStore(masks_dir).metadata
@@ -362,7 +374,8 @@ def _model_card(arguments: TrainArguments, masks_dir: Path | None, speed: Speed)
     return card.new_card(
         f"{card.plain(Path(arguments.model_name).name)}, fine-tuned on {card.plain(arguments.utility_data)}",
         f"Trained by [warp_ds](https://openreview.net/forum?id=kPLzOfPfA2l) phase 3 {protection}.\n\n"
-        f"- base model: {card.code(arguments.model_name)}\n- train_scope: {arguments.train_scope}\n{_adapter_line(arguments)}"
+        f"- base model: {card.code(arguments.model_name)}\n- train_scope: {arguments.train_scope}\n"
+        f"{_adapter_line(arguments, method)}"
         f"- epochs: {arguments.epochs}, global batch {arguments.global_batch_size}, learning rate "
         f"{arguments.learning_rate}, seed {arguments.seed}\n{speed.cost}\n",
         arguments.model_name,

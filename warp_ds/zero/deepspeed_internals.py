@@ -216,11 +216,11 @@ def accumulated(optimizer: Any, param: Any) -> Tensor:
     return partition
 
 
-def refuse_swapped_gradients(optimizer: Any) -> None:
+def refuse_swapped_gradients(optimizer: Any, what: str = "--objective safegrad") -> None:
     """UnsupportedSetting where gradients cannot be read between backward and step."""
     if type(optimizer).__name__ != "DeepSpeedZeroOptimizer_Stage3" or optimizer.swap_optimizer:
         raise UnsupportedSetting(
-            "--objective safegrad reads gradients before the optimizer does: it runs under ZeRO stage 3, and not with an "
+            f"{what} reads gradients before the optimizer does: it runs under ZeRO stage 3, and not with an "
             "optimizer on NVMe (offload_optimizer.device = nvme); use cpu"
         )
 
