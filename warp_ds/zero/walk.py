@@ -277,7 +277,7 @@ def keep_last(model: Any, positions: int) -> dict[str, int]:
     Not where layers share keys (Gemma 4): those are then given the last positions alone, too.
     """
     config = getattr(model, "config", None)
-    if config is not None and getattr(config.get_text_config(), "num_kv_shared_layers", 0):
+    if config is not None and getattr(config.get_text_config(), "num_kv_shared_layers", None):
         return {}
     return {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
