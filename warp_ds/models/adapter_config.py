@@ -73,7 +73,7 @@ def why_not_loaded(config: dict[str, Any], layer: str, r: int) -> str:
 
 
 def _is_target(config: dict[str, Any], layer: str) -> bool:
-    targets = config.get("target_modules")
+    targets: Any = config.get("target_modules")
     return not layer.endswith("lm_head") if targets == "all-linear" else _names(targets, layer)
 
 
@@ -86,7 +86,7 @@ def _names(modules: Any, layer: str) -> bool:
 
 def _is_transformed(config: dict[str, Any], layer: str) -> bool:
     indices, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
-    targets = config.get("target_modules")
+    targets: Any = config.get("target_modules")
     if indices is None or indices == [] or isinstance(targets, str) or layer in targets:
         return True  # nor is a module asked for its layer that is named in full
     expressions = [r".*?\.[^.]*\.(?P<idx>\d+)\."]
