@@ -6,7 +6,6 @@ Read without PEFT, and so that what is not understood is refused by name: ΔW = 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from warp_ds.errors import ArtifactError
+from warp_ds.models.adapter_config import not_plain, of_layer, why_not_loaded
 from warp_ds.models.directory import FLOATS
 from warp_ds.store.checkpoint_index import TensorLocation, read_header
 from warp_ds.store.files import read_json
@@ -25,15 +25,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "adapter_base.json"
 """The fingerprint of the model that it was trained on, which phases 0 and 3 write beside PEFT's files."""
 PREFIX = "base_model.model."
-#: Of LoraConfig (PEFT 0.21): what changes nothing of what W' = W + s B A means, or is read here.
-_UNDERSTOOD = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "init_lora_weights"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
-    *("megatron_core", "qalora_group_size", "runtime_config", "modules_to_save", "lora_bias", "trainable_token_indices"),
-}
-#: Starts that leave the base weights as they are; PiSSA, OLoRA, CorDA, LoftQ and others change them.
-_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def is_adapter(directory: Path) -> bool:
@@ -70,15 +61,20 @@ class AdapterDirectory:
         """Raises ArtifactError where it is no adapter, or not plain LoRA; CheckpointError for damaged weights."""
         directory = Path(directory)
         if not (directory / CONFIG).is_file():
-            raise ArtifactError(f"{directory} is no adapter (no {CONFIG}): give a directory that PEFT or phase 3 has saved")
+            named = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
+            raise ArtifactError(
+                f"{directory} is no adapter (no {CONFIG}): give "
+                + (f"one of its adapters ({', '.join(named)})" if named else "a directory that PEFT or phase 3 has saved")
+            )
         config = read_json(directory / CONFIG)
         if not isinstance(config, dict):
             raise ArtifactError(f"{directory / CONFIG} holds no JSON object")
-        if problem := _not_plain(config):
+        if problem := not_plain(config):
             raise ArtifactError(f"{directory / CONFIG}: {problem}; what is known is plain LoRA, W' = W + s B A")
         if not (directory / WEIGHTS).is_file():
             raise ArtifactError(
-                f"{directory} has no {WEIGHTS}: pickled adapters (.bin) are not read; load and save it again with PEFT"
+                f"{directory} has no {WEIGHTS}: pickled (.bin) and sharded adapters are not read; load and save it again with "
+                "PEFT"
             )
         stored = read_header(directory / WEIGHTS)
         if foreign := sorted(name for name in stored if not name.startswith(PREFIX)):
@@ -90,6 +86,11 @@ class AdapterDirectory:
         opened = AdapterDirectory(directory, config, tensors)
         for name in opened.layers:
             opened._check(name)
+            if problem := why_not_loaded(config, name, stored[f"{PREFIX}{name}.lora_A.weight"].shape[0]):
+                raise ArtifactError(f"{directory} holds a pair for {name} that PEFT does not load: {problem}")
+        for whole in config.get("modules_to_save") or ():
+            if not any(f".{whole}." in f".{name}" for name in opened.others):
+                raise ArtifactError(f"{directory / CONFIG}: modules_to_save names {whole}, which {WEIGHTS} has not")
         return opened
 
     @property
@@ -168,40 +169,5 @@ class AdapterDirectory:
 
     def _scaling(self, layer: str, r: int) -> float:
         """alpha / r, or alpha / √r of rsLoRA (Kalajdzievski, 2023), as peft/tuners/lora/layer.py has it."""
-        patterns = self.config.get("alpha_pattern") or {}
-        alpha = next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", layer)), self.config.get("lora_alpha"))
+        alpha = of_layer(self.config, "alpha_pattern", "lora_alpha", layer)
         return float(alpha or 0.0) / (math.sqrt(r) if self.config.get("use_rslora") else r)
-
-
-def _not_plain(config: dict[str, Any]) -> str:
-    """Why W' is not W + s B A; empty where it is."""
-    if config.get("peft_type") != "LORA":
-        return f"peft_type is {config.get('peft_type')!r}"
-    if config.get("use_dora"):
-        return "use_dora: DoRA scales whole rows of W + s B A, so that W moves in every direction"
-    for name, value in config.items():
-        if name not in _UNDERSTOOD and value not in (None, False, "none", {}, []):
-            return f"{name} is {value!r}"
-    if config.get("init_lora_weights", True) not in _STARTS:
-        return f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base weights too"
-    if not _is_scale(config.get("lora_alpha")):
-        return f"lora_alpha is {config.get('lora_alpha')!r}"
-    return _problem_of_pattern(config.get("alpha_pattern") or {})
-
-
-def _is_scale(alpha: Any) -> bool:
-    return isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
-
-
-def _problem_of_pattern(patterns: Any) -> str:
-    """Why alpha_pattern gives no alpha to a layer that it names; empty where it does."""
-    if not isinstance(patterns, dict):
-        return f"alpha_pattern is {patterns!r}, no mapping of names to numbers"
-    for name, alpha in patterns.items():
-        if not _is_scale(alpha):
-            return f"alpha_pattern has {alpha!r} for {name!r}"
-        try:
-            re.compile(name)
-        except re.error as error:
-            return f"alpha_pattern has {name!r}, which is no pattern ({error})"
-    return ""

@@ -74,6 +74,11 @@ def merge_adapter(base: Path, adapter: Path, output: Path) -> None:
     fingerprint = model_fingerprint(base)
     with consensus.on_every_rank_or_none("opening the adapter"):
         opened = AdapterDirectory.of(adapter)
+        if "quantization_config" in read_json(base / "config.json"):
+            raise ArtifactError(
+                f"{base} is quantised (quantization_config), and W + s B A is no weight of it: merge into the model "
+                "that it was made from"
+            )
         if opened.others:
             raise ArtifactError(
                 f"{adapter} holds {len(opened.others)} weights beside A and B ({opened.others[0]}), which are not merged here: "
