@@ -111,7 +111,9 @@ def masks_job(cases: list[tuple[ImportanceArguments, list[Any], Path | None, Pat
         model, layers = load(arguments)
         store = BasisStore(basis) if basis else None
         fingerprints = {**FINGERPRINTS, **({"basis": store.fingerprint()} if store else {})}
-        metadata = compute_masks(model, Tokenizer(), layers, rows, store, arguments, directory, fingerprints)
+        metadata = compute_masks(
+            model, Tokenizer(), layers, rows if isinstance(rows, tuple) else [rows], store, arguments, directory, fingerprints
+        )
         found.append(dataclasses.asdict(metadata))
     return found
 
@@ -129,7 +131,7 @@ def announced_job(phase: str, begun: Path, *case: Any) -> float:
         arguments, rows, basis, directory = case
         store = BasisStore(basis)
         compute_masks(
-            model, Tokenizer(), layers, rows, store, arguments, directory, {**FINGERPRINTS, "basis": store.fingerprint()}
+            model, Tokenizer(), layers, [rows], store, arguments, directory, {**FINGERPRINTS, "basis": store.fingerprint()}
         )
     return time.perf_counter() - started
 
@@ -217,7 +219,7 @@ def failing_job(phase: str, spoil: str, directory: Path, arguments: Any, rows: l
         if phase == "basis":
             compute_basis(model, Tokenizer(), layers, rows, arguments, directory, FINGERPRINTS)
         else:
-            compute_masks(model, Tokenizer(), layers, rows, None, arguments, directory, FINGERPRINTS)
+            compute_masks(model, Tokenizer(), layers, [rows], None, arguments, directory, FINGERPRINTS)
     except (NotFinite, OtherRankError) as error:
         return str(error)
     return "no error"

@@ -179,7 +179,7 @@ def test_no_token_counts(tmp_path: Path) -> None:
             model, Tokenizer(), layers, rows, basis_arguments(tmp_path, token_scope="response"), tmp_path, FINGERPRINTS
         )
     with pytest.raises(ConfigError, match="no sample has a response token"):
-        compute_masks(model, Tokenizer(), layers, rows, None, importance_arguments(tmp_path), tmp_path, FINGERPRINTS)
+        compute_masks(model, Tokenizer(), layers, [rows], None, importance_arguments(tmp_path), tmp_path, FINGERPRINTS)
 
 
 def test_identity_needs_no_phase_1_and_has_no_singular_values(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_identity_needs_no_phase_1_and_has_no_singular_values(tmp_path: Path) ->
             model,
             Tokenizer(),
             find_targets(model, "all", "ffn_down"),
-            ROWS,
+            [ROWS],
             None,
             importance_arguments(tmp_path, basis="identity", score="singular_value"),
             tmp_path,
@@ -243,7 +243,7 @@ def test_a_basis_of_something_else(down_basis: Path, tmp_path: Path, change: dic
     layers = find_targets(model, "all", arguments.layer_type)
     fingerprints = {**FINGERPRINTS, "model": change.get("fingerprint", "m")}
     with pytest.raises(ArtifactError, match=message):
-        compute_masks(model, Tokenizer(), layers, ROWS, BasisStore(down_basis), arguments, tmp_path, fingerprints)
+        compute_masks(model, Tokenizer(), layers, [ROWS], BasisStore(down_basis), arguments, tmp_path, fingerprints)
 
 
 # ---------------------------------------------------------------- the phases as they are started

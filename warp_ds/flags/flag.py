@@ -22,6 +22,8 @@ class Nature:
     """Whether it changes what a run computes: two runs that differ in others alone may go on with one another."""
     debug: Any = None
     """Its value under --debug, where it has any."""
+    alias: str = ""
+    """Another name of it."""
     own: bool = False
     """Of one run alone: a comparison does not hand it on to its phases."""
 
@@ -35,18 +37,21 @@ def flag(
     identity: bool = True,
     debug: Any = None,
     own: bool = False,
+    alias: str = "",
 ) -> Any:
     """A dataclass field with the help text of its command-line flag, and its nature."""
     shown = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
-    metadata = {**shown, "nature": Nature(reads, identity, debug, own)}
+    metadata = {**shown, "nature": Nature(reads, identity, debug, alias, own)}
+    if alias:
+        metadata["aliases"] = [f"--{alias}"]  # as HfArgumentParser knows them
     if isinstance(default, list):
         return field(default_factory=list, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def samples(default: int, help: str) -> Any:
+def samples(default: int, help: str, alias: str = "") -> Any:
     """A number of samples; 0 is all of them."""
-    return flag(default, help, debug=DEBUG_SAMPLES)
+    return flag(default, help, debug=DEBUG_SAMPLES, alias=alias)
 
 
 def again(group: type, name: str, default: Any, help: str | None = None) -> Any:
@@ -63,6 +68,11 @@ def nature(field: dataclasses.Field[Any]) -> Nature:
 def dataclass_fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
     """The flags of a dataclass, or of an instance, by name."""
     return {f.name: f for f in dataclasses.fields(kind) if f.init}
+
+
+def aliases(kind: Any) -> dict[str, str]:
+    """Other name of a flag -> its name."""
+    return {alias: name for name, f in dataclass_fields(kind).items() if (alias := nature(f).alias)}
 
 
 def handed_on(arguments: Any, kind: type) -> dict[str, Any]:

@@ -136,13 +136,16 @@ class ColumnArguments(SampleArguments):
 
 @dataclass
 class SafetyDataArguments(ColumnArguments):
-    """The texts that say what must stay."""
+    """The texts that say what must stay: refusals, tool calls, a format, a language. Each flag has two names."""
 
     safety_data: str = flag(
-        "LibrAI/do-not-answer", "hub name or json, jsonl, csv, parquet file of safety samples", reads="data"
+        "LibrAI/do-not-answer",
+        "examples of what must stay: hub name or json, jsonl, csv, parquet file; several behaviours by commas",
+        reads="data",
+        alias="keep_data",
     )
-    safety_split: str = flag("train", "split of a hub data set")
-    safety_samples: int = samples(100, "how many of them, in order; 0 = all")
+    safety_split: str = flag("train", "split of a hub data set", alias="keep_split")
+    safety_samples: int = samples(100, "how many of them, in order, of all behaviours together; 0 = all", alias="keep_samples")
     refusal_file: str | None = flag(None, "refusals, one a line, for safety prompts without responses", reads="text")
 
 
@@ -190,6 +193,11 @@ class MaskFlags:
 
     importance_batch_size: int = flag(4, "samples whose mean loss gives one gradient, over the whole job")
     keep_ratio: float = flag(0.1, "share of the coefficients to freeze")
+    keep_shares: str = flag(
+        "even",
+        "of several behaviours in --keep_data: even (each an equal part of --keep_ratio), comma-separated shares of the "
+        "coefficients, one for each (in place of --keep_ratio), or mixed (one mask of all examples together)",
+    )
     mask_scope: str = flag("layer", "layer: the same share in each; global: one threshold for all", choices=("layer", "global"))
 
 

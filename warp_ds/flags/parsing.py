@@ -16,7 +16,7 @@ import yaml
 from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.checks import refuse_control_characters, refuse_secrets
-from warp_ds.flags.flag import dataclass_fields
+from warp_ds.flags.flag import aliases, dataclass_fields
 from warp_ds.flags.groups import RunArguments, WatchingFlags
 from warp_ds.names import control_character
 from warp_ds.registry import Phase
@@ -97,6 +97,22 @@ def parse_training(kind: type[Arguments], argv: list[str] | None = None) -> tupl
 def parse_phase(phase: Phase, argv: list[str] | None = None) -> tuple[Any, dict[str, Any]]:
     """The flags of a phase, and what it passes on to transformers."""
     return parse_training(phase.arguments, argv) if phase.trains else (parse_arguments(phase.arguments, argv), {})
+
+
+def by_one_name(words: Sequence[str], kind: Any) -> list[str]:
+    """A command line on which flags have their first name. ConfigError where one is given by both."""
+    other, named, given = aliases(kind), [], dict[str, str]()
+    for word in words:
+        head, equals, value = word.partition("=")
+        name = head[2:].replace("-", "_") if head.startswith("--") else ""
+        only, dot, own = name.rpartition(".")  # of one phase alone, in a chain
+        first = only + dot + other.get(own, own)
+        if first.rpartition(".")[2] in other.values():
+            if given.setdefault(first, name) != name:
+                raise ConfigError(f"--{given[first]} and --{name} are two names of one flag: give one of them")
+            word = f"--{first}{equals}{value}"
+        named.append(word)
+    return named
 
 
 def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:
@@ -184,7 +200,7 @@ def _parse(kind: type[Arguments], argv: list[str] | None, trains: bool) -> tuple
 
 def names_of(kind: Any) -> list[str]:
     """The flags of a dataclass, without dashes; and --config."""
-    return [*dataclass_fields(kind), "config"]
+    return [*dataclass_fields(kind), *aliases(kind), "config"]
 
 
 def unknown_flags(words: Sequence[str], known: Iterable[str]) -> ConfigError:
@@ -203,6 +219,7 @@ def _with_config_file(argv: list[str] | None, kind: Any, trains: bool) -> list[s
     parser = FlagParser([], add_help=False)
     parser.add_argument("--config", metavar="FILE")
     known, argv = parser.parse_known_args(argv)
+    argv = by_one_name(argv or [], kind)
     if known.config is None:
         return argv
     path = Path(known.config)
@@ -223,6 +240,7 @@ def _with_config_file(argv: list[str] | None, kind: Any, trains: bool) -> list[s
             raise ConfigError(f"{where}: {key.value!r}: write names without dashes before them, such as 'keep_ratio: 0.1'")
         if isinstance(value, yaml.MappingNode):
             _yaml_text(value, f"{where}: {name}")
+        name = aliases(kind).get(name, name)
         if name in lines:
             raise ConfigError(f"{where}: {name} stands there twice (line {lines[name]}, too): keep one of them")
         if name not in fields:

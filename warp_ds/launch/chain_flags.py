@@ -13,8 +13,9 @@ from warp_ds.errors import ConfigError
 from warp_ds.flags import training_arguments
 from warp_ds.flags.checks import check_run_name, refuse_control_characters, refuse_secrets
 from warp_ds.flags.comparison import CompareArguments
+from warp_ds.flags.groups import SafetyDataArguments
 from warp_ds.flags.jobs import SubmitArguments
-from warp_ds.flags.parsing import grouped, names_of, parse_phase, refuse_words, unknown_flags
+from warp_ds.flags.parsing import by_one_name, grouped, names_of, parse_phase, refuse_words, unknown_flags
 from warp_ds.phases.arms import parse_arms
 from warp_ds.registry import CHAINED, IN_A_CHAIN, PHASES
 
@@ -107,7 +108,7 @@ def phase_flags(phases: Sequence[str], rest: Sequence[str], directory: Path) -> 
 
     ``--phase3.batch_size 2`` is for one phase alone. ConfigError for a flag that no phase has.
     """
-    groups = grouped(rest)
+    groups = grouped(by_one_name(rest, SafetyDataArguments))
     if groups and not groups[0][0].startswith("--"):
         raise ConfigError(f"{groups[0][0]!r} belongs to no flag")
     has = {phase: {f.name for f in dataclasses.fields(PHASES[phase].arguments)} for phase in phases}

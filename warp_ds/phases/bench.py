@@ -127,6 +127,8 @@ class Bench:
         def write() -> None:
             for name, rows in {name: getattr(self.data, name) for name in ("safety", "unaligned", "patch")}.items():
                 self._write_rows(name, rows)
+            for number, rows in enumerate(self.data.behaviours):
+                self._write_rows(f"keep_{number}", rows)
 
         consensus.on_rank_0(write, "writing the texts")
 
@@ -231,9 +233,11 @@ class Bench:
         a, name = self.arguments, self.masks_name(arm, seed)
         seed = seed if "random" in (arm.basis, arm.score) else a.seed
         identity = arm.basis == "identity"
+        apart = ",".join(self._texts(f"keep_{number}") for number in range(len(self.data.behaviours)))
         settings = ImportanceArguments(
             **self.common(self.start(arm.start), seed=seed),
-            safety_data=self._texts("safety"),
+            safety_data=apart or self._texts("safety"),
+            keep_shares=a.keep_shares if apart else "mixed",
             safety_samples=a.importance_samples,
             run_name=name,
             basis_dir=None if identity else str(self.basis(arm.start, str(arm.basis), a.layer_type, seed)),

@@ -7,12 +7,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from warp_ds.data.datasets import load_prompts, load_samples
-from warp_ds.data.sample import as_samples
+from warp_ds.data.sample import Sample, as_samples
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.sets import EvaluationSets, check_golds, shared_prompts
 from warp_ds.flags.comparison import CompareArguments
 from warp_ds.method.baselines import safety_share
 from warp_ds.phases.arms import Arm
+from warp_ds.phases.behaviours import named_apart, shares_of, spread_evenly
 
 PATCH = (
     {
@@ -39,12 +40,16 @@ class ComparisonData:
     """Prompts of general use, for RSN-Tune's foundation neurons."""
     harmful_mix: Sequence[Any] = ()
     """Harmful requests that are complied with, for --harmful_ratio and the arm 'harmful'."""
+    behaviours: Sequence[Sequence[Any]] = ()
+    """Where --keep_data names several: the samples of each, which masks are found on with a share each."""
     patch: Sequence[Any] = PATCH
     """Refusals that '+patch' trains at the end."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.name != "sets":
+            if field.name == "behaviours":
+                self.behaviours = [as_samples(samples) for samples in self.behaviours]
+            elif field.name != "sets":
                 setattr(self, field.name, as_samples(getattr(self, field.name)))
 
 
@@ -90,8 +95,18 @@ def load_data(a: CompareArguments) -> ComparisonData:
         if a.foundation_data
         else [sample.asked() for sample in task if sample.messages][: len(safety)],
         load_samples(a.harmful_mix) if a.harmful_mix else [],
+        _behaviours(a, columns),
         load_samples(a.patch_data) if a.patch_data else PATCH,
     )
+
+
+def _behaviours(a: CompareArguments, columns: dict[str, Any]) -> list[list[Sample]]:
+    names = named_apart(a)
+    shares_of(a, len(names))
+    options: dict[str, Any] = dict(split=a.safety_split, refusal_file=a.refusal_file, **columns)
+    counts = spread_evenly(a.safety_samples, len(names))
+    apart = zip(names, counts, strict=True) if len(names) > 1 else ()
+    return [load_samples(name, samples=count, **options) for name, count in apart]
 
 
 def check_data(arms: Sequence[Arm], a: CompareArguments, data: ComparisonData) -> None:

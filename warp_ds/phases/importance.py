@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,18 @@ from warp_ds.flags.arguments import ImportanceArguments
 from warp_ds.flags.groups import RunArguments
 from warp_ds.method.importance import response_loss, tokens_first
 from warp_ds.method.mask import frozen_count, pack_bits
-from warp_ds.method.selection import DECADE, LOG_BINS, random_scores
+from warp_ds.method.selection import DECADE, random_scores
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
+from warp_ds.phases import behaviours
+from warp_ds.phases.behaviours import groups_of, unit_scores, units_of
 from warp_ds.phases.packing import attention_of, check_apart, check_packing, micro_batch
 from warp_ds.phases.publish import fetch_shared, published
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import log_rate
-from warp_ds.phases.texts import safety_texts, tokenise
+from warp_ds.phases.texts import behaviour_texts, tokenise
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import remove_unfinished, write_json
-from warp_ds.store.fingerprints import fingerprint_rows
+from warp_ds.store.fingerprints import fingerprint_sets
 from warp_ds.store.layers import TargetLayer
 from warp_ds.store.masks import MaskStore, write_mask
 from warp_ds.store.metadata import MasksMetadata, layer_entry, metadata_dict
@@ -66,23 +69,24 @@ def run_importance(arguments: ImportanceArguments, pairs: Any = None) -> Path:
     if arguments.basis != "identity":
         with on_every_rank_or_none("reading the basis"):
             basis = BasisStore(find_artifact(arguments.basis_dir, "basis", arguments.output_dir))
-    pairs = safety_texts(arguments) if pairs is None else pairs
+    sets = behaviour_texts(arguments) if pairs is None else [pairs]
     model_dir = resolve_model_dir(arguments.model_name)
     with on_every_rank_or_none("looking for the layers"):
         check_targets(model_dir, arguments.target_layers, arguments.layer_type)
         check_packing(arguments, model_dir)
-    inputs = {"model": model_fingerprint(model_dir), "data": fingerprint_rows(pairs)}
+    inputs = {"model": model_fingerprint(model_dir), "data": fingerprint_sets(sets)}
     if basis is not None:
         read_together(lambda: [basis.contents()], "reading the basis")
         inputs["basis"] = on_rank_0(basis.fingerprint, "reading the basis")
     with start_run("phase2", arguments, inputs=inputs) as run:
         if run.done:
             return run.directory
-        dataset = tokenise(pairs, arguments)
+        datasets = [tokenise(texts, arguments) for texts in sets]
         model, tokenizer = load_model(arguments, ds_config, attention_of(arguments))
-        check_apart(arguments, model, dataset)
+        for dataset in datasets:
+            check_apart(arguments, model, dataset)
         layers = find_targets(model, arguments.target_layers, arguments.layer_type)
-        compute_masks(model, tokenizer, layers, dataset, basis, arguments, run.directory / "masks", inputs)
+        compute_masks(model, tokenizer, layers, datasets, basis, arguments, run.directory / "masks", inputs)
         run.finish()
     return run.directory
 
@@ -91,7 +95,7 @@ def compute_masks(
     model: Any,
     tokenizer: Any,
     layers: Sequence[TargetLayer],
-    dataset: Any,
+    datasets: Sequence[Any],
     basis: BasisStore | None,
     arguments: ImportanceArguments,
     directory: Path,
@@ -99,8 +103,8 @@ def compute_masks(
 ) -> MasksMetadata:
     """Writes the masks of ``layers`` into ``directory``; every rank calls it, with the same arguments.
 
-    ``dataset``: rows of input_ids and labels, in order. ``basis`` None: the identity. ``fingerprints``: of 'model',
-    'data' and 'basis'. Raises ArtifactError where the basis belongs to another model or layers, NotFinite, ConfigError.
+    ``datasets``: of each behaviour, rows of input_ids and labels, in order. ``basis`` None: the identity. ``fingerprints``:
+    of 'model', 'data' and 'basis'. Raises ArtifactError where the basis is of another model or layers, NotFinite, ConfigError.
     """
     with on_every_rank_or_none("checking the basis"):
         if basis is not None:
@@ -109,10 +113,9 @@ def compute_masks(
             raise ConfigError("--score singular_value needs a basis with singular values: leave --basis identity out")
     on_rank_0(lambda: remove_unfinished(directory), "looking for unfinished masks")
     notes: list[str] = []
-    if arguments.score == "importance":
-        scores = importance_scores(model, tokenizer, layers, dataset, basis, arguments, notes, directory.parent)
-    else:
-        scores = _scores_without_data(layers, basis, arguments)
+    scores, report = _compared(model, tokenizer, layers, datasets, basis, arguments, notes, directory.parent)
+    if report is not None:
+        arguments = replace(arguments, keep_ratio=sum(behaviour["share"] for behaviour in report["behaviours"]))
     metadata = MasksMetadata(
         keep_ratio=arguments.keep_ratio,
         scope=arguments.mask_scope,
@@ -127,8 +130,39 @@ def compute_masks(
         notes=notes,
     )
     freeze(layers, scores, arguments, directory, metadata)
-    SavedScores(directory.parent / "scores").remove()
+    if report is not None:
+        on_rank_0(lambda: write_json(directory / behaviours.FILE, report), "writing what the behaviours froze")
+    for name in ["scores", *(f"scores_{number}" for number in range(len(datasets)))]:
+        SavedScores(directory.parent / name).remove()
     return metadata
+
+
+def _compared(
+    model: Any,
+    tokenizer: Any,
+    layers: Sequence[TargetLayer],
+    datasets: Sequence[Any],
+    basis: BasisStore | None,
+    arguments: ImportanceArguments,
+    notes: list[str],
+    scratch: Path,
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """(this rank's units of each layer by what is compared, what several behaviours froze)"""
+    unit = arguments.mask_unit
+    if arguments.score != "importance":
+        return unit_scores(_scores_without_data(layers, basis, arguments), unit), None
+    if len(datasets) == 1:
+        return unit_scores(
+            importance_scores(model, tokenizer, layers, datasets[0], basis, arguments, notes, scratch), unit
+        ), None
+    groups = [[layer.name for layer in group] for group in groups_of(layers, arguments)]
+    union = behaviours.Union(groups, units_of(layers, unit), behaviours.shares_of(arguments, len(datasets)))
+    for number, dataset in enumerate(datasets):
+        place = scratch, f"scores_{number}"
+        union.add(unit_scores(importance_scores(model, tokenizer, layers, dataset, basis, arguments, notes, *place), unit))
+    report = union.overlap(behaviours.named_apart(arguments), unit)
+    notes += [behaviours.overlap_note(report, pair) for pair in report["both"]]
+    return union.scores, report
 
 
 def importance_scores(
@@ -140,16 +174,17 @@ def importance_scores(
     arguments: ImportanceArguments,
     notes: list[str],
     scratch: Path,
+    saved_as: str = "scores",
 ) -> dict[str, Tensor]:
     """S = Σ_b |∂L_b/∂C|: this rank's rows of each layer, fp32 [rows, r].
 
-    ``scratch``: where finished importance batches are saved, and found again by a run that goes on.
+    ``scratch``: where finished importance batches are saved, in ``saved_as``, and found again by a run that goes on.
     """
     rows, capacity = micro_batch(arguments)
     samples = Samples(dataset, tokenizer, arguments.resolved_device, capacity=capacity)
     batches = _speaking_batches(samples, arguments, notes)
     inputs = scored_inputs(layers, basis, samples.tokens / len(batches))
-    scores, saved = RowScores(inputs, samples.device), SavedScores(scratch / "scores")
+    scores, saved = RowScores(inputs, samples.device), SavedScores(scratch / saved_as)
     done = saved.load(scores)
     if done:
         logger.info("%d of %d importance batches were done before", done, len(batches))
@@ -331,16 +366,13 @@ def _scores_without_data(
 
 def freeze(
     layers: Sequence[TargetLayer],
-    scores: dict[str, Tensor],
+    values: dict[str, Tensor],
     arguments: ImportanceArguments,
     directory: Path,
     metadata: MasksMetadata,
 ) -> None:
-    """Chooses the highest scores, writes the masks and, last, their metadata. ``scores``: this rank's rows."""
-    unit = arguments.mask_unit
-    values = {layer.name: _unit_scores(scores.pop(layer.name), unit) for layer in layers}
-    units = {layer.name: {"entry": layer.m * layer.n, "row": layer.m, "column": layer.n}[unit] for layer in layers}
-    groups = [list(layers)] if arguments.mask_scope == "global" else [[layer] for layer in layers]
+    """Chooses the highest scores, writes the masks and, last, their metadata. ``values``: this rank's ``unit_scores``."""
+    unit, units, groups = arguments.mask_unit, units_of(layers, arguments.mask_unit), groups_of(layers, arguments)
     wanted = [frozen_count(arguments.keep_ratio, sum(units[layer.name] for layer in group)) for group in groups]
     chosen = choose([[values[layer.name] for layer in group] for group in groups], wanted)
     choices = [choice for of_group in chosen for choice in of_group]  # groups hold the layers in order
@@ -358,31 +390,13 @@ def freeze(
 
     frozen = all_reduce_sum(torch.tensor([counts[layer.name] for layer in layers], device=collective_device())).tolist()
     _describe(layers, groups, chosen, wanted, units, dict(zip(counts, frozen, strict=True)), unit, metadata)
-    logs = {layer.name: _log_counts(choice.logs, units[layer.name]) for layer, choice in zip(layers, choices, strict=True)}
+    logs = {layer.name: choice.log_counts(units[layer.name]) for layer, choice in zip(layers, choices, strict=True)}
 
     def write() -> None:
         write_json(directory / MaskStore.SCORES, {"bins_per_decade": DECADE, "layers": logs})
         write_json(directory / "metadata.json", metadata_dict(metadata))
 
     on_rank_0(write, "writing the masks' metadata")
-
-
-def _log_counts(logs: Tensor, units: int) -> dict[str, Any]:
-    """What scores.json holds of a layer: how many score 0, and the counts from the lowest to the highest used bin."""
-    used = logs.nonzero().flatten().tolist()
-    first, last = (used[0], used[-1] + 1) if used else (0, 0)
-    return {"zeros": units - int(logs.sum()), "first": LOG_BINS[first], "counts": logs[first:last].tolist()}
-
-
-def _unit_scores(scores: Tensor, unit: str) -> Tensor:
-    """What is compared: entries [rows, c], rows' norms [rows, 1], or all columns' norms [1, c], on rank 0 alone."""
-    if unit == "entry":
-        return scores
-    if unit == "row":
-        return torch.linalg.vector_norm(scores, dim=1, keepdim=True)
-    squares = all_reduce_sum(scores.double().square().sum(dim=0).to(collective_device()))
-    norms = squares.sqrt().float().to(scores.device).unsqueeze(0)
-    return norms if rank() == 0 else norms[:0]
 
 
 def _whole_rows(choice: Chosen, values: Tensor, unit: str, rows: int, n: int) -> Tensor:

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from warp_ds.data.tokens import tokens_from, tokens_on_disk
 from warp_ds.errors import DataError
 from warp_ds.models.context import context_length
 from warp_ds.models.source import check_ids, check_largest
+from warp_ds.phases.behaviours import named_apart, shares_of, spread_evenly
 from warp_ds.zero.model import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,18 @@ def safety_texts(arguments: Any) -> StoredSamples:
     """The samples of what must stay, in order, as SafetyDataArguments name them. Collective; raises as ``read_texts``."""
     options = {"split": arguments.safety_split, "samples": arguments.safety_samples, "refusal_file": arguments.refusal_file}
     return read_texts(arguments.safety_data, **options, **_columns(arguments))
+
+
+def behaviour_texts(arguments: Any) -> list[StoredSamples]:
+    """The samples of each behaviour that has a mask of its own; --safety_samples is of all together. As ``safety_texts``."""
+    with consensus.on_every_rank_or_none("reading --keep_shares"):
+        names = named_apart(arguments)
+        shares_of(arguments, len(names))
+    of_each = spread_evenly(arguments.safety_samples, len(names))
+    return [
+        safety_texts(replace(arguments, safety_data=name, safety_samples=count))
+        for name, count in zip(names, of_each, strict=True)
+    ]
 
 
 def task_options(arguments: Any) -> dict[str, Any]:

@@ -113,3 +113,9 @@ def fingerprint_rows(rows: Iterable[Any]) -> str:
     for row in rows:
         digest.add(row)
     return digest.value
+
+
+def fingerprint_sets(sets: Sequence[Any]) -> str:
+    """`fingerprint_rows` of several data sets in order; of one alone its own."""
+    known = [fingerprint_rows(rows) for rows in sets]
+    return known[0] if len(known) == 1 else fingerprint_rows(known)

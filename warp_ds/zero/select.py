@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from warp_ds.cluster.processes import all_reduce_sum, collective_device, rank, world_size
-from warp_ds.method.selection import HIGH, LOW, bin_of_kth, high_histogram, log_histogram, low_histogram, score_bits, take
+from warp_ds.method.selection import (
+    HIGH,
+    LOG_BINS,
+    LOW,
+    bin_of_kth,
+    high_histogram,
+    log_histogram,
+    low_histogram,
+    score_bits,
+    take,
+)
 
 GROUPS_AT_ONCE = 64
 """Thresholds whose histograms are reduced together: 48 MB of int64."""
@@ -32,6 +43,13 @@ class Chosen:
     """The lowest frozen score; None where nothing is frozen."""
     logs: Tensor
     """How the block's scores above 0 lie, over all ranks (``log_histogram``)."""
+
+    def log_counts(self, units: int) -> dict[str, Any]:
+        """What scores.json holds of a layer: how many of its ``units`` score 0, and the counts from the lowest to the highest
+        used bin."""
+        used = self.logs.nonzero().flatten().tolist()
+        first, last = (used[0], used[-1] + 1) if used else (0, 0)
+        return {"zeros": units - int(self.logs.sum()), "first": LOG_BINS[first], "counts": self.logs[first:last].tolist()}
 
     def mask(self, scores: Tensor) -> Tensor:
         """bool like ``scores``, the block that this was chosen from."""
