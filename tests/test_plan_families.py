@@ -9,11 +9,13 @@ import pytest
 from families import FAMILIES
 from transformers import Qwen3MoeConfig
 
+from warp_ds.flags.jobs import DoctorArguments
 from warp_ds.launch.cli import main
 from warp_ds.launch.planning.estimate import experts_bases
 from warp_ds.launch.planning.fit import estimate_phases
 from warp_ds.launch.planning.job import SHARDINGS, Job, Shape, read_shape
 from warp_ds.launch.planning.said import of_model
+from warp_ds.launch.resources import check_resources
 from warp_ds.models.flops import active_parameters, routing
 
 H, INNER, E, K, DEPTH, V = 2048, 768, 128, 8, 48, 151936  # Qwen3-30B-A3B
@@ -127,4 +129,7 @@ def test_plan_and_doctor_say_what_a_model_is_made_of(name: str, tmp_path: Path, 
     found = of_model(shape, Job(layer_type=kinds))
     assert all(line in printed for line in found)
     assert all(any(part in line for line in found) for part in words), found
+    arguments = DoctorArguments(device="cpu", output_dir=str(tmp_path), layer_type=kinds)
+    (layers,) = [f.found for f in check_resources(arguments, tmp_path, 1, 1) if f.name == "layers"]
+    assert layers == "; ".join([f"{len(shape.targets)} to rotate", *found])
     assert ("mixture of experts" in printed) == (name in ("glm4_moe", "mixtral"))

@@ -183,7 +183,7 @@ def bases(runs: Runs, pictures: Path) -> list[Section]:
         values = {
             file.removesuffix("_svd.safetensors"): basis.columns(name)[1].tolist() for file, name in sorted(by_file.items())
         }
-        svg = figures.save(figures.spectra({k: v for k, v in values.items() if v}), pictures, "spectra")
+        svg = figures.save(figures.spectra({k: v for k, v in values.items() if any(v)}), pictures, "spectra")
         caption = (
             f"Eigenvalues of the covariance of each layer's safety inputs ({basis.metadata.tokens} tokens), early "
             f"layers dark. Run {runs.name(run)}."
