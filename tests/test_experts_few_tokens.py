@@ -12,7 +12,7 @@ from ranks import run_ranks
 from rows_reference import read_parts
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from warp_ds.report import sections
+from warp_ds.report import mask_section, sections
 from warp_ds.report.runs import Runs
 
 EXPERTS, INNER = 24, 20
@@ -67,5 +67,8 @@ def test_they_are_said_and_nothing_of_the_complement_is_frozen(root: Path, log: 
         assert tokens or not part.frozen.any(), name
         frozen_of_few += int(part.frozen.sum()) if 0 < tokens < INNER else 0
     assert frozen_of_few > 0  # of what they saw, there is
+    masks = (root / "out" / "phase2_latest").resolve()
+    (drawn,) = mask_section.masks(Runs([masks]), root)
+    assert len(drawn.blocks) >= 4  # also of experts that have no score at all
     (note,) = [b.text for s in sections.bases(Runs([basis]), root) for b in s.blocks if isinstance(b, sections.Note)]
     assert note.startswith(f"{len(few)} of {2 * EXPERTS} experts' down projections saw fewer safety tokens")

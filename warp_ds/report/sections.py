@@ -201,8 +201,8 @@ def _few_tokens(entries: Mapping[str, Mapping[str, Any]]) -> list[Note]:
     named = ", ".join(few[:4]) + ", ..." * (len(few) > 4)
     return [
         Note(
-            f"{len(few)} of {len(of_experts)} experts' down projections saw fewer safety tokens than they have inputs ({named}): "
-            "their bases hold what they saw, and nothing of its complement is frozen."
+            f"{len(few)} of {len(of_experts)} experts' down projections saw fewer safety tokens than they have inputs "
+            f"({named}): their bases hold what they saw, and nothing of its complement is frozen."
         )
     ]
 
