@@ -17,6 +17,7 @@ from warp_ds.flags.jobs import PlanArguments
 from warp_ds.launch.planning.estimate import gb
 from warp_ds.launch.planning.fit import MOST_NODES, Plan, make_plan
 from warp_ds.launch.planning.job import Job
+from warp_ds.launch.planning.said import of_model
 
 CHECKED = Path(__file__).with_name("plan_checked.json")
 
@@ -64,7 +65,7 @@ def print_plan(made: Plan) -> None:
             rest = (_percent(ratios.get(name)) for name in ("read", "sent", "written", "disk"))
             table.add_row("  off by", of_memory, "(with GPU)", *rest, style="dim")
     console.print(table)
-    for words in filter(None, (made.shape.lacking, made.shape.loading)):
+    for words in of_model(made.shape, job):
         console.print(words, highlight=False)
     for phase in made.phases:
         for place, parts in (("GPU", phase.gpu), ("host", phase.host)):

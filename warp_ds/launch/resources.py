@@ -13,6 +13,7 @@ from warp_ds.launch.machine import Finding
 from warp_ds.launch.planning.estimate import Estimate
 from warp_ds.launch.planning.fit import estimate_phases
 from warp_ds.launch.planning.job import OFFLOADS, Job, choose_sharding, read_shape
+from warp_ds.launch.planning.said import of_model
 from warp_ds.zero import settings
 
 
@@ -24,11 +25,15 @@ def check_resources(
 
     on_gpu = torch.cuda.is_available() and arguments.resolved_device == "cuda"
     try:
-        estimates = _estimates(arguments, directory, nodes, ranks_per_node, on_gpu)
+        job = _job(arguments, nodes, ranks_per_node, on_gpu)
+        shape = read_shape(str(directory), job.layer_type, job.target_layers)
+        estimates = estimate_phases(shape, job, choose_sharding(shape, job))
     except (ConfigError, ValueError, OSError, KeyError, AttributeError) as error:
         fails = isinstance(error, ConfigError)  # the phases say the same
         yield Finding("needs", f"not counted: {error}", "change that flag" if fails else "see warp-ds plan", fatal=fails)
         return
+    if phase is None:
+        yield Finding("layers", "; ".join([f"{len(shape.targets)} to rotate", *of_model(shape, job)]))
     estimates = [e for e in estimates if e.phase.replace(" ", "") == phase] if phase is not None else estimates[1:]
     if estimates:
         yield _disk(arguments.output_dir, estimates)
@@ -37,11 +42,11 @@ def check_resources(
             yield _gpu(estimates, torch.cuda.get_device_properties(0).total_memory)
 
 
-def _estimates(arguments: Any, directory: Path, nodes: int, ranks_per_node: int, on_gpu: bool) -> list[Estimate]:
-    """Of all phases, with the flags that are given; raises what a wrong flag or model makes of it."""
+def _job(arguments: Any, nodes: int, ranks_per_node: int, on_gpu: bool) -> Job:
+    """The flags that are given; raises what a wrong one makes of it."""
     zero = settings.zero3_config(arguments)["zero_optimization"]
     offloaded = [zero.get(part, {}).get("device", "none") != "none" for part in ("offload_param", "offload_optimizer")]
-    job = Job(
+    return Job(
         nodes=nodes,
         gpus_per_node=ranks_per_node,
         dtype=arguments.dtype,
@@ -55,8 +60,6 @@ def _estimates(arguments: Any, directory: Path, nodes: int, ranks_per_node: int,
             if hasattr(arguments, name)
         },
     )
-    shape = read_shape(str(directory), job.layer_type, job.target_layers)
-    return estimate_phases(shape, job, choose_sharding(shape, job))
 
 
 def _disk(output_dir: str, estimates: Sequence[Estimate]) -> Finding:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from warp_ds.models.targets import beside_text
+
 PEAKS = {
     r"\bGB200\b": 2500e12,
     r"\bB200\b": 2250e12,
@@ -41,22 +43,33 @@ def device_peak(dtype: torch.dtype, name: str | None = None) -> float | None:
 
 
 def active_parameters(model: nn.Module) -> int:
-    """N: the parameters that one token is multiplied with.
+    """N: the parameters that one token of text is multiplied with.
 
-    All but a look-up table of input embeddings (tied ones count: they make the logits), and of the experts of a mixture the
-    share that a token is routed to. ZeRO-3 partitions count whole.
+    All but a look-up table of input embeddings (tied ones count: they make the logits) and what a model has beside its text
+    decoder, and of the experts of a mixture the share that a token is routed to. ZeRO-3 partitions count whole.
     """
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    experts = next((n for name in ("num_local_experts", "num_experts", "n_routed_experts") if (n := _of(config, name))), None)
-    routed = min(1.0, (_of(config, "num_experts_per_tok") or 1) / experts) if experts else 1.0
+    routed, experts = routing(model.config)
+    share, beside = routed / experts, beside_text(model)
     embeddings = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
     head = model.get_output_embeddings()  # type: ignore[operator]
     looked_up = None if head is None or head.weight is embeddings else embeddings
     total = 0.0
     for name, param in model.named_parameters():  # a tied one comes once
-        if param is not looked_up:
-            total += getattr(param, "ds_numel", param.numel()) * (routed if ".experts." in name else 1.0)
+        if param is not looked_up and name not in beside:
+            total += getattr(param, "ds_numel", param.numel()) * (share if ".experts." in name else 1.0)
     return round(total)
+
+
+def routing(config: Any) -> tuple[int, int]:
+    """(experts that a token is routed to, experts of a block) of a model's configuration; (1, 1) where it has none."""
+    text = config.get_text_config()
+    experts = next((n for name in _EXPERTS if (n := _of(text, name))), 1)
+    return min(experts, next((n for name in _ROUTED if (n := _of(text, name))), 1)), experts
+
+
+#: What transformers' configurations call the two numbers, in 5.23.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_ROUTED = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
 
 
 def _of(config: Any, name: str) -> int | None:

@@ -14,6 +14,7 @@ from warp_ds.report.tables import Table
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from warp_ds.store.layers import TargetLayer
     from warp_ds.store.masks import MaskStore
 
 BINS, MASKS = 50, 3
@@ -45,14 +46,18 @@ def _of_mask(name: str, store: MaskStore, pictures: Path, number: str) -> list[P
     from warp_ds.method.mask import unpack_bits
 
     by_column = {layer.stem: unpack_bits(store.packed(layer.name), layer.n).float().mean(0) for layer in store.layers}
+    drawn: dict[str, list[Tensor]] = {}
+    for layer in store.layers:
+        drawn.setdefault(_line(layer), []).append(by_column[layer.stem])
+    lines_of = {line: torch.stack(columns).mean(0) for line, columns in drawn.items()}
     shares = {
-        stem: [float(part.mean()) for part in torch.tensor_split(columns, min(BINS, len(columns)))]
-        for stem, columns in by_column.items()
+        line: [float(part.mean()) for part in torch.tensor_split(columns, min(BINS, len(columns)))]
+        for line, columns in lines_of.items()
     }
     width = max(map(len, shares.values()))
     shares = {stem: row + [row[-1]] * (width - len(row)) for stem, row in shares.items()}
     meta = store.metadata
-    lines = figures.frozen_by_layer({stem: columns.tolist() for stem, columns in by_column.items()})
+    lines = figures.frozen_by_layer({stem: columns.tolist() for stem, columns in lines_of.items()})
     return [
         Picture(
             figures.save(figures.mask_map(shares, width), pictures, f"mask{number}"),
@@ -70,6 +75,11 @@ def _of_mask(name: str, store: MaskStore, pictures: Path, number: str) -> list[P
     ]
 
 
+def _line(layer: TargetLayer) -> str:
+    """What a layer is drawn as: a block's experts of a type as one, their mean."""
+    return layer.stem if layer.expert is None else layer.stem.rpartition("_")[0]
+
+
 def _scores(store: MaskStore, pictures: Path, name: str) -> list[Picture]:
     """How the scores of each layer lie, where the masks' phase kept that."""
     kept = store.scores()
@@ -80,7 +90,9 @@ def _scores(store: MaskStore, pictures: Path, name: str) -> list[Picture]:
         histogram, threshold = kept["layers"][layer.name], store.metadata.layers[layer.name]["threshold"]
         logs = [(histogram["first"] + i + 0.5) / decade for i in range(len(histogram["counts"]))]
         shares = [count / (layer.m * layer.n) for count in histogram["counts"]]
-        types.setdefault(layer.type, {})[layer.stem] = logs, shares, None if threshold is None else math.log10(threshold)
+        kind = layer.type if layer.expert is None else layer.type.rpartition("_")[0]
+        lowest = None if threshold is None or not logs else math.log10(threshold)  # an expert that saw nothing has no scores
+        types.setdefault(kind, {})[layer.stem] = logs, shares, lowest
     caption = (
         f"How the importance scores lie, {decade} bins a decade: a line a layer, early layers dark. Dots: the "
         "lowest frozen score; what lies right of it is frozen."

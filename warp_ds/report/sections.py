@@ -183,13 +183,28 @@ def bases(runs: Runs, pictures: Path) -> list[Section]:
         values = {
             file.removesuffix("_svd.safetensors"): basis.columns(name)[1].tolist() for file, name in sorted(by_file.items())
         }
-        svg = figures.save(figures.spectra({k: v for k, v in values.items() if v}), pictures, "spectra")
+        svg = figures.save(figures.spectra({k: v for k, v in values.items() if any(v)}), pictures, "spectra")
         caption = (
             f"Eigenvalues of the covariance of each layer's safety inputs ({basis.metadata.tokens} tokens), early "
             f"layers dark. Run {runs.name(run)}."
         )
-        return [Section("What the safety inputs span", [Picture(svg, caption)])]
+        return [Section("What the safety inputs span", [Picture(svg, caption), *_few_tokens(basis.metadata.bases)])]
     return []
+
+
+def _few_tokens(entries: Mapping[str, Mapping[str, Any]]) -> list[Note]:
+    """Of experts that were given fewer tokens than they have inputs."""
+    of_experts = {file: entry for file, entry in entries.items() if "_experts_down_" in file}
+    few = [f"{file.removesuffix('_svd.safetensors')} ({e['tokens']})" for file, e in of_experts.items() if e["tokens"] < e["n"]]
+    if not few:
+        return []
+    named = ", ".join(few[:4]) + ", ..." * (len(few) > 4)
+    return [
+        Note(
+            f"{len(few)} of {len(of_experts)} experts' down projections saw fewer safety tokens than they have inputs "
+            f"({named}): their bases hold what they saw, and nothing of its complement is frozen."
+        )
+    ]
 
 
 def curves(runs: Runs, pictures: Path) -> list[Section]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from warp_ds.launch.planning.job import Job, Shape, Sharding
+from warp_ds.models.targets import shared_inputs
 from warp_ds.store.checkpoint_index import READ_BUFFER_BYTES
-from warp_ds.zero.collect import REDUCE
+from warp_ds.store.layers import TargetLayer
+from warp_ds.zero.collect import REDUCE, of_expert
 
 GPU_CONTEXT = 1_500_000_000
 """Bytes that the driver's context and NCCL take on a GPU. Not measured by us."""
@@ -66,10 +68,26 @@ def micro_batch(batch_size: int, tokens_of_rank: int, job: Job) -> int:
     return min(batch_size * job.tokens, tokens_of_rank)
 
 
-def basis_rank(n: int, job: Job) -> int:
-    """Columns of a stored basis: no more than there are tokens."""
-    r = min(n, job.basis_samples * job.tokens)
+def basis_rank(layer: TargetLayer, shape: Shape, job: Job) -> int:
+    """Columns of a layer's stored basis: no more than its input has tokens."""
+    r = min(layer.n, seen(layer, shape, job.basis_samples * job.tokens))
     return min(r, job.max_rank) if job.max_rank else r
+
+
+def seen(layer: TargetLayer, shape: Shape, tokens: int) -> int:
+    """How many of ``tokens`` make the layer's basis: an expert's down projection has those that are routed to it."""
+    return shape.given(tokens) if of_expert(layer) else tokens
+
+
+def experts_bases(shape: Shape, job: Job) -> tuple[int, float]:
+    """(number, bytes on disk) of the experts' bases: one a down projection, one that a block's gates and ups share."""
+    groups = [group[0] for group in shared_inputs(shape.targets) if group[0].expert is not None]
+    return len(groups), sum(basis_bytes(first.n, basis_rank(first, shape, job)) for first in groups)
+
+
+def basis_bytes(n: int, r: int) -> float:
+    """U [n, r] and S [r], fp32."""
+    return 4.0 * (n * r + r)
 
 
 def quarter_of_free(need: Estimate, job: Job) -> float:
@@ -96,13 +114,18 @@ def decomposition_peak(tokens: int, n: int, r: int, b: int, way: str) -> float:
 
 def forward_activations(shape: Shape, tokens: int, b: int) -> float:
     """Alive at once inside a block without a graph: its input, norms in fp32, and the feed-forward part."""
-    return tokens * (3 * shape.intermediate * b + 4 * shape.hidden * b + 8 * shape.hidden)
+    return tokens * (3 * shape.intermediate * b + 4 * shape.hidden * b + 8 * shape.hidden + _dealt(shape, b))
 
 
 def saved_activations(shape: Shape, tokens: int, b: int) -> float:
     """Kept by a block's graph: inputs of its linear layers, gate, up and their product, queries, keys and values, and
     two norms in fp32."""
-    return tokens * (4 * shape.intermediate * b + 8 * shape.hidden * b + 2 * 8 * shape.hidden)
+    return tokens * (4 * shape.intermediate * b + 8 * shape.hidden * b + 2 * 8 * shape.hidden + _dealt(shape, b))
+
+
+def _dealt(shape: Shape, b: int) -> int:
+    """Of a token: its copies for the experts that it is routed to, and what each of them makes of it."""
+    return 2 * shape.routed * shape.hidden * b if shape.experts > 1 else 0
 
 
 def logits(shape: Shape, tokens: int, b: int) -> float:

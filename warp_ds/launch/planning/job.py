@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from warp_ds.flags.arguments import BasisArguments, ImportanceArguments, TrainAr
 from warp_ds.flags.groups import DTYPE_BYTES
 from warp_ds.models.classes import auto_class
 from warp_ds.models.context import text_config
+from warp_ds.models.families import PATHS
+from warp_ds.models.flops import active_parameters, routing
 from warp_ds.models.source import local_model_dir, read_config, snapshot
 from warp_ds.models.targets import find_blocks, lacking_in_words, targets_and_lacking
 from warp_ds.models.transformers_internals import DEQUANTISED, quantisation_of
@@ -105,17 +108,27 @@ class Shape:
     """All that is neither block nor input embedding."""
     hidden: int
     intermediate: int
+    """Of the feed-forward part that a token passes, at its widest: of a mixture all the experts that it is routed to."""
     vocabulary: int
     stored_itemsize: int
     targets: list[TargetLayer]
     loading: str = ""
-    """Where the weights are not read in shards, how they are."""
+    """How the weights are read, in words."""
+    active: int = 0
+    """Parameters that a token is multiplied with."""
+    routed: int = 1
+    """Experts that a token is routed to, of ``experts`` in a block."""
+    experts: int = 1
     lacking: str = ""
     """Of the blocks that were chosen those without a layer of some type, in words."""
 
     def shard(self, ranks: int) -> int:
         """Elements of all parameters on one rank, padding included."""
         return sum(RowPartition(numel, 1, ranks, 0).length * count for numel, count in self.numels.items())
+
+    def given(self, tokens: int) -> int:
+        """Tokens of ``tokens`` that one expert is given, if all are given as many."""
+        return math.ceil(tokens * self.routed / self.experts)
 
 
 def read_shape(model_name: str, layer_type: str, target_layers: str) -> Shape:
@@ -131,6 +144,7 @@ def read_shape(model_name: str, layer_type: str, target_layers: str) -> Shape:
     rest = {id(p): p for m in outside(model, blocks) if m is not embedding for p in m.parameters(recurse=False)}
     numels = [p.numel() for p in model.parameters()]
     targets, lacking = targets_and_lacking(model, target_layers, layer_type)
+    routed, experts = routing(config)
     stored = getattr(config, "dtype", None) or torch.bfloat16
     return Shape(
         name=model_name,
@@ -140,30 +154,53 @@ def read_shape(model_name: str, layer_type: str, target_layers: str) -> Shape:
         embedding=embedding.weight.numel(),
         head=sum(p.numel() for p in rest.values()),
         hidden=text.hidden_size,
-        intermediate=_widest(text, blocks),
+        intermediate=_widest(text, blocks, routed),
         vocabulary=text.vocab_size,
         stored_itemsize=(getattr(torch, stored) if isinstance(stored, str) else stored).itemsize,
         targets=targets,
-        loading=_loading(quantisation_of(config)),
+        loading=_loading(quantisation_of(config), directory),
+        active=active_parameters(model),
+        routed=routed,
+        experts=experts,
         lacking=lacking_in_words(lacking),
     )
 
 
-def _loading(quantisation: str | None) -> str:
+def _loading(quantisation: str | None, directory: Path) -> str:
     if quantisation is None:
-        return ""
+        pickled = any(directory.glob("*.bin")) and not any(directory.glob("*.safetensors"))
+        return "stored as pickles (.bin): loaded whole on rank 0 by from_pretrained, not in shards" if pickled else _IN_SHARDS
     if quantisation in DEQUANTISED:
         return f"stored as {quantisation}: each parameter is made whole on one rank, the ranks by turns, and dealt out"
     return f"stored as {quantisation}: loaded whole on rank 0 by from_pretrained, not in shards"
 
 
-def _widest(text: Any, blocks: list[nn.Module]) -> int:
-    """The feed-forward width: what the configuration says, at its largest; else the widest input of a block's linear layers."""
+_IN_SHARDS = "loaded in shards: each rank reads the bytes of its own partitions"
+
+
+def _widest(text: Any, blocks: list[nn.Module], routed: int) -> int:
+    """The feed-forward width: of a mixture what a token passes; else what the configuration says, at its largest; else the
+    widest input of a block's linear layers."""
+    if any(_experts_width(block, text.hidden_size) for block in blocks):
+        return max(routed * _experts_width(block, text.hidden_size) + _common_width(block) for block in blocks)
     stated = getattr(text, "intermediate_size", None)
     if isinstance(stated, (list, tuple)):
         return max(stated)
     widths = (module.in_features for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
     return stated or max(widths, default=text.hidden_size)
+
+
+def _experts_width(block: nn.Module, hidden: int) -> int:
+    """Inputs of one stacked expert's down projection, whichever way it lies; 0 for a block without such."""
+    stacked = [p for name, p in block.named_parameters() if name.endswith("experts.down_proj") and p.dim() == 3]
+    return max((p[0].numel() // hidden for p in stacked), default=0)
+
+
+def _common_width(block: nn.Module) -> int:
+    """Inputs of the down projection that every token passes, dense or a shared expert's."""
+    inner = dict(block.named_modules())
+    found = next((inner[path] for path in PATHS["ffn_down"] if path in inner), None)
+    return int(getattr(found, "in_features", 0))
 
 
 # Choosing ---------------------------------------------------------------------------------------------------------

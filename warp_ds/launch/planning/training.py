@@ -108,7 +108,7 @@ def _masked_step(need: Estimate, shape: Shape, job: Job, steps: int) -> float:
     """Adds bases, masks and what ``steps`` rotations move; returns what one takes on the GPU beyond that."""
     ranks, targets = job.ranks, shape.targets
     held = {
-        layer.name: (group[0].name, Rotation.held_bytes(layer.n, basis_rank(layer.n, job)))
+        layer.name: (group[0].name, Rotation.held_bytes(layer.n, basis_rank(group[0], shape, job)))
         for group in shared_inputs(shape.targets)
         for layer in group
     }
@@ -120,9 +120,12 @@ def _masked_step(need: Estimate, shape: Shape, job: Job, steps: int) -> float:
     need.gpu["bases"] = float(placement.kept())
     need.gpu["masks"] = sum(layer.m * math.ceil(layer.n / 8) for layer in targets) / ranks
     need.sent += steps * placement.cost().sent
-    stored = {held[layer.name][0]: 4.0 * layer.n * basis_rank(layer.n, job) for layer in targets}
-    readers = {key: placement.readers(key) for key in stored}
-    need.read += max(sum(size for key, size in stored.items() if readers[key] == who) for who in readers.values())
+    stored = {held[layer.name][0]: 4.0 * layer.n * basis_rank(layer, shape, job) for layer in targets}
+    read: dict[range, float] = {}
+    for key, size in stored.items():
+        who = placement.readers(key)
+        read[who] = read.get(who, 0.0) + size
+    need.read += max(read.values())
     largest = 4.0 * max(layer.m * layer.n for layer in targets)
     if placement.name == "owner":
         # An owner gets its layer whole, and gives its own shards away; one piece of rows is rotated at a time.

@@ -7,6 +7,7 @@ import math
 from warp_ds.launch.planning.estimate import (
     Estimate,
     after_loading,
+    basis_bytes,
     basis_rank,
     decomposition_peak,
     forward_activations,
@@ -16,12 +17,14 @@ from warp_ds.launch.planning.estimate import (
     others_share,
     quarter_of_free,
     saved_activations,
+    seen,
 )
 from warp_ds.launch.planning.job import Job, Shape, Sharding
 from warp_ds.method.covariance import kept_entries
 from warp_ds.method.importance import tokens_first
 from warp_ds.models.targets import shared_inputs
-from warp_ds.zero.collect import REDUCE, route
+from warp_ds.store.layers import TargetLayer
+from warp_ds.zero.collect import REDUCE, ROUTED, of_expert, route
 
 
 def basis(shape: Shape, job: Job, sharding: Sharding) -> Estimate:
@@ -39,16 +42,17 @@ def basis(shape: Shape, job: Job, sharding: Sharding) -> Estimate:
     by_block: dict[int, float] = {}
     decomposing = 0.0
     for group in shared_inputs(shape.targets):
-        first, r = group[0], basis_rank(group[0].n, job)
-        n = first.n
-        if route(tokens, n, n_ranks, b) == REDUCE:
+        first, r = group[0], basis_rank(group[0], shape, job)
+        n, own = first.n, seen(first, shape, mine)
+        way = ROUTED if of_expert(first) else route(tokens, n, n_ranks, b)
+        if way == REDUCE:
             kept, sent = 4.0 * n * n, 4.0 * kept_entries(n, "cuda" if job.on_gpu else "cpu") * others_share(n_ranks)
         else:
-            kept, sent = float(mine * n * b), mine * n * b * others_share(n_ranks)
+            kept, sent = float(own * n * b), own * n * b * others_share(n_ranks)
         by_block[first.layer] = by_block.get(first.layer, 0.0) + kept
-        decomposing = max(decomposing, decomposition_peak(tokens, n, r, b, route(tokens, n, n_ranks, b)))
+        decomposing = max(decomposing, decomposition_peak(seen(first, shape, tokens), n, r, b, way))
         need.sent += sent
-        need.disk += 4.0 * (n * r + r)
+        need.disk += basis_bytes(n, r)
     need.gpu["inputs"] = max(by_block.values())
     need.gpu["decomposition"] = decomposing
     need.written = need.disk
@@ -93,16 +97,24 @@ def _scores(need: Estimate, shape: Shape, job: Job, steps: int, of_rank: int) ->
     scores = columns = bases = 0.0
     step_tokens = of_rank * n_ranks
     for group in shared_inputs(shape.targets):
-        n, r = group[0].n, basis_rank(group[0].n, job)
+        r = basis_rank(group[0], shape, job)
+        columns = max(columns, 4.0 * group[0].n * r)
+        bases += 4.0 * group[0].n * r
+        # A GPU keeps bases as far as it has room; for a CPU the files are mapped, and read in every step.
+        need.read += 4.0 * group[0].n * r * (1 if job.on_gpu else steps)
+    # Experts of a block share a basis, but each is given tokens of its own (phases/importance.py, ``scored_inputs``).
+    apart: dict[tuple[str, int | None], list[TargetLayer]] = {}
+    for group in shared_inputs(shape.targets):
+        for layer in group:
+            apart.setdefault((group[0].name, layer.expert), []).append(layer)
+    for group in apart.values():
+        n, r = group[0].n, basis_rank(group[0], shape, job)
+        share = 1.0 if group[0].expert is None else shape.routed / shape.experts
         rows = [math.ceil(layer.m / n_ranks) for layer in group]
         first = tokens_first(job.importance_batch_size * job.tokens, n_ranks, rows, n, r)
         scores += 4.0 * r * sum(rows)
-        columns = max(columns, 4.0 * n * r)
-        bases += 4.0 * n * r
-        # A GPU keeps bases as far as it has room; for a CPU the files are mapped, and read in every step.
-        need.read += 4.0 * n * r * (1 if job.on_gpu else steps)
-        need.sent += steps * step_tokens * (4 * r if first else n * b) * others_share(n_ranks)
-        need.sent += steps * of_rank * sum(layer.m for layer in group) * b * others_share(n_ranks)
+        need.sent += steps * step_tokens * share * (4 * r if first else n * b) * others_share(n_ranks)
+        need.sent += steps * of_rank * share * sum(layer.m for layer in group) * b * others_share(n_ranks)
         need.disk += sum(layer.m * math.ceil(layer.n / 8) for layer in group)
     need.gpu["scores"] = scores
     need.gpu["a basis"] = columns
