@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -77,10 +78,12 @@ def test_only_new_tokens_train(directory: Path, tied: bool) -> None:
     run_ranks(1, run_example, "freeze_new_tokens.py", str(directory), "--model_name", str(model))
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("freeze_neurons", 1), ("freeze_pruned", 2)])
-def test_what_is_frozen_stays(directory: Path, name: str, ranks: int) -> None:
+@pytest.mark.parametrize(("name", "ranks"), [("freeze_neurons", 1), ("freeze_pruned", 2), ("sharded_loading", 2)])
+def test_what_is_frozen_or_loaded_in_shards(directory: Path, name: str, ranks: int) -> None:
     run_ranks(ranks, run_example, f"{name}.py", str(directory))
-    assert (directory / name / "model.safetensors").is_file()
+    before, after = load_file(directory / "model" / "model.safetensors"), load_file(directory / name / "model.safetensors")
+    assert before.keys() == after.keys() and all(before[k].shape == after[k].shape for k in before)
+    assert any(not torch.equal(before[k], after[k]) for k in before)
 
 
 def test_artefacts_of_ones_own(directory: Path) -> None:

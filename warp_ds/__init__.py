@@ -9,10 +9,21 @@ _MODULES = {
     "WarpCallback": "protection",
     "freeze": "protection",
     "freeze_optimizer": "protection",
+    "load_sharded": "zero.load",
     "protect": "protection",
     "protect_optimizer": "protection",
+    "save_sharded": "zero.save",
 }
-__all__ = ["AllBut", "WarpCallback", "freeze", "freeze_optimizer", "protect", "protect_optimizer"]
+__all__ = [
+    "AllBut",
+    "WarpCallback",
+    "freeze",
+    "freeze_optimizer",
+    "load_sharded",
+    "protect",
+    "protect_optimizer",
+    "save_sharded",
+]
 
 
 def __getattr__(name: str) -> object:
