@@ -71,4 +71,6 @@ def test_they_are_said_and_nothing_of_the_complement_is_frozen(root: Path, log: 
     (drawn,) = mask_section.masks(Runs([masks]), root)
     assert len(drawn.blocks) >= 4  # also of experts that have no score at all
     (note,) = [b.text for s in sections.bases(Runs([basis]), root) for b in s.blocks if isinstance(b, sections.Note)]
+    shown = sections._drawn(entries)
+    assert len(shown) == 2 and all(entries[file]["tokens"] >= INNER for file in shown)
     assert note.startswith(f"{len(few)} of {2 * EXPERTS} experts' down projections saw fewer safety tokens")

@@ -133,3 +133,14 @@ def test_plan_and_doctor_say_what_a_model_is_made_of(name: str, tmp_path: Path, 
     (layers,) = [f.found for f in check_resources(arguments, tmp_path, 1, 1) if f.name == "layers"]
     assert layers == "; ".join([f"{len(shape.targets)} to rotate", *found])
     assert ("mixture of experts" in printed) == (name in ("glm4_moe", "mixtral"))
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4_text"])
+def test_refused_experts_come_with_what_works(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, exit status 2; and what it names is taken."""
+    FAMILIES[name].config(name).save_pretrained(tmp_path)
+    assert main(["plan", "--model_name", str(tmp_path), "--layer_type", "experts_down"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    works = line.rpartition("--layer_type ")[2].rstrip(".")
+    assert works == "attn_q,attn_k,attn_v,attn_o"
+    assert main(["plan", "--model_name", str(tmp_path), "--layer_type", works]) == 0

@@ -89,7 +89,7 @@ def find_experts(inner: dict[str, nn.Module], prefix: str, index: int) -> Expert
     return None
 
 
-_OTHERS = "choose attention layers, --layer_type attn_q,attn_k,attn_v,attn_o; the experts then train as they are"
+_OTHERS = "what works on this model is attention, --layer_type attn_q,attn_k,attn_v,attn_o"
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:

@@ -180,16 +180,26 @@ def bases(runs: Runs, pictures: Path) -> list[Section]:
         if basis.metadata.basis != "activation":
             continue
         by_file = {entry["file"]: name for name, entry in reversed(basis.metadata.layers.items())}
+        by_file = {file: by_file[file] for file in _drawn(basis.metadata.bases)}
         values = {
             file.removesuffix("_svd.safetensors"): basis.columns(name)[1].tolist() for file, name in sorted(by_file.items())
         }
         svg = figures.save(figures.spectra({k: v for k, v in values.items() if any(v)}), pictures, "spectra")
         caption = (
             f"Eigenvalues of the covariance of each layer's safety inputs ({basis.metadata.tokens} tokens), early "
-            f"layers dark. Run {runs.name(run)}."
+            f"layers dark; of a block's experts the one that saw most. Run {runs.name(run)}."
         )
         return [Section("What the safety inputs span", [Picture(svg, caption), *_few_tokens(basis.metadata.bases)])]
     return []
+
+
+def _drawn(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The bases' files, of the down projections of a block's experts that of the one that saw most tokens."""
+    most: dict[str, str] = {}
+    for file in sorted(entries):
+        line = file.rpartition("_experts_down_")[0] or file
+        most[line] = max(most.get(line, file), file, key=lambda of: entries[of].get("tokens", 0))
+    return list(most.values())
 
 
 def _few_tokens(entries: Mapping[str, Mapping[str, Any]]) -> list[Note]:
