@@ -224,16 +224,17 @@ def _qwen3_moe() -> tuple[Any, int]:
     from transformers import Qwen3MoeConfig
 
     hidden, intermediate, experts = 2048, 768, 64
-    config = Qwen3MoeConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        moe_intermediate_size=intermediate,
-        num_experts=experts,
-        num_experts_per_tok=8,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 32000,
+        "hidden_size": hidden,
+        "moe_intermediate_size": intermediate,
+        "num_experts": experts,
+        "num_experts_per_tok": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+    }
+    config = Qwen3MoeConfig(**sizes)
     return config, 3 * experts * hidden * intermediate + 2 * hidden * 128 * (32 + 4)
 
 

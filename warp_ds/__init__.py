@@ -12,6 +12,7 @@ _MODULES = {
     "load_sharded": "zero.load",
     "protect": "protection",
     "protect_optimizer": "protection",
+    "resume_any_world": "resuming",
     "save_sharded": "zero.save",
 }
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "load_sharded",
     "protect",
     "protect_optimizer",
+    "resume_any_world",
     "save_sharded",
 ]
 

@@ -150,6 +150,13 @@ def _add_artefact_commands(commands: Any) -> None:
 
 
 def _add_overlap_and_push(commands: Any) -> None:
+    ready = commands.add_parser(
+        "convert-checkpoint", help="a Trainer's ZeRO-3 checkpoint made ready for another number of ranks (resume_any_world)"
+    )
+    ready.add_argument("checkpoint", metavar="DIR", help="checkpoint-N; the converted one is universal-N beside it")
+    ready.add_argument("--world_size", type=int, required=True, help="how many ranks will go on with it")
+    ready.set_defaults(run=_convert_checkpoint)
+
     overlap = commands.add_parser(
         "overlap", help="how much of what masks freeze is the same, layer by layer, beside what chance gives"
     )
@@ -194,6 +201,15 @@ def _demo(arguments: argparse.Namespace) -> int:
         *arguments.rest,
     ]
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _convert_checkpoint(arguments: argparse.Namespace) -> int:
+    from warp_ds.resuming import convert_checkpoint
+
+    if arguments.world_size < 1:
+        raise ConfigError(f"--world_size must be at least 1, not {arguments.world_size}")
+    print(convert_checkpoint(Path(arguments.checkpoint), arguments.world_size))
+    return 0
 
 
 def _submit(words: list[str]) -> int:

@@ -181,17 +181,6 @@ def waited(kept: Any) -> int:
     return count if type(count) is int else 0
 
 
-class CompleteConverted(TrainerCallback):
-    """Completes what Trainer has loaded from a converted checkpoint, before the first step."""
-
-    def __init__(self, trainer: Trainer, checkpoint: Path):
-        self.trainer, self.checkpoint = trainer, checkpoint
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        engine: Any = self.trainer.deepspeed
-        universal.complete(engine.module, engine.optimizer, self.checkpoint)
-
-
 class MetricsFile(TrainerCallback):
     """metrics.jsonl: one line a logged step, written by rank 0."""
 

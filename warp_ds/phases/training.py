@@ -36,11 +36,12 @@ from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import Speed
 from warp_ds.phases.start_model import HeldToStart
 from warp_ds.phases.texts import safety_texts, task_texts, tokenise
-from warp_ds.phases.trainer import CompleteConverted, EarlyStopping, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
+from warp_ds.phases.trainer import EarlyStopping, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
 from warp_ds.phases.trainer_arguments import check_training, run_facts, trainer_arguments
 from warp_ds.phases.watching import Watched
 from warp_ds.protection import WarpCallback, refuse_entries, refuse_without_left
 from warp_ds.report import card
+from warp_ds.resuming import CompleteConverted
 from warp_ds.store.fingerprints import Contents, fingerprint_rows
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import find_artifact, run_config

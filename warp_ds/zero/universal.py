@@ -90,6 +90,13 @@ def convert(checkpoint: Path, deepspeed_config: dict[str, Any], wrote: int) -> P
     return target
 
 
+def world_size_of(checkpoint: Path) -> int:
+    """How many ranks of ZeRO-3 wrote a Trainer's checkpoint; 0 where no such wrote it."""
+    if not (checkpoint / "latest").is_file():
+        return 0
+    return len(_optimizer_files(checkpoint / deepspeed_internals.tag_of(checkpoint)))
+
+
 def is_converted(checkpoint: Path) -> bool:
     """Whether ``convert`` made it, so that it is to be loaded with ``load_universal``."""
     return checkpoint.name.startswith(PREFIX)
