@@ -156,6 +156,12 @@ FAMILIES: dict[str, Family] = {
     "inkling2_text": Family(
         {"n_routed_experts": 4, "num_experts_per_tok": 2}, blocks() | dict.fromkeys(EXPERT_TYPES, ALL), walk=False
     ),
+    # Hyper-connections: a block gets several streams, and the last one mixes them.
+    "qwen4_exp_text": Family(
+        {**MOE, **HEADS, **LINEAR, "hc_lowrank": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8}
+        | {"indexer_budget": 16, "indexer_compress_ratio": 4, "num_hidden_layers": 4},
+        blocks(attention="3") | dict.fromkeys(EXPERT_TYPES, ALL),
+    ),
     # Mixtures of experts.
     **{kind: experts() for kind in ("mixtral", "qwen2_moe", "olmoe", "phimoe", "granitemoe")},
     "qwen3_moe": experts(**HEADS),
