@@ -63,29 +63,40 @@ def importances(root: Path, parts: dict[str, Part], batch_size: int) -> dict[str
     return {name: dense_reference.importance(batches, name, part.basis.numpy()) for name, part in parts.items()}
 
 
+def parameter_of(part: Part) -> str:
+    """An expert's layer is rows of a parameter of its module, any other one its module's weight."""
+    return part.module if "[" in part.name else f"{part.module}.weight"
+
+
+def rows_of(part: Part, tensor: torch.Tensor) -> torch.Tensor:
+    """The part's own [m, n] of its parameter, or of that one's gradient."""
+    return part.of(flat(tensor))
+
+
 class ExpertsAdamW(DenseAdamW):
-    """AdamW on the rotated coefficients of experts; the parameters' other rows stay."""
+    """AdamW on the rotated coefficients of experts and other layers; the parameters' other rows stay."""
 
     def __init__(self, model: Any, parts: dict[str, Part], **more: Any):
         self.parts, self.start = parts, {k: p.detach().clone() for k, p in model.named_parameters()}
-        named = {name: flat(self.start[part.module])[part.rows] for name, part in parts.items()}
+        named = {name: rows_of(part, self.start[parameter_of(part)]) for name, part in parts.items()}
         bases, frozen = ({name: getattr(part, what) for name, part in parts.items()} for what in ("basis", "frozen"))
         super().__init__(named, bases, frozen, decay=dict.fromkeys(named, 0.1), **more)
 
     def step(self, gradients: dict[str, torch.Tensor]) -> None:
-        super().step({name: flat(gradients[part.module])[part.rows] for name, part in self.parts.items()})
+        super().step({name: rows_of(part, gradients[parameter_of(part)]) for name, part in self.parts.items()})
 
     def weights(self) -> dict[str, torch.Tensor]:
-        found = {part.module: self.start[part.module].clone() for part in self.parts.values()}
+        found = {parameter_of(part): self.start[parameter_of(part)].clone() for part in self.parts.values()}
         for name, w in super().weights().items():
-            flat(found[self.parts[name].module])[self.parts[name].rows] = w
+            part = self.parts[name]
+            flat(found[parameter_of(part)])[slice(None) if part.rows is None else part.rows] = w
         return found
 
 
 def training(root: Path, parts: dict[str, Part]) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and weights of phase 3's five steps with --train_scope warp."""
     model = dense_reference.load(root / "m")
-    trained = sorted({part.module for part in parts.values()})
+    trained = sorted({parameter_of(part) for part in parts.values()})
     optimizer = ExpertsAdamW(model, parts, lr=2e-3, eps=1e-4, clip=0.5)
     loss = task_loss(root, AutoTokenizer.from_pretrained(root / "m"))
     return train(model, trained, [torch.zeros(0)] * 5, optimizer, loss), optimizer.weights()

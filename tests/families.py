@@ -156,6 +156,12 @@ FAMILIES: dict[str, Family] = {
     "inkling2_text": Family(
         {"n_routed_experts": 4, "num_experts_per_tok": 2}, blocks() | dict.fromkeys(EXPERT_TYPES, ALL), walk=False
     ),
+    # Hyper-connections: a block gets several streams, and the last one mixes them.
+    "qwen4_exp_text": Family(
+        {**MOE, **HEADS, **LINEAR, "hc_lowrank": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8}
+        | {"indexer_budget": 16, "indexer_compress_ratio": 4, "num_hidden_layers": 4},
+        blocks(attention="3") | dict.fromkeys(EXPERT_TYPES, ALL),
+    ),
     # Mixtures of experts.
     **{kind: experts() for kind in ("mixtral", "qwen2_moe", "olmoe", "phimoe", "granitemoe")},
     "qwen3_moe": experts(**HEADS),
@@ -185,3 +191,32 @@ CUT = {
     "falcon, many": ungated(QKV, walk=False, ffn_hidden_size=48, multi_query=False),
     "falcon, grouped": ungated(QKV, walk=False, ffn_hidden_size=48, new_decoder_architecture=True, num_kv_heads=2),
 }
+
+
+def table() -> str:
+    """Rows of docs/families.md: what is found of every family, and what is refused with what words."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, family in FAMILIES.items():
+        by_blocks: dict[str, list[str]] = {}
+        for kind, where in family.found.items():
+            by_blocks.setdefault("" if where == ALL else f" in blocks {where} of 0-3", []).append(kind)
+        found = "; ".join(f"{_short(kinds)}{where}" for where, kinds in by_blocks.items())
+        rows_of = f" ({_short(list(family.fused))} as rows of a fused weight)" if family.fused else ""
+        by_reason: dict[str, list[str]] = {}
+        for kind, reason in family.refused.items():
+            by_reason.setdefault(reason, []).append(kind)
+        refused = "; ".join(f"{_short(kinds)}: {reason}" for reason, kinds in by_reason.items())
+        rows.setdefault((found + rows_of, refused), []).append(f"`{name}`")
+    head = "| families (`model_type`) | works | refused by name |\n|---|---|---|\n"
+    return head + "\n".join(f"| {' '.join(names)} | {found} | {refused} |" for (found, refused), names in rows.items()) + "\n"
+
+
+def _short(kinds: list[str]) -> str:
+    for group, word in ((ATTENTION, "attn_*"), (FFN, "ffn_*"), (EXPERT_TYPES, "experts_*")):
+        if set(group) <= set(kinds):
+            kinds = [word, *(kind for kind in kinds if kind not in group)]
+    return ", ".join(kinds)
+
+
+if __name__ == "__main__":
+    print(table())

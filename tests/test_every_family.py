@@ -129,6 +129,11 @@ def saved(model: Any, directory: Path, root: Path) -> list[str]:
     found = [
         f"{name} was not saved as it is" for name, value in halved.items() if not torch.equal(new.state_dict()[name], value)
     ]
+    old.load_state_dict(halved, strict=False)
+    ids = torch.tensor([rows()[0]["input_ids"]])
+    with torch.no_grad():
+        if not torch.equal(old(ids, use_cache=False).logits, new(ids, use_cache=False).logits):
+            found.append("its logits are others")
     stored = [
         {key for file in d.glob("*.safetensors") for key in load_file(file)}
         for d in (directory, root / "saved" / directory.name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import ALL, CUT, FAMILIES, FFN, QKV, Family
+from families import ALL, CUT, FAMILIES, FFN, QKV, Family, table
 from phase12_jobs import Tokenizer
 from torch import Tensor, nn
 
@@ -36,6 +37,11 @@ def test_layers_are_found_or_refused_by_name(name: str) -> None:
             assert layer.fits(tuple(weight.shape)) and layer.of(weight).shape == layer.shape
             stacked = kind in family.fused or layer.expert is not None
             assert bool(layer.rows) == stacked or name == "minimax"
+
+
+def test_the_page_has_this_table() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
+    assert table() in page, "python tests/families.py prints it"
 
 
 def test_blocks_that_lack_a_type_are_counted() -> None:

@@ -56,7 +56,7 @@ def lfm2(vocabulary: int) -> Any:
 #: Family -> its model, the layers that are masked, and on how many ranks.
 CASES = {
     "neox": (neox, "attn_q,attn_v,ffn_up,ffn_down", WORLDS),
-    "phi3": (phi3, "attn_k,ffn_gate", (2,)),
+    "phi3": (phi3, "attn_k,ffn_gate", WORLDS),
     "lfm2": (lfm2, "attn_q,attn_o,ffn_down", WORLDS),
 }
 RUNS = [(family, world) for family, (_, _, worlds) in CASES.items() for world in worlds]
