@@ -35,7 +35,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def made(tmp_path: Path, **more: Any) -> Bench:
     arguments = CompareArguments(output_dir=str(tmp_path), log_dir=str(tmp_path / "logs"), layer_type="attn_q", **more)
-    data: Any = SimpleNamespace(sets=None, task=[], mix=[], safety=[], harmful_mix=[])
+    data: Any = SimpleNamespace(sets=None, task=[], mix=[], safety=[], harmful_mix=[], behaviours=())
     return Bench(arguments, tmp_path / "m", tmp_path / "c", data, PASSED)
 
 
