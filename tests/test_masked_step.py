@@ -220,7 +220,7 @@ def make_engine(case: Case, dtype: torch.dtype = torch.float32, trained: Iterabl
         model=model,
         optimizer=make_optimizer(case.optimizer, list(groups.values())),
         config={
-            "train_micro_batch_size_per_gpu": 12 // processes.world_size() // case.accumulation,
+            "train_micro_batch_size_per_gpu": case.samples // processes.world_size() // case.accumulation,
             "gradient_accumulation_steps": case.accumulation,
             "gradient_clipping": case.clip,
             "zero_optimization": {
