@@ -177,6 +177,7 @@ FAMILIES: dict[str, Family] = {
             {**MOE, **MLA},
             {**blocks(attention=""), "attn_o": ALL, **dict.fromkeys(EXPERT_TYPES, "1-3")},
             refused={"attn_q": "has no attn_q"},
+            walk=kind != "glm_moe_dsa",  # its blocks return tuples
         )
         for kind in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
     },

@@ -128,6 +128,16 @@ def whole_job(root: Path, artefacts: Path, output: Path) -> dict[str, Any]:
     }
 
 
+def family_jobs(layers: dict[str, str], roots: dict[str, Path], world: int) -> dict[str, list[float]]:
+    """Phases 1, 2 and 3 on each family's model under its root, on the layers that are named; the losses."""
+    found = {}
+    for family, root in roots.items():
+        output = root / f"world{world}"
+        phase12(root, output, layers[family])
+        found[family] = losses(phase3(root, output, output))
+    return found
+
+
 def run_identity(root: Path, output: Path) -> Path:
     """Original-space masking: the identity basis, global threshold."""
     shared = common(

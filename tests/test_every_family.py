@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from warp_ds.errors import ConfigError
+from warp_ds.models.targets import find_blocks
 from warp_ds.phases.basis import compute_basis
 from warp_ds.phases.importance import importance_scores
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.layers import TargetLayer
+from warp_ds.zero.batches import Samples
 from warp_ds.zero.save import save_sharded
+from warp_ds.zero.walk import BlockWalk
 
 FOUND = [name for name, family in FAMILIES.items() if family.found]
 BLOCKS = "1-2"
@@ -104,6 +107,10 @@ def problems_of(name: str, root: Path) -> list[str]:
         scores = importance_scores(model, Tokenizer(), layers, rows(), store, asked, [], root / "scratch")
     except ConfigError as refused:
         scores, found = {}, [f"phase 2: {refused}"]
+    few = Samples(rows(), Tokenizer(), "cpu").few()
+    reason = BlockWalk(model, list(find_blocks(model)[1])).why_not(few, layers, logits=True)
+    if (reason is None) != family.walk:
+        found.append(f"block by block: {reason}")
     plain = Given(directory, layers)
     inputs, batches = plain.inputs(), plain.gradients()
     for layer in layers:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import rows_reference
 import torch
-from phase3_jobs import losses, make_model, phase3, phase12
+from phase3_jobs import family_jobs, make_model
 from ranks import run_ranks
 from transformers import (
     AutoModelForCausalLM,
@@ -66,29 +66,19 @@ def glm4(vocabulary: int) -> Any:
     return Glm4MoeForCausalLM(Glm4MoeConfig(vocab_size=vocabulary, **SHARED, **sizes, n_group=1, topk_group=1))
 
 
-#: Family -> its model, the layers that are masked, and on how many ranks.
+#: Family -> its model, and the layers that are masked.
 CASES = {
-    "qwen3": (qwen3, "ffn_down,ffn_up,ffn_gate", WORLDS),
-    "mixtral": (mixtral, "experts_down,experts_gate,attn_o", WORLDS),
-    "glm4": (glm4, "ffn_down,experts_up,experts_down", WORLDS),
+    "qwen3": (qwen3, "ffn_down,ffn_up,ffn_gate"),
+    "mixtral": (mixtral, "experts_down,experts_gate,attn_o"),
+    "glm4": (glm4, "ffn_down,experts_up,experts_down"),
 }
-RUNS = [(family, world) for family, (_, _, worlds) in CASES.items() for world in worlds]
-
-
-def job(roots: dict[str, Path], world: int) -> dict[str, list[float]]:
-    found = {}
-    for family, root in roots.items():
-        if world in CASES[family][2]:
-            output = root / f"world{world}"
-            phase12(root, output, CASES[family][1])
-            found[family] = losses(phase3(root, output, output))
-    return found
+RUNS = [(family, world) for family in CASES for world in WORLDS]
 
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
-    for family, (build, _, _) in CASES.items():
+    for family, (build, _) in CASES.items():
         made[family] = tmp_path_factory.mktemp(family)
         make_model(made[family], build)
     return made
@@ -96,7 +86,8 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def jobs(roots: dict[str, Path]) -> dict[int, dict[str, list[float]]]:
-    return {world: run_ranks(world, job, roots, world)[0] for world in WORLDS}
+    layers = {family: of for family, (_, of) in CASES.items()}
+    return {world: run_ranks(world, family_jobs, layers, roots, world)[0] for world in WORLDS}
 
 
 def parts_of(root: Path, world: int) -> tuple[dict[str, Any], dict[str, Any]]:

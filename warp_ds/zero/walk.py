@@ -55,10 +55,10 @@ class BlockWalk:
             for module in around
             if isinstance(module, nn.Embedding) and module is not embedding and _width(module) == _width(embedding)
         ]
-        self._positions = [p for module in positions for p in module.parameters()]
-        self._embedding = [*embedding.parameters(), *self._positions]
+        self._position_embeddings = [p for module in positions for p in module.parameters()]
+        self._embedding = [*embedding.parameters(), *self._position_embeddings]
         others = [p for m in around if m is not embedding and m not in positions for p in m.parameters(recurse=False)]
-        self._head = list({id(p): p for p in [*others, *self._positions]}.values())
+        self._head = list({id(p): p for p in [*others, *self._position_embeddings]}.values())
 
     def why_not(self, batches: Sequence[Batch], layers: Sequence[TargetLayer], logits: bool = False) -> str | None:
         """Why the walk is not to be trusted with this model, None where it is; the same on every rank, given the same batches.
@@ -86,7 +86,7 @@ class BlockWalk:
         """The block's parameters are whole inside, and unless it is to be ``alone`` learned positions."""
         self.fetches[index] += 1
         parameters = list(self.blocks[index].parameters())
-        with gathered([*parameters, *([] if alone else self._positions)]):
+        with gathered([*parameters, *([] if alone else self._position_embeddings)]):
             yield parameters
 
     @contextmanager
