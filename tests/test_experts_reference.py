@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import rows_reference
 import torch
-from phase3_jobs import family_jobs, make_model
+from phase3_jobs import family_jobs, make_model, phase12
 from ranks import run_ranks
 from transformers import (
     AutoModelForCausalLM,
@@ -33,6 +33,7 @@ from transformers import (
 
 from warp_ds.evaluation.certificate import certify
 from warp_ds.evaluation.movement import movement
+from warp_ds.store.masks import MaskStore
 
 WORLDS = (1, 2, 3)
 SHARED = {
@@ -170,3 +171,23 @@ def test_training_is_the_references_and_the_certificate_says_so(roots: Any, jobs
     assert len(certificate.layers) == len(parts)
     moved = movement(root / "m", artefacts / "phase3_latest" / "model", artefacts / "phase1_latest" / "basis")
     assert moved.keys() == parts.keys()
+
+
+def test_one_threshold_for_a_blocks_experts(tmp_path: Path) -> None:
+    make_model(tmp_path, mixtral)
+    run_ranks(2, block_job, tmp_path)
+    parts = rows_reference.read_parts(tmp_path / "out")
+    masks = MaskStore((tmp_path / "out" / "phase2_latest" / "masks").resolve())
+    assert masks.metadata.scope == "block" and len(parts) == 6
+    scores = experts_reference.importances(tmp_path, parts, 3)
+    for block in ("layers.0.", "layers.1."):
+        names = [name for name in parts if block in name]
+        wanted = dense_reference.highest([scores[name] for name in names], round(0.2 * sum(scores[n].size for n in names)))
+        frozen = [parts[name].frozen.numpy() for name in names]
+        assert sum(int(f.sum()) for f in frozen) == sum(int(w.sum()) for w in wanted)
+        assert len({int(f.sum()) for f in frozen}) > 1, "every expert has the same share"
+        assert sum(int((f != w).sum()) for f, w in zip(frozen, wanted, strict=True)) <= 4  # fp32's rounding at the threshold
+
+
+def block_job(root: Path) -> None:
+    phase12(root, root / "out", "experts_down", mask_scope="block")
