@@ -79,12 +79,6 @@ def experts(where: str = ALL, **more: Any) -> Family:
     return Family({**MOE, **more}, blocks() | dict.fromkeys(EXPERT_TYPES, where))
 
 
-def other_experts(reason: str, ffn: str = "", **more: Any) -> Family:
-    """A mixture whose experts are refused by name; ``ffn``: where it has dense or shared layers."""
-    refused = dict.fromkeys(EXPERT_TYPES if ffn else (*FFN, *EXPERT_TYPES), reason)
-    return Family({**MOE, **more}, blocks(ffn), refused=refused)
-
-
 QKV = ("attn_q", "attn_k", "attn_v")
 LLAMA_LIKE = (
     "llama mistral qwen2 gemma2 olmo olmo2 olmo3 granite smollm3 cohere cohere2 exaone4 ernie4_5 stablelm bitnet internlm3"
@@ -168,10 +162,11 @@ FAMILIES: dict[str, Family] = {
     "minimax": experts(**HEADS, **ODD),
     "ernie4_5_moe": experts("1-3"),
     **{kind: experts("1-3", **HEADS) for kind in ("glm4_moe", "dots1")},
-    "gpt_oss": other_experts("stores W transposed or its gates and ups by turns", **HEADS, **LOCAL),
-    "llama4_text": other_experts(
-        "a way that is not known", ALL, **HEADS, **dict(intermediate_size_mlp=48, interleave_moe_layer_step=2)
-    ),
+    # Experts that are stored transposed.
+    "gpt_oss": experts(**HEADS, **LOCAL),
+    "aria_text": experts(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+    "llama4_text": experts("1,3", **HEADS, **dict(intermediate_size_mlp=48, interleave_moe_layer_step=2)),
+    "jetmoe": Family(MOE, {}, refused=dict.fromkeys(EXPERT_TYPES, "holds its experts in a way that is not known")),
     **{
         kind: Family(
             {**MOE, **MLA},

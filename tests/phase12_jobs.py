@@ -75,7 +75,11 @@ def importance_arguments(model: Path, **more: Any) -> ImportanceArguments:
 
 def load(arguments: Any) -> tuple[Any, list[Any]]:
     model = load_sharded(
-        arguments.model_name, ds_config=zero3_config(arguments), dtype=arguments.torch_dtype, progress=False
+        arguments.model_name,
+        ds_config=zero3_config(arguments),
+        dtype=arguments.torch_dtype,
+        experts_in_rows=True,
+        progress=False,
     ).eval()
     return model, find_targets(model, arguments.target_layers, arguments.layer_type)
 

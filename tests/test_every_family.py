@@ -61,9 +61,8 @@ class Given:
         for layer in self.layers:
 
             def note(module: Any, inputs: tuple[Tensor, ...], layer: TargetLayer = layer) -> None:
-                found[layer.name].append(
-                    of_expert(module, layer, *inputs) if layer.expert is not None else inputs[0].flatten(0, -2)
-                )
+                of = of_expert if len(inputs) == 3 else of_weighted_expert
+                found[layer.name].append(of(module, layer, *inputs) if layer.expert is not None else inputs[0].flatten(0, -2))
 
             handles.append(self.model.get_submodule(layer.module).register_forward_pre_hook(note))
         with torch.no_grad():
@@ -77,9 +76,21 @@ class Given:
         batches = []
         for first in range(0, len(rows()), 2):
             dense_reference.gradients(self.model, [], rows()[first : first + 2], 2)
-            params = {layer.name: self.model.get_parameter(layer.parameter).grad for layer in self.layers}
-            batches.append({layer.name: layer.of(params[layer.name]).numpy().copy() for layer in self.layers})
+            batches.append({layer.name: gradient_of(self.model, layer).numpy().copy() for layer in self.layers})
         return batches
+
+
+def gradient_of(model: Any, layer: TargetLayer) -> Tensor:
+    """∂L/∂W of a layer of the plain model; of gpt-oss's and Llama 4's experts in the order in which they are held."""
+    module, name = model.get_submodule(layer.module), layer.parameter.rpartition(".")[2]
+    gradient = getattr(module, name).grad
+    if layer.expert is None or layer.fits(tuple(gradient.shape)):
+        return layer.of(gradient)
+    outputs = gradient[layer.expert].T
+    if "down" in layer.type:
+        return outputs
+    side = int("up" in layer.type)
+    return outputs[side::2] if model.config.model_type == "gpt_oss" else outputs.chunk(2)[side]
 
 
 def of_expert(module: Any, layer: TargetLayer, hidden: Tensor, chosen: Tensor, _: Tensor) -> Tensor:
@@ -88,7 +99,17 @@ def of_expert(module: Any, layer: TargetLayer, hidden: Tensor, chosen: Tensor, _
         return hidden
     x = hidden[(chosen == layer.expert).any(dim=-1)]
     bias = module.gate_up_proj_bias[layer.expert] if module.has_bias else None
-    return module._apply_gate(nn.functional.linear(x, module.gate_up_proj[layer.expert], bias))
+    weight = module.gate_up_proj[layer.expert]
+    return module._apply_gate(nn.functional.linear(x, weight.T if module.is_transposed else weight, bias))
+
+
+def of_weighted_expert(module: Any, layer: TargetLayer, given: Tensor) -> Tensor:
+    """The same of Llama 4, whose experts get tokens times their routing weights, 0 where they are routed elsewhere."""
+    of_experts = [x[(x != 0).any(dim=-1)] for x in given.view(module.num_experts, -1, given.shape[-1])]
+    if "down" not in layer.type:
+        return torch.cat(of_experts)
+    gate, up = (of_experts[layer.expert or 0] @ module.gate_up_proj[layer.expert or 0]).chunk(2, dim=-1)
+    return up * module.act_fn(gate)
 
 
 def problems_of(name: str, root: Path) -> list[str]:

@@ -12,6 +12,7 @@ from phase12_jobs import Tokenizer
 from torch import Tensor, nn
 
 from warp_ds.errors import ConfigError
+from warp_ds.models.expert_rows import hold_in_rows
 from warp_ds.models.layer_names import KNOWN_TYPES, in_ranges
 from warp_ds.models.targets import find_blocks, find_targets, lacking_in_words, targets_and_lacking
 from warp_ds.store.layers import TargetLayer
@@ -22,7 +23,9 @@ from warp_ds.zero.walk import BlockWalk
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layers_are_found_or_refused_by_name(name: str) -> None:
     family = FAMILIES[name]
-    model = family.model(name)
+    model, held = family.model(name), family.model(name)
+    hold_in_rows(held)
+    weights = dict(held.named_parameters(remove_duplicate=False))
     for kind in KNOWN_TYPES:
         if kind not in family.found:
             if kind in family.refused:
@@ -30,10 +33,11 @@ def test_layers_are_found_or_refused_by_name(name: str) -> None:
                     find_targets(model, "all", kind)
             continue
         layers, lacking = targets_and_lacking(model, "all", kind)
+        assert layers == targets_and_lacking(held, "all", kind)[0]
         assert in_ranges(sorted({layer.layer for layer in layers})) == family.found[kind], kind
         assert bool(lacking) == (family.found[kind] != ALL)
         for layer in layers:
-            weight = model.get_parameter(layer.parameter)
+            weight = weights[layer.parameter]
             assert layer.fits(tuple(weight.shape)) and layer.of(weight).shape == layer.shape
             stacked = kind in family.fused or layer.expert is not None
             assert bool(layer.rows) == stacked or name == "minimax"

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, GPT2Config, GptOssConfig, LlamaConfig, MixtralConfig, MptConfig
 
 from warp_ds.errors import ArtifactError, ConfigError, DataError
+from warp_ds.models.expert_rows import hold_in_rows
 from warp_ds.models.layer_names import in_ranges, parse_target_layers
 from warp_ds.models.targets import find_targets
 from warp_ds.phases.basis import compute_basis, run_basis
@@ -65,12 +66,22 @@ def test_targets_are_found_with_their_shapes() -> None:
     [
         (MptConfig(d_model=40, n_heads=4, n_layers=2, vocab_size=64), "attn_q", "transformer.blocks.0.attn.Wqkv fuses"),
         (GPT2Config(vocab_size=64, n_embd=40, n_layer=2, n_head=4), "ffn_down", "transformer.h.0.mlp.c_proj is a Conv1D"),
-        (GptOssConfig(**SIZES, num_local_experts=2), "ffn_down", "layers.0.mlp.experts, a GptOssExperts, stores W transposed"),
     ],
 )
 def test_layers_that_cannot_be_rotated_are_named(config: Any, kind: str, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         find_targets(on_meta(config), "all", kind)
+
+
+def test_experts_that_transformers_holds_transposed_are_named_with_the_cure() -> None:
+    """Of such sizes that nothing else would tell: W is square."""
+    config = GptOssConfig(**{**SIZES, "intermediate_size": SIZES["hidden_size"]}, num_local_experts=2, head_dim=10)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ConfigError, match="layers.0.mlp.experts, a GptOssExperts, holds W transposed .*experts_in_rows=True"):
+        find_targets(model, "all", "ffn_down")
+    assert len(find_targets(model, "all", "attn_q")) == len(model.model.layers)
+    hold_in_rows(model)
+    assert len(find_targets(model, "all", "ffn_down")) == 2 * len(model.model.layers)
 
 
 def test_attention_of_a_mixture_of_experts_is_fine() -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from tiny_models import CONVERTED, SIZES, batch, tiny_converted
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from warp_ds.models.copies import CannotMap, Copies
+from warp_ds.models.expert_rows import turnings
 from warp_ds.store.checkpoint_index import read_header
 from warp_ds.zero.load import load_sharded
 from warp_ds.zero.save import save_sharded
@@ -142,6 +144,44 @@ def test_weights_in_fewer_bits_are_made_whole(tmp_path: Path, world_size: int) -
     # The hub's own names, without the scales.
     tiny_converted("qwen3_moe").save_pretrained(tmp_path / "plain")
     assert names(tmp_path / "fp8-saved") == names(tmp_path / "plain")
+
+
+def load_in_rows(root: Path) -> None:
+    """gpt-oss, as it is and from MXFP4: the same values held row by row, the same logits, the same files."""
+    for folder, dtype, more in (
+        ("plain", torch.float32, {}),
+        ("mxfp4", torch.bfloat16, {"quantization_config": Mxfp4Config(dequantize=True)}),
+    ):
+        model = load_sharded(root / folder, ds_config=ds_config(dtype), dtype=dtype, experts_in_rows=True, progress=False)
+        plain = AutoModelForCausalLM.from_pretrained(root / folder, dtype=dtype, **more).eval()
+        whole = dict(plain.named_parameters())
+        turned = turnings(model)
+        assert len(turned) == 2 * len(plain.model.layers)
+        parameters = list(model.parameters())
+        with deepspeed.zero.GatheredParameters(parameters):
+            for name, param in model.named_parameters():
+                wanted = whole[name]
+                if name in turned:  # independent of the code that turns it
+                    wanted = wanted.transpose(1, 2)
+                    if "gate_up" in name:
+                        wanted = torch.cat([wanted[:, 0::2], wanted[:, 1::2]], dim=1)
+                assert torch.equal(param, wanted), name
+            for either in (plain, model.eval()):
+                either.set_experts_implementation("eager")
+            with torch.no_grad():
+                logits = [m(input_ids=batch()["input_ids"], use_cache=False).logits for m in (plain, model)]
+            assert torch.allclose(*logits, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+        save_sharded(model, root / f"{folder}-in-rows", max_shard_size=SHARD, progress=False)
+        again = AutoModelForCausalLM.from_pretrained(root / f"{folder}-in-rows", dtype=dtype).state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in plain.state_dict().items()), folder
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_experts_that_are_stored_transposed_are_held_row_by_row(tmp_path: Path, world_size: int) -> None:
+    tiny_converted("gpt_oss").save_pretrained(tmp_path / "plain", max_shard_size=SHARD)
+    in_mxfp4(tmp_path / "mxfp4")
+    run_ranks(world_size, load_in_rows, tmp_path)
+    assert names(tmp_path / "plain-in-rows") == names(tmp_path / "plain")
 
 
 # Following copies -------------------------------------------------------------------------------------------------

@@ -253,7 +253,7 @@ def _rest(old: ModelDirectory, new: ModelDirectory, masks: MaskStore) -> tuple[l
     parts = {f"{name} (rows without a mask)": (name, rows) for name, rows in uncovered(masks.layers).items()}
 
     def read(model: ModelDirectory, name: str) -> Tensor:
-        return unmasked.rows_of(model.read(parts[name][0]), parts[name][1]) if name in parts else model.read(name)
+        return unmasked.rows_of(model.parameter(parts[name][0]), parts[name][1]) if name in parts else model.read(name)
 
     for model, side in zip((old, new), sides, strict=True):
         side.update({name: unmasked.stored(read(model, name)) for name in parts})

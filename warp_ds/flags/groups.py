@@ -198,7 +198,11 @@ class MaskFlags:
         "of several behaviours in --keep_data: even (each an equal part of --keep_ratio), comma-separated shares of the "
         "coefficients, one for each (in place of --keep_ratio), or mixed (one mask of all examples together)",
     )
-    mask_scope: str = flag("layer", "layer: the same share in each; global: one threshold for all", choices=("layer", "global"))
+    mask_scope: str = flag(
+        "layer",
+        "layer: the same share in each; block: in each block's experts of a type together; global: one threshold for all",
+        choices=("layer", "block", "global"),
+    )
 
 
 @dataclass

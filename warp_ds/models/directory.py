@@ -36,7 +36,7 @@ class ModelDirectory:
     tensors: dict[str, TensorLocation]
     """By the name under which it is stored, or by its parameter's where those differ."""
     assembled: Mapping[str, LoadedWeight] = field(default_factory=dict)
-    """Parameters made of several of these, or of parts of them."""
+    """Parameters made of several of these, or of parts of them, or stored transposed."""
 
     @staticmethod
     def of(directory: Path, targets: Sequence[TargetLayer] = ()) -> ModelDirectory:
@@ -45,7 +45,8 @@ class ModelDirectory:
             tensors = resolve_checkpoint(directory)
         except OSError as error:
             raise ArtifactError(f"{directory} cannot be read as a model directory: {error}") from error
-        if all(target.parameter in tensors for target in targets):
+        # Experts may be stored transposed, which their shapes need not tell.
+        if all(target.parameter in tensors and target.expert is None for target in targets):
             return ModelDirectory(directory, tensors)
         return ModelDirectory(directory, *_by_parameter(directory, tensors))
 
@@ -112,7 +113,18 @@ class ModelDirectory:
         return torch.cat(parts).view(target.shape)
 
     def _elements(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of an assembled parameter, flat. Raises ArtifactError."""
+        """Elements [start, stop) of an assembled parameter, flat, as it is held. Raises ArtifactError."""
+        turning = self.assembled[name].turning
+        if turning is None:
+            return self._stored(name, start, stop)
+        size, parts = turning.matrix, []
+        for first in range(start // size * size, stop, size):  # an expert
+            rows = turning.in_rows(self._stored(name, first, first + size).view(turning.stored[1:])).view(-1)
+            parts.append(rows[max(start - first, 0) : stop - first])
+        return torch.cat(parts)
+
+    def _stored(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of what an assembled parameter is made of, flat. Raises ArtifactError."""
         pieces = [piece.within(start, stop) for piece in self.assembled[name].pieces]
         pieces = [piece for piece in pieces if piece.length > 0]
         dtype = pieces[0].origin.dtype
@@ -130,11 +142,17 @@ class ModelDirectory:
             raise ArtifactError(f"{self.directory} has no readable weight {name} ({error})") from error
         return out
 
+    def parameter(self, name: str) -> Tensor:
+        """The parameter called ``name``, of the shape of which masks and bases name rows. Raises ArtifactError."""
+        if name not in self.assembled:
+            return self.read(name)
+        shape = self.assembled[name].shape
+        return self._elements(name, 0, math.prod(shape)).view(shape)
+
     def read(self, name: str) -> Tensor:
         """The tensor called ``name``, in the shape and dtype it is stored in. Raises ArtifactError."""
-        if name in self.assembled:
-            shape = self.assembled[name].shape
-            return self._elements(name, 0, math.prod(shape)).view(shape)
+        if name in self.assembled and self.assembled[name].turning is None:
+            return self.parameter(name)
         if name not in self.tensors:
             raise ArtifactError(f"{self.directory} has no parameter {name}: it is another kind of model")
         try:
@@ -153,7 +171,7 @@ def _by_parameter(
     directory: Path, tensors: dict[str, TensorLocation]
 ) -> tuple[dict[str, TensorLocation], dict[str, LoadedWeight]]:
     """The tensors in the same order, by the names of the parameters that from_pretrained makes of them; those that it makes
-    none of keep theirs. And the parameters that it makes of several, or of parts."""
+    none of keep theirs. And the parameters that it makes of several, or of parts, or holds in another order."""
     from warp_ds.models.transformers_internals import CannotMap, weights_as_loaded
 
     try:

@@ -1,27 +1,20 @@
-"""Mixtures of experts: each expert's projections as layers, and a look at what each expert is given.
+"""Mixtures of experts: each expert's projections as layers.
 
-transformers 5 keeps a block's experts in two stacked parameters, ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I], and
-runs them by a function that it looks up by name (``ALL_EXPERTS_FUNCTIONS``). One is registered there that runs expert after
-expert and shows each one's tokens; no forward is patched. Known to hold for transformers 5.23.
+transformers 5 keeps a block's experts in two stacked parameters, ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I]; some
+families transposed, which ``expert_rows`` holds as these. Known to hold for transformers 5.23.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from torch import nn
 
 from warp_ds.errors import ConfigError
+from warp_ds.models.expert_rows import STACKED, WEIGHTED, InRows, is_transposed, turning
 from warp_ds.store.layers import TargetLayer
-
-TAPPED = "warp_ds_tapped"
-"""The name under which it is registered."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +67,18 @@ def find_experts(inner: dict[str, nn.Module], prefix: str, index: int) -> Expert
         up = "gate_up_proj" if "gate_up_proj" in held else "up_proj"
         if not held and any(child.startswith(f"{path}.experts") for child in inner):
             continue
-        if not hasattr(module, "is_transposed") or not {up, "down_proj"} <= held.keys():
+        known = hasattr(module, "is_transposed") or type(module).__name__ == WEIGHTED
+        if not known or not {up, "down_proj"} <= held.keys():
             raise ConfigError(f"{name}, a {type(module).__name__}, holds its experts in a way that is not known: {_OTHERS}")
-        if module.is_transposed or not module.is_concatenated:
+        if is_transposed(module):
+            _check_can_be_held(module, name)
+            held |= {key: turning(module, key).held for key in STACKED}
+        elif not getattr(module, "is_concatenated", True) and not isinstance(module, InRows):
             raise ConfigError(
-                f"{name}, a {type(module).__name__}, stores W transposed or its gates and ups by turns, so that no rank has "
-                f"whole rows of an expert: {_OTHERS}"
+                f"{name}, a {type(module).__name__}, stores gates and ups by turns, but not transposed: {_OTHERS}"
             )
         count, hidden, inner_size = held["down_proj"]
-        gated = bool(module.has_gate)
+        gated = bool(getattr(module, "has_gate", True))
         if held[up] != (count, (2 if gated else 1) * inner_size, hidden):
             raise ConfigError(f"{name}.{up} is {list(held[up])} beside a down_proj of {list(held['down_proj'])}: {_OTHERS}")
         return Experts(name, index, count, hidden, inner_size, up, gated)
@@ -92,74 +88,20 @@ def find_experts(inner: dict[str, nn.Module], prefix: str, index: int) -> Expert
 _OTHERS = "what works on this model is attention, --layer_type attn_q,attn_k,attn_v,attn_o"
 
 
+def _check_can_be_held(module: nn.Module, name: str) -> None:
+    """ConfigError for experts that are transposed in memory, or that ``hold_in_rows`` does not turn. On meta they are yet to
+    be loaded."""
+    here = [p for p in module.parameters(recurse=False) if not p.is_meta]
+    if not set(STACKED) <= module._parameters.keys() or here:
+        raise ConfigError(
+            f"{name}, a {type(module).__name__}, holds W transposed in memory, so that no rank has whole rows of an expert: "
+            f"load it with load_sharded(..., experts_in_rows=True), as the phases do where they can load in shards; {_OTHERS}"
+        )
+
+
 def shape_of(parameter: Any) -> tuple[int, ...]:
     """Of the whole parameter, partitioned or not."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-# What each expert is given ----------------------------------------------------------------------------------------
-
-
-class Tap(Protocol):
-    """What looks on while a block's experts run. ``places`` [t]: which of the block's tokens, flat, an expert is given."""
-
-    def given(self, hidden: Tensor) -> None:
-        """The block's tokens [T, H], before they are dealt to experts."""
-
-    def up(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """x [t, H] and what the expert's gate and up projections make of it; returns what is used in its place."""
-
-    def down(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """x [t, I] and what the expert's down projection makes of it; returns what is used in its place."""
-
-
-_taps: dict[int, Tap] = {}
-_before: list[str | None] = []
-
-
-@contextmanager
-def tapped(model: nn.Module, taps: dict[str, Tap]) -> Iterator[None]:
-    """Within, the experts modules named by ``taps`` run expert after expert, also those without tokens, and show them."""
-    modules = {model.get_submodule(name): tap for name, tap in taps.items()}
-    configs: dict[int, Any] = {id(module.config): module.config for module in modules}
-    before = {key: config._experts_implementation for key, config in configs.items()}
-    ALL_EXPERTS_FUNCTIONS.register(TAPPED, _run)
-    _taps.update({id(module): tap for module, tap in modules.items()})
-    _before.append(next(iter(before.values()), None))
-    for config in configs.values():
-        config._experts_implementation = TAPPED
-    try:
-        yield
-    finally:
-        for key, config in configs.items():
-            config._experts_implementation = before[key]
-        _before.pop()
-        for module in modules:
-            del _taps[id(module)]
-
-
-def _run(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """An experts implementation: expert after expert, as transformers' own eager forward."""
-    if id(self) not in _taps:
-        own = type(self).forward.__wrapped__
-        return ALL_EXPERTS_FUNCTIONS.get_interface(_before[-1] or "eager", own)(self, hidden_states, top_k_index, top_k_weights)
-    tap, out = _taps[id(self)], torch.zeros_like(hidden_states)
-    tap.given(hidden_states)
-    first = "gate_up_proj" if self.has_gate else "up_proj"
-    for expert in range(self.num_experts):
-        places, choice = (top_k_index == expert).nonzero(as_tuple=True)
-        x = hidden_states[places]
-        y = tap.up(expert, places, x, _linear(self, first, expert, x))
-        x = self._apply_gate(y) if self.has_gate else self.act_fn(y)
-        y = tap.down(expert, places, x, _linear(self, "down_proj", expert, x))
-        if self.has_post_expert_norm:
-            y = self.post_expert_norm(y)
-        out.index_add_(0, places, (y * top_k_weights[places, choice, None]).to(out.dtype))
-    return out
-
-
-def _linear(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
-    return F.linear(x, getattr(module, name)[expert], getattr(module, f"{name}_bias")[expert] if module.has_bias else None)
 
 
 def by_module(layers: Sequence[TargetLayer]) -> dict[str, list[TargetLayer]]:

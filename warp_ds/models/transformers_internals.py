@@ -31,6 +31,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 from warp_ds.errors import CheckpointError
 from warp_ds.models.classes import auto_class_of
 from warp_ds.models.copies import CannotMap, Copies
+from warp_ds.models.expert_rows import Turning, hold_in_rows
 from warp_ds.store.checkpoint_index import DTYPES, RangeReader, ReadAhead, TensorLocation, read_header, resolve_checkpoint
 from warp_ds.store.pieces import Piece
 
@@ -327,18 +328,20 @@ class LoadedWeight:
 
     shape: tuple[int, ...]
     pieces: list[Piece[TensorLocation]]
+    turning: Turning | None = None
+    """Of experts that are stored transposed, and held as ``shape`` says: the pieces are of what is stored."""
 
     @property
     def location(self) -> TensorLocation | None:
         """The one stored tensor that it is, where it is one."""
-        first = self.pieces[0].origin if len(self.pieces) == 1 else None
+        first = self.pieces[0].origin if len(self.pieces) == 1 and self.turning is None else None
         return first if first is not None and first.shape == self.shape else None
 
 
 def weights_as_loaded(directory: str | os.PathLike) -> dict[str, LoadedWeight]:
     """What each parameter of the causal LM in a local directory is made of, by the parameter's name, as ``from_pretrained``
-    makes it; of tied parameters the one that is kept. Without those that are computed from what is stored. Needs no process
-    group.
+    makes it, but with experts held row by row; of tied parameters the one that is kept. Without those that are computed from
+    what is stored. Needs no process group.
 
     Raises:
         CannotMap: weights are pickled.
@@ -346,11 +349,13 @@ def weights_as_loaded(directory: str | os.PathLike) -> dict[str, LoadedWeight]:
     """
     resolve_checkpoint(directory)
     built = load_on_meta(os.fspath(directory), dtype=torch.float32, trust_remote_code=False)
+    turned = {id(held): (was, how) for was, held, how in hold_in_rows(built.model)}
     found = {}
     for name, param in built.model.named_parameters():
+        was, how = turned.get(id(param), (param, None))
         with suppress(CannotMap):
             if param.is_meta:
-                found[name] = LoadedWeight(tuple(param.shape), built.source(param))
+                found[name] = LoadedWeight(tuple(param.shape), built.source(was), how)
     return found
 
 

@@ -226,10 +226,11 @@ def _without_data(
     """--basis weight (one basis a layer: from its own W) and random (one per shared input)."""
     groups = shared_inputs(layers) if arguments.basis == "random" else [[layer] for layer in layers]
     entries: Entries = {}
+    weights = dict(model.named_parameters(remove_duplicate=False))
     with Background("making the bases", samples.device) as decompositions:
         for group in groups:
             mine = owner[group[0].name] == rank()
-            weight = model.get_parameter(group[0].parameter)
+            weight = weights[group[0].parameter]
             with gathered([weight] if arguments.basis == "weight" else []):
                 w = group[0].of(weight.detach()).float().clone() if mine and arguments.basis == "weight" else None
 

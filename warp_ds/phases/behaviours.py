@@ -15,7 +15,7 @@ from warp_ds.errors import ConfigError
 from warp_ds.flags.checks import check_keep_ratio
 from warp_ds.method.mask import frozen_count
 from warp_ds.method.overlap import chance_common, iou
-from warp_ds.store.layers import TargetLayer
+from warp_ds.store.layers import TargetLayer, scope_groups
 from warp_ds.zero.select import choose
 
 FILE = "behaviours.json"
@@ -56,7 +56,7 @@ def units_of(layers: Sequence[TargetLayer], unit: str) -> dict[str, int]:
 
 def groups_of(layers: Sequence[TargetLayer], arguments: Any) -> list[list[TargetLayer]]:
     """The layers that have one threshold."""
-    return [list(layers)] if arguments.mask_scope == "global" else [[layer] for layer in layers]
+    return [[layers[i] for i in group] for group in scope_groups(layers, arguments.mask_scope)]
 
 
 def unit_scores(scores: dict[str, Tensor], unit: str) -> dict[str, Tensor]:

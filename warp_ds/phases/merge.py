@@ -53,6 +53,11 @@ def safe_delta_formula(basis_dir: Path, s: float) -> Formula:
     basis = BasisStore(basis_dir)
     layers: dict[str, list[TargetLayer]] = {}
     for layer in basis.layers:
+        if layer.expert is not None:
+            raise ConfigError(
+                f"{layer.name}: Safe Delta is of matrices that are stored as they are, not of stacked experts: choose the "
+                "layers that every token passes with --layer_type"
+            )
         layers.setdefault(layer.parameter, []).append(layer)
 
     def merged(name: str, tuned: Tensor, aligned: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +97,21 @@ class TargetLayer:
         for size in shape[:-1]:
             rows *= size
         return len(shape) >= 2 and (rows, shape[-1]) == self.whole_shape and (len(shape) == 2 or bool(self.rows))
+
+
+SCOPES = ("layer", "block", "global")
+"""What one threshold is for: a layer; a block's experts of a type together, other layers alone; all layers."""
+
+
+def scope_groups(layers: Sequence[TargetLayer], scope: str) -> list[list[int]]:
+    """Which of the layers have one threshold, in their order."""
+    if scope == "global":
+        return [list(range(len(layers)))]
+    groups: dict[object, list[int]] = {}
+    for index, layer in enumerate(layers):
+        together = scope == "block" and layer.expert is not None
+        groups.setdefault((layer.layer, layer.type.rpartition("_")[0]) if together else index, []).append(index)
+    return list(groups.values())
 
 
 def uncovered(layers: Iterable[TargetLayer]) -> dict[str, Ranges]:

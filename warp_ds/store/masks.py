@@ -15,7 +15,7 @@ from warp_ds.store.bases import BasisStore
 from warp_ds.store.digests import Part
 from warp_ds.store.files import read_json, write_tensors
 from warp_ds.store.fingerprints import SHOWN, Contents, header_of, whole_part
-from warp_ds.store.layers import TargetLayer
+from warp_ds.store.layers import SCOPES, TargetLayer, scope_groups
 from warp_ds.store.metadata import (
     MASKS_FORMAT,
     MasksMetadata,
@@ -191,11 +191,7 @@ class Scores(TypedDict):
 
 def _check_promise(meta: MasksMetadata) -> None:
     """Files, counts and keep_ratio of the masks' metadata agree with one another. Raises SchemaError."""
-    if (
-        not 0.0 <= meta.keep_ratio <= 1.0
-        or meta.scope not in ("layer", "global")
-        or meta.unit not in ("entry", "row", "column", "neuron")
-    ):
+    if not 0.0 <= meta.keep_ratio <= 1.0 or meta.scope not in SCOPES or meta.unit not in ("entry", "row", "column", "neuron"):
         raise SchemaError(f"keep_ratio {meta.keep_ratio}, scope {meta.scope!r}, unit {meta.unit!r} is no mask of ours")
     if (meta.basis == "identity") != (meta.basis_fingerprint is None):
         raise SchemaError(f"basis {meta.basis!r} does not go with basis_fingerprint {meta.basis_fingerprint}")
@@ -209,9 +205,9 @@ def _check_promise(meta: MasksMetadata) -> None:
     if sums != (meta.frozen, meta.entries):
         raise SchemaError(f"frozen and entries are {meta.frozen} and {meta.entries}, but the layers' add up to {sums}")
     whole = meta.scope == "global" or meta.unit == "neuron"
-    groups = [list(meta.layers)] if whole else [[name] for name in meta.layers]
-    for group in groups:
-        _check_group(meta, group, whole)
+    layers = layers_of(meta.layers)
+    for group in scope_groups(layers, "global" if whole else meta.scope):
+        _check_group(meta, [layers[index].name for index in group], whole)
 
 
 def _check_group(meta: MasksMetadata, group: list[str], whole: bool) -> None:
@@ -225,8 +221,8 @@ def _check_group(meta: MasksMetadata, group: list[str], whole: bool) -> None:
     units = sum(meta.layers[name]["shape"][0] * meta.layers[name]["shape"][1] // per_unit[name] for name in group)
     wanted = frozen_count(meta.keep_ratio, units)
     got = sum(meta.layers[name]["frozen"] // per_unit[name] for name in group)
-    where = f"all {len(group)} layers" if whole else group[0]
-    if not whole and meta.layers[group[0]]["wanted"] != wanted * per_unit[group[0]]:
+    where = f"all {len(group)} layers" if len(group) > 1 else group[0]
+    if len(group) == 1 and not whole and meta.layers[group[0]]["wanted"] != wanted * per_unit[group[0]]:
         raise SchemaError(
             f"{where} wants {meta.layers[group[0]]['wanted']} coefficients, but keep_ratio {meta.keep_ratio} "
             f"makes {wanted * per_unit[group[0]]}"

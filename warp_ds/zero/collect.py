@@ -25,7 +25,8 @@ from warp_ds.cluster.peaks import LARGE_PIECE, return_freed_memory
 from warp_ds.cluster.processes import all_gather_object, collective_device, rank, world_size
 from warp_ds.data.collate import EMPTY
 from warp_ds.method.covariance import Covariance
-from warp_ds.models.experts import by_module, tapped
+from warp_ds.models.expert_taps import tapped
+from warp_ds.models.experts import by_module
 from warp_ds.models.layer_names import type_order
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.batches import Batch, Samples
@@ -70,10 +71,10 @@ def of_expert(layer: TargetLayer) -> bool:
     return layer.type.startswith("experts_down")
 
 
-def _empty(layers: list[TargetLayer], samples: Samples, itemsize: int) -> LayerInput:
+def _empty(layers: list[TargetLayer], samples: Samples, itemsize: int, routed: bool) -> LayerInput:
     """How many tokens an expert is given is known at the end, so they are kept as they are (``routed``)."""
     n = layers[0].n
-    way = ROUTED if of_expert(layers[0]) else route(samples.tokens, n, world_size(), itemsize)
+    way = ROUTED if routed else route(samples.tokens, n, world_size(), itemsize)
     return LayerInput(layers, way, Covariance(n, samples.device) if way == REDUCE else None)
 
 
@@ -272,13 +273,14 @@ class InputHooks:
             handle.remove()
         self._stack.close()
 
-    def take_routed(self, layer: TargetLayer, x: Tensor, places: Tensor) -> None:
-        """Adds what an expert's layer is given: x [t, n] of the batch's tokens ``places``."""
+    def take_routed(self, layers: list[TargetLayer], x: Tensor, places: Tensor) -> None:
+        """Adds what experts' layers are given, the same: x [t, n] of the batch's tokens ``places``."""
         assert self.batch is not None
-        if layer.name not in self.inputs:
-            self.inputs[layer.name] = _empty([layer], self.samples, self.itemsize)
-        self._sums.append((layer, self.batch, self.batch.sums_at(x, places)))
-        self.inputs[layer.name].add(self.batch.take_at(x, places)[0])
+        if layers[0].name not in self.inputs:
+            shared = _empty(layers, self.samples, self.itemsize, routed=True)
+            self.inputs.update({layer.name: shared for layer in layers})
+        self._sums.append((layers[0], self.batch, self.batch.sums_at(x, places)))
+        self.inputs[layers[0].name].add(self.batch.take_at(x, places)[0])
 
     def take(self, layer: TargetLayer, x: Tensor) -> None:
         """Adds what a layer is given: all tokens of the batch, [B, L, n], or flat."""
@@ -296,7 +298,7 @@ class InputHooks:
                 return
         self._seen.append((layer, x))
         if layer.name not in self.inputs:
-            self.inputs[layer.name] = _empty([layer], self.samples, self.itemsize)
+            self.inputs[layer.name] = _empty([layer], self.samples, self.itemsize, routed=False)
         # Padding counts too, since real tokens attend to nothing that is not finite.
         self._sums.append((layer, self.batch, self.batch.sums(x)))
         self.inputs[layer.name].add(self.batch.take(x))
@@ -333,13 +335,16 @@ class _ExpertInputs:
             if not of_expert(layer):
                 self.hooks.take(layer, hidden.detach())
 
+    def dealt(self, x: Tensor, places: Tensor) -> None:
+        if layers := [layer for layer in self.layers if not of_expert(layer)]:
+            self.hooks.take_routed(layers, x.detach(), places)
+
     def up(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return y
 
     def down(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        for layer in self.layers:
-            if of_expert(layer) and layer.expert == expert:
-                self.hooks.take_routed(layer, x.detach(), places)
+        if layers := [layer for layer in self.layers if of_expert(layer) and layer.expert == expert]:
+            self.hooks.take_routed(layers, x.detach(), places)
         return y
 
 
@@ -409,11 +414,10 @@ def in_small_pieces(
 
 def _on_every_rank(hooks: InputHooks, layers: Sequence[TargetLayer], samples: Samples, itemsize: int) -> list[LayerInput]:
     """The distinct inputs in the same order on every rank, also on one that had no sample to see them with."""
-    shared = next(s for s in all_gather_object([[x.name for x in f.layers] for f in hooks.distinct()]) if s)
+    seen = [(f.route == ROUTED, [layer.name for layer in f.layers]) for f in hooks.distinct()]
+    shared = next(s for s in all_gather_object(seen) if s)
     named = {layer.name: layer for layer in layers}
-    empty = []
-    for names in shared:
-        empty.append(_empty([named[name] for name in names], samples, itemsize))
+    empty = [_empty([named[name] for name in names], samples, itemsize, routed) for routed, names in shared]
     return hooks.distinct() or empty
 
 

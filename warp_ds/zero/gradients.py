@@ -15,7 +15,8 @@ from warp_ds.cluster.memory import host_memory
 from warp_ds.cluster.processes import all_gather_object, rank
 from warp_ds.data.formats import IGNORE
 from warp_ds.errors import ConfigError
-from warp_ds.models.experts import by_module, tapped
+from warp_ds.models.expert_taps import tapped
+from warp_ds.models.experts import by_module
 from warp_ds.store.layers import Ranges, TargetLayer
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.fetch import FetchHooks, outside, saved_by_reference
@@ -53,6 +54,9 @@ class _ExpertGradients:
     layers: list[TargetLayer]
 
     def given(self, hidden: Tensor) -> None:
+        pass
+
+    def dealt(self, x: Tensor, places: Tensor) -> None:
         pass
 
     def up(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:

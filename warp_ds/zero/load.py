@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from warp_ds.cluster.consensus import on_every_rank_or_none
 from warp_ds.cluster.processes import all_gather_object, collective_device, rank
 from warp_ds.models.classes import auto_class_of
 from warp_ds.models.copies import CannotMap
+from warp_ds.models.expert_rows import Turning, hold_in_rows
 from warp_ds.models.transformers_internals import (
     DEQUANTISED,
     Conversion,
@@ -44,8 +46,26 @@ from warp_ds.zero.partitioned_param import Partitioner, own_range, why_not_by_ha
 logger = logging.getLogger(__name__)
 
 Pieces = list[Piece[TensorLocation]]
-Converted = tuple[str, nn.Parameter, Conversion]
-"""A parameter's name, the parameter and how it is made, where it is no pieces of stored tensors."""
+Turned = dict[int, tuple[nn.Parameter, Turning]]
+"""Experts that are stored transposed, by the id of what is held of them: the parameter as stored, and how it is held."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter comes from: pieces of stored tensors, or what a conversion makes of them; and how that is held."""
+
+    made_of: Pieces | Conversion
+    turning: Turning | None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A parameter that is no pieces of stored tensors."""
+
+    name: str
+    param: Any
+    conversion: Conversion
+    turning: Turning | None
 
 
 def load_sharded(
@@ -57,6 +77,7 @@ def load_sharded(
     trust_remote_code: bool = False,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    experts_in_rows: bool = False,
     progress: bool = True,
 ) -> PreTrainedModel:
     """A causal LM with ZeRO-3 partitioned parameters: for ``deepspeed.initialize``, or for use as it is with
@@ -75,6 +96,8 @@ def load_sharded(
         trust_remote_code: as in ``from_pretrained``, like the next two.
         revision: of a hub model.
         attn_implementation: how attention is computed.
+        experts_in_rows: experts that are stored transposed (gpt-oss, Llama 4) are held as [E, outputs, inputs], so that they
+            can be masked. They compute the same; only ``save_sharded`` writes such a model as it was stored.
         progress: a bar in bytes on rank 0.
 
     Raises:
@@ -88,7 +111,7 @@ def load_sharded(
     if attn_implementation is not None:
         hub["attn_implementation"] = attn_implementation
     begun = time.monotonic()
-    built, plan, reason = _built_on_meta(name, ds_config, dtype, hub)
+    built, plan, reason = _built_on_meta(name, ds_config, dtype, hub, experts_in_rows)
     reasons = [r for r in all_gather_object(reason) if r is not None]
     if built is None or reasons:
         logger.warning("%s is loaded by from_pretrained on rank 0, not in shards: %s", name, reasons[0])
@@ -100,8 +123,8 @@ def load_sharded(
 
 
 def _built_on_meta(
-    name: str, ds_config: dict[str, Any] | None, dtype: torch.dtype, hub: dict[str, Any]
-) -> tuple[MetaModel | None, dict[int, Pieces | Conversion], str | None]:
+    name: str, ds_config: dict[str, Any] | None, dtype: torch.dtype, hub: dict[str, Any], in_rows: bool
+) -> tuple[MetaModel | None, dict[int, Source], str | None]:
     """(the model on meta, where each of its parameters comes from, None), or why it cannot be read in shards. Collective."""
     reason = why_not_by_hand(ds_config or {})
     ahead = ReadAhead(rank(), dist.get_world_size())
@@ -110,15 +133,14 @@ def _built_on_meta(
             reason = reason or _why_quantised(name, hub)
             if reason is None:
                 built = load_on_meta(name, dtype=dtype, ahead=ahead, **hub)
-                return built, _plan(built), None
+                turned = {id(held): (was, how) for was, held, how in (hold_in_rows(built.model) if in_rows else [])}
+                return built, _plan(built, turned), None
         except CannotMap as cause:
             reason = str(cause)
     return None, {}, reason
 
 
-def _read_shards(
-    built: MetaModel, plan: dict[int, Pieces | Conversion], partitioner: Partitioner, name: str, progress: bool
-) -> int:
+def _read_shards(built: MetaModel, plan: dict[int, Source], partitioner: Partitioner, name: str, progress: bool) -> int:
     """Partitions the model on meta, and reads this rank's pieces; returns their bytes. Collective."""
     with _no_garbage_collection():
         reads, converted, whole = _replace_parameters(built.model, plan, partitioner)
@@ -155,17 +177,19 @@ def _why_quantised(name: str, hub: dict[str, Any]) -> str | None:
     return None if method is None or method in DEQUANTISED else f"it is quantised ({method})"
 
 
-def _plan(built: MetaModel) -> dict[int, Pieces | Conversion]:
+def _plan(built: MetaModel, turned: Turned) -> dict[int, Source]:
     """Where each parameter that is still on meta comes from, by id. Raises CannotMap."""
-    plan: dict[int, Pieces | Conversion] = {}
+    plan: dict[int, Source] = {}
     for name, param in built.model.named_parameters():
         if not param.is_meta or id(param) in plan:
             continue
+        was, turning = turned.get(id(param), (param, None))
         try:
-            plan[id(param)] = pieces = built.source(param)
+            pieces = built.source(was)
         except CannotMap:
-            plan[id(param)] = built.conversion(param)
+            plan[id(param)] = Source(built.conversion(was), turning)
             continue
+        plan[id(param)] = Source(pieces, turning)
         for location in {piece.origin for piece in pieces}:
             if param.is_floating_point() and not location.dtype.is_floating_point:
                 raise ValueError(
@@ -176,14 +200,14 @@ def _plan(built: MetaModel) -> dict[int, Pieces | Conversion]:
 
 
 def _replace_parameters(
-    model: PreTrainedModel, plan: dict[int, Pieces | Conversion], partitioner: Partitioner
-) -> tuple[list[tuple[nn.Parameter, Pieces]], list[Converted], list[nn.Parameter]]:
+    model: PreTrainedModel, plan: dict[int, Source], partitioner: Partitioner
+) -> tuple[list[tuple[nn.Parameter, Source]], list[Converted], list[nn.Parameter]]:
     """Put partitioned parameters, still empty, in the place of those on meta; tied ones stay one.
 
     Returns the empty ones with their sources, and those that hold values already (missing in the checkpoint).
     """
     made: dict[int, nn.Parameter] = {}
-    reads: list[tuple[nn.Parameter, Pieces]] = []
+    reads: list[tuple[nn.Parameter, Source]] = []
     converted: list[Converted] = []
     whole: list[nn.Parameter] = []
     for path, module in model.named_modules():
@@ -195,8 +219,9 @@ def _replace_parameters(
                 made[id(param)] = param if source is None else partitioner.empty(param)
                 if source is None:
                     whole.append(param)
-                elif isinstance(source, Conversion):
-                    converted.append((f"{path}.{name}" if path else name, made[id(param)], source))
+                elif isinstance(source.made_of, Conversion):
+                    named = f"{path}.{name}" if path else name
+                    converted.append(Converted(named, made[id(param)], source.made_of, source.turning))
                 else:
                     reads.append((made[id(param)], source))
             module._parameters[name] = made[id(param)]
@@ -216,16 +241,36 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _fill(reads: list[tuple[Any, Pieces]], reader: RangeReader, progress: bool) -> None:
+def _fill(reads: list[tuple[Any, Source]], reader: RangeReader, progress: bool) -> None:
     """Read this rank's range of each parameter, in the files' own order."""
-    jobs = [job for param, pieces in reads for job in _own(param, pieces)]
+    turned = [(param, source.made_of, source.turning) for param, source in reads if source.turning is not None]
+    plain: list[Any] = [(param, source.made_of) for param, source in reads if source.turning is None]
+    jobs = [job for param, pieces in plain for job in _own(param, pieces)]
     jobs.sort(key=lambda job: (job[1].origin.path, job[1].origin.offset, job[1].first))
     total = sum(piece.length * piece.origin.dtype.itemsize for _, piece in jobs)
+    total += sum(param.ds_tensor.nbytes for param, _, _ in turned)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading rank 0's shard", disable=not progress) as bar:
         for param, piece in jobs:
             begin = piece.begin - own_range(param).start
             reader.read(piece.origin, piece.first, param.ds_tensor[begin : begin + piece.length])
             bar.update(piece.length * piece.origin.dtype.itemsize)
+        for param, pieces, turning in turned:
+            _fill_turned(param, pieces, turning, reader)
+            bar.update(param.ds_tensor.nbytes)
+
+
+def _fill_turned(param: Any, pieces: Any, turning: Turning, reader: RangeReader) -> None:
+    """Of experts that are stored transposed, whole ones are read, one at a time, and this rank's part of each is kept."""
+    place, size = own_range(param), turning.matrix
+    stored = torch.empty(turning.stored[1:], dtype=param.dtype)
+    for expert in range(place.start // size, -(-place.stop // size)):
+        first = expert * size
+        for piece in (piece.within(first, first + size) for piece in pieces):
+            if piece.length > 0:
+                reader.read(piece.origin, piece.first, stored.view(-1)[piece.begin - first : piece.end - first])
+        begin, end = max(place.start, first), min(place.stop, first + size)
+        rows = turning.in_rows(stored).view(-1)[begin - first : end - first]
+        param.ds_tensor[begin - place.start : end - place.start].copy_(rows)
 
 
 def _convert(converted: list[Converted], reader: RangeReader, name: str) -> None:
@@ -233,7 +278,7 @@ def _convert(converted: list[Converted], reader: RangeReader, name: str) -> None
     and deal it out. Collective."""
     by_run: dict[int, list[Converted]] = {}
     for one in converted:
-        by_run.setdefault(id(one[2]), []).append(one)
+        by_run.setdefault(id(one.conversion), []).append(one)
     runs = list(by_run.values())
     if runs and rank() == 0:
         logger.warning(
@@ -241,15 +286,18 @@ def _convert(converted: list[Converted], reader: RangeReader, name: str) -> None
             "one at a time each, with transformers' own conversion",
             name,
             len(converted),
-            converted[0][0],
+            converted[0].name,
         )
     for turn in range(0, len(runs), dist.get_world_size()):
         batch = runs[turn : turn + dist.get_world_size()]
         with on_every_rank_or_none(f"converting {name}"):
-            values = batch[rank()][0][2].run(reader) if rank() < len(batch) else {}
+            values = batch[rank()][0].conversion.run(reader) if rank() < len(batch) else {}
         for owner, parameters in enumerate(batch):
-            for named, param, _ in parameters:
-                _deal_out(values.pop(named) if owner == rank() else None, param, owner)
+            for one in parameters:
+                value = values.pop(one.name) if owner == rank() else None
+                if value is not None and one.turning is not None:
+                    value = one.turning.in_rows(value)
+                _deal_out(value, one.param, owner)
 
 
 def _deal_out(value: torch.Tensor | None, param: Any, owner: int) -> None:

@@ -78,6 +78,7 @@ def load_model(
             dtype=arguments.torch_dtype,
             device=arguments.resolved_device,
             attn_implementation=attention,
+            experts_in_rows=True,
         )
     except CheckpointError as error:
         raise ConfigError(f"--model_name: {error}") from error

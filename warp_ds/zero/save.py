@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from warp_ds.cluster.consensus import on_every_rank_or_none
 from warp_ds.cluster.processes import broadcast_object, collective_device, rank, world_size
+from warp_ds.models.expert_rows import Turning, own_classes, turnings
 from warp_ds.models.transformers_internals import SavedTensor, save_without_weights
 from warp_ds.store.checkpoint_index import DTYPES
 from warp_ds.zero import saved_directory
@@ -103,7 +104,7 @@ def save_sharded(
         with on_every_rank_or_none(f"saving to {target}"):
             if not aside.is_dir():
                 raise OSError(f"{aside}, made by rank 0, is not seen here: save to storage that all nodes share.")
-        _write_weights(state, files, aside, progress)
+        _write_weights(state, turnings(model), files, aside, progress)
 
 
 def _unwrap(model_or_engine: Any) -> PreTrainedModel:
@@ -130,12 +131,14 @@ def _write_all_but_weights(
 ) -> list[WeightFile]:
     """Rank 0's part; returns the weight files to be written."""
     on_meta: dict[torch.Tensor, torch.Tensor] = {}
-    for tensor in state.values():
+    turned = turnings(model)
+    for name, tensor in state.items():
         stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        shape = getattr(tensor, "ds_shape", tensor.shape)
+        shape = turned[name].stored if name in turned else getattr(tensor, "ds_shape", tensor.shape)
         on_meta.setdefault(tensor, torch.empty(shape, dtype=stored, device="meta"))
     metas = {name: on_meta[tensor] for name, tensor in state.items()}
-    contents = save_without_weights(model, str(directory), metas, max_shard_size)
+    with own_classes(model):
+        contents = save_without_weights(model, str(directory), metas, max_shard_size)
     if dtype is not None:
         config = copy.deepcopy(model.config)
         config.dtype = str(dtype).removeprefix("torch.")
@@ -195,7 +198,9 @@ def _lay_out(file_name: str, tensors: dict[str, SavedTensor]) -> WeightFile:
 # Weights ----------------------------------------------------------------------------------------------------------
 
 
-def _write_weights(state: dict[str, Any], files: list[WeightFile], directory: Path, progress: bool) -> None:
+def _write_weights(
+    state: dict[str, Any], turned: dict[str, Turning], files: list[WeightFile], directory: Path, progress: bool
+) -> None:
     """Each round writes one file a rank, all of them side by side."""
     total = sum(file.size for file in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Saving", disable=not (progress and rank() == 0)) as bar:
@@ -203,7 +208,7 @@ def _write_weights(state: dict[str, Any], files: list[WeightFile], directory: Pa
             batch = files[first : first + world_size()]
             writer = _FileWriter(directory, batch[rank()]) if rank() < len(batch) else None
             # Every rank takes part in every gather, with an error of its own too: the writer keeps it until the end.
-            steps = [_chunks(state, file, owner) for owner, file in enumerate(batch)]
+            steps = [_chunks(state, turned, file, owner) for owner, file in enumerate(batch)]
             for step in zip_longest(*steps):
                 for chunk in filter(None, step):
                     for offset, data in chunk.gather():
@@ -268,7 +273,62 @@ class _Chunk:
                     yield stored.offset + (start - stored.first) * dtype.itemsize, here.cpu()
 
 
-def _chunks(state: dict[str, Any], file: WeightFile, owner: int) -> Iterator[_Chunk]:
+@dataclass(frozen=True)
+class _Expert:
+    """An expert that is held row by row and stored transposed, to be brought together at one rank."""
+
+    ranges: list[StoredRange]
+    """What the file holds of the stacked tensor, in the stored order."""
+    tensor: Any
+    turning: Turning
+    expert: int
+    owner: int
+
+    def _wanted(self) -> Iterator[tuple[StoredRange, int, int]]:
+        """What the file holds of the expert: elements [start, stop) of the stored tensor."""
+        begin, end = self.expert * self.turning.matrix, (self.expert + 1) * self.turning.matrix
+        for stored in self.ranges:
+            start, stop = max(begin, stored.first), min(end, stored.first + stored.length)
+            if start < stop:
+                yield stored, start, stop
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stop - start for _, start, stop in self._wanted()) * self.ranges[0].dtype.itemsize
+
+    def _rows(self) -> torch.Tensor | None:
+        """On the owner: the expert [m, n], from the ranks that have parts of it."""
+        first, size = self.expert * self.turning.matrix, self.turning.matrix
+        if not _is_partitioned(self.tensor):
+            return self.tensor.detach().reshape(-1)[first : first + size] if rank() == self.owner else None
+        length, held = self.tensor.ds_tensor.numel(), []
+        for source in range(world_size()):
+            begin, end = max(first, source * length), min(first + size, (source + 1) * length)
+            if begin >= end or rank() not in (source, self.owner):
+                continue
+            if source == rank():
+                part = self.tensor.ds_tensor[begin - source * length : end - source * length].to(collective_device())
+            else:
+                part = torch.empty(end - begin, dtype=self.tensor.ds_tensor.dtype, device=collective_device())
+                dist.recv(part.view(torch.uint8), src=source)
+            if rank() == self.owner:
+                held.append(part)
+            else:
+                dist.send(part.contiguous().view(torch.uint8), dst=self.owner)
+        return torch.cat(held) if held else None
+
+    def gather(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """On the owner: file offsets, and bytes that belong there. Every rank calls it."""
+        rows, dtype = self._rows(), self.ranges[0].dtype
+        if rows is not None:
+            first, (_, m, n) = self.expert * self.turning.matrix, self.turning.held
+            data = self.turning.as_stored(rows.to(dtype).view(m, n)).view(-1).view(torch.uint8)
+            for stored, start, stop in self._wanted():
+                here = data[(start - first) * dtype.itemsize : (stop - first) * dtype.itemsize]
+                yield stored.offset + (start - stored.first) * dtype.itemsize, here.cpu()
+
+
+def _chunks(state: dict[str, Any], turned: dict[str, Turning], file: WeightFile, owner: int) -> Iterator[_Chunk | _Expert]:
     by_tensor: dict[str, list[StoredRange]] = {}
     for stored in file.ranges:
         by_tensor.setdefault(stored.model_name, []).append(stored)
@@ -278,6 +338,10 @@ def _chunks(state: dict[str, Any], file: WeightFile, owner: int) -> Iterator[_Ch
         # Pieces on NVMe, quantised, or over other groups of ranks: DeepSpeed puts the parameter together, whole.
         foreign = hasattr(tensor, "ds_tensor") and not _is_partitioned(tensor)
         with gathered([tensor] if foreign else []):
+            if name in turned:
+                experts = (_Expert(ranges, tensor, turned[name], e, owner) for e in range(turned[name].stored[0]))
+                yield from (expert for expert in experts if expert.nbytes)
+                continue
             place = _Chunk(ranges, tensor, 0, 0, owner).place
             length = max(1, GATHER_BYTES // place.world_size // ranges[0].dtype.itemsize)
             for begin in range(0, place.length, length):
