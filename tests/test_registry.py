@@ -80,6 +80,7 @@ def test_a_flag_has_one_nature() -> None:
         "eval_data",
         "eval_safety",
         "replay_data",
+        "refresh_data",
         "harmful_mix",
         "patch_data",
     }
