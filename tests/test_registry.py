@@ -76,6 +76,7 @@ def test_a_flag_has_one_nature() -> None:
         "unaligned_data",
         "foundation_data",
         "prompt_file",
+        "kept_data",
         "refusal_file",
         "eval_data",
         "eval_safety",
