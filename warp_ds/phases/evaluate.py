@@ -55,12 +55,7 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
         read_together(lambda: [model_contents(start)], "reading the reference model")
     with consensus.on_every_rank_or_none("reading the evaluation sets"):
         sets = _sets(arguments, suites)
-        inputs = {
-            "model": fingerprint,
-            "data": fingerprint_rows(
-                [sets.harmful, sets.harmless, list(sets.utility), sorted(sets.attacks.items()), *_kept_of(sets)]
-            ),
-        }
+        inputs = {"model": fingerprint, "data": _fingerprint(sets)}
         basis = None
         if start is not None and arguments.basis_dir is not None:
             basis = find_artifact(arguments.basis_dir, "basis", arguments.output_dir)
@@ -209,9 +204,10 @@ def _behaviours(arguments: EvaluateArguments) -> tuple[dict[str, Any], dict[str,
     return {name: load_samples(file, samples=0, **columns) for name, file in zip(names, files, strict=True)}, formats
 
 
-def _kept_of(sets: EvaluationSets) -> list[Any]:
-    """For the fingerprint: nothing where no behaviour was asked for, as before there were any."""
-    return [sorted(sets.kept.items()), sorted(sets.formats.items())] if sets.kept else []
+def _fingerprint(sets: EvaluationSets) -> str:
+    """Over all of them; of behaviours only where there are any, so that it is what it was before there could be."""
+    kept = [sorted(sets.kept.items()), sorted(sets.formats.items())] if sets.kept else []
+    return fingerprint_rows([sets.harmful, sets.harmless, list(sets.utility), sorted(sets.attacks.items()), *kept])
 
 
 def movement_metrics(before: Path, after: Path, basis_dir: Path) -> dict[str, Any]:

@@ -88,12 +88,11 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         controls.check_start(run.directory, checkpoint)
         model, tokenizer = load_model(arguments, settings.zero3_config(arguments), attention_of(arguments))
         model, beside = _what_trains(model, masks_dir, arguments, method, run.directory)
-        callbacks: list[TrainerCallback] = []
+        callbacks = beside + controls.averages(run.directory / "trainer", checkpoint)
         if masks_dir is not None:
             placed = arguments.basis_placement, arguments.left_projection, arguments.train_scope == "warp"
             warp = WarpCallback(basis_dir, masks_dir, str(model_dir), *placed)
-            callbacks = controls.protecting(warp, run.directory, checkpoint)
-        callbacks += beside + controls.averages(run.directory / "trainer", checkpoint)
+            callbacks = controls.protecting(warp, run.directory, checkpoint) + callbacks
         trainer = fit(
             *(model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed),
             watched=watched,
