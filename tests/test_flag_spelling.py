@@ -98,6 +98,7 @@ def test_a_comparison_takes_what_its_phases_take() -> None:
         "adapter",
         "lora_layers",
         "lora_method",
+        "task_basis_dir",
         "merge_adapter",
         "objective",
         "replay_data",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from dense_training import DenseAdamW, encoded
 from peft import LoraConfig, get_peft_model
-from phase3_jobs import losses, make_model, phase3, phase12
+from phase3_jobs import common, losses, make_model, phase3, phase12
 from ranks import run_ranks
 from safetensors.torch import load_file
 from test_controls import entropy
@@ -22,16 +22,19 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from warp_ds.errors import ConfigError, WarpError
-from warp_ds.flags.arguments import TrainArguments
-from warp_ds.method.lora_baselines import asft_penalty, guardspace_start, null_directions, safety_outputs
+from warp_ds.flags.arguments import BasisArguments, TrainArguments
+from warp_ds.method.lora_baselines import asft_penalty, first_outputs, guardspace_start, null_directions, salora_start
 from warp_ds.models.adapter_directory import AdapterDirectory
 from warp_ds.phases.arms import parse_arms
+from warp_ds.phases.basis import run_basis
 from warp_ds.store.bases import BasisStore
 
 R, ALPHA, LAMBDA, SHARE, DIRECTIONS = 5, 10, 3.0, 0.05, 4
 LORA: dict[str, Any] = {"adapter": "lora", "lora_r": R, "lora_alpha": ALPHA, "lora_dropout": 0.0, "masks_dir": "none"}
-METHODS = ("guardspace", "salora", "asft")
-LAYERS = {"guardspace": "ffn_down,attn_q", "salora": "attn_q,attn_v", "asft": "ffn_down,attn_q"}
+METHODS = ("guardspace", "salora", "salora from the task", "asft")
+LAYERS = dict.fromkeys(METHODS, "ffn_down,attn_q") | {"salora": "attn_q,attn_v", "salora from the task": "attn_q,attn_v"}
+TASK = 6
+"""Directions of the task's outputs that SaLoRA starts in."""
 
 
 # ---------------------------------------------------------------- mathematics
@@ -74,9 +77,20 @@ def test_salora_keeps_out_of_the_largest_safety_outputs() -> None:
     x, _, u, s = covariance(40)
     w = torch.randn(7, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     left = np.linalg.svd((w @ x).numpy())[0][:, :3]
-    found = safety_outputs(w, u, s, 3).double()
+    found = first_outputs(w, u, s, 3).double()
     assert np.allclose(found @ found.T, left @ left.T, atol=1e-6)
-    assert safety_outputs(w, u[:, :2], s[:2], 5).shape == (7, 2)
+    assert first_outputs(w, u[:, :2], s[:2], 5).shape == (7, 2)
+
+
+def test_salora_starts_in_the_tasks_outputs() -> None:
+    w = torch.randn(7, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    outputs = torch.linalg.qr(torch.randn(7, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64))[0]
+    a, b = salora_start(w, outputs, 3)
+    p, sigma, q = np.linalg.svd(w.numpy(), full_matrices=False)
+    expected = (outputs @ outputs.T).numpy() @ (p[:, :3] * sigma[:3]) @ q[:3]
+    assert np.allclose(b.double() @ a.double(), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="rank 8 is above"):
+        salora_start(w, outputs, 8)
 
 
 def test_asft_penalty_is_its_formula_and_its_gradients() -> None:
@@ -105,8 +119,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for p in model.parameters():
             p += 0.02 * torch.randn_like(p)
     model.save_pretrained(path / "unaligned")
-    run_ranks(1, phase12, path, path / "artefacts")
+    run_ranks(1, bases, path)
     return path
+
+
+def bases(root: Path) -> None:
+    """Of the safety set, with masks, and of the task."""
+    phase12(root, root / "artefacts")
+    shared = common(root, root / "of_task", layer_type="attn_q,attn_v", safety_data=str(root / "utility_train.jsonl"))
+    run_basis(BasisArguments(**shared, safety_samples=0))
 
 
 def flags(root: Path, method: str) -> dict[str, Any]:
@@ -114,9 +135,13 @@ def flags(root: Path, method: str) -> dict[str, Any]:
     own: dict[str, Any] = {
         "guardspace": {"basis_dir": basis, "null_energy": SHARE},
         "salora": {"basis_dir": basis, "safety_rank": DIRECTIONS},
+        "salora from the task": {
+            **{"basis_dir": basis, "safety_rank": DIRECTIONS, "task_rank": TASK},
+            "task_basis_dir": str(root / "of_task" / "phase1_latest"),
+        },
         "asft": {"unaligned_model": str(root / "unaligned"), "asft_lambda": LAMBDA},
     }[method]
-    return {**LORA, "lora_method": method, "lora_layers": LAYERS[method], **own}
+    return {**LORA, "lora_method": method.split(" ")[0], "lora_layers": LAYERS[method], **own}
 
 
 def jobs(root: Path, output: Path) -> dict[str, tuple[list[float], str]]:
@@ -138,7 +163,7 @@ def with_weights(model: torch.nn.Module, weights: dict[str, Tensor], *args: Any,
 
 def reference(root: Path, method: str) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and what W becomes in fp64, of five full-batch clipped AdamW steps on A and B."""
-    basis = BasisStore((root / "artefacts" / "phase1_latest" / "basis").resolve())
+    basis, of_task = (BasisStore((root / d / "phase1_latest" / "basis").resolve()) for d in ("artefacts", "of_task"))
     chosen = {"ffn_down": "down_proj", "attn_q": "q_proj", "attn_v": "v_proj"}
     names = [chosen[name] for name in LAYERS[method].split(",")]
     layers = [layer for layer in basis.layers if layer.name.rsplit(".", 1)[1] in names]
@@ -169,10 +194,19 @@ def reference(root: Path, method: str) -> tuple[list[float], dict[str, Tensor]]:
             assert 0 < null.shape[1] < layer.n
             start, p = s * b @ a, null @ null.T
             effects[key] = lambda a, b, p=p, start=start: s * b @ a @ p - start @ p  # type: ignore[misc]
-        elif method == "salora":
+        elif method.startswith("salora"):
             x = u @ torch.diag(values.sqrt())
             top = torch.linalg.svd(w @ x)[0][:, :DIRECTIONS]
-            effects[key] = lambda a, b, top=top: s * (b - top @ top.T @ b) @ a  # type: ignore[misc]
+            c = torch.eye(len(w), dtype=torch.float64) - top @ top.T
+            start = torch.zeros_like(w)
+            if method != "salora":
+                u, values = (t.double() for t in of_task.columns(layer.name))
+                task = torch.linalg.svd(w @ u @ torch.diag(values.sqrt()))[0][:, :TASK]
+                left, sigma, right = torch.linalg.svd(w, full_matrices=False)
+                b, a = task @ task.T @ left[:, :R] @ torch.diag(sigma[:R].sqrt()), torch.diag(sigma[:R].sqrt()) @ right[:R]
+                start = b @ a
+                assert (c @ start).abs().max() > 1e-3
+            effects[key] = lambda a, b, c=c, start=start: s * c @ (b @ a - start)  # type: ignore[misc]
         else:
             v = w - unaligned[key].double()
             off = torch.eye(len(w)) - v @ v.T / v.norm()
@@ -223,7 +257,7 @@ def test_what_is_written_is_an_ordinary_adapter(root: Path, runs: Any) -> None:
                 u, values = basis.columns(layer)
                 seen = u[:, : len(values) - null_directions(values, len(values), SHARE)[0]]
                 assert (adapter.factors(layer).delta() @ seen).abs().max() < 1e-6
-    assert ranks == {"guardspace": 2 * R, "salora": R, "asft": R}
+    assert ranks == {"guardspace": 2 * R, "salora": R, "salora from the task": 2 * R, "asft": R}
     logged = (Path(runs[2]["asft"][1]) / "metrics.jsonl").read_text()
     assert logged.count("asft_penalty") >= 5
 
@@ -237,6 +271,8 @@ def test_what_is_written_is_an_ordinary_adapter(root: Path, runs: Any) -> None:
         ({"lora_method": "asft"}, "--null_energy is of --lora_method guardspace"),
         ({"lora_method": "asft", "null_energy": 0.01}, "needs the model from before its alignment"),
         ({"asft_lambda": 2.0}, "--asft_lambda is of --lora_method asft"),
+        ({"task_basis_dir": "b"}, "--task_basis_dir is of --lora_method salora"),
+        ({"lora_method": "salora", "null_energy": 0.01, "task_rank": 3}, "give --task_basis_dir"),
         ({"null_energy": 1.0}, "at least 0 and below 1"),
     ],
 )

@@ -65,7 +65,7 @@ def test_a_flag_has_one_nature() -> None:
             known = natures().get(name)
             assert known == found, f"--{name} of {kind.__name__}"
     assert set(reading("model", "judge")) == {"model_name", "reference_model", "judge_model", "unaligned_model"}
-    assert reading("basis", "masks") == ["basis_dir", "masks_dir"]
+    assert set(reading("basis", "masks")) == {"basis_dir", "masks_dir", "task_basis_dir"}
     assert set(reading("data", "files", "text")) == {
         "safety_data",
         "utility_data",

@@ -29,12 +29,20 @@ class LoraMethodFlags:
     null_energy: float = flag(
         0.01, "guardspace: share of the safety inputs' energy that its null space may hold where no eigenvalue is zero"
     )
-    safety_rank: int = flag(16, "salora: directions of the safety outputs that an adapter stays out of")
+    safety_rank: int = flag(32, "salora: directions of the safety outputs that an adapter stays out of")
+    task_rank: int = flag(32, "salora: directions of the task's outputs that an adapter starts in, with --task_basis_dir")
     asft_lambda: float = flag(1.0, "asft: weight of the regulariser")
 
 
 #: Which methods a flag says something of.
-_OF_METHODS = {"null_energy": "guardspace", "safety_rank": "salora", "asft_lambda": "asft", "unaligned_model": "asft"}
+_OF_METHODS = {
+    "null_energy": "guardspace",
+    "safety_rank": "salora",
+    "task_rank": "salora",
+    "task_basis_dir": "salora",
+    "asft_lambda": "asft",
+    "unaligned_model": "asft",
+}
 
 
 @dataclass
@@ -48,6 +56,11 @@ class TrainedMethodFlags(LoraMethodFlags):
         choices=("plain", "guardspace", "salora", "asft"),
     )
     unaligned_model: str | None = flag(None, "asft: the start model without its alignment", reads="model")
+    task_basis_dir: str | None = flag(
+        None,
+        "salora: phase 1's basis of the task's own samples, in whose outputs adapters start; none = LoRA's usual start",
+        reads="basis",
+    )
 
     def check_lora_method(self) -> None:
         """ConfigError where a method's flags do not go with it."""
@@ -69,7 +82,10 @@ class TrainedMethodFlags(LoraMethodFlags):
             )
         if self.null_energy >= 1.0:
             raise ConfigError(f"--null_energy is a share of at least 0 and below 1, not {self.null_energy}")
+        if self.task_rank != TrainedMethodFlags.task_rank and self.task_basis_dir is None:
+            raise ConfigError("--task_rank is of SaLoRA's start in the task's outputs: give --task_basis_dir")
         at_least(self, "safety_rank", 1)
+        at_least(self, "task_rank", 1)
 
 
 FIXED = ("guardspace", "salora")

@@ -160,6 +160,7 @@ DECIDED_BY_ARMS = {
     "score": "--arms (osft, random-mask)",
     "adapter": "--arms (lora, lora+column)",
     "lora_method": "--arms (lora+guardspace, lora+salora, lora+asft)",
+    "task_basis_dir": "--arms (lora+salora starts in the outputs of the task)",
     "lora_layers": "--layer_type",
     "merge_adapter": "the comparison, which measures merged models",
     "objective": "--arms (der, safegrad, constrained)",

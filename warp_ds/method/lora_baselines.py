@@ -62,12 +62,22 @@ def guardspace_start(w: Tensor, columns: Tensor, values: Tensor, r: int, damping
 # ---------------------------------------------------------------- SaLoRA (Li et al., ICLR 2025, arXiv 2501.01765)
 
 
-def safety_outputs(w: Tensor, columns: Tensor, values: Tensor, rank: int) -> Tensor:
+def first_outputs(w: Tensor, columns: Tensor, values: Tensor, rank: int) -> Tensor:
     """U_C [m, k] fp32, the first ``rank`` left singular vectors of W X (fewer where X has a lower rank), of which SaLoRA's
     fixed module is I - U_C U_Cᵀ. X Xᵀ is U diag(values) Uᵀ up to a factor, ``columns`` U [n, k]."""
     left, sigma, _ = torch.linalg.svd((w.double() @ columns.double()) * values.double().sqrt(), full_matrices=False)
     seen = int((sigma > sigma[0] * 1e-7).sum()) if len(sigma) and sigma[0] > 0 else 0
     return left[:, : min(rank, seen)].float()
+
+
+def salora_start(w: Tensor, outputs: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A₀ [r, n] and B₀ [m, r] fp32: the first r singular components P √Σ, √Σ Qᵀ of W, B₀ within the task's ``outputs`` U_D
+    [m, k]: B₀ = U_D U_Dᵀ P √Σ (its authors' code). Raises ValueError where r is above min(m, n)."""
+    if r > min(w.shape):
+        raise ValueError(f"rank {r} is above {min(w.shape)}, the rank of a weight {list(w.shape)}")
+    left, sigma, right = torch.linalg.svd(w.double(), full_matrices=False)
+    root, within = sigma[:r].sqrt(), outputs.double()
+    return (root[:, None] * right[:r]).float(), (within @ (within.T @ (left[:, :r] * root))).float()
 
 
 # ---------------------------------------------------------------- AsFT (arXiv 2506.08473)

@@ -47,7 +47,7 @@ from warp_ds.zero.shared_reading import model_fingerprint
 
 PACKING = ("packing", "tokens_per_batch")
 PUBLISHED = "attn_q,attn_v"
-"""The layers of SaLoRA's published setting; alpha is r there."""
+"""The layers of SaLoRA's published setting; alpha is r there, and nothing is dropped out."""
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_rslora")
 
 
@@ -193,12 +193,13 @@ class Bench:
         )
         return run_training(settings, self._other_steps) / "model"
 
-    def basis(self, start: str | None, kind: str, layer_type: str, seed: int) -> Path:
-        name = self.basis_name(start, kind, layer_type, seed)
+    def basis(self, start: str | None, kind: str, layer_type: str, seed: int, task: Path | None = None) -> Path:
+        """Of the safety set, or of the samples of ``task``."""
+        name = self.basis_name(start, kind, layer_type, seed) + ("" if task is None else f"_{task.stem}")
         settings = BasisArguments(
             **self.common(self.start(start), seed=seed if kind == "random" else self.arguments.seed),
             layer_type=layer_type,
-            safety_data=self._texts("safety"),
+            safety_data=self._texts("safety") if task is None else str(task),
             safety_samples=0,
             basis=kind,
             run_name=name,
@@ -304,7 +305,9 @@ class Bench:
         if not arm.basis:
             adapter["lora_layers"] = layers
         if arm.method == "salora":
-            adapter |= {"lora_alpha": a.lora_r, "lora_rslora": False, **self._same("safety_rank")}
+            adapter |= {"lora_alpha": a.lora_r, "lora_rslora": False, "lora_dropout": 0.0}
+            adapter |= self._same("safety_rank", "task_rank")
+            adapter["task_basis_dir"] = str(self.basis(arm.start, "activation", layers, a.seed, self.task(arm)))
         elif arm.method == "guardspace":
             adapter |= self._same("null_energy")
         elif arm.method == "asft":

@@ -1,7 +1,8 @@
 """Published ways to keep an adapter from undoing safety, in phase 3: GuardSpace, SaLoRA and AsFT (method/lora_baselines.py).
 
 GuardSpace and SaLoRA hold something fixed beside A and B, in the forward pass of a layer y = W x + s B A x:
-GuardSpace y = (W - s B₀ A₀ P) x + s B A P x, SaLoRA y = W x + s C B A x. What comes out is an ordinary adapter of W, into which
+GuardSpace y = (W - s B₀ A₀ P) x + s B A P x, SaLoRA y = (W - s C B₀ A₀) x + s C B A x, or with no start of the task's own
+y = W x + s C B A x. What comes out is an ordinary adapter of W, into which
 that is folded.
 """
 
@@ -23,7 +24,7 @@ from warp_ds.cluster import consensus, processes
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import TrainArguments
 from warp_ds.flags.controls import FIXED
-from warp_ds.method.lora_baselines import asft_penalty, guardspace_start, null_directions, safety_outputs
+from warp_ds.method.lora_baselines import asft_penalty, first_outputs, guardspace_start, null_directions, salora_start
 from warp_ds.models.directory import ModelDirectory, by_parameter
 from warp_ds.models.lora import lora_pairs
 from warp_ds.store.bases import BasisStore
@@ -49,7 +50,7 @@ class Held:
     outputs: Tensor | None = None
     """U_C [m, k]: what comes out is C y = y - U_C U_Cᵀ y (SaLoRA)."""
     start: tuple[Tensor, Tensor] | None = None
-    """A₀ [r, n], B₀ [m, r], whose s B₀ A₀ P is taken off W (GuardSpace)."""
+    """A₀ [r, n], B₀ [m, r], whose s B₀ A₀ P (GuardSpace) or s C B₀ A₀ (SaLoRA) is taken off W."""
     _cast: dict[Any, Tensor] = field(default_factory=dict)
 
     def attach(self, module: Any, name: str, scaling: float) -> None:
@@ -80,9 +81,11 @@ class Held:
         return x - (x @ d) @ d.T
 
     def _start_of(self, x: Tensor, y: Tensor) -> Tensor:
-        assert self.start is not None and self.inputs is not None
+        assert self.start is not None
         a, b = (self._like(side, y) for side in self.start)
-        return self._without(x.to(y.dtype), self.inputs) @ a.T @ b.T
+        x = x.to(y.dtype)
+        out = (x if self.inputs is None else self._without(x, self.inputs)) @ a.T @ b.T
+        return out if self.outputs is None else self._without(out, self.outputs)
 
     def _like(self, tensor: Tensor, x: Tensor) -> Tensor:
         key = (id(tensor), x.device, x.dtype)
@@ -97,6 +100,7 @@ class LoraMethod:
 
     arguments: TrainArguments
     basis: BasisStore | None
+    task_basis: BasisStore | None
     unaligned: Path | None
     said: str = ""
     """What a card says of it, once it is attached."""
@@ -108,86 +112,113 @@ class LoraMethod:
         if arguments.unaligned_model is not None:
             unaligned = resolve_model_dir(arguments.unaligned_model, "--unaligned_model")
         with consensus.on_every_rank_or_none("checking what the adapters are held by"):
-            return cls(arguments, _open_basis(arguments, fingerprint), unaligned)
+            bases = _checked_bases(arguments, fingerprint)
+            return cls(arguments, bases.get("basis_dir"), bases.get("task_basis_dir"), unaligned)
 
     def fingerprints(self) -> dict[str, str]:
         """Of what it reads. Collective."""
         unaligned = {} if self.unaligned is None else {"unaligned_model": model_fingerprint(self.unaligned)}
-        return unaligned | ({} if self.basis is None else {"basis": self.basis.fingerprint()})
+        bases = {"basis": self.basis, "task_basis": self.task_basis}
+        return unaligned | {name: basis.fingerprint() for name, basis in bases.items() if basis is not None}
 
     def attach(self, adapted: Any, layers: Sequence[TargetLayer], directory: Path) -> list[TrainerCallback]:
         """Before the engine is made; ``layers`` have an adapter, which is whole; ``directory`` is the run's. Collective."""
         if self.basis is not None:
-            self.said = hold(adapted, layers, self.basis, self.arguments, directory)
+            self.said = hold(adapted, layers, self.basis, self.task_basis, self.arguments, directory)
         if self.unaligned is None:
             return []
         self.said = f"AsFT, λ {self.arguments.asft_lambda:g}"
         return [AsFT(adapted, layers, self.unaligned, self.arguments.asft_lambda)]
 
 
-def basis_of(arguments: TrainArguments) -> BasisStore | None:
-    """The basis that a method holds an adapter by."""
-    if arguments.lora_method not in FIXED:
-        return None
-    return BasisStore(find_artifact(str(arguments.basis_dir), "basis", arguments.output_dir))
+def bases_of(arguments: TrainArguments) -> dict[str, BasisStore]:
+    """What a method holds an adapter by (``basis_dir``), and starts it from (``task_basis_dir``)."""
+    given = {name: getattr(arguments, name) for name in ("basis_dir", "task_basis_dir") if arguments.lora_method in FIXED}
+    return {
+        name: BasisStore(find_artifact(str(path), "basis", arguments.output_dir))
+        for name, path in given.items()
+        if path is not None
+    }
 
 
-def _open_basis(arguments: TrainArguments, fingerprint: str) -> BasisStore | None:
-    basis = basis_of(arguments)
-    if basis is None:
-        return None
-    basis.check(basis.layers, fingerprint, arguments.model_name)
-    if basis.metadata.basis != "activation":
-        raise ConfigError(
-            f"--lora_method {arguments.lora_method} needs the safety inputs' covariance, and {basis.directory} is of the basis "
-            f"{basis.metadata.basis}: run phase 1 with --basis activation"
-        )
-    return basis
+def _checked_bases(arguments: TrainArguments, fingerprint: str) -> dict[str, BasisStore]:
+    bases = bases_of(arguments)
+    for name, basis in bases.items():
+        basis.check(basis.layers, fingerprint, arguments.model_name)
+        if basis.metadata.basis != "activation":
+            raise ConfigError(
+                f"--{name}: --lora_method {arguments.lora_method} needs the covariance of inputs, and {basis.directory} is of "
+                f"the basis {basis.metadata.basis}: run phase 1 with --basis activation"
+            )
+    return bases
 
 
-def hold(adapted: Any, layers: Sequence[TargetLayer], basis: BasisStore, arguments: TrainArguments, directory: Path) -> str:
+def hold(
+    adapted: Any,
+    layers: Sequence[TargetLayer],
+    basis: BasisStore,
+    task_basis: BasisStore | None,
+    arguments: TrainArguments,
+    directory: Path,
+) -> str:
     """Attaches what --lora_method holds to each adapter, made once and kept in the run's ``directory``; what a card says of it.
     Collective.
 
     Raises ConfigError for a layer with an adapter and no basis, or where nothing is left of GuardSpace's null space.
     """
-    pairs = lora_pairs(adapted, layers)
-    _check_layers(layers, basis, arguments)
-    modules = {layer.name: _module(adapted, layer) for layer in layers}
+    for read in (basis, task_basis):
+        _check_layers(layers, read, arguments)
     null, words = _null_spaces(basis, layers, arguments) if arguments.lora_method == "guardspace" else ({}, "")
-
-    def make(layer: TargetLayer, w: Tensor) -> list[Tensor]:
-        u, s = basis.columns(layer.name)
-        if arguments.lora_method == "salora":
-            return [safety_outputs(w, u, s, arguments.safety_rank)]
-        try:
-            return list(guardspace_start(w, u, s, len(pairs[layer.name].a)))
-        except ValueError as error:
-            raise ConfigError(f"--lora_r: {layer.name}: {error}") from error
-
-    path = directory / FILE
-    if not consensus.on_rank_0(path.is_file, "looking for what the adapters are held by"):
-        made = of_weights(layers, modules, make)
-        named = {f"{name}.{i}": t.contiguous() for name, tensors in made.items() for i, t in enumerate(tensors)}
-        consensus.on_rank_0(lambda: write_tensors(path, named), "writing what the adapters are held by")
-    with consensus.on_every_rank_or_none("reading what the adapters are held by"):
-        kept = load_file(path)
-    inputs: dict[str, Tensor] = {}
+    kept = _made_once(adapted, layers, basis, task_basis, arguments, directory / FILE)
+    pairs, inputs = lora_pairs(adapted, layers), {}
     for layer in layers:
-        pair, module = pairs[layer.name], modules[layer.name]
-        if arguments.lora_method == "salora":
-            held = Held(outputs=kept[f"{layer.name}.0"])
-        else:
+        pair, module = pairs[layer.name], _module(adapted, layer)
+        held = Held(outputs=kept.get(f"{layer.name}.outputs"))
+        if layer.name in null:
             file = basis.metadata.layers[layer.name]["file"]
             if file not in inputs:
                 inputs[file] = basis.columns(layer.name)[0][:, : layer.n - null[layer.name]].contiguous()
-            held = Held(inputs=inputs[file], start=(kept[f"{layer.name}.0"], kept[f"{layer.name}.1"]))
+            held.inputs = inputs[file]
+        if f"{layer.name}.A" in kept:
             with torch.no_grad():
-                for param, value in zip((pair.a, pair.b), (kept[f"{layer.name}.0"], kept[f"{layer.name}.1"]), strict=True):
-                    param.copy_(value)
+                pair.a.copy_(kept[f"{layer.name}.A"])
+                pair.b.copy_(kept[f"{layer.name}.B"])
             held.start = (pair.a.detach().float().clone(), pair.b.detach().float().clone())  # as rounded
         held.attach(module, module.active_adapters[0], pair.scaling)
-    return words or f"SaLoRA, {arguments.safety_rank} directions of the safety outputs"
+    start = "" if task_basis is None else f", started in {arguments.task_rank} of the task's"
+    return words or f"SaLoRA, out of {arguments.safety_rank} directions of the safety outputs{start}"
+
+
+def _made_once(
+    adapted: Any,
+    layers: Sequence[TargetLayer],
+    basis: BasisStore,
+    task_basis: BasisStore | None,
+    arguments: TrainArguments,
+    path: Path,
+) -> dict[str, Tensor]:
+    """Each layer's "outputs", "A" and "B" (``Held``) as far as the method has them: read from ``path``, or made and written."""
+    modules = {layer.name: _module(adapted, layer) for layer in layers}
+
+    def make(layer: TargetLayer, w: Tensor) -> dict[str, Tensor]:
+        u, s = basis.columns(layer.name)
+        try:
+            if arguments.lora_method == "guardspace":
+                return dict(zip("AB", guardspace_start(w, u, s, arguments.lora_r), strict=True))
+            held = {"outputs": first_outputs(w, u, s, arguments.safety_rank)}
+            if task_basis is None:
+                return held
+            task = first_outputs(w, *task_basis.columns(layer.name), arguments.task_rank)
+            return held | dict(zip("AB", salora_start(w, task, arguments.lora_r), strict=True))
+        except ValueError as error:
+            raise ConfigError(f"--lora_r: {layer.name}: {error}") from error
+
+    if not consensus.on_rank_0(path.is_file, "looking for what the adapters are held by"):
+        made = of_weights(layers, modules, make)
+        named = {f"{name}.{part}": t.contiguous() for name, parts in made.items() for part, t in parts.items()}
+        consensus.on_rank_0(lambda: write_tensors(path, named), "writing what the adapters are held by")
+    with consensus.on_every_rank_or_none("reading what the adapters are held by"):
+        return load_file(path)
 
 
 def folded(adapted: Any, state: dict[str, Tensor], config: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -208,12 +239,13 @@ def folded(adapted: Any, state: dict[str, Tensor], config: Any) -> tuple[dict[st
 def of_weights(
     layers: Sequence[TargetLayer],
     modules: dict[str, Any],
-    make: Callable[[TargetLayer, Tensor], list[Tensor]],
+    make: Callable[[TargetLayer, Tensor], dict[str, Tensor]],
     share: bool = True,
-) -> dict[str, list[Tensor]]:
+) -> dict[str, dict[str, Tensor]]:
     """``make``(layer, its W) of each layer, made by the ranks in turn; ``share``: for every rank, else for the one that did.
     Collective."""
-    world, made = processes.world_size(), {}
+    world = processes.world_size()
+    made: dict[str, dict[str, Tensor]] = {}
     for begin in range(0, len(layers), world):
         together, mine = layers[begin : begin + world], None
         for index, layer in enumerate(together):
@@ -228,9 +260,9 @@ def of_weights(
     return made
 
 
-def _check_layers(layers: Sequence[TargetLayer], basis: BasisStore, arguments: TrainArguments) -> None:
-    without = [layer.name for layer in layers if layer.name not in basis.metadata.layers]
-    if without:
+def _check_layers(layers: Sequence[TargetLayer], basis: BasisStore | None, arguments: TrainArguments) -> None:
+    without = [layer.name for layer in layers if basis is not None and layer.name not in basis.metadata.layers]
+    if basis is not None and without:
         raise ConfigError(
             f"--lora_method {arguments.lora_method}: {len(without)} of {len(layers)} layers with an adapter have no basis in "
             f"{basis.directory} (the first is {without[0]}): name its layers with --lora_layers, or run phase 1 for these too"
@@ -290,8 +322,8 @@ class AsFT(TrainerCallback):
                         + f", which is of {layer.shape} here: give the model from before this one's alignment"
                     )
 
-        def direction(layer: TargetLayer, w: Tensor) -> list[Tensor]:
-            return [(w.float() - source.read(layer.parameter).to(w.device, torch.float32)).to(w.dtype)]
+        def direction(layer: TargetLayer, w: Tensor) -> dict[str, Tensor]:
+            return {"V": (w.float() - source.read(layer.parameter).to(w.device, torch.float32)).to(w.dtype)}
 
         modules = {layer.name: _module(adapted, layer) for layer in layers}
         self.directions = of_weights(layers, modules, direction, share=False)
@@ -301,7 +333,7 @@ class AsFT(TrainerCallback):
         penalised = [
             Penalised(
                 *(pairs[layer.name].a, pairs[layer.name].b, index % processes.world_size()),
-                next(iter(self.directions.get(layer.name, [])), None),
+                self.directions.get(layer.name, {}).get("V"),
             )
             for index, layer in enumerate(self.layers)
         ]

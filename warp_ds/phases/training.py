@@ -30,7 +30,7 @@ from warp_ds.models.targets import beside_text, check_targets, find_targets
 from warp_ds.phases import adapters, checkpoints
 from warp_ds.phases.controls import Controls
 from warp_ds.phases.growing import Growing
-from warp_ds.phases.lora_methods import LoraMethod, basis_of
+from warp_ds.phases.lora_methods import LoraMethod, bases_of
 from warp_ds.phases.packing import SamplesApart, attention_of, check_packing, make_sampler
 from warp_ds.phases.publish import fetch_shared, published
 from warp_ds.phases.run import start_run
@@ -185,8 +185,8 @@ def artefacts(arguments: TrainArguments | AuditArguments) -> Iterator[Contents]:
         yield masks.contents()
         if (basis := masks.find_basis(arguments.basis_dir)) is not None:
             yield basis.contents()
-    if isinstance(arguments, TrainArguments) and (held_by := basis_of(arguments)) is not None:
-        yield held_by.contents()
+    if isinstance(arguments, TrainArguments):
+        yield from (basis.contents() for basis in bases_of(arguments).values())
 
 
 def find_masks(arguments: TrainArguments | AuditArguments, model_fingerprint: str) -> tuple[Path | None, Path | None]:
