@@ -5,9 +5,10 @@
 Phase 0 teaches a small random model (`warp_ds.data`'s generated texts) to refuse harmful requests, to answer requests that
 begin with "As JSON:" as {"answer": "..."}, other harmless ones plainly, and sums. Phase 1's basis is of examples of both;
 phase 2 finds masks of refusals alone, of the format alone, and of both (`--keep_data a.jsonl,b.jsonl`), each behaviour with the
-same share. Then the target layers train on sums in a new style, from the one start model and in the one order of samples, until
-the loss on held-out sums, looked at every few steps, is at most `--loss`: so the arms are compared at equal task loss, within
-one look. Held out are other requests (by content). The last line is one JSON object.
+same share; beside them stands a mask by chance, as large as that of both. Then the target layers train on sums in a new style,
+from the one start model and in the one order of samples, until the loss on held-out sums, looked at every few steps, is at most
+`--loss`: so the arms are compared at equal task loss, within one look. Held out are other requests (by content). The last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ from warp_ds.evaluation.verdicts import verdict
 from warp_ds.flags.arguments import BasisArguments, ImportanceArguments
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.importance import run_importance
+from warp_ds.store.masks import MaskStore
 
 LAYERS = "attn_q,attn_k,attn_v,ffn_up,ffn_down"
 FORMAT = re.compile(r'\{"answer": "[^"]+"\}')
-ARMS = {"no mask": "", "refusals": "refusals", "format": "format", "both": "refusals,format"}
-"""What trains with which sets' mask."""
+ARMS = {"no mask": "", "refusals": "refusals", "format": "format", "both": "refusals,format", "chance": "refusals,format"}
+"""What trains with which sets' mask; by chance: as many coefficients as of both, drawn at random."""
 
 
 def parse() -> argparse.Namespace:
@@ -62,7 +64,10 @@ def main() -> None:
         root = Path(folder)
         data = texts(a)
         start, tokenizer, end_of_phase_0 = taught(root, data, a)
-        masks = {arm: found_masks(root, arm, sets, a) for arm, sets in ARMS.items() if sets}
+        masks: dict[str, Path] = {}
+        for arm, sets in ARMS.items():
+            if sets:
+                masks[arm] = found_masks(root, arm, sets, a, masks.get("both"))
         arms = {"before": {**measured(start, tokenizer, data), "task_loss": end_of_phase_0}}
         for arm in ARMS:
             arms[arm] = trained(root, data, masks.get(arm), a)
@@ -120,20 +125,22 @@ def batches(encoded: list[Any], steps: int, seed: int, tokenizer: Any) -> Any:
         yield pad_batch([encoded[i] for i in chosen], tokenizer.pad_token_id)
 
 
-def found_masks(root: Path, arm: str, sets: str, a: argparse.Namespace) -> Path:
-    """Phases 1 (once, of both) and 2."""
-    both = ",".join(str(root / f"{name}.jsonl") for name in ("refusals", "format"))
+def found_masks(root: Path, arm: str, sets: str, a: argparse.Namespace, both: Path | None) -> Path:
+    """Phases 1 (once, of both) and 2; with ``both`` masks by chance of as many coefficients as those."""
+    every = ",".join(str(root / f"{name}.jsonl") for name in ("refusals", "format"))
     common: dict[str, Any] = dict(
         model_name=str(root / "model"), dtype="float32", device="cpu", layer_type=LAYERS, max_length=128
     )
     common |= dict(output_dir=str(root / "runs"), log_dir=str(root / "logs"), batch_size=16, safety_samples=0)
-    basis = run_basis(BasisArguments(**common, safety_data=both, run_name="basis"))
-    names = sets.split(",")
+    basis = run_basis(BasisArguments(**common, safety_data=every, run_name="basis"))
+    names, by_chance = sets.split(","), {}
+    if both is not None:
+        meta = MaskStore(both).metadata
+        by_chance = {"score": "random", "keep_ratio": meta.frozen / meta.entries, "seed": a.seed}
     found = run_importance(
         ImportanceArguments(
-            **{**common, "safety_samples": 100 * len(names)},
+            **{**common, "safety_samples": 100 * len(names), "keep_ratio": a.share * len(names), **by_chance},
             safety_data=",".join(str(root / f"{name}.jsonl") for name in names),
-            keep_ratio=a.share * len(names),
             basis_dir=str(basis),
             run_name=arm,
         )
