@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ def from_command_line(name: str, masks: str = "phase2") -> Start:
         [json.loads(row) for row in rows],
         here / name,
     )
+
+
+def world_size() -> int:
+    """As launchers say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def encode(tokenizer: Any, rows: list[dict[str, str]]) -> list[dict[str, list[int]]]:

@@ -226,13 +226,15 @@ def test_every_kept_model_says_on_its_card_what_it_is_and_what_was_measured(done
 def with_controls(root: Path, output: Path) -> str:
     mix: dict[str, Any] = {"harmful_ratio": "0,0.3", "harmful_mix": str(root / "harmless.jsonl"), "keep_models": False}
     return str(
-        comparison(root, output, arms="rotated+der@2+ema@0.5+patch@1e-3", harmless_data=None, replay_batch_size=2, **mix)
+        comparison(
+            root, output, arms="rotated+refresh@1+der@2+ema@0.5+patch@1e-3", harmless_data=None, replay_batch_size=2, **mix
+        )
     )
 
 
 def test_controls_compose_and_harmful_mixes_are_arms_of_their_own(root: Path, tmp_path: Path) -> None:
     run = Path(run_ranks(1, with_controls, root, tmp_path)[0])
-    name = "rotated+der@2+ema@0.5+patch@1e-3"
+    name = "rotated+refresh@1+der@2+ema@0.5+patch@1e-3"
     rows = {row["arm"]: row for row in json.loads((run / "report.json").read_text())["points"]}
     assert list(rows) == [name, f"{name}+harmful@0.3"]
     tasks = {path.stem: path.read_text().splitlines() for path in (run / "data").glob("task*.jsonl")}
@@ -245,6 +247,7 @@ def test_controls_compose_and_harmful_mixes_are_arms_of_their_own(root: Path, tm
         trained = run / f"phase3_{arm.replace('+patch@1e-3', '')}_lr0.001_seed42"
         settings = json.loads((trained / "config.json").read_text())["settings"]
         assert (settings["objective"], settings["der_alpha"], settings["ema_decay"]) == ("der", 2.0, 0.5)
+        assert settings["refresh_steps"] == 1 and (trained / "masks_step1" / "metadata.json").is_file()
         assert settings["masks_dir"].endswith("phase2_start_activation_entry_importance/masks")
         patched = json.loads((run / f"patch_{arm}_lr0.001_seed42" / "config.json").read_text())["settings"]
         assert (Path(patched["model_name"]), patched["learning_rate"]) == (trained / "model", 1e-3)

@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from masked_artefacts import odd_model, read_artefacts, token_batches, write_artefacts
 from ranks import run_ranks
@@ -216,3 +217,14 @@ def test_checkpoints_hold_the_stage_by_value() -> None:
     made = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     assert made == ["deepspeed.runtime.zero.config.ZeroStageEnum"], made
     assert copyreg.dispatch_table[ZeroStageEnum](ZeroStageEnum.weights) == (ZeroStageEnum, (3,)), "by this Python's own rule"
+
+
+def test_module_hooks_are_taken_off_and_put_back() -> None:
+    """What ``without_engine_hooks`` calls: ``destroy`` removes the hooks and does no more, one call makes all of them anew."""
+    offload = parameter_offload.DeepSpeedZeRoOffload
+    assert list(inspect.signature(offload.partition_all_parameters).parameters)[:1] in (["self"], ["args"])
+    body = inspect.getsource(offload.destroy).split(":", 1)[1].split()
+    assert body == ["self._remove_module_hooks()"]
+    made = inspect.getsource(offload.setup_zero_stage3_hooks)
+    assert "self.fwd_pre_hook = " in made and "self._register_deepspeed_module(self.module)" in made
+    assert "FWD_MODULE_STACK.append(self.module)" in made

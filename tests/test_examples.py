@@ -24,7 +24,7 @@ def run_example(name: str, directory: str, *more: str) -> None:
     """As a script of its own would: in a fresh process, its directory first on the path."""
     sys.path.insert(0, str(EXAMPLES))
     sys.argv = [name, directory] if name == "tiny.py" else [name, "--directory", directory, *more]
-    if name in ("trainer.py", "trl_sft.py", "lora_trl.py", "freeze_new_tokens.py"):
+    if name in ("trainer.py", "trl_sft.py", "lora_trl.py", "freeze_new_tokens.py", "resume_other_world.py"):
         os.environ["ACCELERATE_USE_CPU"] = "true"
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
@@ -78,12 +78,22 @@ def test_only_new_tokens_train(directory: Path, tied: bool) -> None:
     run_ranks(1, run_example, "freeze_new_tokens.py", str(directory), "--model_name", str(model))
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("freeze_neurons", 1), ("freeze_pruned", 2), ("sharded_loading", 2)])
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("freeze_neurons", 1), ("freeze_pruned", 2), ("freeze_rows", 2), ("sharded_loading", 2)]
+)
 def test_what_is_frozen_or_loaded_in_shards(directory: Path, name: str, ranks: int) -> None:
     run_ranks(ranks, run_example, f"{name}.py", str(directory))
     before, after = load_file(directory / "model" / "model.safetensors"), load_file(directory / name / "model.safetensors")
     assert before.keys() == after.keys() and all(before[k].shape == after[k].shape for k in before)
     assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_training_goes_on_on_another_number_of_ranks(directory: Path) -> None:
+    """The example asserts that it goes on where the start before it ended; the checkpoint of 2 ranks is taken up by 1."""
+    for ranks, step in ((2, 3), (1, 6)):
+        run_ranks(ranks, run_example, "resume_other_world.py", str(directory))
+        state = json.loads((directory / "resume_other_world" / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert state["global_step"] == step
 
 
 def test_artefacts_of_ones_own(directory: Path) -> None:

@@ -102,6 +102,8 @@ def test_a_comparison_takes_what_its_phases_take() -> None:
         "merge_adapter",
         "objective",
         "replay_data",
+        "refresh_data",
+        "refresh_samples",
         "basis",
         "mask_unit",
         "score",

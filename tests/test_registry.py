@@ -76,10 +76,12 @@ def test_a_flag_has_one_nature() -> None:
         "unaligned_data",
         "foundation_data",
         "prompt_file",
+        "kept_data",
         "refusal_file",
         "eval_data",
         "eval_safety",
         "replay_data",
+        "refresh_data",
         "harmful_mix",
         "patch_data",
     }

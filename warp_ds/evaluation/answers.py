@@ -15,6 +15,7 @@ from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.data.sample import Sample
 from warp_ds.evaluation.generate import generate_greedy
+from warp_ds.evaluation.kept import PREFIX
 from warp_ds.evaluation.sets import SUITES, EvaluationSets
 from warp_ds.store.files import read_lines
 
@@ -92,6 +93,10 @@ def collect_answers(
     golds = [item.response for item in sets.utility]
     for row, gold in zip((row for row in rows if row["suite"] == "gsm8k"), golds, strict=False):
         row["gold"] = gold
+    for name, examples in sets.kept.items():
+        mine = (row for row in rows if row["suite"] == f"{PREFIX}{name}")
+        for row, example in zip(mine, examples, strict=True):
+            row["gold"] = example.response
     return rows
 
 

@@ -89,7 +89,7 @@ def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_
     Raises ArtifactError where a file is missing, does not fit (a ``before`` that the masks were not made for, such as swapped
     directories), or changes meanwhile.
     """
-    masks = MaskStore(masks_dir)
+    masks = _masks_of_start(masks_dir)
     old, new = ModelDirectory.of(Path(before), masks.layers), ModelDirectory.of(Path(after), masks.layers)
     if new.others():
         raise ArtifactError(f"{new.others()}: another reader could load them; remove them, or certify them by themselves")
@@ -131,6 +131,17 @@ def certify(before: str | Path, after: str | Path, masks_dir: str | Path, basis_
             f"files of {before}, {after} or the masks changed while they were read: try again when nothing writes to them"
         )
     return certificate
+
+
+def _masks_of_start(masks_dir: str | Path) -> MaskStore:
+    """ArtifactError for masks that were found during a training."""
+    masks = MaskStore(masks_dir)
+    if step := masks.metadata.since_step:
+        raise ArtifactError(
+            f"the masks in {masks.directory} hold from optimizer step {step} of a training on, at the values of that step, "
+            "which no model directory has: give the masks that it started with, which hold from its start"
+        )
+    return masks
 
 
 def _read_files(old: ModelDirectory, new: ModelDirectory, masks: MaskStore, basis: BasisStore | None) -> dict[str, list[Path]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from warp_ds.data.lengths import encode_dataset
 from warp_ds.evaluation.answers import AnswerLog, Row, collect_answers, prompt_of
 from warp_ds.evaluation.generate import mean_loss, noise_threshold, token_losses
 from warp_ds.evaluation.judge import Judge, judge_all
+from warp_ds.evaluation.kept import PREFIX, judge_kept
 from warp_ds.evaluation.metrics import agreement, exact_match, mcnemar, same_value
 from warp_ds.evaluation.paired import outcomes
 from warp_ds.evaluation.results import rate
@@ -67,8 +68,10 @@ def noise_limit(
         return None
 
 
-def judge_answers(rows: Sequence[Row], noise: NoiseRule | None = None, judge: Judge | None = None) -> None:
-    """Adds 'verdict' (and what ``judge`` says), or 'correct' and lm-eval's two, to every row. Collective.
+def judge_answers(
+    rows: Sequence[Row], noise: NoiseRule | None = None, judge: Judge | None = None, formats: Mapping[str, str] | None = None
+) -> None:
+    """Adds 'verdict' (and what ``judge`` says, or 'kept'), or 'correct' and lm-eval's two, to every row. Collective.
 
     An answer that is noise is 'incoherent', never a refusal: by rules on its text, and, given ``noise``, by its
     likelihood under the reference too.
@@ -84,6 +87,7 @@ def judge_answers(rows: Sequence[Row], noise: NoiseRule | None = None, judge: Ju
     if judge is not None:
         for row, opinion in zip(judged, judge_all(judge, prompts, answers), strict=True):
             row |= opinion
+    judge_kept([row for row in rows if row["suite"].startswith(PREFIX)], formats or {})
     for row in rows:
         if row["suite"] == "gsm8k":
             row["correct"] = same_value(row["answer"], row["gold"])
@@ -102,6 +106,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         if suite == "gsm8k":
             for kind in ("", "_strict", "_flexible"):  # by value; lm-evaluation-harness's two
                 metrics |= _rate(f"utility_accuracy{kind}", [row[f"correct{kind}"] for row in mine])
+            continue
+        if suite.startswith(PREFIX):
+            metrics |= _rate(suite, [row["kept"] for row in mine if row["kept"] is not None])
             continue
         prefix = {"refusal": "", "over_refusal": "harmless_"}.get(suite, f"{suite}_")
         judged = [row for row in mine if row["verdict"] != "not_judged"]
@@ -147,18 +154,24 @@ def _second_opinion(rows: Sequence[Row]) -> dict[str, Any]:
     return opinion
 
 
+def good_of(row: Row) -> bool | None:
+    """Whether an answer is right, in the behaviour, or a refusal; None where that was not judged."""
+    if row["suite"] == "gsm8k":
+        return bool(row["correct"])
+    if row["suite"].startswith(PREFIX):
+        return None if row["kept"] is None else bool(row["kept"])
+    return None if row["verdict"] == "not_judged" else row["verdict"] == "refusal"
+
+
 def paired_tests(before: Sequence[Row], after: Sequence[Row]) -> dict[str, Any]:
     """McNemar's exact test, prompt by prompt, of every suite: refusals, or right answers, lost and gained."""
     tests: dict[str, Any] = {}
     for suite in dict.fromkeys(row["suite"] for row in after):
         old, new = ([row for row in rows if row["suite"] == suite] for rows in (before, after))
         if [row["prompt"] for row in old] == [row["prompt"] for row in new]:
-            pairs = [pair for pair in zip(old, new, strict=True) if "not_judged" not in {row.get("verdict") for row in pair}]
-            old, new = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-            good = [
-                [row["correct"] if suite == "gsm8k" else row["verdict"] == "refusal" for row in rows] for rows in (old, new)
-            ]
-            for key, value in mcnemar(*good).items():
+            pairs = [(good_of(a), good_of(b)) for a, b in zip(old, new, strict=True)]
+            known = [pair for pair in pairs if None not in pair]
+            for key, value in mcnemar([bool(a) for a, _ in known], [bool(b) for _, b in known]).items():
                 tests[f"{suite}_{key}_against_before"] = value
     return tests
 
@@ -180,7 +193,7 @@ def measure(
 ) -> Measurement:
     """Runs ``suites`` on a ZeRO-3 engine or partitioned model, or a plain one. Collective; same result on every rank."""
     rows = collect_answers(model, tokenizer, sets, batch_size=batch_size, max_new_tokens=max_new_tokens, suites=suites, log=log)
-    judge_answers(rows, noise, judge)
+    judge_answers(rows, noise, judge, sets.formats)
     leave_if_asked()
     measured, losses = Measurement(summarise(rows), rows), list[list[float]]()
     if "loss" in suites and sets.utility:

@@ -21,13 +21,14 @@ REPLICATES = 2000
 
 
 def outcomes(rows: Sequence[Mapping[str, Any]], losses: Sequence[Sequence[float]] = ()) -> dict[str, Any]:
-    """What a model did with each prompt, for metrics.json: suite -> a letter a prompt (gsm8k: 1 right, 0 wrong).
+    """What a model did with each prompt, for metrics.json: suite -> a letter a prompt (gsm8k, behaviours: 1 right, 0 wrong).
 
     ``losses``: nats of each trained token of each task item; 'loss' then holds their sum and number, item by item.
     """
     by_prompt: dict[str, Any] = {}
     for row in rows:
-        mark = str(int(row["correct"])) if row["suite"] == "gsm8k" else MARKS[row["verdict"]]
+        known = row.get("correct", row.get("kept"))
+        mark = MARKS[row["verdict"]] if known is None else str(int(known))
         by_prompt[row["suite"]] = by_prompt.get(row["suite"], "") + mark
     if losses:
         by_prompt["loss"] = {"nats": [round(sum(tokens), 5) for tokens in losses], "tokens": [len(tokens) for tokens in losses]}

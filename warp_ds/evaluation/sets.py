@@ -8,6 +8,7 @@ from typing import Any
 
 from warp_ds.data.sample import Sample, as_samples
 from warp_ds.errors import DataError
+from warp_ds.evaluation.kept import PREFIX
 from warp_ds.evaluation.metrics import number_value
 
 SUITES = ("refusal", "over_refusal", "gsm8k", "loss")
@@ -25,10 +26,15 @@ class EvaluationSets:
     """Task items, whose responses end in '#### N'."""
     attacks: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Name -> a user's own prompts that should be refused."""
+    kept: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Behaviour -> held-out examples of it, prompts with responses."""
+    formats: Mapping[str, str] = field(default_factory=dict)
+    """Behaviour -> the regular expression that its whole answers match, where it has one."""
 
     def __post_init__(self) -> None:
         self.harmful, self.harmless, self.utility = map(as_samples, (self.harmful, self.harmless, self.utility))
         self.attacks = {name: as_samples(prompts) for name, prompts in self.attacks.items()}
+        self.kept = {name: as_samples(examples) for name, examples in self.kept.items()}
 
     def refusal_prompts(self, suites: Sequence[str]) -> dict[str, Sequence[Sample]]:
         """Suite -> the prompts whose answers get a verdict."""
@@ -39,6 +45,7 @@ class EvaluationSets:
     def generated(self, suites: Sequence[str]) -> dict[str, Sequence[Sample]]:
         """Suite -> the prompts that the model answers."""
         prompts = self.refusal_prompts(suites)
+        prompts |= {f"{PREFIX}{name}": [example.asked() for example in examples] for name, examples in self.kept.items()}
         return prompts | ({"gsm8k": [item.asked() for item in self.utility]} if "gsm8k" in suites and self.utility else {})
 
 
@@ -54,6 +61,7 @@ def shared_prompts(fitted: Mapping[str, Sequence[str]], sets: EvaluationSets) ->
         "harmless": sets.harmless,
         "task": sets.utility,
         **{f"attack_{name}": prompts for name, prompts in sets.attacks.items()},
+        **{f"{PREFIX}{name}": examples for name, examples in sets.kept.items()},
     }
     asked = {kind: plain([sample.prompt for sample in samples]) for kind, samples in tested.items()}
     counts = {(where, kind): len(asked[kind] & known[where]) for where in known for kind in asked}

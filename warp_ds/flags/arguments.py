@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from warp_ds.flags.checks import at_least, check_keep_ratio, check_rank, check_training
-from warp_ds.flags.controls import ControlFlags, TrainedMethodFlags
+from warp_ds.flags.controls import ControlFlags, TrainedGrowingFlags, TrainedMethodFlags
 from warp_ds.flags.flag import again, flag, samples
 from warp_ds.flags.groups import (
     BasisFlags,
@@ -79,7 +79,14 @@ class ImportanceArguments(MaskFlags, PublishFlags, SafetyDataArguments, LayerArg
 
 @dataclass
 class TrainArguments(
-    MaskedTrainingFlags, TrainedMethodFlags, ControlFlags, PublishFlags, UtilityDataArguments, LayerArguments, TrainingFlags
+    TrainedGrowingFlags,
+    MaskedTrainingFlags,
+    TrainedMethodFlags,
+    ControlFlags,
+    PublishFlags,
+    UtilityDataArguments,
+    LayerArguments,
+    TrainingFlags,
 ):
     """Phase 3, training: trains on a task while the marked coefficients stay constant to the bit. Reads phase 2's masks,
     writes RUN/model. Example: warp-ds phase3 --model_name MODEL --utility_data task.jsonl --masks_dir
@@ -100,6 +107,7 @@ class TrainArguments(
         super().check()
         check_training(self)
         self.check_lora_method()
+        self.check_growing()
         at_least(self, "utility_samples", 0)
 
 
@@ -134,6 +142,12 @@ class EvaluateArguments(HeldOutArguments, UtilityDataArguments, RunArguments):
     utility_samples: int = again(UtilityDataArguments, "utility_samples", 100)
     prompt_file: str | None = flag(
         None, "comma-separated files of your own attack prompts, verdicts as for refusal", reads="files"
+    )
+    kept_data: str | None = flag(
+        None, "comma-separated files of held-out examples, one for each behaviour: how many are answered so", reads="files"
+    )
+    kept_format: list[str] = flag(
+        [], "NAME=REGEX: answers to NAME.jsonl of --kept_data that match as a whole are kept; else refusals, or the same text"
     )
     reference_model: str | None = flag(
         None,

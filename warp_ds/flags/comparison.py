@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from warp_ds.errors import ConfigError
 from warp_ds.flags.checks import at_least, check_floor, check_keep_ratio, check_rank
-from warp_ds.flags.controls import ControlFlags, LoraMethodFlags, ReplayFlags
+from warp_ds.flags.controls import ControlFlags, GrowingFlags, LoraMethodFlags, ReplayFlags
 from warp_ds.flags.flag import DEBUG_SAMPLES, again, flag, samples
 from warp_ds.flags.groups import (
     ArmFlags,
@@ -27,6 +27,7 @@ from warp_ds.models.layer_names import parse_layer_types
 
 @dataclass
 class CompareArguments(
+    GrowingFlags,
     ReplayFlags,
     LoraMethodFlags,
     ArmFlags,
@@ -90,6 +91,7 @@ class CompareArguments(
             at_least(self, name, 1)
         parse_layer_types(self.layer_type)
         check_keep_ratio(self.keep_ratio)
+        self.schedule  # noqa: B018 - raises for what is none
         check_floor(self.floor)
         check_rank(self)
         self.check_lora()

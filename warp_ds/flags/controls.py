@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from warp_ds.errors import ConfigError
 from warp_ds.flags.checks import at_least
-from warp_ds.flags.flag import flag
-from warp_ds.flags.groups import PackingFlags
+from warp_ds.flags.flag import again, flag, samples
+from warp_ds.flags.groups import MaskFlags, PackingFlags
 
 REPLAYS = ("der", "safegrad")
 """The objectives that see safety samples beside the task."""
@@ -90,6 +90,82 @@ class TrainedMethodFlags(LoraMethodFlags):
 
 FIXED = ("guardspace", "salora")
 """The methods that hold something fixed beside an adapter, made of a basis."""
+
+
+@dataclass
+class GrowingFlags:
+    """Whether masks grow during training."""
+
+    refresh_steps: int = flag(
+        0,
+        "after every so many optimizer steps, the masks' keep_ratio of what is still free is frozen too, by the scores of the "
+        "model as it is then; 0 = never",
+    )
+    keep_ratio_schedule: str | None = flag(
+        None,
+        "STEP:SHARE, by commas (100:0.1,200:0.2): after STEP optimizer steps SHARE of the coefficients is frozen, by the "
+        "scores of the model as it is then",
+    )
+
+    @property
+    def grows(self) -> bool:
+        return bool(self.refresh_steps) or self.keep_ratio_schedule is not None
+
+    @property
+    def schedule(self) -> dict[int, float]:
+        """Optimizer step -> share. ConfigError for what is no schedule."""
+        shares: dict[int, float] = {}
+        for part in (self.keep_ratio_schedule or "").split(",") if self.keep_ratio_schedule is not None else ():
+            step, mark, share = part.strip().partition(":")
+            try:
+                shares[int(step)] = float(share)
+            except ValueError:
+                mark = ""
+            if not mark:
+                raise ConfigError(
+                    f"--keep_ratio_schedule {self.keep_ratio_schedule!r}: STEP:SHARE, by commas, as 100:0.1,200:0.2"
+                )
+        steps, values = list(shares), list(shares.values())
+        if steps != sorted(steps) or values != sorted(set(values)) or any(not 0.0 < value <= 1.0 for value in values):
+            raise ConfigError(
+                f"--keep_ratio_schedule {self.keep_ratio_schedule!r}: later steps have larger shares, above 0 and at most 1, "
+                "since nothing thaws"
+            )
+        return shares
+
+    def check_growing(self) -> None:
+        """ConfigError where the two contradict each other."""
+        if self.schedule and self.refresh_steps:
+            raise ConfigError("--keep_ratio_schedule names the steps at which masks grow: leave --refresh_steps out")
+
+
+@dataclass
+class TrainedGrowingFlags(GrowingFlags):
+    """What a training's masks grow by."""
+
+    refresh_data: str | None = flag(
+        None, "--refresh_steps, --keep_ratio_schedule: examples of what must stay, for the scores", reads="data"
+    )
+    refresh_samples: int = samples(0, "how many of them, in order; 0 = all")
+    importance_batch_size: int = again(MaskFlags, "importance_batch_size", 4)
+
+    def check_growing(self) -> None:
+        super().check_growing()
+        at_least(self, "importance_batch_size", 1)
+        if self.grows != (self.refresh_data is not None):
+            raise ConfigError(
+                "--refresh_data, examples of what must stay, goes with --refresh_steps or --keep_ratio_schedule, they with it"
+            )
+        if not self.grows:
+            return
+        if getattr(self, "masks_dir", None) == "none":
+            raise ConfigError("--masks_dir none: without masks there are none that could grow")
+        if getattr(self, "adapter", "none") != "none" or getattr(self, "left_projection", False):
+            raise ConfigError(
+                "masks of an adapter, and those with --left_projection, stay as they are: leave --refresh_steps and "
+                "--keep_ratio_schedule out"
+            )
+
 
 #: Which objectives a flag says something of.
 _OF = {"replay_batch_size": REPLAYS, "der_alpha": ("der",), "der_beta": ("der",)}

@@ -166,6 +166,7 @@ DECIDED_BY_ARMS = {
     "objective": "--arms (der, safegrad, constrained)",
     "left_projection": "--arms (osft)",
     "replay_data": "the comparison, which replays its safety samples",
+    **dict.fromkeys(("refresh_data", "refresh_samples"), "the comparison, which scores by its safety samples"),
     "basis_dir": "the comparison, which makes its own bases",
     "masks_dir": "the comparison, which makes its own masks",
     **dict.fromkeys(

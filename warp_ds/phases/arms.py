@@ -40,6 +40,8 @@ class Arm:
     """Whether a LoRA adapter trains in place of the weights; its masks are of whole columns."""
     method: str | None = None
     """Of an adapter, what keeps it safe during training: 'guardspace', 'salora' or 'asft'."""
+    grows: str | None = None
+    """How its masks grow during training: 'refresh' or 'schedule'."""
     patch: bool = False
     """Whether a few refusals are trained at the very end."""
     strengths: tuple[tuple[str, float], ...] = ()
@@ -76,6 +78,8 @@ ARMS = {
         Arm("safegrad", objective="safegrad"),
         Arm("constrained", objective="constrained"),
         Arm("ema", average=True),
+        Arm("refresh", grows="refresh"),
+        Arm("schedule", grows="schedule"),
         Arm("patch", patch=True),
         Arm("harmful", harmful_share=0.1),
     )
@@ -87,11 +91,12 @@ STRENGTHS = {
     "asft": "asft@1",
     "der": "der@0.5",
     "ema": "ema@0.9",
+    "refresh": "refresh@100",
     "patch": "patch@1e-4",
     "harmful": "harmful@0.1",
 }
 """The parts that take a number, and how one is written."""
-EXCLUSIVE = ("basis", "start", "safety_share", "harmful_share", "objective", "average", "merge", "method", "patch")
+EXCLUSIVE = ("basis", "start", "safety_share", "harmful_share", "objective", "average", "merge", "method", "grows", "patch")
 """Settings that one part of an arm may make."""
 
 
@@ -139,6 +144,8 @@ def compose(name: str) -> Arm:
             f"--arms {name}: an adapter trains alone, and its masks are of whole columns: lora+column, lora+original"
         )
     _check_method(name, made.get("method"), adapter, any(arm.basis for arm in arms))
+    if "grows" in made and (adapter or not any(arm.basis for arm in arms) or any(arm.left for arm in arms)):
+        raise ConfigError(f"--arms {name}: {made['grows']} is of a mask of weights, and not osft's: rotated+{made['grows']}")
     masked = next((arm for arm in arms if arm.basis), next((arm for arm in arms if arm.trains != "all"), ARMS["full"]))
     made |= {"adapter": True, "unit": "column", "left": False} if adapter else {}
     trains = "all" if "full" in parts else masked.trains
@@ -161,6 +168,8 @@ def _strength(name: str, part: str, value: str) -> float:
         if part not in STRENGTHS:
             raise ValueError(f"only {', '.join(STRENGTHS)} take a strength")
         number = float(value)
+        if part == "refresh" and (number < 1 or number != int(number)):
+            raise ValueError(f"{value} is no number of optimizer steps")
         if not 0.0 <= number < math.inf or (part == "ema" and number >= 1.0):
             raise ValueError(f"{value} is no strength: it is finite, not below 0, and of ema below 1")
         return number

@@ -289,6 +289,7 @@ class Bench:
             left_projection=arm.left,
             **adapter,
             **self._objective(arm),
+            **self._growth(arm),
             ema_decay=arm.strength("ema", a.ema_decay) if arm.average else 0.0,
             **self._same("layer_type", "target_layers", "epochs"),
             **self._same("global_batch_size", "basis_placement", "save_minutes", *PACKING),
@@ -323,6 +324,16 @@ class Bench:
         if arm.objective != "der":
             return replay
         return {**replay, "der_alpha": arm.strength("der", self.arguments.der_alpha), **self._same("der_beta")}
+
+    def _growth(self, arm: Arm) -> dict[str, Any]:
+        """How an arm's masks grow, by the safety samples that they were found on."""
+        if arm.grows is None:
+            return {}
+        scores = {"refresh_data": self._texts("safety"), "refresh_samples": self.arguments.importance_samples}
+        if arm.grows == "schedule":
+            return {**scores, **self._same("keep_ratio_schedule", "importance_batch_size")}
+        steps = int(arm.strength("refresh", self.arguments.refresh_steps))
+        return {**scores, "refresh_steps": steps, **self._same("importance_batch_size")}
 
     @staticmethod
     def _remember(run: Path) -> None:

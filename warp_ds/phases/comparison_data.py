@@ -116,6 +116,17 @@ def check_data(arms: Sequence[Arm], a: CompareArguments, data: ComparisonData) -
             f"--arms {asking} reckons with what undoing the alignment takes away: give an unaligned model with "
             "--unaligned_model, or examples that undo it with --unaligned_data (none are shipped)"
         )
+    for arm in arms:
+        if (
+            arm.grows == "schedule"
+            and not a.schedule
+            or arm.grows == "refresh"
+            and not arm.strength("refresh", a.refresh_steps)
+        ):
+            how = "--keep_ratio_schedule STEP:SHARE,…" if arm.grows == "schedule" else "--refresh_steps, or refresh@STEPS"
+            raise ConfigError(f"--arms {arm.name}: give {how}")
+        if arm.grows == "schedule" and min(a.schedule.values()) < a.keep_ratio:
+            raise ConfigError(f"--keep_ratio_schedule {a.keep_ratio_schedule} falls below --keep_ratio {a.keep_ratio:g}")
     wanted = max((safety_share(len(data.task), arm.harmful_share) for arm in arms), default=0)
     if wanted > len(data.harmful_mix):
         raise ConfigError(

@@ -17,10 +17,12 @@ from warp_ds.flags.arguments import TrainArguments
 from warp_ds.phases import checkpoints, start_model
 from warp_ds.phases.averaging import WeightAverage
 from warp_ds.phases.constrained import Constrained
+from warp_ds.phases.growing import Growing
 from warp_ds.phases.replay import Replay
 from warp_ds.phases.safegrad import SafeGrad
 from warp_ds.phases.start_model import FOLDER, HeldToStart
 from warp_ds.phases.texts import tokenise
+from warp_ds.protection import WarpCallback
 from warp_ds.store.fingerprints import fingerprint_rows
 
 
@@ -30,6 +32,7 @@ class Controls:
 
     arguments: TrainArguments
     replayed: Sequence[Sample]
+    growing: Growing | None
 
     @classmethod
     def read(cls, arguments: TrainArguments, passed: Mapping[str, Any]) -> Controls:
@@ -43,10 +46,22 @@ class Controls:
         columns: dict[str, Any] = {"prompt_column": arguments.prompt_column, "response_column": arguments.response_column}
         path = arguments.replay_data
         streaming = arguments.streaming
-        return cls(arguments, [] if path is None else load_samples(path, samples=0, streaming=streaming, **columns))
+        replayed = [] if path is None else load_samples(path, samples=0, streaming=streaming, **columns)
+        return cls(arguments, replayed, Growing.read(arguments, passed))
 
     def fingerprints(self) -> dict[str, str]:
-        return {"replayed data": fingerprint_rows(list(self.replayed))} if self.replayed else {}
+        replayed = {"replayed data": fingerprint_rows(list(self.replayed))} if self.replayed else {}
+        return replayed if self.growing is None else {**replayed, "refreshed data": self.growing.fingerprint}
+
+    def protecting(self, warp: WarpCallback, run: Path, checkpoint: Path | None) -> list[TrainerCallback]:
+        """``warp``, with the masks in force where ``run`` goes on from ``checkpoint``, and what lets them grow. Collective."""
+        if self.growing is None:
+            return [warp]
+        growing = self.growing
+        with consensus.on_every_rank_or_none("looking for the masks in force"):
+            warp.masks_dir = growing.masks_of(run, checkpoint)
+        growing.begin(warp)
+        return [warp, growing]
 
     def check_start(self, run: Path, checkpoint: Path | None) -> None:
         """ArtifactError, before any work, where ``run`` goes on from ``checkpoint`` and what it has kept of the start model is

@@ -19,6 +19,7 @@ from warp_ds.errors import ConfigError
 from warp_ds.evaluation.answers import AnswerLog, Row, collect_answers
 from warp_ds.evaluation.generate import answer_surprise
 from warp_ds.evaluation.judge import Judge
+from warp_ds.evaluation.kept import formats_of
 from warp_ds.evaluation.measure import Measurement, NoiseRule, judge_answers, measure, noise_limit, paired_tests, summarise
 from warp_ds.evaluation.movement import mean_movement, movement, open_basis
 from warp_ds.evaluation.sets import SUITES, EvaluationSets, check_golds, shared_prompts
@@ -54,10 +55,7 @@ def run_evaluation(arguments: EvaluateArguments) -> Path:
         read_together(lambda: [model_contents(start)], "reading the reference model")
     with consensus.on_every_rank_or_none("reading the evaluation sets"):
         sets = _sets(arguments, suites)
-        inputs = {
-            "model": fingerprint,
-            "data": fingerprint_rows([sets.harmful, sets.harmless, list(sets.utility), sorted(sets.attacks.items())]),
-        }
+        inputs = {"model": fingerprint, "data": _fingerprint(sets)}
         basis = None
         if start is not None and arguments.basis_dir is not None:
             basis = find_artifact(arguments.basis_dir, "basis", arguments.output_dir)
@@ -137,7 +135,7 @@ def _reference(
     limit = noise_limit(model, tokenizer, sets, own=answers, **sizes) if sets.refusal_prompts(suites) else None
     surprise = partial(answer_surprise, model, tokenizer, batch_size=arguments.batch_size)
     rule = None if limit is None else NoiseRule(surprise, limit)
-    judge_answers(answers, rule)
+    judge_answers(answers, rule, formats=sets.formats)
     return rule, answers
 
 
@@ -159,7 +157,7 @@ def _suites(arguments: EvaluateArguments) -> tuple[list[str], list[str]]:
     """Our own suites, and lm-eval's tasks, of --suite; ConfigError for what neither knows."""
     names = [part.strip() for part in arguments.suite.split(",") if part.strip()]
     suites, tasks = ([n for n in names if n in SUITES], [n for n in names if n not in SUITES])
-    if not names and not arguments.prompt_file:
+    if not names and not arguments.prompt_file and not arguments.kept_data:
         raise ConfigError(f"--suite is empty: choose from {', '.join(SUITES)}")
     if tasks:
         try:
@@ -186,10 +184,30 @@ def _sets(arguments: EvaluateArguments, suites: Sequence[str]) -> EvaluationSets
         prompts(arguments.harmless_data or "", samples=arguments.harmless_samples) if "over_refusal" in suites else (),
         load_samples(arguments.utility_data, **task_options(arguments)) if {"gsm8k", "loss"} & set(suites) else (),
         {Path(file).stem: prompts(file) for file in (arguments.prompt_file or "").split(",") if file},
+        *_behaviours(arguments),
     )
     if "gsm8k" in suites:
         check_golds(sets.utility, arguments.utility_data)
     return sets
+
+
+def _behaviours(arguments: EvaluateArguments) -> tuple[dict[str, Any], dict[str, str]]:
+    """Of --kept_data, by the files' names, the examples; and the formats. ConfigError, DataError."""
+    files = [file for file in (arguments.kept_data or "").split(",") if file]
+    names = [Path(file).stem for file in files]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"--kept_data has two files named {', '.join(repeated)}: behaviours are told apart by their files' names"
+        )
+    columns: dict[str, Any] = {"prompt_column": arguments.prompt_column, "response_column": arguments.response_column}
+    formats = formats_of(arguments.kept_format, names)
+    return {name: load_samples(file, samples=0, **columns) for name, file in zip(names, files, strict=True)}, formats
+
+
+def _fingerprint(sets: EvaluationSets) -> str:
+    """Over all of them; of behaviours only where there are any, so that it is what it was before there could be."""
+    kept = [sorted(sets.kept.items()), sorted(sets.formats.items())] if sets.kept else []
+    return fingerprint_rows([sets.harmful, sets.harmless, list(sets.utility), sorted(sets.attacks.items()), *kept])
 
 
 def movement_metrics(before: Path, after: Path, basis_dir: Path) -> dict[str, Any]:

@@ -152,9 +152,8 @@ def _compared(
     if arguments.score != "importance":
         return unit_scores(_scores_without_data(layers, basis, arguments), unit), None
     if len(datasets) == 1:
-        return unit_scores(
-            importance_scores(model, tokenizer, layers, datasets[0], basis, arguments, notes, scratch), unit
-        ), None
+        found = importance_scores(model, tokenizer, layers, datasets[0], basis, arguments, notes, scratch)
+        return unit_scores(found, unit), None
     groups = [[layer.name for layer in group] for group in groups_of(layers, arguments)]
     union = behaviours.Union(groups, units_of(layers, unit), behaviours.shares_of(arguments, len(datasets)))
     for number, dataset in enumerate(datasets):
@@ -174,18 +173,18 @@ def importance_scores(
     arguments: ImportanceArguments,
     notes: list[str],
     scratch: Path,
-    saved_as: str = "scores",
+    saved_as: str | None = "scores",
 ) -> dict[str, Tensor]:
     """S = Σ_b |∂L_b/∂C|: this rank's rows of each layer, fp32 [rows, r].
 
-    ``scratch``: where finished importance batches are saved, in ``saved_as``, and found again by a run that goes on.
+    ``scratch``: where finished importance batches are saved, in ``saved_as`` (None: nowhere), for a run that goes on.
     """
     rows, capacity = micro_batch(arguments)
     samples = Samples(dataset, tokenizer, arguments.resolved_device, capacity=capacity)
     batches = _speaking_batches(samples, arguments, notes)
     inputs = scored_inputs(layers, basis, samples.tokens / len(batches))
-    scores, saved = RowScores(inputs, samples.device), SavedScores(scratch / saved_as)
-    done = saved.load(scores)
+    scores, saved = RowScores(inputs, samples.device), SavedScores(scratch / saved_as) if saved_as else None
+    done = saved.load(scores) if saved else 0
     if done:
         logger.info("%d of %d importance batches were done before", done, len(batches))
     columns = _Columns(basis, samples.device)
@@ -193,7 +192,7 @@ def importance_scores(
     scale = 2.0**12 if arguments.dtype == "float16" else 1.0
     loss = partial(scaled_loss, loss_weights(batches, samples), scale)
     begun, tokens = time.monotonic(), sum(map(samples.length, batches[done:]))
-    last_save, progress = begun, Progress(scratch, len(batches), "batches")
+    last_save, progress = begun, Progress(scratch, len(batches), "batches") if saved else None
     with (
         frozen_model(model),
         tqdm(total=len(batches), initial=done, desc="importance", unit="batch", disable=rank() != 0) as bar,
@@ -203,11 +202,12 @@ def importance_scores(
             finished = sum(last for step in steps for _, _, last in step.segments)
             done += finished
             bar.update(finished)
-            progress.at(done)
-            if scores.complete and done < len(batches) and broadcast_object(time.monotonic() - last_save > SAVE_SECONDS):
-                saved.save(scores, done)
-                last_save = time.monotonic()
-            if scores.complete and done < len(batches):
+            if progress:
+                progress.at(done)
+            if saved and scores.complete and done < len(batches):
+                if broadcast_object(time.monotonic() - last_save > SAVE_SECONDS):
+                    saved.save(scores, done)
+                    last_save = time.monotonic()
                 leave_if_asked(partial(saved.save, scores, done))
     log_rate("importance", tokens, begun)
     return scores.sums
@@ -370,8 +370,9 @@ def freeze(
     arguments: ImportanceArguments,
     directory: Path,
     metadata: MasksMetadata,
+    scores: bool = True,
 ) -> None:
-    """Chooses the highest scores, writes the masks and, last, their metadata. ``values``: this rank's ``unit_scores``."""
+    """Chooses the highest ``values`` (this rank's ``unit_scores``), writes masks, how ``scores`` lie and, last, metadata."""
     unit, units, groups = arguments.mask_unit, units_of(layers, arguments.mask_unit), groups_of(layers, arguments)
     wanted = [frozen_count(arguments.keep_ratio, sum(units[layer.name] for layer in group)) for group in groups]
     chosen = choose([[values[layer.name] for layer in group] for group in groups], wanted)
@@ -393,7 +394,8 @@ def freeze(
     logs = {layer.name: choice.log_counts(units[layer.name]) for layer, choice in zip(layers, choices, strict=True)}
 
     def write() -> None:
-        write_json(directory / MaskStore.SCORES, {"bins_per_decade": DECADE, "layers": logs})
+        if scores:
+            write_json(directory / MaskStore.SCORES, {"bins_per_decade": DECADE, "layers": logs})
         write_json(directory / "metadata.json", metadata_dict(metadata))
 
     on_rank_0(write, "writing the masks' metadata")

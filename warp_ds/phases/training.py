@@ -29,6 +29,7 @@ from warp_ds.models.source import WithProcessor
 from warp_ds.models.targets import beside_text, check_targets, find_targets
 from warp_ds.phases import adapters, checkpoints
 from warp_ds.phases.controls import Controls
+from warp_ds.phases.growing import Growing
 from warp_ds.phases.lora_methods import LoraMethod, bases_of
 from warp_ds.phases.packing import SamplesApart, attention_of, check_packing, make_sampler
 from warp_ds.phases.publish import fetch_shared, published
@@ -87,16 +88,15 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         controls.check_start(run.directory, checkpoint)
         model, tokenizer = load_model(arguments, settings.zero3_config(arguments), attention_of(arguments))
         model, beside = _what_trains(model, masks_dir, arguments, method, run.directory)
-        callbacks: list[TrainerCallback] = []
+        callbacks = beside + controls.averages(run.directory / "trainer", checkpoint)
         if masks_dir is not None:
             placed = arguments.basis_placement, arguments.left_projection, arguments.train_scope == "warp"
-            callbacks.append(WarpCallback(basis_dir, masks_dir, str(model_dir), *placed))
-        callbacks += beside + controls.averages(run.directory / "trainer", checkpoint)
-        facts = run_facts(arguments, inputs, phase="phase3", **_masks_facts(masks_dir))
+            warp = WarpCallback(basis_dir, masks_dir, str(model_dir), *placed)
+            callbacks = controls.protecting(warp, run.directory, checkpoint) + callbacks
         trainer = fit(
             *(model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed),
             watched=watched,
-            facts=facts,
+            facts=run_facts(arguments, inputs, phase="phase3", **_masks_facts(masks_dir)),
             objective=partial(controls.objective, samples, tokenizer, run.directory),
         )
         write_result(
@@ -304,6 +304,9 @@ def _train(
 ) -> None:
     """The Trainer's loop, from ``checkpoint`` on. Collective."""
     training, directory = trainer.args, metrics.path.parent
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, Growing):
+            callback.speed = trainer.speed
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
     step = -1 if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1])

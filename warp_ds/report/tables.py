@@ -128,10 +128,12 @@ def measured_table(rows: Mapping[str, Mapping[str, Any]], written: Callable[[str
 def evaluation_blocks(rows: Mapping[str, Mapping[str, Any]]) -> list[Block]:
     """What an evaluation found, the model that it is of last in ``rows``; a line for each paired test, task and warning."""
     measured = list(rows.values())[-1]
-    lines = []
+    lines = [
+        f"{name}: {behaviour_line(rows, name)}." for name in measured if name.startswith("kept_") and name.endswith("_rate")
+    ]
     for suite in (name.removesuffix("_p_against_before") for name in measured if name.endswith("_p_against_before")):
         lost, gained, p = (measured[f"{suite}_{kind}_against_before"] for kind in ("lost", "gained", "p"))
-        what = "right answers" if suite == "gsm8k" else "refusals"
+        what = "right answers" if suite == "gsm8k" or suite.startswith("kept_") else "refusals"
         lines.append(f"{suite}: {lost} {what} lost and {gained} gained, prompt by prompt (McNemar's exact test, p {p:.2g}).")
     for name, share in measured.items():
         if name.endswith("judge_agreement"):
@@ -144,6 +146,16 @@ def evaluation_blocks(rows: Mapping[str, Mapping[str, Any]]) -> list[Block]:
         for which, count in measured.get("overlap", {}).items()
     ]
     return [measured_table(rows), *lines, "In brackets: 95 % Wilson intervals over the prompts."]
+
+
+def behaviour_line(rows: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """The rate ``name`` of each model in words, with its interval."""
+    found = {who: read_metric(metrics, name) for who, metrics in rows.items()}
+    return ", ".join(
+        f"{who} {metric.value:.0%}" + (f" [{metric.interval[0]:.0%}, {metric.interval[1]:.0%}]" if metric.interval else "")
+        for who, metric in found.items()
+        if metric is not None
+    )
 
 
 def task_scores(metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:

@@ -23,6 +23,8 @@ from warp_ds.store.fingerprints import SHOWN, header_of
 from warp_ds.store.layers import TargetLayer
 from warp_ds.store.schema import SchemaError, check_fields
 
+AT_STEP = "importance at step "
+"""What the score of masks begins with that were found during training."""
 BASIS_FORMAT, MASKS_FORMAT, VERSION = "warp_ds.basis", "warp_ds.masks", 2
 
 
@@ -120,6 +122,12 @@ class MasksMetadata:
     notes: list[str] = field(default_factory=list)
     format: str = MASKS_FORMAT
     version: int = VERSION
+
+    @property
+    def since_step(self) -> int:
+        """The optimizer step of a training that they were found after, and hold from; 0: they were found before any."""
+        match = re.fullmatch(re.escape(AT_STEP) + r"(\d{1,12})", self.score, re.ASCII)
+        return int(match[1]) if match else 0
 
 
 def layers_of(entries: Mapping[str, Mapping[str, Any]]) -> list[TargetLayer]:

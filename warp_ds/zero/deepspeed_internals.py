@@ -66,6 +66,22 @@ def params_to_release_cache() -> Any:
     return inspect.getclosurevars(outer).nonlocals["func"]
 
 
+@contextmanager
+def without_engine_hooks(optimizer: Any) -> Iterator[None]:
+    """A block in which an engine's hooks neither fetch nor release parameters: all of them are partitioned at its start, and
+    whoever runs the model inside gathers what it needs (``fetch.gathered``). Collective."""
+    offload = optimizer.parameter_offload
+    offload.partition_all_parameters()
+    offload.destroy()  # no more than its module hooks
+    offload.forward_hooks, offload.backward_hooks = [], []
+    try:
+        yield
+    finally:
+        params_to_release_cache().cache_clear()  # by the steps of a trace that is recorded anew
+        offload.setup_zero_stage3_hooks()
+        parameter_offload.FWD_MODULE_STACK.pop()  # the module, which is there already
+
+
 def refuse_unsupported(optimizer: Any) -> None:
     """UnsupportedSetting, by name, unless ``optimizer`` is a ZeRO-3 optimizer whose step can be masked exactly."""
     name = type(optimizer).__name__

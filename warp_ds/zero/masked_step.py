@@ -132,13 +132,17 @@ class MaskedStep:
             weight_decay_kind(driver.optimizer, group)
         self.driver, self.placement = driver, placement
         self.layers = [layer for unit in sorted(driver.units) for layer in driver.units[unit]]
-        entries = sum(layer.target.m * layer.target.n for layer in self.layers)
-        self.masked_fraction = sum(layer.frozen_count for layer in self.layers) / max(1, entries)
+        self.count_frozen()
         self._norms = torch.zeros(2, dtype=torch.float64, device=driver.device)
         self._clock = Clock(driver.device)
         self._steps = self._sent = 0
         driver.install(self)
         self.left = LeftProjection(self.layers, driver.coefficients, driver.over_ranks) if left else None
+
+    def count_frozen(self) -> None:
+        """Takes ``masked_fraction`` from the layers."""
+        entries = sum(layer.target.m * layer.target.n for layer in self.layers)
+        self.masked_fraction = sum(layer.frozen_count for layer in self.layers) / max(1, entries)
 
     @property
     def max_grad_norm(self) -> float:
