@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from dense_training import DenseAdamW, complete_basis
 from masked_artefacts import Artefacts, odd_model, read_artefacts, reference_losses, token_batches, write_artefacts
 from ranks import run_ranks
 from test_masked_step import LOSS, STEPS, WEIGHT, Case, frozen_moved, make_engine, masters, protect, train_step, weight_error
 from test_masked_step_checkpoints import continues_to_the_bit, refusal
+from two_sided_reference import BothSidesAdamW
 
 from warp_ds.cluster import processes
 from warp_ds.zero.whole_layers import WholeLayers
@@ -29,28 +29,11 @@ CASES = [
 SHARES = {"reflectors": 0.47, "dense": 0.8}
 
 
-class BothSidesAdamW(DenseAdamW):
-    """AdamW on C = Vᵀ W U: the one-sided reference of Vᵀ W."""
-
-    def __init__(self, named: dict[str, torch.Tensor], artefacts: Artefacts, **more: Any):
-        self.left = {
-            k: complete_basis(artefacts.outputs[k]) if k in artefacts.outputs else torch.eye(len(p), dtype=torch.float64)
-            for k, p in named.items()
-        }
-        turned = {k: self.left[k].T @ p.double() if p.ndim == 2 else p for k, p in named.items()}
-        super().__init__(turned, artefacts.bases, artefacts.frozen, **more)
-
-    def step(self, gradients: dict[str, torch.Tensor]) -> None:
-        super().step({k: self.left[k].T @ g.double() if g.ndim == 2 else g for k, g in gradients.items()})
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {k: self.left[k] @ w if w.ndim == 2 else w for k, w in super().weights().items()}
-
-
 def reference(artefacts: Artefacts) -> tuple[list[float], BothSidesAdamW]:
     model = odd_model()
     named = {k: p.detach().clone() for k, p in model.named_parameters()}
-    dense = BothSidesAdamW(named, artefacts, lr=1e-2, eps=1e-4, decay=dict.fromkeys(named, 0.1), clip=0.4)
+    more: Any = {"lr": 1e-2, "eps": 1e-4, "decay": dict.fromkeys(named, 0.1), "clip": 0.4}
+    dense = BothSidesAdamW(named, artefacts.outputs, artefacts.bases, artefacts.frozen, **more)
     return reference_losses(model, token_batches(STEPS), dense), dense
 
 
