@@ -102,6 +102,7 @@ def test_a_comparison_takes_what_its_phases_take() -> None:
         "objective",
         "replay_data",
         "basis",
+        "output_basis",
         "mask_unit",
         "score",
         "basis_dir",

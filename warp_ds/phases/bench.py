@@ -193,14 +193,15 @@ class Bench:
         )
         return run_training(settings, self._other_steps) / "model"
 
-    def basis(self, start: str | None, kind: str, layer_type: str, seed: int) -> Path:
-        name = self.basis_name(start, kind, layer_type, seed)
+    def basis(self, start: str | None, kind: str, layer_type: str, seed: int, output: str = "identity") -> Path:
+        name = self.basis_name(start, kind, layer_type, seed, output)
         settings = BasisArguments(
             **self.common(self.start(start), seed=seed if kind == "random" else self.arguments.seed),
             layer_type=layer_type,
             safety_data=self._texts("safety"),
             safety_samples=0,
             basis=kind,
+            output_basis=output,
             run_name=name,
             **self._same("target_layers", "token_scope", "energy", "max_rank", "collect", "svd_placement", *PACKING),
         )
@@ -210,7 +211,7 @@ class Bench:
         """Lets the links to the newest runs end at this arm's, whatever arm came last. Rank 0 alone calls it."""
         arm = trial.arm
         names = {
-            "phase1": self.basis_name(arm.start, str(arm.basis), self.arguments.layer_type, trial.seed),
+            "phase1": self.basis_name(arm.start, str(arm.basis), self.arguments.layer_type, trial.seed, arm.output),
             "phase2": self.masks_name(arm, trial.seed),
             "phase3": f"phase3_{trial.name}",
         }
@@ -219,14 +220,16 @@ class Bench:
                 link_latest(phase, self.root / name)
 
     @staticmethod
-    def basis_name(start: str | None, kind: str, layer_type: str, seed: int) -> str:
-        suffix = (f"_seed{seed}" if kind == "random" else "") + {LAYERS: "_all", PUBLISHED: "_qv"}.get(layer_type, "")
+    def basis_name(start: str | None, kind: str, layer_type: str, seed: int, output: str = "identity") -> str:
+        kind += "" if output == "identity" else f"_{output}-outputs"
+        suffix = (f"_seed{seed}" if kind.startswith("random") else "") + {LAYERS: "_all", PUBLISHED: "_qv"}.get(layer_type, "")
         return f"phase1_{start or 'start'}_{kind}{suffix}"
 
     @staticmethod
     def masks_name(arm: Arm, seed: int) -> str:
         suffix = f"_seed{seed}" if "random" in (arm.basis, arm.score) else ""
-        return f"phase2_{arm.start or 'start'}_{arm.basis}_{arm.unit}_{arm.score}{suffix}"
+        basis = f"{arm.basis}" if arm.output == "identity" else f"{arm.basis}_{arm.output}-outputs"
+        return f"phase2_{arm.start or 'start'}_{basis}_{arm.unit}_{arm.score}{suffix}"
 
     def masks(self, arm: Arm, seed: int) -> Path:
         """The masks of an arm; its basis is the one that they name."""
@@ -240,7 +243,7 @@ class Bench:
             keep_shares=a.keep_shares if apart else "mixed",
             safety_samples=a.importance_samples,
             run_name=name,
-            basis_dir=None if identity else str(self.basis(arm.start, str(arm.basis), a.layer_type, seed)),
+            basis_dir=None if identity else str(self.basis(arm.start, str(arm.basis), a.layer_type, seed, arm.output)),
             basis="identity" if identity else "auto",
             mask_unit=arm.unit,
             score=arm.score,
