@@ -24,6 +24,7 @@ from warp_ds.phases.basis import run_basis
 from warp_ds.phases.importance import run_importance
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import read_json, write_json
+from warp_ds.store.fingerprints import fingerprint_model
 from warp_ds.store.masks import MaskStore
 
 #: Family -> its model, the layers that are masked, and their output basis.
@@ -107,3 +108,26 @@ def test_an_output_basis_that_the_metadata_do_not_fit_is_refused(tmp_path: Path)
         lambda v: (v["layers"][other].update(output=first), v["bases"].pop(whole["layers"][other]["output"]))
     )
     assert "outputs and rank" in told(lambda v: v["bases"][first].update(rank=3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_honest_pairs_are_kept_in_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Free coefficients moved by half their size, weights rounded once: neither bf16 nor fp32 makes that a broken promise."""
+    model = odd_model(dtype)
+    model.save_pretrained(tmp_path / "before")
+    before = fingerprint_model(tmp_path / "before")
+    artefacts = write_artefacts(tmp_path, model, outputs=0.8, model_fingerprint=before)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for name, frozen in artefacts.frozen.items():
+            param, v, u = (
+                model.get_parameter(name),
+                complete_basis(artefacts.outputs[name]),
+                complete_basis(artefacts.bases[name]),
+            )
+            c = v.T @ param.double() @ u
+            free = c * (1 + torch.randn(c.shape, generator=generator, dtype=torch.float64) / 2)
+            param.copy_(v @ torch.where(frozen, c, free) @ u.T)
+    model.save_pretrained(tmp_path / "after")
+    told = certify(tmp_path / "before", tmp_path / "after", artefacts.masks)
+    assert told.kept, (told.problems, told.reasons)

@@ -21,14 +21,19 @@ from safetensors.torch import load_file, save_file
 from test_phase3_resume_world import run
 from two_sided_reference import Layer, read_layers
 
+from warp_ds.cluster.processes import all_gather_object
 from warp_ds.errors import WarpError
 from warp_ds.evaluation.certificate import certify
 from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.evaluation.overlap import overlap
 from warp_ds.flags.arguments import BasisArguments, ImportanceArguments
+from warp_ds.phases import audit
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.importance import run_importance
 from warp_ds.phases.shrink import shrink
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.layers import TargetLayer
+from warp_ds.store.masks import MaskStore
 
 LAYERS = "ffn_down,ffn_up,attn_q,attn_v"
 WORLDS = (1, 2, 3)
@@ -50,6 +55,21 @@ def job(root: Path, world: int) -> dict[str, Any]:
         if (kind, world) in TRAINED:
             trained = phase3(root, output, output, masks_dir=str(found[kind, "entry"]))
             found[kind, "trained"], found[kind, "losses"] = trained / "model", losses(trained)
+    found["audit"] = in_frozen(found["activation", "entry"], found["activation", "basis"])
+    return found
+
+
+def some_gradient(layer: TargetLayer) -> torch.Tensor:
+    return torch.randn(layer.m, layer.n, generator=torch.Generator().manual_seed(layer.m + layer.layer))
+
+
+def in_frozen(masks: Path, basis: Path) -> dict[str, np.ndarray]:
+    """What of a gradient the audit says lies in the frozen subspace, all rows."""
+    found = {}
+    for layer in MaskStore(masks).layers:
+        rows = audit.own_rows(layer).block
+        mine = audit._in_frozen(some_gradient(layer)[rows.start : rows.stop], layer, MaskStore(masks), BasisStore(basis))
+        found[layer.name] = torch.cat(all_gather_object(mine)).numpy()
     return found
 
 
@@ -147,6 +167,24 @@ def test_verify_says_broken_of_one_frozen_coefficient(root: Path, jobs: Any, tmp
             assert [(c.layer, c.violations) for c in told.layers if c.violations] == [(name, 1)]
 
 
+def test_verify_says_broken_of_many_small_moves(root: Path, jobs: Any, tmp_path: Path) -> None:
+    """Every frozen coefficient of a layer along its sign, by less than rounding allows any of them."""
+    found, name = jobs[1], "model.layers.0.mlp.down_proj"
+    layer = layers_of(found, "activation")[name]
+    shutil.copytree(found["activation", "trained"], tmp_path / "moved")
+    tensors = load_file(tmp_path / "moved" / "model.safetensors")
+    v, u = (dense_reference.complete(side["U"].double().numpy()) for side in (layer.outputs, layer.inputs))
+    w = tensors[f"{name}.weight"].double().numpy()
+    honest = certify(root / "m", found["activation", "trained"], found["activation", "entry"])
+    size = 0.3 * next(c.allowed_max for c in honest.layers if c.layer == name)
+    moved = v @ (size * np.sign(v.T @ w @ u) * layer.frozen) @ u.T
+    tensors[f"{name}.weight"] = torch.from_numpy(w + moved).float()
+    save_file(tensors, tmp_path / "moved" / "model.safetensors", metadata={"format": "pt"})
+    told = certify(root / "m", tmp_path / "moved", found["activation", "entry"])
+    assert told.outcome == "broken" and sum(c.violations for c in told.layers) < 5
+    assert any("along their signs" in problem for problem in told.problems), told.problems
+
+
 def test_masks_of_one_side_do_not_certify_both(root: Path, jobs: Any) -> None:
     """Training in the coordinates of gradients moves what is frozen in those of activations."""
     told = certify(root / "m", jobs[2]["gradient", "trained"], jobs[2]["activation", "entry"])
@@ -175,6 +213,16 @@ def test_overlap_is_of_subspaces_of_both_sides(jobs: Any) -> None:
 def _stem(name: str) -> str:
     kinds = {"down_proj": "ffn_down", "up_proj": "ffn_up", "q_proj": "attn_q", "v_proj": "attn_v"}
     return f"layer_{int(name.split('.')[2]):02d}_{kinds[name.rpartition('.')[2]]}"
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_audit_projects_on_both_sides(jobs: Any, world: int) -> None:
+    layers = layers_of(jobs[world], "activation")
+    for target in MaskStore(jobs[world]["activation", "entry"]).layers:
+        layer = layers[target.name]
+        v, u = (dense_reference.complete(side["U"].double().numpy()) for side in (layer.outputs, layer.inputs))
+        wanted = v @ (layer.frozen * (v.T @ some_gradient(target).double().numpy() @ u)) @ u.T
+        assert np.abs(jobs[world]["audit"][target.name] - wanted).max() < 1e-5
 
 
 def test_shrinking_keeps_the_output_basis(root: Path, jobs: Any, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from test_masked_step_checkpoints import continues_to_the_bit, refusal
 from two_sided_reference import BothSidesAdamW
 
 from warp_ds.cluster import processes
+from warp_ds.zero import protected_layer
 from warp_ds.zero.whole_layers import WholeLayers
 
 CASES = [
@@ -64,6 +65,7 @@ def check_case(case: Case, root: Path) -> dict[str, float]:
 def job(roots: dict[str, Path], folder: Path) -> dict[str, Any]:
     """All of one world size; a refusal of one rank alone would hang."""
     found: dict[str, Any] = {}
+    protected_layer.CHUNK = 40  # less than any layer: whole ones must not be cut
     for share, root in roots.items():
         for case in CASES:
             placed = replace(case, placement="auto" if case.placement == "replicated" else case.placement)

@@ -178,8 +178,8 @@ def refuse_placement(arms: Sequence[Arm], placement: str) -> None:
     mixing = [arm.name for arm in arms if arm.output != "identity"]
     if mixing and placement not in ("auto", "owner"):
         raise ConfigError(
-            f"--arms {', '.join(mixing)}: a basis of the outputs mixes the rows of a weight, which --basis_placement {placement} "
-            "cannot do: give owner or auto, or leave these arms out"
+            f"--arms {', '.join(mixing)}: a basis of the outputs mixes the rows of a weight, which --basis_placement "
+            f"{placement} cannot do: give owner or auto, or leave these arms out"
         )
 
 
