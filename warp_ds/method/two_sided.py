@@ -36,7 +36,7 @@ class TwoSided(Rotation):
 
     def unrotate(self, c: Tensor) -> Tensor:
         """W = V C Uᵀ for C [m, n]; new tensor [m, n]."""
-        return self.left.unrotate(self.right.unrotate(c).T).T
+        return self.right.unrotate(self.left.unrotate(c.T).T)  # in this order the result is contiguous where U is dense
 
     def to(self, device: torch.device | str) -> TwoSided:
         return TwoSided(self.left.to(device), self.right.to(device))

@@ -37,7 +37,9 @@ class WholeLayers(Owner):
         self.left, self.right = left, right
         self._rights: dict[str, Rotation] = {}
         owners = LeastLoaded(world_size)
-        self.owners = {bases[layer.name][0]: owners.next(self._work(layer)) for layer in self.layers}
+        # Block by block, since neighbours share an optimizer sub-group; in each the largest first.
+        by_block = sorted(self.layers, key=lambda layer: (layer.layer, -self._work(layer)))
+        self.owners = {bases[layer.name][0]: owners.next(self._work(layer)) for layer in by_block}
 
     def _work(self, layer: TargetLayer) -> float:
         """Multiply-adds of one rotation: m rows with U, n columns with V."""
@@ -61,7 +63,8 @@ class WholeLayers(Owner):
 
     def apply(self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool) -> Rotated:
         if self.world_size > 1:
-            yield from super().apply(layers, source, apply, fast)
+            # In waves of one layer an owner, each as long as its largest: alike ones go together.
+            yield from super().apply(sorted(layers, key=lambda x: -self._work(x.target)), source, apply, fast)
             return
         for layer in layers:
             share = source(layer).to(layer.device)
