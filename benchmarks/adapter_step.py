@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import masked_step as base
+import step_artefacts as artefacts
 import torch
 
 
@@ -51,8 +52,8 @@ class AdapterTrainer(base.Trainer):
         import warp_ds
 
         self.a, self.variant, self.protection = a, variant, None
-        model = base.make_model(a)
-        names = [name for name, *_ in base.targets(a, model)]
+        model = artefacts.make_model(a)
+        names = [name for name, *_ in artefacts.targets(a, model)]
         lora = LoraConfig(r=a.lora_r, lora_alpha=a.lora_alpha, lora_dropout=a.lora_dropout, target_modules=names)
         adapted: Any = get_peft_model(model, lora, autocast_adapter_dtype=False)
         trained = [p for p in adapted.parameters() if p.requires_grad]
@@ -74,7 +75,7 @@ class AdapterTrainer(base.Trainer):
         self.batch = torch.randint(0, a.vocab, (a.micro_batch, a.tokens), generator=generator).to(a.device)
 
 
-base.Trainer, base.random_mask = AdapterTrainer, leading_columns
+base.Trainer, artefacts.random_mask = AdapterTrainer, leading_columns
 
 
 def main() -> None:
@@ -84,7 +85,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        base.write_artefacts(a, root)
+        artefacts.write_artefacts(a, root)
         timings = base.run_workers(a, "time", root)
         names = a.variants.split(",")
         memory = {} if a.no_memory else {n: max(r["bytes"] for r in base.run_workers(a, f"memory:{n}", root)) for n in names}

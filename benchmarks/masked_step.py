@@ -1,4 +1,4 @@
-"""Plain ZeRO-3 fine-tuning, the masked step, and modules that hold C, U, M: time and memory, in one run.
+"""Plain ZeRO-3 fine-tuning, the masked step on one side and both, and modules that hold C, U, M: time and memory, in one run.
 
     python benchmarks/masked_step.py --ranks 2                         # the small case, on the CPU
     python benchmarks/masked_step.py --device cuda --ranks 1 --hidden 4096 --ffn 11008 --layers 1 --dtype bfloat16
@@ -28,22 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step_artefacts import MODULES, make_model, random_basis, random_mask, targets, write_artefacts
 from torch import nn
 
-#: Mean over the demo's 20 target layers, keep_ratio 0.1 (phase 2 of `make demo`).
-COLUMN_PROFILE = [0.8445, 0.579, 0.2806, 0.1373, 0.0477, 0.0191, 0.0114, 0.0051, 0.0023, 0.0016, 0.0006, 0.0003, 0.0002]
-COLUMN_PROFILE += [0.0001] * 3 + [0.0] * 4
-MODULES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_o": "self_attn.o_proj",
-}
-INPUTS = {"attn_q": "attn", "attn_k": "attn", "attn_v": "attn", "ffn_up": "ffn", "ffn_gate": "ffn"}
-VARIANTS = ("plain", "masked", "modules")
+VARIANTS = ("plain", "masked", "both", "modules")
 PLACEMENTS = ("auto", "replicated", "sharded", "owner")
 
 
@@ -84,82 +72,6 @@ def parse() -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------- what every variant trains
-
-
-def make_model(a: argparse.Namespace) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=a.vocab,
-        hidden_size=a.hidden,
-        intermediate_size=a.ffn,
-        num_hidden_layers=a.layers,
-        num_attention_heads=a.heads,
-        num_key_value_heads=a.kv_heads,
-        max_position_embeddings=max(2048, a.tokens),
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
-    with torch.device(a.device):
-        return LlamaForCausalLM(config).to(getattr(torch, a.dtype))
-
-
-def targets(a: argparse.Namespace, model: Any) -> list[tuple[str, str, int, nn.Linear]]:
-    return [
-        (f"model.layers.{i}.{MODULES[kind]}", kind, i, model.get_submodule(f"model.layers.{i}.{MODULES[kind]}"))
-        for i in range(a.layers)
-        for kind in a.layer_type.split(",")
-    ]
-
-
-def random_basis(n: int, r: int, seed: int, device: str) -> torch.Tensor:
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.linalg.qr(torch.randn(n, r, generator=generator, device=device))[0]
-
-
-def random_mask(m: int, n: int, r: int, keep_ratio: float, seed: int, device: str) -> torch.Tensor:
-    profile = torch.tensor(COLUMN_PROFILE, device=device)
-    share = profile[(torch.arange(n, device=device) * len(COLUMN_PROFILE)) // n] * (keep_ratio / 0.1)
-    share[r:] = 0.0
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.rand(m, n, generator=generator, device=device) < share.clamp(max=1.0)
-
-
-def write_artefacts(a: argparse.Namespace, root: Path) -> None:
-    from warp_ds.method.mask import pack_bits
-    from warp_ds.store.bases import BasisStore
-    from warp_ds.store.files import write_json, write_tensors
-    from warp_ds.store.layers import TargetLayer
-    from warp_ds.store.masks import write_mask
-    from warp_ds.store.metadata import BasisMetadata, MasksMetadata, layer_entry, metadata_dict
-
-    with torch.device("meta"):
-        shape_of = make_model(argparse.Namespace(**{**vars(a), "device": "meta", "layers": a.layers}))
-    unit = getattr(a, "mask_unit", "entry")
-    columns = inputs = 0
-    basis = BasisMetadata("random", "benchmark", "none", "all", "benchmark", 0)
-    masks = MasksMetadata(
-        a.keep_ratio, "global", unit, "random", "random", str(root / "basis"), None, "benchmark", "none", "benchmark"
-    )
-    for name, kind, i, module in targets(a, shape_of):
-        m, n = module.weight.shape
-        r = max(1, round(a.rank_share * n))
-        layer = TargetLayer(name, i, kind, m, n)
-        file = f"layer_{i:02d}_{INPUTS.get(kind, kind)}_svd.safetensors"
-        if file not in basis.bases:
-            write_tensors(root / "basis" / file, {"U": random_basis(n, r, 7 * i + n, a.device), "S": torch.ones(r)})
-            basis.bases[file] = {"n": n, "rank": r}
-        basis.layers[name] = layer_entry(layer, file)
-        frozen = random_mask(m, n, r, a.keep_ratio, i, a.device)
-        columns, inputs = columns + int(frozen[0].sum()), inputs + n
-        write_mask(root / "masks", layer, pack_bits(frozen))
-        masks.layers[name] = layer_entry(layer, layer.mask_file, frozen=int(frozen.sum()), wanted=None, threshold=None)
-        masks.frozen, masks.entries = masks.frozen + int(frozen.sum()), masks.entries + m * n
-    masks.keep_ratio = columns / inputs if unit == "column" else masks.frozen / masks.entries
-    write_json(root / "basis" / "metadata.json", metadata_dict(basis))
-    masks.basis_fingerprint = BasisStore(root / "basis").fingerprint()
-    write_json(root / "masks" / "metadata.json", metadata_dict(masks))
 
 
 class RotatedLinear(nn.Module):
@@ -211,8 +123,9 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.protection = None
         kind, _, placement = variant.partition(":")
-        if kind == "masked":
-            self.protection = warp_ds.protect(self.engine, root / "basis", root / "masks", basis_placement=placement)
+        if kind in ("masked", "both"):
+            root = root / kind
+            self.protection = warp_ds.protect(self.engine, root / "basis", root / "masks", basis_placement=placement or "auto")
         generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
         self.batch = torch.randint(0, a.vocab, (a.micro_batch, a.tokens), generator=generator).to(a.device)
 
@@ -266,7 +179,7 @@ def worker(a: argparse.Namespace, root: Path) -> None:
         names = a.variants.split(",")
         trainers = {name: Trainer(a, name, root) for name in names}
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        masked = {name: trainers[name].protection for name in names if name.startswith("masked")}
+        masked = {name: trainers[name].protection for name in names if trainers[name].protection is not None}
         rotate: dict[str, list[float]] = {name: [] for name in masked}
         sent: dict[str, list[int]] = {name: [] for name in masked}
         for index in range(a.steps + 2):
@@ -378,7 +291,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_artefacts(a, root)
+        write_artefacts(a, root / "masked")
+        if "both" in a.variants.split(","):
+            write_artefacts(a, root / "both", both=True)
         timings = run_workers(a, "time", root)
         timing = timings[0]
         names = a.variants.split(",")
@@ -407,19 +322,15 @@ def main() -> None:
     masked = [name for name in names if name.startswith("masked")]
     result["placements"] = {}
     for name in masked:
-        costs = [r["predicted"][name] for r in timings]
-        result["placements"][costs[0]["placement"]] = {
-            "time_ratio": median_ratio(seconds[name], seconds["plain"]),
-            "rotate_seconds": max(r["rotate"][name] for r in timings),
-            "rotate_seconds_predicted": max(cost["seconds"] for cost in costs),
-            "rotate_bytes": [r["sent"][name] for r in timings],
-            "rotate_bytes_predicted": costs[0]["sent"],
-            "basis_bytes": max(r["bases"][name] for r in timings),
-            "held_bytes_predicted": costs[0]["held"],
-            "rotation_flops_share": 2 * costs[0]["multiply_adds"] / plain_flops,
-        }
+        about = of_variant(name, timings, plain_flops)
+        result["placements"][about.pop("placement")] = about
+    if "both" in names:
+        result["both"] = of_variant("both", timings, plain_flops)
+        result["both_time_ratio"] = result["both"]["time_ratio"]
     if memory:
         result["plain_bytes"] = memory["plain"]
+    if "both" in memory:
+        result["both_memory_ratio"] = memory["both"] / memory["plain"]
     if "modules" in memory:
         result["module_memory_ratio"] = memory["modules"] / memory["plain"]
     for name, found in zip(masked if memory else [], result["placements"].values(), strict=False):
@@ -437,6 +348,22 @@ def main() -> None:
         f"on each rank (2 products of every target layer's shard with its basis, once a step)"
     )
     print(json.dumps(result))
+
+
+def of_variant(name: str, timings: list[dict[str, Any]], plain_flops: float) -> dict[str, Any]:
+    """What a protected variant took, beside what its cost model says."""
+    seconds, costs = timings[0]["seconds"], [r["predicted"][name] for r in timings]
+    return {
+        "placement": costs[0]["placement"],
+        "time_ratio": median_ratio(seconds[name], seconds["plain"]),
+        "rotate_seconds": max(r["rotate"][name] for r in timings),
+        "rotate_seconds_predicted": max(cost["seconds"] for cost in costs),
+        "rotate_bytes": [r["sent"][name] for r in timings],
+        "rotate_bytes_predicted": costs[0]["sent"],
+        "basis_bytes": max(r["bases"][name] for r in timings),
+        "held_bytes_predicted": costs[0]["held"],
+        "rotation_flops_share": 2 * costs[0]["multiply_adds"] / plain_flops,
+    }
 
 
 def arithmetic(a: argparse.Namespace) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ class Artefacts:
     root: Path
     bases: dict[str, Tensor | None]
     frozen: dict[str, Tensor]
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """V [m, q], where there is an output basis."""
 
     @property
     def basis(self) -> Path:
@@ -88,10 +90,12 @@ def write_artefacts(
     basis: str = "activation",
     model_fingerprint: str = "f",
     unit: str = "entry",
+    outputs: float = 0.0,
 ) -> Artefacts:
     """Random bases of at most ``ranks[layer type]`` columns and random masks; columns beyond the rank stay free.
 
     By default down_proj has reflectors (5 of 21 columns), q_proj a dense completed basis (10 of 15), k_proj all of it.
+    ``outputs``: of how many directions of the outputs, as a share, an output basis has columns.
     """
     ranks = {"ffn_down": 5, "attn_q": 10, "attn_k": 99} if ranks is None else ranks
     g = torch.Generator().manual_seed(seed)
@@ -112,6 +116,13 @@ def write_artefacts(
                 write_tensors(root / "basis" / file, {"U": u, "S": torch.ones(u.shape[1])})
                 bases.layers[name], bases.bases[file] = layer_entry(target, file), {"n": n, "rank": u.shape[1]}
                 frozen[:, u.shape[1] :] = False
+            if outputs:
+                v = torch.linalg.qr(torch.randn(m, m, generator=g, dtype=torch.float64))[0][
+                    :, : max(1, int(m * outputs))
+                ].float()
+                file = f"{target.stem}_output_svd.safetensors"
+                write_tensors(root / "basis" / file, {"U": v, "S": torch.ones(v.shape[1])})
+                bases.layers[name]["output"], bases.bases[file] = file, {"n": m, "rank": v.shape[1]}
             if unit == "column":
                 frozen = frozen[:1].expand(m, n)
             units[0], units[1] = units[0] + int(frozen[0].sum()), units[1] + n
@@ -134,6 +145,9 @@ def read_artefacts(root: Path) -> Artefacts:
         root,
         {f"{t.name}.weight": None if store is None else store.columns(t.name)[0] for t in masks.layers},
         {f"{t.name}.weight": unpack_bits(masks.packed(t.name), t.n) for t in masks.layers},
+        {}
+        if store is None or not store.two_sided
+        else {f"{t.name}.weight": store.output_columns(t.name)[0] for t in masks.layers},
     )
 
 

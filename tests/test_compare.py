@@ -17,6 +17,7 @@ from phase3_jobs import common
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.flags.comparison import CompareArguments
 from warp_ds.method.baselines import safe_delta, safety_hessian
 from warp_ds.method.mask import unpack_bits
@@ -28,7 +29,7 @@ from warp_ds.store.lock import RunLock
 from warp_ds.store.masks import MaskStore
 
 ARMS = (
-    "before,full,layers,rotated,column,osft,random-mask,random-basis,safeinstr+original,resta,safedelta,sn-tune+rotated,"
+    "before,full,layers,rotated,column,output-row,both,osft,random-mask,random-basis,safeinstr+original,resta,safedelta,sn-tune+rotated,"
     "rsn-tune"
 )
 
@@ -124,7 +125,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")
 
 
-def test_every_arm_has_its_point(done: Any) -> None:
+def test_every_arm_has_its_point(root: Path, done: Any) -> None:
     rows = {row["arm"]: row for row in done["report"]["points"]}
     assert list(rows) == ARMS.split(",")
     for row in rows.values():
@@ -141,6 +142,11 @@ def test_every_arm_has_its_point(done: Any) -> None:
         assert sum(told["loss"]["nats"]) / sum(told["loss"]["tokens"]) == pytest.approx(row["utility_nll"], rel=1e-4)
     assert done["more"]["recommendation"]["text"] in done["table"]
     assert rows["before"]["frozen_drift"] == rows["before"]["movement"] == 0.0
+    for unit, name in (("row", "output-row"), ("entry", "both")):
+        masks = Path(done["run"]) / f"phase2_start_activation_activation-outputs_{unit}_importance" / "masks"
+        assert MaskStore(masks).metadata.unit == unit
+        basis = Path(done["run"]) / "phase1_start_activation_activation-outputs" / "basis"
+        assert frozen_drift(root / "m", Path(done["run"]) / f"phase3_{name}_lr0.001_seed42" / "model", masks, basis) < 1e-5
     assert rows["rotated"]["frozen_drift"] < 1e-5 < 1e-3 < rows["full"]["frozen_drift"]
     assert done["report"]["overlap"] == {"task in the task set": 7, "harmless in --unaligned_data": 5}
     assert "refusal_rate" in done["report"]["unaligned"]

@@ -105,6 +105,7 @@ def test_a_comparison_takes_what_its_phases_take() -> None:
         "refresh_data",
         "refresh_samples",
         "basis",
+        "output_basis",
         "mask_unit",
         "score",
         "basis_dir",

@@ -9,7 +9,7 @@ import pytest
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.sets import EvaluationSets
 from warp_ds.flags.comparison import CompareArguments
-from warp_ds.phases.arms import ARMS, Arm, compose, parse_arms, with_harm
+from warp_ds.phases.arms import ARMS, Arm, compose, parse_arms, refuse_placement, with_harm
 from warp_ds.phases.comparison_data import ComparisonData, overlaps
 from warp_ds.phases.trials import Trial, chain, is_needed, made_from
 from warp_ds.report.tables import comparison_blocks, to_markdown
@@ -32,6 +32,8 @@ def test_every_arm_of_the_papers_is_a_few_settings() -> None:
         "original",
         "column",
         "rotated",
+        "output-row",
+        "both",
         "osft",
         "safeinstr",
         "resta",
@@ -55,6 +57,8 @@ def test_every_arm_of_the_papers_is_a_few_settings() -> None:
         "safelora",
     }
     assert ARMS["osft"] == Arm("osft", "target", "weight", "column", "singular_value", left=True)
+    assert ARMS["output-row"] == Arm("output-row", "target", "activation", "row", output="activation")
+    assert ARMS["both"] == Arm("both", "target", "activation", output="activation")
 
 
 def test_composition_takes_what_each_part_sets() -> None:
@@ -64,6 +68,7 @@ def test_composition_takes_what_each_part_sets() -> None:
     assert compose("rotated+resta") == Arm("rotated+resta", "target", "activation", merge="resta")
     assert compose("safeinstr+resta").trains == "all"
     assert compose("safedelta@10") == Arm("safedelta@10", merge="safedelta", strengths=(("safedelta", 10.0),))
+    assert compose("safeinstr+both") == Arm("safeinstr+both", "target", "activation", output="activation", safety_share=0.1)
     halved = (("resta", 0.5),)
     assert compose("rotated+resta@0.5") == Arm("rotated+resta@0.5", "target", "activation", merge="resta", strengths=halved)
     every = compose("layers+ema@0.8+safedelta@3+patch@1e-4+harmful@0.2")
@@ -75,6 +80,14 @@ def test_composition_takes_what_each_part_sets() -> None:
         0.2,
     )
     assert [every.strength(part, 7.0) for part in ("ema", "safedelta", "patch", "resta")] == [0.8, 3.0, 1e-4, 7.0]
+
+
+def test_arms_of_the_outputs_are_refused_where_their_bases_cannot_lie() -> None:
+    for placement in ("auto", "owner"):
+        refuse_placement(parse_arms("rotated,both"), placement)
+    refuse_placement(parse_arms("rotated"), "sharded")
+    with pytest.raises(ConfigError, match="--arms both: a basis of the outputs.*--basis_placement sharded.*owner or auto"):
+        refuse_placement(parse_arms("rotated,both"), "sharded")
 
 
 def test_a_model_is_kept_while_a_later_point_is_it_or_merges_it() -> None:
@@ -105,6 +118,8 @@ def test_a_model_is_kept_while_a_later_point_is_it_or_merges_it() -> None:
     ("patch@nan", "finite, not below 0"),
     ("ema@1.5", "of ema below 1"),
     ("layers+rotated", "layers trains the target layers without a mask"),
+    ("lora+output-row", "masks are of whole columns"),
+    ("both+rotated", "two of its parts set the basis"),
     ("before+patch", "cannot be composed"),
     ("der+constrained", "two of its parts set the objective"),
     ("patch+full+patch@1e-4", "two of its parts set the patch"),

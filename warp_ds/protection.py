@@ -32,10 +32,11 @@ from warp_ds.zero import deepspeed_internals
 from warp_ds.zero.freezing import frozen_step
 from warp_ds.zero.masked_step import MaskedStep
 from warp_ds.zero.partition import RowPartition
-from warp_ds.zero.placements import CPU, GPU, Placement, place_bases
+from warp_ds.zero.placements import CPU, GPU, Placement
 from warp_ds.zero.plain_step import PlainDriver
 from warp_ds.zero.protected_layer import ProtectedLayer, compute_device
 from warp_ds.zero.shared_reading import read_together
+from warp_ds.zero.whole_layers import place_rotations, refuse_without_rows
 from warp_ds.zero.zero3_step import Zero3Driver
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,7 @@ def protect(
     the basis 'weight', what is free stays out of their left singular directions too, as OSFT does. ``hold_rest``: where masks
     are of some rows of a fused weight (attn_q in a qkv_proj), its other rows keep their values; else they train unmasked.
     Called on every rank. Raises ArtifactError where the artefacts belong to another model, UnsupportedSetting where the step
-    would not be exact,
-    ValueError where a checkpoint of another basis or of unprotected training was loaded before.
+    would not be exact, ValueError where a checkpoint of another basis or of unprotected training was loaded before.
 
     While protected, the fp32 master weights are rotated coefficients: ``safe_get_full_fp32_param`` returns C, not W.
     The model, its gathered parameters and everything that is saved are W.
@@ -115,6 +115,7 @@ def protect_optimizer(
             refuse_without_left(masks, is_adapted(model))
         if basis is not None:
             basis.check(masks.layers, fingerprint, name)
+        refuse_without_rows(basis, "auto", 1, is_adapted(model), left_projection)
         masked = _masked(model, masks)
         mark = masks.fingerprint() + (basis.fingerprint() if basis is not None else "identity")
     if not by_deepspeed:
@@ -317,7 +318,7 @@ def _layers(
         bases = {each.target.name: each.held(basis) for each in masked}
         machine = CPU if all(compute_device(each.param).type == "cpu" for each in masked) else GPU
         asked = asked if basis is not None else "replicated"
-        placement, why = place_bases(asked, targets, bases, world_size, machine, rank=rank)
+        placement, why = place_rotations(basis, asked, targets, bases, world_size, machine, rank)
         if rank == 0 and world_size > 1 and basis is not None:
             logger.info("bases are placed as %s (--basis_placement %s): %s", placement.name, asked, why)
         for key, each in {bases[each.target.name][0]: each for each in masked}.items():

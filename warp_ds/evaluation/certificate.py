@@ -148,7 +148,9 @@ def _read_files(old: ModelDirectory, new: ModelDirectory, masks: MaskStore, basi
     """Whose -> every file that is read."""
 
     def of(store: MaskStore | BasisStore) -> list[Path]:
-        files = sorted({entry["file"] for entry in store.metadata.layers.values()})
+        files = sorted(
+            {str(entry[key]) for entry in store.metadata.layers.values() for key in ("file", "output") if key in entry}
+        )
         return [store.directory / name for name in (*files, "metadata.json")]
 
     def of_model(model: ModelDirectory) -> list[Path]:

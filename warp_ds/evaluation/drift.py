@@ -5,14 +5,15 @@ One layer is in memory at a time and no model is built. With Δ = (W_after - W_b
 moved by what rounding W_after to its stored dtype allows and no more. With e_ik the largest rounding error of entry
 (i, k): |Δ_ij| <= Σ_k |U_kj| e_ik in the worst case, and, the errors being independent, at most SIGMAS standard
 deviations, (Σ_k U_kj² e_ik² / 3)^½ each. The smaller of the two is allowed; and C_i (UᵀU - I)_j besides, since the
-stored U is orthonormal to fp32 only. That finds one large move; method/systematic.py finds many small ones.
+stored U is orthonormal to fp32 only. With an output basis Δ = Vᵀ (W_after - W_before) U, of a whole layer at a time. That finds
+one large move; method/systematic.py finds many small ones.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from warp_ds.method.eigenbasis import BAR, orthogonality_error
 from warp_ds.method.mask import unpack_bits
 from warp_ds.method.rotation import Rotation
 from warp_ds.method.systematic import Sums
+from warp_ds.method.two_sided import TwoSided
 from warp_ds.models.directory import ModelDirectory, short_dtype
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.layers import TargetLayer
@@ -80,7 +82,7 @@ def layer_drift(
     rotation = basis.rotation(target.name, torch.float64)
     w_before, w_after = before.weight(target), after.weight(target)
     moved = size = 0.0
-    for rows in _chunks(target.m, target.n):
+    for rows in [slice(0, target.m)] if basis.two_sided else _chunks(target.m, target.n):
         frozen = unpack_bits(masks.packed(target.name, rows.start, rows.stop), target.n)
         old = w_before[rows].double()
         moved += float(rotation.rotate(w_after[rows].double() - old)[frozen].square().sum())
@@ -133,6 +135,8 @@ def certify_layers(
         elif complete is None or last != files[target.name]:
             complete = None  # frees the last one first
             last, complete = files[target.name], orthonormal(basis, target)
+        if basis is not None and basis.two_sided:
+            complete = complete.beside(orthonormal_outputs(basis, target))
         certified[target.name] = _certify_layer(target, before, after, masks, complete)
     return [certified[target.name] for target in masks.layers]
 
@@ -147,19 +151,23 @@ def _certify_layer(
         return LayerCertificate(
             target.name, count, target.m * target.n - count, nan, nan, nan, nan, nan, nan, 0, nan, nan, 0, not_finite, nan, nan
         ), Sums()
-    rotation, grid = basis.rotation, grid_of(w_after)
+    rotation, grid = basis.whole, grid_of(w_after)
     low_precision = torch.finfo(grid).eps > 1e-6
     figures, sums = _Layer(), Sums()
-    for rows in _chunks(target.m, target.n):
+    for rows in _chunks(target.m, target.n) if basis.left is None else [slice(0, target.m)]:
         old, new = w_before[rows].double(), w_after[rows].double()
         moved, size = rotation.rotate(new - old), rotation.rotate(old)
         # The start model is exact as stored: only W after training was rounded.
         row_size = old.square().mean(dim=1, keepdim=True).sqrt()
         rounding = half_ulp(new, grid)
-        allowed, variance, typical = explained(rounding, row_size, low_precision, basis)
+        if basis.left is None:
+            allowed, variance, typical = explained(rounding, row_size, low_precision, basis)
+        else:
+            allowed, variance, typical = explained_on_both_sides(rounding, size, low_precision, basis)
         frozen = unpack_bits(masks.packed(target.name, rows.start, rows.stop), target.n)
         figures.add(moved, size, allowed, frozen)
-        sums.add(moved, size, frozen, variance, rounding, typical, basis.matrix)
+        left = None if basis.left is None else basis.left.matrix
+        sums.add(moved, size, frozen, variance, rounding, typical, basis.matrix, left)
     counts = figures.counts
     return LayerCertificate(
         target.name,
@@ -195,6 +203,31 @@ def explained(rounding: Tensor, row_size: Tensor, low_precision: bool, basis: Co
     return allowed, variance, typical
 
 
+def explained_on_both_sides(
+    rounding: Tensor, size: Tensor, low_precision: bool, basis: Complete
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``explained`` of all rows of C = Vᵀ W U; ``size`` [m, n] is C before. An entry's error reaches every coefficient, through
+    |V| and |U|; products with V have an error of their own, and (VᵀV - I) C stands beside C (UᵀU - I)."""
+    assert basis.left is not None
+    (right, skew), (left, left_skew) = _parts(basis), _parts(basis.left)
+    m, n = rounding.shape
+    rms = size.square().mean().sqrt()
+    units = sum(max(16.0, 2 * k**0.5) for k in (m, n))
+    products = rms * max(FP32_PRODUCTS * units, 2 * TF32_PRODUCTS if low_precision else 0.0)
+    variance = _weighted(_weighted(rounding.square(), right[1]).T, left[1]).T.div(3)
+    worst = _weighted(_weighted(rounding + products, right[0]).T, left[0]).T
+    lengths = torch.linalg.vector_norm(size, dim=1, keepdim=True), torch.linalg.vector_norm(size, dim=0, keepdim=True)
+    off = lengths[0] * skew + lengths[1] * left_skew[:, None]
+    allowed = torch.minimum(worst, SIGMAS * (variance.sqrt() + products / 3**0.5)) + off
+    typical = products + 2 * (lengths[0] / n**0.5 * skew.max() + lengths[1].max() / m**0.5 * left_skew.max())
+    return allowed, variance, typical
+
+
+def _parts(side: Complete) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    assert side.absolute is not None and side.squared is not None and side.skew is not None
+    return (side.absolute, side.squared), side.skew
+
+
 @dataclass(frozen=True)
 class Complete:
     """A complete basis U [n, n] as it is asked for; None for the identity."""
@@ -207,16 +240,36 @@ class Complete:
     squared: Tensor | None = None
     skew: Tensor | None = None
     """Length [n] of each column of UᵀU - I, fp64."""
+    left: Complete | None = None
+    """V [m, m], where C = Vᵀ W U."""
+
+    @property
+    def whole(self) -> Rotation:
+        """The rotation of both sides."""
+        return self.rotation if self.left is None else TwoSided(self.left.rotation, self.rotation)
+
+    def beside(self, left: Complete) -> Complete:
+        """With V on the left."""
+        return replace(self, left=left)
 
 
 def orthonormal(basis: BasisStore, target: TargetLayer) -> Complete:
-    """The layer's basis, every entry of UᵀU - I looked at."""
-    columns, _ = basis.columns(target.name)
+    """The basis of the layer's inputs, every entry of UᵀU - I looked at."""
+    return _orthonormal(basis, target, basis.columns(target.name)[0], "basis")
+
+
+def orthonormal_outputs(basis: BasisStore, target: TargetLayer) -> Complete:
+    """The same of its outputs' V [m, m]."""
+    return _orthonormal(basis, target, basis.output_columns(target.name)[0], "output basis")
+
+
+def _orthonormal(basis: BasisStore, target: TargetLayer, columns: Tensor, what: str) -> Complete:
+    n = len(columns)
     try:
-        rotation = Rotation(columns, target.n, torch.float64)
+        rotation = Rotation(columns, n, torch.float64)
     except ValueError as error:
-        raise ArtifactError(f"{basis.directory}: the basis of {target.name}: {error}; run phase 1 again") from error
-    u = rotation.rotate(torch.eye(target.n, dtype=torch.float64)) if rotation.matrix is None else rotation.matrix
+        raise ArtifactError(f"{basis.directory}: the {what} of {target.name}: {error}; run phase 1 again") from error
+    u = rotation.rotate(torch.eye(n, dtype=torch.float64)) if rotation.matrix is None else rotation.matrix
     gram = u.T @ u
     gram.diagonal().sub_(1.0)
     r = columns.shape[1]
@@ -228,7 +281,7 @@ def orthonormal(basis: BasisStore, target: TargetLayer) -> Complete:
     )
     if not off <= BAR:
         raise ArtifactError(
-            f"{basis.directory}: the basis of {target.name} is not orthonormal (an entry of UᵀU - I is "
+            f"{basis.directory}: the {what} of {target.name} is not orthonormal (an entry of UᵀU - I is "
             f"{off:.1e}, more than {BAR:g}); run phase 1 again"
         )
     skew = torch.linalg.vector_norm(gram, dim=0)

@@ -138,6 +138,10 @@ def _of_layer(
     columns = first.any(0), second.any(0)
     product = _product(layer, bases, columns, same)
     squares, parts = product.square(), (first[:, columns[0]], second[:, columns[1]])
+    # Of the outputs' directions, (Vᵀ V')² of F' in place of F': with no output basis, and with one basis, F' itself.
+    turned = parts[1].float()
+    if not same and any(basis is not None and basis.two_sided for basis in bases):
+        turned = _left_product(layer, bases).square() @ turned
     common = mathematics.common_entries(first, second) if same else None
     k, other = int(first.sum()), int(second.sum())
     sums = _Sums(
@@ -145,7 +149,7 @@ def _of_layer(
         other,
         common,
         mathematics.chance_common(k, other, first.numel()),
-        mathematics.trace_overlap(*parts, squares),
+        mathematics.trace_overlap(parts[0], turned, squares),
         mathematics.trace_by_columns(*parts, squares),
     )
     whole = all(store.metadata.unit == "column" for store in stores) and product.numel()
@@ -159,6 +163,15 @@ def _product(layer: TargetLayer, bases: tuple[Any, Any], columns: tuple[Tensor, 
     eye = torch.eye(layer.n)
     if same:
         return eye[columns[0]][:, columns[1]]
-    rotations = [Rotation(None, layer.n) if basis is None else basis.rotation(layer.name) for basis in bases]
+    rotations = [Rotation(None, layer.n) if basis is None else basis.right_rotation(layer.name) for basis in bases]
     rows = rotations[0].unrotate(eye[columns[0]])  # of Uᵀ
     return rotations[1].rotate(rows)[:, columns[1]]
+
+
+def _left_product(layer: TargetLayer, bases: tuple[Any, Any]) -> Tensor:
+    """Vᵀ V' of complete output bases, fp32 [m, m]; the identity stands for none."""
+    sides = []
+    for basis in bases:
+        columns = basis.output_columns(layer.name)[0] if basis is not None and basis.two_sided else None
+        sides.append(Rotation(columns, layer.m))
+    return sides[1].rotate(sides[0].unrotate(torch.eye(layer.m)))

@@ -47,6 +47,12 @@ class BasisArguments(BasisFlags, PublishFlags, SafetyDataArguments, LayerArgumen
         "activation, identity, weight (right singular vectors of W) or random",
         choices=("activation", "identity", "weight", "random"),
     )
+    output_basis: str = flag(
+        "identity",
+        "basis V of each layer's outputs too, so that C = Vᵀ W U: identity (none), activation (eigenvectors of the outputs' "
+        "covariance W Σ Wᵀ) or gradient (of the outputs' gradients)",
+        choices=("identity", "activation", "gradient"),
+    )
 
     def check(self) -> None:
         super().check()

@@ -156,6 +156,7 @@ def _passed(rest: list[str], kind: type[Arguments]) -> dict[str, Any]:
 #: Flags of the phases that a comparison and a sweep do not take, and what decides them there.
 DECIDED_BY_ARMS = {
     "basis": "--arms (original, osft, random-basis), and --bases of a sweep",
+    "output_basis": "--arms (output-row, both)",
     "mask_unit": "--arms (column), and --units of a sweep",
     "score": "--arms (osft, random-mask)",
     "adapter": "--arms (lora, lora+column)",

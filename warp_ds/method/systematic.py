@@ -101,10 +101,13 @@ class Sums:
         error: Tensor,
         products: Tensor,
         basis: Tensor | None,
+        left: Tensor | None = None,
     ) -> None:
-        """Whole rows: Δ [k, n], C before, which are frozen, v, e of W's entries, q [k, 1], U [n, n] (None: the identity)."""
+        """Whole rows: Δ [k, n], C before, which are frozen, v, e of W's entries, q [k, 1], U [n, n] (None: the identity); of
+        C = Vᵀ W U all rows at once, and V [m, m]."""
         zero = torch.zeros((), dtype=moved.dtype)
-        of_rows = error.amax(1, keepdim=True).expand_as(moved)
+        # With V an error in any row reaches each.
+        of_rows = (error.amax(1, keepdim=True) if left is None else error.amax()).expand_as(moved)
         whole = (moved.square(), variance.to(moved.dtype), products.square().expand_as(moved), of_rows)
         parts = [torch.where(frozen, part, zero) for part in whole]
         counts = frozen.sum(1).to(moved.dtype)
@@ -121,7 +124,7 @@ class Sums:
         )
         patterns = (torch.ones_like(size), torch.sign(size), size)
         for number, pattern in enumerate(patterns):
-            self.drifts[number] += _drift(torch.where(frozen, pattern, zero), moved, error, products, basis)
+            self.drifts[number] += _drift(torch.where(frozen, pattern, zero), moved, error, products, basis, left)
 
     def excesses(self, log_tests: float) -> Iterator[str]:
         """What is more than rounding explains, in words; ``log_tests``: the logarithm of how many tests there are in all."""
@@ -156,8 +159,11 @@ class Sums:
         return Sums(self.whole + other.whole, [a + b for a, b in zip(self.drifts, other.drifts, strict=True)])
 
 
-def _drift(pattern: Tensor, moved: Tensor, error: Tensor, products: Tensor, basis: Tensor | None) -> Drift:
+def _drift(
+    pattern: Tensor, moved: Tensor, error: Tensor, products: Tensor, basis: Tensor | None, left: Tensor | None = None
+) -> Drift:
     b = pattern.float() if basis is None else pattern.to(basis.dtype) @ basis.T
+    b = b if left is None else left @ b
     lengths = torch.linalg.vector_norm(pattern, dim=1, keepdim=True)
     weighted = b.to(error.dtype) * error
     return Drift(

@@ -22,6 +22,8 @@ class Arm:
     """Of the mask: activation, identity, weight or random; None: no mask."""
     unit: str = "entry"
     score: str = "importance"
+    output: str = "identity"
+    """Basis of the outputs: identity (none), activation or gradient."""
     left: bool = False
     """Whether what is free stays out of the frozen columns' left singular directions too."""
     safety_share: float = 0.0
@@ -61,6 +63,8 @@ ARMS = {
         Arm("original", trains="target", basis="identity"),
         Arm("column", trains="target", basis="activation", unit="column"),
         Arm("rotated", trains="target", basis="activation"),
+        Arm("output-row", trains="target", basis="activation", output="activation", unit="row"),
+        Arm("both", trains="target", basis="activation", output="activation"),
         Arm("osft", trains="target", basis="weight", unit="column", score="singular_value", left=True),
         Arm("random-mask", trains="target", basis="activation", score="random"),
         Arm("random-basis", trains="target", basis="random"),
@@ -160,7 +164,7 @@ def _check_method(name: str, method: str | None, adapter: bool, masked: bool) ->
 
 
 def _by_entry(arm: Arm) -> bool:
-    return bool(arm.basis) and arm.unit == "entry" and arm.basis != "identity"
+    return arm.output != "identity" or (bool(arm.basis) and arm.unit == "entry" and arm.basis != "identity")
 
 
 def _strength(name: str, part: str, value: str) -> float:
@@ -176,6 +180,16 @@ def _strength(name: str, part: str, value: str) -> float:
     except ValueError as error:
         example = STRENGTHS.get(part, STRENGTHS["resta"])
         raise ConfigError(f"--arms {name}: {error}; a strength is written {example}") from error
+
+
+def refuse_placement(arms: Sequence[Arm], placement: str) -> None:
+    """ConfigError for a --basis_placement under which one of the arms could not train."""
+    mixing = [arm.name for arm in arms if arm.output != "identity"]
+    if mixing and placement not in ("auto", "owner"):
+        raise ConfigError(
+            f"--arms {', '.join(mixing)}: a basis of the outputs mixes the rows of a weight, which --basis_placement "
+            f"{placement} cannot do: give owner or auto, or leave these arms out"
+        )
 
 
 def with_harm(arms: Sequence[Arm], ratios: Sequence[float]) -> list[Arm]:

@@ -151,8 +151,17 @@ def _run(
 
 
 def _in_frozen(gradient: Tensor, layer: TargetLayer, masks: MaskStore, basis: BasisStore | None) -> Tensor:
-    """This rank's rows of (F ∘ (G U)) Uᵀ, fp32 [rows, n]."""
+    """This rank's rows of (F ∘ (G U)) Uᵀ, fp32 [rows, n]; of V (F ∘ (Vᵀ G U)) Uᵀ with an output basis. Collective."""
     rows = own_rows(layer).block
+    if basis is not None and basis.two_sided:  # V mixes the rows
+        whole = gradient.new_zeros(layer.m, layer.n)
+        whole[rows.start : rows.stop] = gradient
+        whole = all_reduce_sum(whole.to(collective_device())).to(gradient.device)
+        return _kept(whole, range(layer.m), layer, masks, basis)[rows.start : rows.stop].contiguous()
+    return _kept(gradient, rows, layer, masks, basis)
+
+
+def _kept(gradient: Tensor, rows: range, layer: TargetLayer, masks: MaskStore, basis: BasisStore | None) -> Tensor:
     frozen = unpack_bits(masks.packed(layer.name, rows.start, rows.stop), layer.n).to(gradient.device)
     if basis is None:
         return gradient.masked_fill(~frozen, 0.0)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from warp_ds.cluster.consensus import on_every_rank_or_none, on_rank_0
 from warp_ds.cluster.dealing import LeastLoaded
@@ -21,11 +22,13 @@ from warp_ds.flags.arguments import BasisArguments
 from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, unseen_basis, weight_basis
 from warp_ds.models.layer_names import type_order
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
+from warp_ds.phases.output_bases import Write, check_output_basis, from_gradients, from_outputs, weights_of
 from warp_ds.phases.packing import attention_of, check_apart, check_packing, micro_batch
 from warp_ds.phases.publish import published
 from warp_ds.phases.run import start_run
 from warp_ds.phases.speed import log_rate
 from warp_ds.phases.texts import safety_texts, tokenise
+from warp_ds.store.bases import OUTPUT
 from warp_ds.store.files import remove_unfinished, write_json, write_tensors
 from warp_ds.store.fingerprints import fingerprint_rows
 from warp_ds.store.layers import TargetLayer
@@ -105,7 +108,9 @@ def compute_basis(
         tokens=samples.tokens,
     )
     entries: Entries = on_rank_0(lambda: _finished(directory), "looking for finished bases")
-    left = [layer for layer in layers if not any(layer.name in e["layers"] for e in entries.values())]
+    if arguments.output_basis == "gradient":
+        entries.update(_of_gradients(model, layers, samples, arguments, directory, entries))
+    left = [layer for layer in layers if layer.name not in _inputs_of(entries)]
     if len(left) < len(layers):
         logger.info("%d of %d layers have their basis already", len(layers) - len(left), len(layers))
     if left:
@@ -114,17 +119,41 @@ def compute_basis(
         for part in all_gather_object(make(model, left, samples, arguments, directory, owner)):
             entries.update(part)
 
+    inputs, outputs = _inputs_of(entries), _outputs(entries)
     for layer in layers:
-        file = next(file for file, entry in entries.items() if layer.name in entry["layers"])
-        metadata.layers[layer.name] = layer_entry(layer, file)
-        of_file: Any = {key: value for key, value in entries[file].items() if key != "layers"}
-        metadata.bases[file] = of_file
+        more = {"output": outputs[layer.name]} if arguments.output_basis != "identity" else {}
+        metadata.layers[layer.name] = layer_entry(layer, inputs[layer.name], **more)
+        for file in (inputs[layer.name], *more.values()):
+            of_file: Any = {key: value for key, value in entries[file].items() if key not in ("layers", "output")}
+            metadata.bases[file] = of_file
     on_rank_0(lambda: write_json(directory / "metadata.json", metadata_dict(metadata)), "writing the basis metadata")
     return metadata
 
 
 Entries = dict[str, dict[str, Any]]
-"""file -> its entry in the metadata, and 'layers': the names of the layers that share it"""
+"""file -> its entry in the metadata, and 'layers': the names of the layers that share it, 'output': whether it is of outputs"""
+
+
+def _inputs_of(entries: Entries) -> dict[str, str]:
+    """Layer name -> the file of its U."""
+    return {name: file for file, entry in entries.items() if "output" not in entry for name in entry["layers"]}
+
+
+def _outputs(entries: Entries) -> dict[str, str]:
+    """Layer name -> the file of its V."""
+    return {name: file for file, entry in entries.items() if "output" in entry for name in entry["layers"]}
+
+
+def _of_gradients(
+    model: Any, layers: Sequence[TargetLayer], samples: Samples, arguments: BasisArguments, directory: Path, known: Entries
+) -> Entries:
+    """V of the output gradients of the layers whose V is not ``known``; the entries of all ranks' files. Collective."""
+    left = [layer for layer in layers if layer.name not in _outputs(known)]
+    entries: Entries = {}
+    if left:
+        owner = _deal(layers, samples.tokens, arguments, outputs=True)
+        from_gradients(model, left, samples, arguments, directory.parent, owner, _writer(directory, entries))
+    return {file: entry for part in all_gather_object(entries) for file, entry in part.items()}
 
 
 def _from_activations(
@@ -156,8 +185,10 @@ def _from_activations(
                     f"{seen.first.name} saw {tokens} tokens, but the safety set has {samples.tokens}: "
                     "the model runs this layer more than once a pass, or not for every token"
                 )
+            of_outputs = seen.layers if arguments.output_basis == "activation" else []
+            weights = weights_of(model, of_outputs, delivered is not None)
             if delivered is not None:
-                decompositions.start(_decomposition(delivered, way, arguments, directory, entries))
+                decompositions.start(_decomposition(delivered, weights, way, arguments, directory, entries))
             done += len(seen.layers)
             progress.at(done)
             leave_if_asked()  # finished bases stay: a run that goes on makes the others
@@ -197,11 +228,18 @@ def _inputs(
 
 
 def _decomposition(
-    delivered: Delivered, way: str, arguments: BasisArguments, directory: Path, entries: Entries
+    delivered: Delivered,
+    weights: Sequence[tuple[TargetLayer, Tensor]],
+    way: str,
+    arguments: BasisArguments,
+    directory: Path,
+    entries: Entries,
 ) -> Callable[[], None]:
-    """A job that makes the basis of one layer input, writes it and enters it into ``entries``."""
+    """A job that makes the basis of one layer input, and of the outputs of the layers whose ``weights`` are given, writes them
+    and enters them into ``entries``."""
 
     def job() -> None:
+        from_outputs(weights, delivered, arguments, _writer(directory, entries))
         begun = time.monotonic()
         if delivered.x is not None:
             basis = token_basis(delivered.x, arguments.energy, arguments.max_rank)
@@ -253,9 +291,12 @@ def _without_data(
     return entries
 
 
-def _deal(layers: Sequence[TargetLayer], tokens: int, arguments: BasisArguments) -> dict[str, int]:
-    """layer name -> the rank that makes its basis. The same whatever is finished already: so are the sums then."""
+def _deal(layers: Sequence[TargetLayer], tokens: int, arguments: BasisArguments, outputs: bool = False) -> dict[str, int]:
+    """layer name -> the rank that makes its basis (``outputs``: that of its output gradients). The same whatever is finished
+    already: so are the sums then."""
     owners = LeastLoaded(1 if arguments.svd_placement == "rank0" else world_size())
+    if outputs:
+        return {layer.name: owners.next(decomposition_cost(tokens, layer.m)) for layer in layers}
     groups = [[layer] for layer in layers] if arguments.basis == "weight" else shared_inputs(layers)
     return {
         layer.name: owner
@@ -265,12 +306,23 @@ def _deal(layers: Sequence[TargetLayer], tokens: int, arguments: BasisArguments)
     }
 
 
-def _write(directory: Path, layers: Sequence[TargetLayer], basis: Basis, tokens: int, way: str, seconds: float) -> Entries:
-    """Writes one basis file, named by its first layer type; returns its entry."""
+def _writer(directory: Path, entries: Entries) -> Write:
+    """Writes V of a layer as a file of its own, and enters it into ``entries``."""
+
+    def write(layer: TargetLayer, basis: Basis, tokens: int, way: str, seconds: float) -> None:
+        entries.update(_write(directory, [layer], basis, tokens, way, seconds, output=True))
+
+    return write
+
+
+def _write(
+    directory: Path, layers: Sequence[TargetLayer], basis: Basis, tokens: int, way: str, seconds: float, output: bool = False
+) -> Entries:
+    """Writes one basis file, named by its first layer type; returns its entry. ``output``: of the layer's outputs."""
     first = shared_inputs(layers)[0][0]
-    file = f"{first.stem}_svd.safetensors"
+    file = f"{first.stem}{OUTPUT}" if output else f"{first.stem}_svd.safetensors"
     entry = {
-        "n": first.n,
+        "n": first.m if output else first.n,
         "rank": basis.rank,
         "tokens": tokens,
         "energy": basis.energy,
@@ -278,14 +330,14 @@ def _write(directory: Path, layers: Sequence[TargetLayer], basis: Basis, tokens:
         "residual": basis.residual,
         "from": way,
     }
-    names = [layer.name for layer in layers]
+    names, of_outputs = [layer.name for layer in layers], {"output": True} if output else {}
     # The file says what it is, so that a run that goes on knows it; nothing in it depends on time or ranks.
-    header = {_HEADER: json.dumps({**entry, "layers": names})}
+    header = {_HEADER: json.dumps({**entry, "layers": names, **of_outputs})}
     write_tensors(directory / file, {"U": basis.columns, "S": basis.values}, header)
     entry.update(seconds=round(seconds, 3), bytes=(directory / file).stat().st_size)
     figures = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in entry.items())
     logger.info("%s: %s", file, ", ".join(figures))
-    return {file: {**entry, "layers": names}}
+    return {file: {**entry, "layers": names, **of_outputs}}
 
 
 _HEADER = "warp_ds.basis"
@@ -313,3 +365,4 @@ def _finished(directory: Path) -> Entries:
 def _check(arguments: BasisArguments) -> None:
     if arguments.basis == "identity":
         raise ConfigError("--basis identity needs no phase 1: give it to phase 2, and leave --basis_dir out")
+    check_output_basis(arguments)

@@ -193,15 +193,18 @@ class Bench:
         )
         return run_training(settings, self._other_steps) / "model"
 
-    def basis(self, start: str | None, kind: str, layer_type: str, seed: int, task: Path | None = None) -> Path:
+    def basis(
+        self, start: str | None, kind: str, layer_type: str, seed: int, output: str = "identity", task: Path | None = None
+    ) -> Path:
         """Of the safety set, or of the samples of ``task``."""
-        name = self.basis_name(start, kind, layer_type, seed) + ("" if task is None else f"_{task.stem}")
+        name = self.basis_name(start, kind, layer_type, seed, output) + ("" if task is None else f"_{task.stem}")
         settings = BasisArguments(
             **self.common(self.start(start), seed=seed if kind == "random" else self.arguments.seed),
             layer_type=layer_type,
             safety_data=self._texts("safety") if task is None else str(task),
             safety_samples=0,
             basis=kind,
+            output_basis=output,
             run_name=name,
             **self._same("target_layers", "token_scope", "energy", "max_rank", "collect", "svd_placement", *PACKING),
         )
@@ -211,7 +214,7 @@ class Bench:
         """Lets the links to the newest runs end at this arm's, whatever arm came last. Rank 0 alone calls it."""
         arm = trial.arm
         names = {
-            "phase1": self.basis_name(arm.start, str(arm.basis), self.arguments.layer_type, trial.seed),
+            "phase1": self.basis_name(arm.start, str(arm.basis), self.arguments.layer_type, trial.seed, arm.output),
             "phase2": self.masks_name(arm, trial.seed),
             "phase3": f"phase3_{trial.name}",
         }
@@ -220,14 +223,16 @@ class Bench:
                 link_latest(phase, self.root / name)
 
     @staticmethod
-    def basis_name(start: str | None, kind: str, layer_type: str, seed: int) -> str:
-        suffix = (f"_seed{seed}" if kind == "random" else "") + {LAYERS: "_all", PUBLISHED: "_qv"}.get(layer_type, "")
+    def basis_name(start: str | None, kind: str, layer_type: str, seed: int, output: str = "identity") -> str:
+        kind += "" if output == "identity" else f"_{output}-outputs"
+        suffix = (f"_seed{seed}" if kind.startswith("random") else "") + {LAYERS: "_all", PUBLISHED: "_qv"}.get(layer_type, "")
         return f"phase1_{start or 'start'}_{kind}{suffix}"
 
     @staticmethod
     def masks_name(arm: Arm, seed: int) -> str:
         suffix = f"_seed{seed}" if "random" in (arm.basis, arm.score) else ""
-        return f"phase2_{arm.start or 'start'}_{arm.basis}_{arm.unit}_{arm.score}{suffix}"
+        basis = f"{arm.basis}" if arm.output == "identity" else f"{arm.basis}_{arm.output}-outputs"
+        return f"phase2_{arm.start or 'start'}_{basis}_{arm.unit}_{arm.score}{suffix}"
 
     def masks(self, arm: Arm, seed: int) -> Path:
         """The masks of an arm; its basis is the one that they name."""
@@ -241,7 +246,7 @@ class Bench:
             keep_shares=a.keep_shares if apart else "mixed",
             safety_samples=a.importance_samples,
             run_name=name,
-            basis_dir=None if identity else str(self.basis(arm.start, str(arm.basis), a.layer_type, seed)),
+            basis_dir=None if identity else str(self.basis(arm.start, str(arm.basis), a.layer_type, seed, arm.output)),
             basis="identity" if identity else "auto",
             mask_unit=arm.unit,
             score=arm.score,
@@ -307,7 +312,7 @@ class Bench:
         if arm.method == "salora":
             adapter |= {"lora_alpha": a.lora_r, "lora_rslora": False, "lora_dropout": 0.0}
             adapter |= self._same("safety_rank", "task_rank")
-            adapter["task_basis_dir"] = str(self.basis(arm.start, "activation", layers, a.seed, self.task(arm)))
+            adapter["task_basis_dir"] = str(self.basis(arm.start, "activation", layers, a.seed, task=self.task(arm)))
         elif arm.method == "guardspace":
             adapter |= self._same("null_energy")
         elif arm.method == "asft":

@@ -19,7 +19,7 @@ from warp_ds.evaluation.results import RATES
 from warp_ds.evaluation.sets import EvaluationSets
 from warp_ds.flags.arguments import TrainArguments
 from warp_ds.flags.comparison import CompareArguments
-from warp_ds.phases.arms import ARMS, Arm, parse_arms, with_harm
+from warp_ds.phases.arms import ARMS, Arm, parse_arms, refuse_placement, with_harm
 from warp_ds.phases.bench import Bench
 from warp_ds.phases.comparison_data import check_data, load_data
 from warp_ds.phases.run import start_run
@@ -46,6 +46,8 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
         named = parse_arms(arguments.arms)
         grids, seeds = arguments.rates([arm.name for arm in named]), arguments.seed_list
         arms = with_harm(named, arguments.ratio_list)
+        if processes.world_size() > 1:
+            refuse_placement(arms, arguments.basis_placement)
         rates = {mixed.name: grids[arm.name] for arm in named for mixed in with_harm([arm], arguments.ratio_list)}
     model_dir = resolve_model_dir(arguments.model_name)
     if arguments.unaligned_model is not None:
@@ -116,7 +118,8 @@ def compare_arms(bench: Bench, arms: Sequence[Arm], rates: Mapping[str, Sequence
 
 def _measure(bench: Bench, trials: Sequence[Trial], arms: Sequence[Arm]) -> list[Point]:
     """The point of every trial; models that no later trial needs are removed where --keep_models is false. Collective."""
-    rotated = next((arm for arm in arms if arm.basis == "activation" and arm.unit == "entry" and not arm.start), None)
+    one_sided = [arm for arm in arms if arm.output == "identity" and not arm.start]
+    rotated = next((arm for arm in one_sided if arm.basis == "activation" and arm.unit == "entry"), None)
     points = []
     progress = Progress(bench.root, len(trials), "points", seconds=0.0)
     for number, trial in enumerate(trials, 1):

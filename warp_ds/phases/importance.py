@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from warp_ds.cluster.consensus import on_every_rank_or_none, on_rank_0
-from warp_ds.cluster.memory import free_gpu_memory
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.cluster.processes import all_reduce_sum, broadcast_object, collective_device, init_distributed, rank, world_size
 from warp_ds.errors import ConfigError
@@ -28,6 +27,7 @@ from warp_ds.method.selection import DECADE, random_scores
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases import behaviours
 from warp_ds.phases.behaviours import groups_of, unit_scores, units_of
+from warp_ds.phases.columns import Columns
 from warp_ds.phases.packing import attention_of, check_apart, check_packing, micro_batch
 from warp_ds.phases.publish import fetch_shared, published
 from warp_ds.phases.run import start_run
@@ -187,7 +187,7 @@ def importance_scores(
     done = saved.load(scores) if saved else 0
     if done:
         logger.info("%d of %d importance batches were done before", done, len(batches))
-    columns = _Columns(basis, samples.device)
+    columns = Columns(basis, samples.device)
     # fp16 gradients of a mean over many tokens would underflow.
     scale = 2.0**12 if arguments.dtype == "float16" else 1.0
     loss = partial(scaled_loss, loss_weights(batches, samples), scale)
@@ -238,7 +238,7 @@ def scaled_loss(weights: dict[int, float], scale: float, logits: Tensor, batch: 
 
 
 def _add_shown(
-    scores: RowScores, inputs: Sequence[ScoredInput], shown: Shown, columns: _Columns, scale: float, samples: Samples
+    scores: RowScores, inputs: Sequence[ScoredInput], shown: Shown, columns: Columns, scale: float, samples: Samples
 ) -> None:
     """Adds |∂L_b/∂C| of all that backward passes show. NotFinite, on every rank, where something is NaN or infinite."""
     finite = Finite()
@@ -247,7 +247,7 @@ def _add_shown(
             if seen.layers[0].name in taken:
                 for layer in seen.layers:
                     finite.watch(layer, batch, taken[layer.name])
-                scores.add(seen, taken, batch, step, columns.get(seen.layers[0].name), scale)
+                scores.add(seen, taken, batch, step, columns.get(seen.layers[0].name), scale, columns.left)
     stop_together(finite.failure(), "inputs or output gradients", samples)
 
 
@@ -298,31 +298,6 @@ def frozen_model(model: Any) -> Iterator[None]:
         for parameter in wanted:
             parameter.requires_grad_(True)
         model.train(training)
-
-
-class _Columns:
-    """U of each layer on the device, kept there as far as a quarter of a GPU's free memory goes."""
-
-    def __init__(self, basis: BasisStore | None, device: torch.device | str):
-        self.basis = basis
-        self.device = torch.device(device)
-        # On a CPU the files are mapped: nothing is read twice while they fit in memory.
-        self.free = free_gpu_memory(self.device) // 4 if self.device.type == "cuda" else 0
-        self._kept: dict[str, Tensor] = {}
-
-    def get(self, name: str) -> Tensor | None:
-        """U [n, r]; None for the identity."""
-        if self.basis is None:
-            return None
-        file = self.basis.metadata.layers[name]["file"]
-        if file in self._kept:
-            return self._kept[file]
-        columns = self.basis.columns(name)[0].to(self.device)
-        size = columns.numel() * columns.element_size()
-        if size <= self.free:
-            self.free -= size
-            self._kept[file] = columns
-        return columns
 
 
 def scored_inputs(layers: Sequence[TargetLayer], basis: BasisStore | None, tokens: float) -> list[ScoredInput]:

@@ -86,6 +86,10 @@ def _write(masks: MaskStore, basis: BasisStore, aside: Path, output: Path) -> li
         for of_the_whole in ("energy", "residual", "orthogonality_error"):
             entries[file].pop(of_the_whole, None)
         shrunk.append(Shrunk(file, n, stored, len(kept), Rotation.held_bytes(n, stored), Rotation.held_bytes(n, len(kept))))
+    for name in layers if basis.two_sided else ():  # what is frozen of the outputs' directions stays as it is
+        file, (v, s) = basis.metadata.layers[name]["output"], basis.output_columns(name)
+        write_tensors(aside / "basis" / file, {"U": v, "S": s}, {BASIS_FORMAT: json.dumps({"layers": [name]})})
+        entries[file] = {**basis.metadata.bases[file], "bytes": (aside / "basis" / file).stat().st_size}
     smaller = replace(
         basis.metadata, bases=entries, layers={layer.name: basis.metadata.layers[layer.name] for layer in masks.layers}
     )

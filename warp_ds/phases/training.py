@@ -43,6 +43,7 @@ from warp_ds.phases.watching import Watched
 from warp_ds.protection import WarpCallback, refuse_entries, refuse_without_left
 from warp_ds.report import card
 from warp_ds.resuming import CompleteConverted
+from warp_ds.store.bases import BasisStore
 from warp_ds.store.fingerprints import Contents, fingerprint_rows
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import find_artifact, run_config
@@ -51,6 +52,7 @@ from warp_ds.zero.deepspeed_internals import end_engine, nothing_unpickled
 from warp_ds.zero.model import load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
 from warp_ds.zero.shared_reading import model_fingerprint, read_together
+from warp_ds.zero.whole_layers import refuse_without_rows
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,9 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         inputs |= controls.fingerprints()
         masks_dir, basis_dir = find_masks(arguments, inputs["model"])
         inputs |= _checked_masks(arguments, model_dir, masks_dir)
+        basis = None if basis_dir is None else BasisStore(basis_dir)
+        adapted = arguments.adapter != "none"
+        refuse_without_rows(basis, arguments.basis_placement, processes.world_size(), adapted, arguments.left_projection)
     method = LoraMethod.read(arguments, fingerprint)
     inputs |= method.fingerprints()
     with start_run("phase3", arguments, inputs, passed) as run:

@@ -180,7 +180,7 @@ def bases(runs: Runs, pictures: Path) -> list[Section]:
         if basis.metadata.basis != "activation":
             continue
         by_file = {entry["file"]: name for name, entry in reversed(basis.metadata.layers.items())}
-        by_file = {file: by_file[file] for file in _drawn(basis.metadata.bases)}
+        by_file = {file: by_file[file] for file in _drawn({file: basis.metadata.bases[file] for file in by_file})}
         values = {
             file.removesuffix("_svd.safetensors"): basis.columns(name)[1].tolist() for file, name in sorted(by_file.items())
         }

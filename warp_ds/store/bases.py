@@ -13,11 +13,13 @@ from torch import Tensor
 from warp_ds.errors import ArtifactError
 from warp_ds.method.eigenbasis import BAR, orthogonality_error, probed_orthogonality
 from warp_ds.method.rotation import Rotation
+from warp_ds.method.two_sided import TwoSided
 from warp_ds.store.fingerprints import Contents, whole_part
 from warp_ds.store.layers import TargetLayer
 from warp_ds.store.metadata import (
     BASIS_FORMAT,
     BasisMetadata,
+    LayerEntry,
     check_entries,
     check_layer_in_header,
     check_layers,
@@ -33,6 +35,8 @@ from warp_ds.store.schema import SchemaError
 
 PIECE = 1 << 20
 """Elements of a file that ``chosen`` reads at once."""
+OUTPUT = "_output_svd.safetensors"
+"""How the name of a file of V ends."""
 
 
 class BasisStore:
@@ -55,23 +59,42 @@ class BasisStore:
     def _check_metadata(self) -> None:
         meta = self.metadata
         check_entries(meta.layers)
-        if {entry["file"] for entry in meta.layers.values()} != meta.bases.keys():
+        outputs = {name: entry["output"] for name, entry in meta.layers.items() if "output" in entry}
+        if {entry["file"] for entry in meta.layers.values()} | {*outputs.values()} != meta.bases.keys():
             raise SchemaError("the files that 'layers' names are not those of 'bases'")
+        if outputs and len({*outputs.values()}) < len(meta.layers):
+            raise SchemaError("not every layer has a basis of its own outputs, as all have where one has")
         for name, entry in meta.layers.items():
-            of_file = meta.bases[entry["file"]]
-            if not 0 <= of_file.get("rank", -1) <= of_file.get("n", -1) == entry["shape"][1]:
-                raise SchemaError(
-                    f"{name} has {entry['shape'][1]} inputs, but {entry['file']} says n {of_file.get('n')}, "
-                    f"rank {of_file.get('rank')}"
-                )
-            if not re.fullmatch(rf"layer_{entry['layer']:02d}_[a-z0-9_]+_svd\.safetensors", entry["file"]):
-                raise SchemaError(f"{name}, a layer of block {entry['layer']}, names the file {entry['file']}")
+            self._check_named(name, entry, entry["file"], entry["shape"][1], "inputs")
+            if name in outputs:
+                self._check_named(name, entry, outputs[name], entry["shape"][0], "outputs")
         if meta.tokens < 0:
             raise SchemaError(f"tokens is {meta.tokens}")
 
+    def _check_named(self, name: str, entry: LayerEntry, file: str, size: int, of: str) -> None:
+        """The file of a layer's ``of``, of which there are ``size``, is what its metadata say. Raises SchemaError."""
+        of_file = self.metadata.bases[file]
+        if not 0 <= of_file.get("rank", -1) <= of_file.get("n", -1) == size:
+            raise SchemaError(f"{name} has {size} {of}, but {file} says n {of_file.get('n')}, rank {of_file.get('rank')}")
+        kind = "" if of == "inputs" else "_output"
+        if not re.fullmatch(rf"layer_{entry['layer']:02d}_[a-z0-9_]+{kind}_svd\.safetensors", file):
+            raise SchemaError(f"{name}, a layer of block {entry['layer']}, names the file {file}")
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether its layers have a basis of their outputs too, so that C = Vᵀ W U."""
+        return any("output" in entry for entry in self.metadata.layers.values())
+
     def columns(self, name: str) -> tuple[Tensor, Tensor]:
         """U [n, r] and S [r] (descending), fp32, of the layer called ``name``."""
-        file = self._check_file(name)
+        return self._read(name, self._check_file(name))
+
+    def output_columns(self, name: str) -> tuple[Tensor, Tensor]:
+        """V [m, q] and its eigenvalues [q] (descending), fp32, of the outputs of the layer called ``name``."""
+        self._check_file(name)
+        return self._read(name, self.metadata.layers[name]["output"])
+
+    def _read(self, name: str, file: str) -> tuple[Tensor, Tensor]:
         with open_tensors(self.directory / file) as opened:
             u, s = opened.get_tensor("U"), opened.get_tensor("S")
         if file not in self._checked:
@@ -94,33 +117,55 @@ class BasisStore:
         return u
 
     def _check_file(self, name: str) -> str:
-        """The name of the layer's file, whose header is what the metadata say. Raises ArtifactError."""
+        """The name of the layer's file, whose header, as that of its outputs, is what the metadata say, or ArtifactError."""
         entry = self.metadata.layers[name]
-        if name in self._checked:
-            return entry["file"]
-        path, of_file = self.directory / entry["file"], self.metadata.bases[entry["file"]]
-        n, r = of_file["n"], of_file["rank"]
+        if name not in self._checked:
+            for file in (entry["file"], *([entry["output"]] if "output" in entry else [])):
+                self._check_header(name, file)
+            self._checked.add(name)
+        return entry["file"]
+
+    def _check_header(self, name: str, file: str) -> None:
+        path, of_file = self.directory / file, self.metadata.bases[file]
+        n, r, of = of_file["n"], of_file["rank"], "outputs" if file.endswith(OUTPUT) else "inputs"
         shapes = shapes_in(path)
         if shapes != {"U": (torch.float32, (n, r)), "S": (torch.float32, (r,))}:
             raise ArtifactError(
-                f"{path} holds {shown(shapes)}, where a basis of {n} inputs and rank {r} has U [{n}, {r}] and "
-                f"S [{r}] in float32; run phase 1 again"
+                f"{path} holds {shown(shapes)}, where a basis of {n} {of} and rank {r} has U [{n}, {r}] and S [{r}] "
+                f"in float32; run phase 1 again"
             )
         if of_file.get("bytes", path.stat().st_size) != path.stat().st_size:
             raise ArtifactError(
                 f"{path} has {path.stat().st_size} bytes, but its metadata say {of_file['bytes']}; run phase 1 again"
             )
         check_layer_in_header(path, BASIS_FORMAT, name, "phase 1")
-        self._checked.add(name)
-        return entry["file"]
 
     def held(self, name: str) -> tuple[str, int]:
-        """The file of the basis of the layer called ``name``, and the bytes that its fp32 ``rotation`` takes."""
-        file = self._check_file(name)
-        return file, Rotation.held_bytes(self.metadata.bases[file]["n"], self.metadata.bases[file]["rank"])
+        """The file of the basis of the layer called ``name``, and the bytes that its fp32 ``rotation`` takes; of one of both
+        sides that of V, which no other layer has."""
+        file, entry = self._check_file(name), self.metadata.layers[name]
+        if not self.two_sided:
+            return file, self._held(file)
+        return entry["output"], self._held(file) + self.held_left(name)
+
+    def held_left(self, name: str) -> int:
+        """Of ``held``, the bytes of V: 0 without one."""
+        return self._held(self.metadata.layers[name]["output"]) if self.two_sided else 0
+
+    def _held(self, file: str) -> int:
+        return Rotation.held_bytes(self.metadata.bases[file]["n"], self.metadata.bases[file]["rank"])
 
     def rotation(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Rotation:
-        """The complete basis of the layer called ``name``, made and held on ``device``."""
+        """The complete basis of the layer called ``name``, made and held on ``device``; of both sides, where it has an output
+        basis: then it takes a whole W."""
+        right = self.right_rotation(name, dtype, device)
+        if not self.two_sided:
+            return right
+        columns, _ = self.output_columns(name)
+        return TwoSided(Rotation(columns.to(device), columns.shape[0], dtype), right)
+
+    def right_rotation(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Rotation:
+        """The complete basis of the inputs alone."""
         columns, _ = self.columns(name)
         return Rotation(columns.to(device), columns.shape[0], dtype)
 

@@ -42,7 +42,14 @@ class RowsEntry(TypedDict, total=False):
     """The parameter's name, where it is not the weight of the module that the layer's name begins with."""
 
 
-class LayerEntry(RowsEntry):
+class OutputEntry(TypedDict, total=False):
+    """Of a layer with a basis of its outputs too."""
+
+    output: str
+    """The file of V [m, q], the layer's own; either every layer has one or none."""
+
+
+class LayerEntry(RowsEntry, OutputEntry):
     """A layer in basis/metadata.json."""
 
     layer: int

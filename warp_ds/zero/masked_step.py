@@ -1,7 +1,7 @@
 """The masked, rotated optimizer step, over any optimizer that a ``Driver`` knows: no gathered parameter, no rewritten module.
 
-While a model is protected, the fp32 master of each masked layer holds the rotated coefficients C = W U. Around the
-optimizer's own, unmodified step:
+While a model is protected, the fp32 master of each masked layer holds the rotated coefficients C = W U (Vᵀ W U with
+an output basis). Around the optimizer's own, unmodified step:
 
     gradient  <-  (dL/dW) U, frozen entries 0      before the norm, so that norm and clipping see the mask
     C         <-  the optimizer's step on C        weight decay applied here, to free entries alone

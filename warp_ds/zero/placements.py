@@ -148,11 +148,11 @@ class Placement(ABC):
         One layer's whole result, over all ranks, exists at a time. ``fast``: the result is a gradient or is rounded to
         the weights' dtype, so TF32 products will do where that dtype is coarser (see ``matmul_precision``).
         """
-        return self.apply(layers, source, Rotation.rotate, fast)
+        return self.apply(layers, source, lambda rotation, w: rotation.rotate(w), fast)
 
     def rotate_back(self, layers: Sequence[ProtectedLayer], source: Source, fast: bool = False) -> Rotated:
         """W = C Uᵀ of each layer, as ``rotate``."""
-        return self.apply(layers, source, Rotation.unrotate, fast)
+        return self.apply(layers, source, lambda rotation, c: rotation.unrotate(c), fast)
 
     @abstractmethod
     def apply(self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool) -> Rotated:
@@ -290,6 +290,8 @@ class Owner(Placement):
     """Each basis lies on one rank, its owner, to which all ranks send the shards of its layers."""
 
     name = "owner"
+    chunks = staticmethod(row_chunks)
+    """Which rows are rotated at once."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -341,7 +343,7 @@ class Owner(Placement):
             if mine is not None:
                 rows = whole.view(mine.target.m, mine.target.n)
                 with matmul_precision(mine.param.dtype if fast else torch.float32):
-                    for chunk in row_chunks(mine.target.m, mine.target.n):
+                    for chunk in self.chunks(mine.target.m, mine.target.n):
                         rows[chunk] = apply(self.own[mine.basis], rows[chunk])
             self._exchange(shards, whole, lengths, of_ranks)
             del whole

@@ -24,8 +24,8 @@ class ProtectedLayer:
     (several of these then share ``param``), or the A [r, n] of a LoRA adapter, whose mask freezes whole columns of A U.
     Compared by identity.
 
-    A left basis, C = Vᵀ W U, would be the key of V beside ``basis``. V mixes rows, which in-place placements do not have
-    together: ``Owner`` does, so a left basis is placed by it, or by a placement that gathers column blocks.
+    With an output basis, C = Vᵀ W U, rows of the mask are the outputs' directions; the rotation of ``basis`` then takes a whole
+    layer (``whole_layers``). This rank's share of C lies where its share of W does.
     """
 
     target: TargetLayer

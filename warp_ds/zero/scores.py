@@ -7,7 +7,7 @@ that is spread over ranks is summed before the absolute value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -114,6 +114,13 @@ def gather_rows(local: Tensor, step: Step, rows: Rows) -> Tensor:
     return received.view(sum(step.tokens), own)
 
 
+def turned(g: Tensor, v: Tensor) -> Tensor:
+    """V_cᵀ g of each token's output gradient g [t, m], fp32 [t, m]: 0 in directions beyond the q columns of V [m, q]."""
+    result = g.new_zeros(g.shape, dtype=torch.float32)
+    result[:, : v.shape[1]] = g.float() @ v
+    return result
+
+
 @dataclass
 class ScoredInput:
     """Target layers that see one input, and how their coefficients' gradients are made."""
@@ -143,12 +150,20 @@ class RowScores:
         return not self._pending
 
     def add(
-        self, scored: ScoredInput, taken: dict[str, Tapped], batch: Batch, step: Step, columns: Tensor | None, scale: float
+        self,
+        scored: ScoredInput,
+        taken: dict[str, Tapped],
+        batch: Batch,
+        step: Step,
+        columns: Tensor | None,
+        scale: float,
+        left: Callable[[str], Tensor | None] = lambda name: None,
     ) -> None:
         """Adds |∂L_b/∂C| of the step's importance batches for the layers that share an input. Collective.
 
         ``taken``: this rank's x and g, removed from it; ``columns``: U [n, r], None for the identity; ``scale``: what
-        the loss must be multiplied by.
+        the loss must be multiplied by; ``left``: V [m, q] of a layer, by its name, None for the identity: then the rows of S
+        are the outputs' directions, those beyond q without a score.
         """
         x, step = _counted(taken[scored.layers[0].name], batch, step)
         if columns is not None and scored.tokens_first:
@@ -157,6 +172,8 @@ class RowScores:
         for layer in scored.layers:
             tapped = taken.pop(layer.name)
             own = batch.take(tapped.g) if tapped.places is None else batch.take_at(tapped.g, tapped.places)[0]
+            if (v := left(layer.name)) is not None:
+                own = turned(own, v)
             g = gather_rows(own, step, self.rows[layer.name])
             for first, end, last in step.segments:
                 pending = self._pending.pop(layer.name, None)

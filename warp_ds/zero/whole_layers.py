@@ -1,0 +1,118 @@
+"""Where bases of both sides lie: C = Vᵀ W U mixes the rows of W, so no rank can rotate its own rows alone.
+
+Each layer goes whole to the rank that keeps its V and U, and back, as ``Owner`` has it. V is the layer's own, so each layer has
+an owner of its own: layers that share U may lie on several ranks, each of which then keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from warp_ds.cluster.dealing import LeastLoaded
+from warp_ds.errors import UnsupportedSetting
+from warp_ds.method.rotation import Rotation
+from warp_ds.method.two_sided import TwoSided
+from warp_ds.store.bases import BasisStore
+from warp_ds.store.layers import TargetLayer
+from warp_ds.zero.placements import GPU, Apply, Cost, Machine, Owner, Placement, Rotated, Source, matmul_precision, place_bases
+from warp_ds.zero.protected_layer import ProtectedLayer
+
+
+class WholeLayers(Owner):
+    """``Owner`` of rotations that take a whole layer; on one rank nothing is sent."""
+
+    def __init__(
+        self,
+        layers: Iterable[TargetLayer],
+        bases: Mapping[str, tuple[str, int]],
+        world_size: int,
+        rank: int = 0,
+        *,
+        left: Mapping[str, int],
+        right: Mapping[str, str],
+    ):
+        """``left``: of the bytes in ``bases``, those of each layer's V; ``right``: key -> the file of its U; the rest as of
+        ``Placement``."""
+        super().__init__(layers, bases, world_size, rank)
+        self.left, self.right = left, right
+        self._rights: dict[str, Rotation] = {}
+        owners = LeastLoaded(world_size)
+        # Block by block, since neighbours share an optimizer sub-group; in each the largest first.
+        by_block = sorted(self.layers, key=lambda layer: (layer.layer, -self._work(layer)))
+        self.owners = {bases[layer.name][0]: owners.next(self._work(layer)) for layer in by_block}
+
+    def _work(self, layer: TargetLayer) -> float:
+        """Multiply-adds of one rotation: m rows with U, n columns with V."""
+        left = self.left[layer.name]
+        return (layer.m * (self.bases[layer.name][1] - left) + layer.n * left) / 4
+
+    def keep(self, key: str, make: Callable[[], Rotation]) -> None:
+        super().keep(key, make)
+        if isinstance(kept := self.own.get(key), TwoSided):
+            kept.right = self._rights.setdefault(self.right[key], kept.right)  # what layers share is held once
+
+    def cost(self) -> Cost:
+        cost, multiply_adds = super().cost(), [0.0] * self.world_size
+        for layer in self.layers:
+            multiply_adds[self.owners[self.bases[layer.name][0]]] += self._work(layer)
+        return Cost(cost.sent, cost.held, 2 * max(multiply_adds, default=0.0))
+
+    @staticmethod
+    def chunks(m: int, n: int) -> Iterator[slice]:
+        return iter([slice(0, m)])
+
+    def apply(self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool) -> Rotated:
+        if self.world_size > 1:
+            # In waves of one layer an owner, each as long as its largest: alike ones go together.
+            yield from super().apply(sorted(layers, key=lambda x: -self._work(x.target)), source, apply, fast)
+            return
+        for layer in layers:
+            share = source(layer).to(layer.device)
+            with matmul_precision(layer.param.dtype if fast else share.dtype):
+                whole = apply(self.own[layer.basis], share.float().view(layer.target.shape))
+            yield layer, whole.reshape(-1)
+
+
+def place_rotations(
+    basis: BasisStore | None,
+    asked: str,
+    layers: Iterable[TargetLayer],
+    bases: Mapping[str, tuple[str, int]],
+    world_size: int,
+    machine: Machine = GPU,
+    rank: int = 0,
+) -> tuple[Placement, str]:
+    """``place_bases``; of bases of both sides the only placement that they have, whatever it costs."""
+    if basis is None or not basis.two_sided:
+        return place_bases(asked, layers, bases, world_size, machine, rank=rank)
+    refuse_without_rows(basis, asked, world_size)
+    layers = list(layers)
+    left = {layer.name: basis.held_left(layer.name) for layer in layers}
+    right = {bases[layer.name][0]: basis.metadata.layers[layer.name]["file"] for layer in layers}
+    placement = WholeLayers(layers, bases, world_size, rank, left=left, right=right)
+    cost = placement.cost()
+    return placement, (
+        f"an output basis mixes rows. Predicted for a rank: holds {cost.held / 1e9:.3g} GB, sends {cost.sent / 1e9:.3g} GB a "
+        f"step, takes {cost.seconds(machine):.3g} s"
+    )
+
+
+def refuse_without_rows(
+    basis: BasisStore | None, asked: str, world_size: int, adapted: bool = False, left_projection: bool = False
+) -> None:
+    """UnsupportedSetting for what cannot be done with an output basis."""
+    if basis is None or not basis.two_sided:
+        return
+    of = f"the basis in {basis.directory} is of both sides (--output_basis)"
+    if asked not in ("auto", Owner.name) and world_size > 1:
+        raise UnsupportedSetting(
+            f"--basis_placement {asked}: {of}, which mixes the rows of a weight, so that a rank cannot rotate its own rows: "
+            "give owner or auto"
+        )
+    if adapted:
+        raise UnsupportedSetting(
+            f"--adapter lora: {of}, and an adapter's frozen directions are of the inputs alone: make bases without "
+            "--output_basis, and masks of whole columns"
+        )
+    if left_projection:
+        raise UnsupportedSetting(f"--left_projection: {of}: leave one of them out")
