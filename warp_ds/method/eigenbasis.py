@@ -103,6 +103,13 @@ def token_basis(x: Tensor, energy: float = 1.0, max_rank: int = 0) -> Basis:
     return _basis(u, kept, values, lambda z: x.T @ (x @ z) / count)
 
 
+def inputs_basis(n: int, x: Tensor | None, sigma: Tensor | None, energy: float = 1.0, max_rank: int = 0) -> Basis:
+    """Of what was seen of n inputs: tokens ``x`` [T, n], T < n, or the covariance ``sigma`` [n, n], or (both None) nothing."""
+    if x is not None:
+        return token_basis(x, energy, max_rank)
+    return unseen_basis(n) if sigma is None else covariance_basis(sigma, energy, max_rank)
+
+
 def weight_basis(w: Tensor, energy: float = 1.0, max_rank: int = 0) -> Basis:
     """Right singular vectors of W [m, n] and its singular values; ``energy`` counts squared singular values."""
     m, n = w.shape

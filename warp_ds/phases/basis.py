@@ -19,7 +19,7 @@ from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.cluster.processes import all_gather_object, init_distributed, rank, world_size
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags.arguments import BasisArguments
-from warp_ds.method.eigenbasis import Basis, covariance_basis, random_basis, token_basis, unseen_basis, weight_basis
+from warp_ds.method.eigenbasis import Basis, inputs_basis, random_basis, weight_basis
 from warp_ds.models.layer_names import type_order
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases.output_bases import Write, check_output_basis, from_gradients, from_outputs, weights_of
@@ -241,12 +241,8 @@ def _decomposition(
     def job() -> None:
         from_outputs(weights, delivered, arguments, _writer(directory, entries))
         begun = time.monotonic()
-        if delivered.x is not None:
-            basis = token_basis(delivered.x, arguments.energy, arguments.max_rank)
-        elif delivered.sigma is not None:
-            basis = covariance_basis(delivered.sigma, arguments.energy, arguments.max_rank)
-        else:
-            basis = unseen_basis(delivered.layers[0].n)
+        n = delivered.layers[0].n
+        basis = inputs_basis(n, delivered.x, delivered.sigma, arguments.energy, arguments.max_rank)
         delivered.x = delivered.sigma = None
         entries.update(_write(directory, delivered.layers, basis, delivered.tokens, way, time.monotonic() - begun))
 

@@ -367,8 +367,8 @@ class Bench:
         arm, a = trial.arm, self.arguments
         trained = made_from(trial)
         assert trained is not None
-        fine_tuned = self.model(trained)
         aligned, layers = self.start(arm.start), []
+        # Before training: what cannot be merged is refused here.
         if arm.merge == "resta":
             formula = resta_formula(self.unaligned(), arm.strength("resta", a.resta_alpha))
             self.measuring.measured("unaligned", self.unaligned)  # so that the report shows how unaligned that model is
@@ -377,7 +377,7 @@ class Bench:
         else:
             basis = self.basis(arm.start, "activation", LAYERS, a.seed)
             formula, layers = safe_delta_formula(basis, arm.strength("safedelta", a.safedelta_s)), BasisStore(basis).layers
-        output = self.root / trial.run / "model"
+        fine_tuned, output = self.model(trained), self.root / trial.run / "model"
         self.timed(trial.run, lambda: merge(fine_tuned, aligned, output, formula, layers=layers))
         merger = f"This model is the trained one, {card.code(fine_tuned)}, merged by the arm {card.code(arm.name)}."
         text = f"## Merged after training\n\n{merger}\n\n"

@@ -55,8 +55,8 @@ def safe_delta_formula(basis_dir: Path, s: float) -> Formula:
     for layer in basis.layers:
         if layer.expert is not None:
             raise ConfigError(
-                f"{layer.name}: Safe Delta is of matrices that are stored as they are, not of stacked experts: choose the "
-                "layers that every token passes with --layer_type"
+                f"{layer.name} is one of a mixture's experts, and Safe Delta is of matrices that every token passes: leave "
+                "safedelta out of --arms"
             )
         layers.setdefault(layer.parameter, []).append(layer)
 

@@ -16,7 +16,7 @@ from warp_ds.cluster.processes import world_size
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import BasisArguments
 from warp_ds.method.covariance import Covariance
-from warp_ds.method.eigenbasis import Basis, covariance_basis, token_basis, unseen_basis
+from warp_ds.method.eigenbasis import Basis, inputs_basis, unseen_basis
 from warp_ds.method.two_sided import output_basis
 from warp_ds.phases.importance import frozen_model, loss_weights, passes, scaled_loss
 from warp_ds.phases.packing import micro_batch
@@ -116,11 +116,6 @@ def _empty(layer: TargetLayer, samples: Samples, itemsize: int) -> LayerInput:
 
 def _decomposed(layer: TargetLayer, delivered: Delivered, arguments: BasisArguments, scale: float, write: Write) -> None:
     begun = time.monotonic()
-    if delivered.x is not None:
-        basis = token_basis(delivered.x, arguments.energy, arguments.max_rank)
-    elif delivered.sigma is not None:
-        basis = covariance_basis(delivered.sigma, arguments.energy, arguments.max_rank)
-    else:
-        basis = unseen_basis(layer.m)
+    basis = inputs_basis(layer.m, delivered.x, delivered.sigma, arguments.energy, arguments.max_rank)
     basis.values /= scale * scale
     write(layer, basis, delivered.tokens, "gradients", time.monotonic() - begun)
