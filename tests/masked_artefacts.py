@@ -125,6 +125,8 @@ def write_artefacts(
                 bases.layers[name]["output"], bases.bases[file] = file, {"n": m, "rank": v.shape[1]}
             if unit == "column":
                 frozen = frozen[:1].expand(m, n)
+            elif unit == "row":
+                frozen = frozen[:, :1].expand(m, n)
             units[0], units[1] = units[0] + int(frozen[0].sum()), units[1] + n
             write_mask(root / "masks", target, pack_bits(frozen))
             masks.layers[name] = layer_entry(target, target.mask_file, frozen=int(frozen.sum()), wanted=None, threshold=None)

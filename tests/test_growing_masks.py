@@ -13,6 +13,8 @@ from test_masked_step import LOSS, WEIGHT, Case, frozen_moved, gathered, make_en
 import warp_ds
 from warp_ds.cluster import processes
 from warp_ds.errors import ArtifactError, OtherRankError, UnsupportedSetting
+from warp_ds.phases.behaviours import unit_scores
+from warp_ds.phases.growing import frozen_first
 from warp_ds.store.masks import MaskStore
 from warp_ds.zero.growing import freeze_more
 
@@ -113,3 +115,18 @@ def refused(root: Path) -> list[str]:
 def test_nothing_thaws(root: Path) -> None:
     for thawing, unsupported in run_ranks(2, refused, root):
         assert "stays frozen" in thawing and "ZeRO stage 3" in unsupported
+
+
+@pytest.mark.parametrize("unit", ["entry", "row", "column"])
+def test_what_is_frozen_comes_before_any_score(tmp_path: Path, unit: str) -> None:
+    """Also where today's scores would choose others, as they do on a model that has moved far."""
+    known = write_artefacts(tmp_path, odd_model(), unit=unit, share=0.6)
+    masks = MaskStore(tmp_path / "masks")
+    for layer in masks.layers:
+        frozen = known.frozen[layer.parameter]
+        highest_where_free = torch.where(frozen, 0.0, 1.0)[:, : layer.n - 1]  # a basis that is short by one column
+        values = unit_scores({layer.name: highest_where_free}, unit)[layer.name]
+        found = frozen_first(values, masks, layer)
+        units = {"entry": frozen, "row": frozen.all(dim=1, keepdim=True), "column": frozen.all(dim=0, keepdim=True)}[unit]
+        assert found.shape == units.shape and 0 < int(units.sum()) < units.numel(), (layer.name, int(units.sum()))
+        assert found[units].min() > found[~units].max(), layer.name
