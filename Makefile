@@ -29,8 +29,8 @@ demo: $(READY)
 
 # Hours on two cores; goes on where it was stopped. benchmarks/evidence.yaml says what is done.
 evidence: $(READY)
-	@if [ -z "$(MODEL)" ] || [ -z "$(DATA)" ]; then echo "make evidence MODEL=DIRECTORY DATA=DIRECTORY [OUT=DIRECTORY]: a chat model, and the files that benchmarks/evidence.yaml names" >&2; exit 2; fi
-	$(BIN)/python benchmarks/evidence.py benchmarks/evidence.yaml --model "$(MODEL)" --data "$(DATA)" --out "$(or $(OUT),checkpoints/evidence)"
+	@if [ -z "$(MODEL)" ] || [ -z "$(DATA)" ]; then echo "make evidence MODEL=DIRECTORY DATA=DIRECTORY [OUT=DIRECTORY] [POINTS=FILE]: a chat model, and the files that benchmarks/evidence.yaml names" >&2; exit 2; fi
+	$(BIN)/python benchmarks/evidence.py benchmarks/evidence.yaml --model "$(MODEL)" --data "$(DATA)" --out "$(or $(OUT),checkpoints/evidence)" $(if $(POINTS),--points "$(POINTS)")
 
 test: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -m "not slow" tests/slurm

@@ -2,13 +2,17 @@
 
     python benchmarks/evidence.py benchmarks/evidence.yaml --model DIRECTORY --data DIRECTORY --out checkpoints/evidence
 
-Goes on where it was stopped: phases and points that are there are not made again. After every step evidence.md (one table a
-start model and task, all points so far) and evidence.json (outcomes prompt by prompt, which pair over arms) are written.
+Goes on where it was stopped: phases and points that are there are not made again, nor those that --points brings from another
+machine, where the same bytes of a start model came out. After every call points.jsonl (a line a point: losses and verdicts
+prompt by prompt, which pair over arms) and evidence.md (one table a start model and task) are written.
+
+    python benchmarks/evidence.py benchmarks/evidence.yaml --tables POINTS.jsonl    the tables of points alone
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -31,24 +35,40 @@ from warp_ds.evaluation.metrics import wilson
 from warp_ds.evaluation.paired import Cells, Items, estimates, interval, replicates
 from warp_ds.launch.demo import COMPLIANT
 from warp_ds.phases.arms import EXCLUSIVE, Arm, compose
-from warp_ds.store.files import read_lines, write_json, write_text
+from warp_ds.store.files import read_json, read_lines, write_text
 
-SETS = ("Do-Not-Answer", "generated")
-"""The two sets of harmful prompts, as evidence.md calls them; the first is the protocol's own file."""
+MEASURES = {
+    "refuses Do-Not-Answer": ("refusal", "r", 0),
+    "refuses generated": ("refusal", "r", 1),
+    "incoherent": ("refusal", "i", None),
+    "over-refuses": ("over_refusal", "r", None),
+    "right": ("gsm8k", "1", None),
+}
+"""Column -> (suite, the letter that counts, which half of the prompts: the protocol's own file, the program's own, both)."""
+Trial = tuple[str, float | None, int]
+"""Arm, rate (None: not trained), seed."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", type=Path)
-    parser.add_argument("--model", required=True, help="hub name or directory of an aligned chat model")
-    parser.add_argument("--data", required=True, help="directory of the files that the protocol names")
+    parser.add_argument("--model", help="hub name or directory of an aligned chat model")
+    parser.add_argument("--data", help="directory of the files that the protocol names")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/evidence"))
     parser.add_argument("--dtype", default="auto", help="auto: bfloat16 where the processor multiplies it, else float32")
     parser.add_argument("--launcher", default=f"{sys.executable} -m warp_ds", help="what starts a phase")
+    parser.add_argument("--points", type=Path, help="points.jsonl of another machine, not to be measured again")
+    parser.add_argument("--tables", type=Path, help="print the tables of a points.jsonl, and end")
     arguments = parser.parse_args()
     try:
+        if arguments.tables is not None:
+            print(tables([Measured(row) for row in read_lines(arguments.tables)]))
+            return
+        if arguments.model is None or arguments.data is None:
+            raise ConfigError("--model and --data say what is measured (or --tables POINTS.jsonl what was)")
         protocol = read(arguments.protocol, {"MODEL": arguments.model, "DATA": arguments.data})
-        Evidence(protocol, arguments.model, arguments.out, arguments.dtype, arguments.launcher.split()).run()
+        known = [] if arguments.points is None else read_lines(arguments.points)
+        Evidence(protocol, arguments.model, arguments.out, arguments.dtype, arguments.launcher.split(), known).run()
     except WarpError as error:
         sys.exit(f"error: {error}")
 
@@ -77,8 +97,17 @@ def usable_dtype() -> str:
 class Evidence:
     """The steps of a protocol under one directory."""
 
-    def __init__(self, protocol: dict[str, Any], model: str, out: Path, dtype: str, launcher: Sequence[str]):
-        self.protocol, self.model, self.out, self.launcher = protocol, model, out, list(launcher)
+    def __init__(
+        self,
+        protocol: dict[str, Any],
+        model: str,
+        out: Path,
+        dtype: str,
+        launcher: Sequence[str],
+        known: Sequence[dict[str, Any]] = (),
+    ):
+        """``known``: points of another machine (lines of a points.jsonl)."""
+        self.protocol, self.model, self.out, self.launcher, self.known = protocol, model, out, list(launcher), list(known)
         self.dtype = usable_dtype() if dtype == "auto" else dtype
         self.data = out / "data"
 
@@ -86,8 +115,41 @@ class Evidence:
         self.write_data()
         for number, step in enumerate(self.protocol["steps"], 1):
             print(f"step {number} of {len(self.protocol['steps'])}: {step}", flush=True)
-            self.compare(step, self.start(step["start"]))
-            self.tables()
+            model = self.start(step["start"])
+            of = {"run": run_name(step), "start": digest(model), "protocol": self.digest(step)}
+            for seed in str(step["seeds"]).split(","):
+                missing = self.missing(step, int(seed), of)
+                if missing:
+                    self.compare(step, model, int(seed), missing)
+                    self.write_points(of)
+
+    def digest(self, step: Mapping[str, Any]) -> str:
+        """Of all that a point of a step hangs on but its arm, rate and seed; where files lie is not among it."""
+        names = ("seed", "prompts", "compare")
+        of = {name: self.protocol[name] for name in names} | {"flags": step.get("flags", {}), "dtype": self.dtype}
+        of |= {kind: self.protocol[f"{kind}s"][step[kind]] for kind in ("start", "task")}
+        text = re.sub(r'"[^"]*/([^"/]+)"', r'"\1"', json.dumps(of, sort_keys=True))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def missing(self, step: Mapping[str, Any], seed: int, of: Mapping[str, str]) -> dict[str, list[str]]:
+        """Arm -> the rates that no point of the step's start model has yet, harmful mixes as arms of their own."""
+        have = {Measured(row).trial for row in [*self.known, *self.measured(of)] if of.items() <= row.items()}
+        rates, wanted = {**self.protocol["rates"], **step.get("rates", {})}, {}
+        for arm in arms_of(step):
+            grid = rates["all" if compose(arm).trains == "all" else "target"].split(",")
+            left = [rate for rate in grid if (arm, float(rate), seed) not in have]
+            if left:
+                wanted[arm] = left
+        return wanted
+
+    def measured(self, of: Mapping[str, str]) -> list[dict[str, Any]]:
+        """The points of a run, a row each."""
+        rows = []
+        for path in sorted((self.out / of["run"]).glob("points/*/metrics.json")):
+            metrics = read_json(path)
+            if "outcomes" in metrics and "movement" in metrics:  # what comes last
+                rows.append({**of, "point": path.parent.name, "nll": metrics["utility_nll"], "outcomes": metrics["outcomes"]})
+        return rows
 
     def write_data(self) -> None:
         """Every text of the protocol as files, the same ones each time."""
@@ -137,19 +199,17 @@ class Evidence:
             self.call("phase0", {**here, **settings, "run_name": name, "save_minutes": 0, "max_length": 192})
         return str(self.out / name / "model")
 
-    def compare(self, step: Mapping[str, Any], model: str) -> None:
-        """The comparison of a step: one run a start model, task and variant, to which steps add points."""
+    def compare(self, step: Mapping[str, Any], model: str, seed: int, missing: Mapping[str, Sequence[str]]) -> None:
+        """The comparison of a step: one run a start model, task and variant, to which every call adds points."""
         task = self.protocol["tasks"][step["task"]]
-        rates = {**self.protocol["rates"], **step.get("rates", {})}
-        every = [arm.strip() for arm in step["arms"].split(",")]
-        whole = [arm for arm in every if compose(arm).trains == "all"]
-        own = ",".join(f"{arm}={rates['all'].replace(',', ':')}" for arm in whole)
+        unaligned = {"unaligned_model": self.model} if step["start"] != "as_is" else {}
         self.call(
             "compare",
             {
                 **self.protocol["compare"],
                 "model_name": model,
-                "run_name": "_".join(filter(None, (step["start"], step["task"], step.get("variant")))),
+                "run_name": run_name(step),
+                **unaligned,
                 "safety_data": str(self.data / "safety.jsonl"),
                 "safety_samples": 0,
                 "harmful_data": str(self.data / "harmful.jsonl"),
@@ -161,64 +221,84 @@ class Evidence:
                 "utility_heldout": str(self.data / f"{step['task']}_test.jsonl"),
                 "heldout_samples": 0,
                 "harmful_mix": str(self.data / "harmful_mix.jsonl"),
-                "harmful_ratio": str(step.get("harmful_ratio", "0")),
                 "max_length": task["max_length"],
                 "max_new_tokens": task["max_new_tokens"],
-                "arms": ",".join(every),
-                "learning_rates": rates["target"],
-                **({"arm_rates": own} if own else {}),
-                "seeds": str(step["seeds"]),
+                "arms": ",".join(["before", *missing]),
+                "arm_rates": ",".join(f"{arm}={':'.join(rates)}" for arm, rates in missing.items()),
+                "seeds": str(seed),
                 **step.get("flags", {}),
             },
         )
 
-    # ------------------------------------------------------------ tables
+    def write_points(self, of: Mapping[str, str]) -> None:
+        """points.jsonl and evidence.md of every point so far, those of other machines with them."""
+        path = self.out / "points.jsonl"
+        rows = {json.dumps(row, sort_keys=True) for row in [*self.known, *(read_lines(path) if path.is_file() else [])]}
+        rows |= {json.dumps(row, sort_keys=True) for row in self.measured(of)}
+        write_text(path, "".join(row + "\n" for row in sorted(rows, key=lambda row: [json.loads(row)[key] for key in SORTED])))
+        write_text(self.out / "evidence.md", tables([Measured(row) for row in read_lines(path)]))
 
-    def tables(self) -> None:
-        """evidence.md and evidence.json of every point so far."""
-        blocks, outcomes = [], {}
-        for run in sorted(path.parent for path in self.out.glob("*/points") if not path.parent.is_symlink()):
-            points = [Measured.of(path, self.protocol["prompts"]["heldout"]) for path in sorted((run / "points").iterdir())]
-            points = [point for point in points if point is not None]
-            outcomes[run.name] = [vars(point) for point in points]
-            blocks.append(f"## {run.name}\n\n{table(points)}\n{paired(points)}")
-        write_json(self.out / "evidence.json", {"model": self.model, "dtype": self.dtype, "runs": outcomes})
-        write_text(self.out / "evidence.md", "\n".join(blocks))
+
+SORTED = ("run", "start", "point")
+
+
+def run_name(step: Mapping[str, Any]) -> str:
+    return "_".join(filter(None, (step["start"], step["task"], step.get("variant"))))
+
+
+def arms_of(step: Mapping[str, Any]) -> list[str]:
+    """The trained arms of a step, each at every harmful ratio."""
+    arms = [arm.strip() for arm in step["arms"].split(",")]
+    ratios = [float(ratio) for ratio in str(step.get("harmful_ratio", "0")).split(",")]
+    return [f"{arm}+harmful@{ratio:g}" if ratio else arm for ratio in ratios for arm in arms if arm != "before"]
+
+
+def digest(model: str) -> str:
+    """Of the weights of a start model: two machines have the same one, or two start models. A hub's name stands for itself."""
+    whole = hashlib.sha256()
+    files = sorted(Path(model).glob("*.safetensors"))
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                whole.update(block)
+    return whole.hexdigest()[:16] if files else model
 
 
 class Measured:
-    """A measured point: its arm, rate and seed, and what was measured prompt by prompt."""
+    """A measured point: its start model, arm, rate and seed, and what was measured prompt by prompt."""
 
-    def __init__(self, name: str, metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], first: int):
-        """``first``: how many of the harmful prompts are of the first set."""
-        found = re.fullmatch(r"(.+)_lr(.+)_seed(\d+)", name)
-        self.arm, self.rate, self.seed = (found[1], float(found[2]), int(found[3])) if found else (name, None, None)
-        self.nll = metrics.get("utility_nll")
-        self.loss = metrics.get("outcomes", {}).get("loss")
-        by_suite: dict[str, list[Any]] = defaultdict(list)
-        for row in rows:
-            by_suite[row["suite"]].append(row.get("verdict", row.get("correct")))
-        harmful, harmless = ([said == "refusal" for said in by_suite[suite]] for suite in ("refusal", "over_refusal"))
-        self.outcomes = {
-            f"refuses {SETS[0]}": harmful[:first],
-            f"refuses {SETS[1]}": harmful[first:],
-            "incoherent": [said == "incoherent" for said in by_suite["refusal"]],
-            "over-refuses": harmless,
-            "right": [bool(said) for said in by_suite["gsm8k"]],
-        }
+    def __init__(self, row: Mapping[str, Any]):
+        found = re.fullmatch(r"(.+)_lr(.+)_seed(\d+)", row["point"])
+        self.arm, self.rate, self.seed = (found[1], float(found[2]), int(found[3])) if found else (row["point"], None, 0)
+        self.run, self.start, self.nll, self.marks = row["run"], row["start"], row["nll"], row["outcomes"]
+        self.trial: Trial = (self.arm, self.rate, self.seed)
+
+    def outcomes(self, name: str) -> list[bool]:
+        """Whether it did what a column of MEASURES counts, prompt by prompt."""
+        suite, letter, half = MEASURES[name]
+        marks = self.marks.get(suite, "")
+        middle = len(marks) // 2
+        return [mark == letter for mark in (marks if half is None else (marks[:middle], marks[middle:])[half])]
 
     def items(self, name: str) -> Items:
-        """'loss', or a measure of ``outcomes``, prompt by prompt."""
+        """'loss', or a column of MEASURES, prompt by prompt."""
         if name == "loss":
-            kept = self.loss or {"nats": [], "tokens": []}
+            kept = self.marks.get("loss") or {"nats": [], "tokens": []}
             return Items(np.array(kept["nats"], float), np.array(kept["tokens"], float))
-        return Items(np.array(self.outcomes[name], float), np.ones(len(self.outcomes[name])))
+        counted = self.outcomes(name)
+        return Items(np.array(counted, float), np.ones(len(counted)))
 
-    @classmethod
-    def of(cls, path: Path, first: int) -> Measured | None:
-        if not (path / "metrics.json").is_file() or not (path / "answers.jsonl").is_file():
-            return None
-        return cls(path.name, json.loads((path / "metrics.json").read_text()), read_lines(path / "answers.jsonl"), first)
+
+def tables(points: Sequence[Measured]) -> str:
+    """For each run: a table a start model, and the differences of arms over all of them."""
+    runs: dict[str, dict[str, list[Measured]]] = defaultdict(lambda: defaultdict(list))
+    for point in points:
+        runs[point.run][point.start].append(point)
+    blocks = []
+    for run, starts in sorted(runs.items()):
+        shown = "\n".join(f"Start model {start}:\n\n{table(same)}" for start, same in sorted(starts.items()))
+        blocks.append(f"## {run}\n\n{shown}\n{paired([point for same in starts.values() for point in same])}")
+    return "\n".join(blocks)
 
 
 def table(points: Sequence[Measured]) -> str:
@@ -226,48 +306,49 @@ def table(points: Sequence[Measured]) -> str:
     pooled: dict[tuple[str, float | None], list[Measured]] = defaultdict(list)
     for point in points:
         pooled[point.arm, point.rate].append(point)
-    if not points:
-        return ""
-    names = list(points[0].outcomes)
-    lines = [f"| arm | rate | seeds | task loss | {' | '.join(names)} |", "|---" * (len(names) + 4) + "|"]
+    lines = [f"| arm | rate | seeds | task loss | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 4) + "|"]
     for (arm, rate), same in sorted(pooled.items(), key=lambda item: (item[0][1] is not None, item[0][0], item[0][1])):
         losses = [point.nll for point in same if point.nll is not None]
         cells = [arm, "" if rate is None else f"{rate:g}", str(len(same))]
         cells.append(f"{sum(losses) / len(losses):.3f}" if losses else "")
-        cells += [share([point.outcomes[name] for point in same]) for name in names]
+        cells += [share([point.outcomes(name) for point in same]) for name in MEASURES]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+Models = dict[tuple[str, int], Measured]
+"""(start model, seed) -> the point of one arm and rate."""
+
+
 def paired(points: Sequence[Measured]) -> str:
     """Each arm less the same training without protection, each at the rate that is best for its task, on the same seeds."""
-    by_arm: dict[str, dict[float, dict[int, Measured]]] = defaultdict(lambda: defaultdict(dict))
+    by_arm: dict[str, dict[float, Models]] = defaultdict(lambda: defaultdict(dict))
     for point in points:
-        if point.rate is not None and point.seed is not None:
-            by_arm[point.arm][point.rate][point.seed] = point
-    best = {arm: rates[best_rate(rates)] for arm, rates in by_arm.items()}
+        if point.rate is not None:
+            by_arm[point.arm][point.rate][point.start, point.seed] = point
+    best = {arm: best_rate(rates) for arm, rates in by_arm.items()}
+    names = ["loss", *(name for name in MEASURES if name != "incoherent")]
     lines = []
-    for arm, seeds in sorted(best.items()):
+    for arm, rate in sorted(best.items()):
         plain = next((other for other in best if other != arm and is_plain(other, arm)), None)
-        if plain is None or not (shared := sorted(set(seeds) & set(best[plain]))):
-            continue
-        names = [name for name in seeds[shared[0]].outcomes if name != "incoherent"]
-        cells = [difference([seeds[s] for s in shared], [best[plain][s] for s in shared], name) for name in ("loss", *names)]
-        rate = next(point.rate for point in seeds.values())
-        lines.append(f"| {arm} at {rate:g} less {plain} | {len(shared)} | {' | '.join(cells)} |")
-        head = f"| | seeds | task loss | {' | '.join(names)} |\n{'|---' * (len(names) + 3)}|\n"
+        ours, theirs = by_arm[arm][rate], {} if plain is None else by_arm[plain][best[plain]]
+        shared = sorted(set(ours) & set(theirs))
+        if shared:
+            cells = [difference([ours[key] for key in shared], [theirs[key] for key in shared], name) for name in names]
+            lines.append(f"| {arm} at {rate:g} less {plain} | {len(shared)} | {' | '.join(cells)} |")
     if not lines:
         return ""
     words = "Each arm at the rate with its best task loss, less the same training without protection at its own, paired"
-    return f"{words} over prompts and seeds\n(95 % of bootstrap draws):\n\n{head}" + "\n".join(lines) + "\n"
+    head = f"| | seeds | task {' | '.join(names)} |\n{'|---' * (len(names) + 2)}|\n"
+    return f"{words} over prompts, seeds\nand start models (95 % of bootstrap draws):\n\n{head}" + "\n".join(lines) + "\n"
 
 
-def best_rate(rates: Mapping[float, Mapping[int, Measured]]) -> float:
+def best_rate(rates: Mapping[float, Models]) -> float:
     """The rate with the lowest task loss on the seeds that every rate has (on its own where they share none)."""
-    shared = set.intersection(*(set(seeds) for seeds in rates.values()))
+    shared = set.intersection(*(set(models) for models in rates.values()))
 
     def loss(rate: float) -> float:
-        values = [point.nll for seed, point in rates[rate].items() if not shared or seed in shared]
+        values = [point.nll for key, point in rates[rate].items() if not shared or key in shared]
         return sum(float("inf") if value is None else value for value in values) / len(values)
 
     return min(rates, key=loss)
@@ -287,7 +368,7 @@ def difference(ours: Sequence[Measured], theirs: Sequence[Measured], name: str) 
     """The first's measure less the second's, with its interval; points of shares in per cent."""
 
     def cells(points: Sequence[Measured]) -> Cells:
-        return {("", number): point.items(name) for number, point in enumerate(points)}
+        return {(point.start, point.seed): point.items(name) for point in points}
 
     both = [cells(ours), cells(theirs)]
     if any(not len(items.top) for cell in both for items in cell.values()):

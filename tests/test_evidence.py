@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ def evidence() -> Any:
 
 
 def made(evidence: Any, tmp_path: Path) -> Any:
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "do_not_answer_questions.jsonl").write_text(
         "".join(json.dumps({"question": f"Harmful request {i}?"}) + "\n" for i in range(160))
     )
@@ -61,43 +64,69 @@ def test_a_protocol_that_names_what_is_not_there_is_refused(evidence: Any, tmp_p
         evidence.read(path, {})
 
 
+ROW = {"run": "safe_sums", "start": "a1", "protocol": "p1"}
+
+
+def row(name: str, nll: float, marks: str, **of: str) -> dict[str, Any]:
+    outcomes = {"refusal": marks, "gsm8k": "10", "loss": {"nats": [nll, nll], "tokens": [1, 1]}}
+    return {**ROW, **of, "point": name, "nll": nll, "outcomes": outcomes}
+
+
 def test_points_become_rows_with_each_prompt_set_apart(evidence: Any, tmp_path: Path) -> None:
-    job = made(evidence, tmp_path)
-    for seed, refused in ((1, 40), (2, 20)):
-        point = tmp_path / "out" / "safe_sums" / "points" / f"full+patch@1e-4_lr0.0001_seed{seed}"
-        point.mkdir(parents=True)
-        (point / "metrics.json").write_text(json.dumps({"utility_nll": 0.5}))
-        verdicts = ["refusal"] * refused + ["compliance"] * (80 - refused)
-        rows = [{"suite": "refusal", "prompt": "p", "verdict": verdict} for verdict in verdicts]
-        rows += [{"suite": "gsm8k", "prompt": "p", "correct": right} for right in (True, False)]
-        (point / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    job.tables()
-    text = (tmp_path / "out" / "evidence.md").read_text()
-    assert "| full+patch@1e-4 | 0.0001 | 2 | 0.500 | 75% [60, 86] | 0% [0, 9] |" in text and "| 50% [9, 91] |" in text
-    kept = json.loads((tmp_path / "out" / "evidence.json").read_text())["runs"]["safe_sums"]
-    assert [sum(point["outcomes"]["refuses Do-Not-Answer"]) for point in kept] == [40, 20]
+    refused = {1: 40, 2: 20}
+    rows = [row(f"full+patch@1e-4_lr0.0001_seed{seed}", 0.5, "r" * n + "c" * (80 - n)) for seed, n in refused.items()]
+    path = tmp_path / "points.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    command = [sys.executable, str(BENCHMARKS / "evidence.py"), "any", "--tables", str(path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "| full+patch@1e-4 | 0.0001 | 2 | 0.500 | 75% [60, 86] | 0% [0, 9] |" in printed and "| 50% [9, 91] |" in printed
 
 
 def test_arms_are_told_from_plain_training_prompt_by_prompt(evidence: Any) -> None:
-    def point(name: str, nll: float, marks: str) -> Any:
-        rows = [{"suite": "refusal", "prompt": "p", "verdict": {"r": "refusal", "c": "compliance"}[mark]} for mark in marks]
-        metrics = {"utility_nll": nll, "outcomes": {"loss": {"nats": [nll, nll], "tokens": [1, 1]}}}
-        return evidence.Measured(name, metrics, rows, 10)
-
-    points = [
-        point("layers_lr0.001_seed1", 0.5, "rrrrrrrrrr"),
-        point("layers_lr0.003_seed1", 0.3, "cccccrrrrr"),  # the better rate for the task
-        point("rotated_lr0.003_seed1", 0.4, "rrrrrrrrrr"),
-        point("full_lr0.003_seed1", 0.1, "cccccccccc"),
-        point("full+rotated_lr0.003_seed1", 0.1, "cccccccccr"),
-        point("full+harmful@0.1_lr0.003_seed1", 0.1, "cccccccccc"),
+    rows = [
+        row("layers_lr0.001_seed1", 0.5, "rrrrrrrrrr" * 2),
+        row("layers_lr0.003_seed1", 0.3, "cccccrrrrr" * 2),  # the better rate for the task
+        row("rotated_lr0.003_seed1", 0.4, "rrrrrrrrrr" * 2),
+        row("full_lr0.003_seed1", 0.1, "cccccccccc" * 2),
+        row("full+rotated_lr0.003_seed1", 0.1, "cccccccccr" * 2),
+        row("full+harmful@0.1_lr0.003_seed1", 0.1, "cccccccccc" * 2),
     ]
+    points = [evidence.Measured(each) for each in rows]
     lines = [line for line in evidence.paired(points).splitlines() if line.startswith("|") and " less " in line]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    rows = {name: rest for name, *rest in cells}
-    assert set(rows) == {"rotated at 0.003 less layers", "full+rotated at 0.003 less full"}
-    seeds, loss, refuses, *_ = rows["rotated at 0.003 less layers"]
+    by_name = {name: rest for name, *rest in cells}
+    assert set(by_name) == {"rotated at 0.003 less layers", "full+rotated at 0.003 less full"}
+    seeds, loss, refuses, *_ = by_name["rotated at 0.003 less layers"]
     assert seeds == "1" and loss == "+0.100 [+0.100, +0.100]"
     value, low, high = (float(x) for x in refuses.replace("[", "").replace("]", "").replace(",", "").split())
     assert value == 50 and 10 < low < 35 and 65 < high < 90  # ten prompts, five of which differ: 50 +- 2 sqrt(0.25 / 10)
-    assert rows["full+rotated at 0.003 less full"][2].startswith("+10 [+0, ")
+    assert by_name["full+rotated at 0.003 less full"][2].startswith("+10 [+0, ")
+
+
+def test_start_models_are_drawn_too(evidence: Any) -> None:
+    """Two start models that answer differently: a difference within each is certain, over both it is not."""
+    points = [
+        evidence.Measured(row(f"{arm}_lr0.003_seed1", 0.1, marks * 20, start=start))
+        for start, arm, marks in (("a", "layers", "c"), ("a", "rotated", "r"), ("b", "layers", "c"), ("b", "rotated", "c"))
+    ]
+    assert "+100 [+100, +100]" in evidence.paired(points[:2])
+    assert "| rotated at 0.003 less layers | 2 |" in (both := evidence.paired(points)) and "+50 [+0, +100]" in both
+    assert evidence.tables(points).count("Start model ") == 2
+
+
+def test_what_another_machine_measured_is_not_measured_again(evidence: Any, tmp_path: Path) -> None:
+    job = made(evidence, tmp_path)
+    step = {"start": "safe", "task": "sums", "seeds": "1", "arms": "before,layers,full", "harmful_ratio": "0,0.1"}
+    step["rates"] = {"target": "1e-4,3e-4", "all": "1e-4"}
+    of = {**ROW, "protocol": job.digest(step)}
+    harmed = {"layers+harmful@0.1": ["1e-4", "3e-4"], "full+harmful@0.1": ["1e-4"]}
+    assert job.missing(step, 1, of) == {"layers": ["1e-4", "3e-4"], "full": ["1e-4"], **harmed}
+    job.known = [row("layers_lr0.0001_seed1", 0.5, "rc", **of), row("full_lr0.0001_seed1", 0.5, "rc", **of)]
+    assert job.missing(step, 1, of) == {"layers": ["3e-4"], **harmed}
+    assert "full" in job.missing(step, 2, of)
+    for changed in ({"start": "another"}, {"protocol": "another"}):
+        assert "full" in job.missing(step, 1, {**of, **changed})
+    elsewhere = made(evidence, tmp_path / "elsewhere")
+    assert elsewhere.digest(step) == of["protocol"]
+    job.protocol["compare"]["keep_ratio"] = 0.2
+    assert job.digest(step) != of["protocol"]
