@@ -269,7 +269,7 @@ def worker(root: Path) -> None:
     output, adapter = root / "out" / phase.replace(" ", ""), (root / "adapter").read_text()
     columns_alone = {"mask_unit": "column"} if adapter != "none" else {}
     read = 0
-    preadv, columns = os.preadv, bases.BasisStore.columns
+    preadv, columns, chosen = os.preadv, bases.BasisStore.columns, bases.BasisStore.chosen
 
     def counted_preadv(descriptor: int, buffers: list[Any], offset: int) -> int:
         nonlocal read
@@ -282,8 +282,15 @@ def worker(root: Path) -> None:
         read += size(list(found))
         return found
 
+    def counted_chosen(self: Any, name: str, wanted: Any) -> Any:  # every page of the file is touched
+        nonlocal read
+        found = chosen(self, name, wanted)
+        read += 4 * found.shape[0] * len(wanted)
+        return found
+
     os.preadv = counted_preadv
     bases.BasisStore.columns = counted_columns  # type: ignore[method-assign]
+    bases.BasisStore.chosen = counted_chosen  # type: ignore[method-assign]
     common: dict[str, Any] = {
         "model_name": str(root / "model"),
         "dtype": "bfloat16",

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import LlamaConfig
 
 from warp_ds.errors import ConfigError
 from warp_ds.launch import plan
 from warp_ds.launch.cli import main
 from warp_ds.launch.planning.fit import USABLE, estimate_phases, make_plan
-from warp_ds.launch.planning.job import SHARDINGS, Job, read_shape
+from warp_ds.launch.planning.job import SHARDINGS, Job, Sharding, read_shape
 
 SIZES = {
     "70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
@@ -51,6 +52,15 @@ def test_figures_that_are_exact(configs: Path) -> None:
         assert importance.disk == 80 * (8192 * 28672 + 8192 * 8192 + 2 * 1024 * 8192) // 8
         # The model alone is what a finished run leaves of phase 3's files.
         assert training.disk - training.checkpoint >= 2 * 70_553_706_496
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS, ids=lambda sharding: sharding.config)
+def test_settings_of_the_shipped_configs(sharding: Sharding) -> None:
+    """As DeepSpeed itself reads them, its defaults among them ('auto' is transformers')."""
+    path = Path(__file__).parent.parent / "ds_configs" / sharding.config
+    zero = DeepSpeedZeroConfig(**json.loads(path.read_text())["zero_optimization"])
+    names = ("reduce_bucket_size", "max_live_parameters", "prefetch_bucket_size", "sub_group_size")
+    assert [getattr(sharding, name) for name in names] == [getattr(zero, name) for name in names]
 
 
 def test_what_is_kept_of_the_start_model_is_counted(configs: Path) -> None:

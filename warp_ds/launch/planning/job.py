@@ -35,12 +35,13 @@ class Sharding:
     offload: str
     reduce_bucket_size: int = 500_000_000
     max_live_parameters: int = 1_000_000_000
+    prefetch_bucket_size: int = 50_000_000
     sub_group_size: int = 1_000_000_000
 
 
 SHARDINGS = [
     Sharding("zero3.json", "none"),
-    Sharding("zero3_70b.json", "none", 100_000_000, 1_000_000_000, 100_000_000),
+    Sharding("zero3_70b.json", "none", reduce_bucket_size=100_000_000, sub_group_size=100_000_000),
     Sharding("zero3_offload_optimizer.json", "optimizer"),
     Sharding("zero3_offload.json", "all"),
 ]

@@ -99,6 +99,8 @@ def _passes(shape: Shape, job: Job, sharding: Sharding) -> dict[str, float]:
     live = min(shape.parameters, sharding.max_live_parameters)
     return {
         "gathered": (live + max(shape.blocks)) * b,
+        # Parameters that are fetched together arrive as one tensor, of which each is then a copy.
+        "being fetched": min(live, sharding.prefetch_bucket_size) * b * (job.ranks > 1),
         "activations": depth * tokens * shape.hidden * b + of_block if job.gradient_checkpointing else depth * of_block,
         "logits": logits(shape, tokens, b),
     }
