@@ -130,3 +130,14 @@ def test_what_another_machine_measured_is_not_measured_again(evidence: Any, tmp_
     assert elsewhere.digest(step) == of["protocol"]
     job.protocol["compare"]["keep_ratio"] = 0.2
     assert job.digest(step) != of["protocol"]
+
+
+def test_the_picture_reads_the_pages_table(tmp_path: Path) -> None:
+    page, picture = tmp_path / "evidence.md", tmp_path / "evidence.svg"
+    page.write_text(
+        "# Page\n\n| arm | rate | seeds | task loss | refuses Do-Not-Answer | right |\n|---|---|---|---|---|---|\n"
+        "| before |  | 1 | 2.100 | 98% [87, 100] | 0% [0, 11] |\n| layers | 0.0003 | 3 | 0.030 | 1% [0, 10] | 56% [38, 72] |\n"
+    )
+    script = BENCHMARKS / "evidence_picture.py"
+    subprocess.run([sys.executable, str(script), str(page), str(picture)], check=True)
+    assert "<!-- layers (0.0003) -->" in picture.read_text()
