@@ -20,7 +20,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # The fork server imports the heavy libraries once for all ranks of all tests; it never runs them, so forking is safe.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "transformers", "deepspeed", "transformers.models.llama.modeling_llama"])
+# Muon's module, which every engine of DeepSpeed imports, calls torch.compile: 1 s of processor for each rank by itself.
+_context.set_forkserver_preload(
+    [
+        "transformers.models.llama.modeling_llama",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "peft",
+        "warp_ds.phases.compare",
+        "warp_ds.phases.audit",
+    ]
+)
 
 
 def free_port() -> int:
