@@ -19,7 +19,8 @@ from warp_ds.models.classes import auto_class, reads_pictures
 from warp_ds.models.context import text_config
 from warp_ds.models.experts import find_experts
 from warp_ds.models.families import FUSED_NAMES, PATHS, fused_rows
-from warp_ds.models.layer_names import in_ranges, parse_layer_types, parse_target_layers, type_order
+from warp_ds.models.layer_names import ROUTER, in_ranges, parse_layer_types, parse_target_layers, type_order
+from warp_ds.models.routers import find_router
 from warp_ds.models.transformers_internals import zero3_hidden_from_transformers
 from warp_ds.store.layers import TargetLayer, uncovered
 
@@ -169,9 +170,11 @@ def _targets(block: nn.Module, prefix: str, index: int, kind: str) -> list[Targe
     ConfigError where it has one that cannot be rotated.
     """
     inner = dict(block.named_modules())
-    if kind.startswith("experts_"):
+    if kind == ROUTER or kind.startswith("experts_"):
         experts = find_experts(inner, prefix, index)
-        return experts.layers(kind) if experts else []
+        if experts is None:
+            return []
+        return [find_router(inner, prefix, experts)] if kind == ROUTER else experts.layers(kind)
     target = _target(inner, prefix, index, kind)
     if target is None and kind.startswith("ffn_") and (experts := find_experts(inner, prefix, index)):
         return experts.layers(kind.replace("ffn_", "experts_"))

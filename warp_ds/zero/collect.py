@@ -27,7 +27,8 @@ from warp_ds.data.collate import EMPTY
 from warp_ds.method.covariance import Covariance
 from warp_ds.models.expert_taps import tapped
 from warp_ds.models.experts import by_module
-from warp_ds.models.layer_names import type_order
+from warp_ds.models.layer_names import ROUTER, type_order
+from warp_ds.models.routers import watch
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.fetch import FetchHooks, outside
@@ -265,7 +266,11 @@ class InputHooks:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], layer: TargetLayer = layer) -> None:
                 self._take(layer, inputs[0].detach())
 
-            self._handles.append(self.model.get_submodule(layer.module).register_forward_pre_hook(hook))
+            module = self.model.get_submodule(layer.module)
+            if layer.type == ROUTER:
+                self._handles += watch(module, lambda x, y, layer=layer: self.take(layer, x.detach()))
+            else:
+                self._handles.append(module.register_forward_pre_hook(hook))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -285,7 +290,7 @@ class InputHooks:
     def take(self, layer: TargetLayer, x: Tensor) -> None:
         """Adds what a layer is given: all tokens of the batch, [B, L, n], or flat."""
         assert self.batch is not None
-        self._take(layer, x.view(*self.batch.counted.shape, -1))
+        self._take(layer, self.batch.shaped(x))
 
     def _take(self, layer: TargetLayer, x: Tensor) -> None:
         assert self.batch is not None

@@ -17,6 +17,8 @@ from warp_ds.data.formats import IGNORE
 from warp_ds.errors import ConfigError
 from warp_ds.models.expert_taps import tapped
 from warp_ds.models.experts import by_module
+from warp_ds.models.layer_names import ROUTER
+from warp_ds.models.routers import watch
 from warp_ds.store.layers import Ranges, TargetLayer
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.fetch import FetchHooks, outside, saved_by_reference
@@ -95,7 +97,11 @@ class GradientTaps:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, layer: TargetLayer = layer) -> None:
                 _tap(self.taken, layer.name, y, inputs[0].detach(), layer.rows)
 
-            self._handles.append(self.model.get_submodule(layer.module).register_forward_hook(hook))
+            module = self.model.get_submodule(layer.module)
+            if layer.type == ROUTER:
+                self._handles += watch(module, lambda x, y, layer=layer: _tap(self.taken, layer.name, y, x.detach()))
+            else:
+                self._handles.append(module.register_forward_hook(hook))
         return self
 
     def __exit__(self, *_: Any) -> None:
