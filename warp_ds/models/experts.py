@@ -104,6 +104,15 @@ def shape_of(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def by_expert(layers: Sequence[TargetLayer], down: bool) -> dict[int, list[TargetLayer]]:
+    """Of experts' layers the down projections, or the gates and ups, by their expert."""
+    found: dict[int, list[TargetLayer]] = {}
+    for layer in layers:
+        if layer.expert is not None and layer.type.startswith("experts_down") == down:
+            found.setdefault(layer.expert, []).append(layer)
+    return found
+
+
 def by_module(layers: Sequence[TargetLayer]) -> dict[str, list[TargetLayer]]:
     """The layers that are experts' projections, by their modules' names."""
     found: dict[str, list[TargetLayer]] = {}

@@ -1,7 +1,7 @@
 """Routers of mixtures of experts: W [E, H], by which a block says which experts a token is given to, as a layer.
 
-Most are modules of their own kind, which return more than W x, or less: logits that are cut, capped or already chosen from. What
-is multiplied, and what comes of it, is seen at the product itself, while the module's own forward runs.
+Most are modules of their own kind, which return more than W x, or less: logits that are cut, capped or already chosen from.
+What is multiplied, and what comes of it, is seen at the product itself, while the module's own forward runs.
 """
 
 from __future__ import annotations

@@ -233,12 +233,15 @@ def _dtype(module: nn.Module) -> str:
     return str(weight.dtype).removeprefix("torch.") if weight is not None else "no weight"
 
 
-def shared_inputs(layers: Iterable[TargetLayer]) -> list[list[TargetLayer]]:
-    """The layers grouped by the input that they see in the known architectures; file naming takes the first of each."""
+def shared_inputs(layers: Iterable[TargetLayer], expert_basis: str = "block") -> list[list[TargetLayer]]:
+    """The layers grouped by the input that they see in the known architectures; file naming takes the first of each.
+
+    ``expert_basis``: whether gates and ups of a block's experts see the block's tokens, or each expert's its own.
+    """
     groups: dict[tuple[int, str], list[TargetLayer]] = {}
     for layer in sorted(layers, key=lambda layer: (layer.layer, type_order(layer.type))):
         shared = next((kinds[0] for kinds in SHARING if layer.type in kinds), layer.type)
         if layer.type.startswith(("experts_up", "experts_gate")):
-            shared = "experts_up"
+            shared = f"experts_up_{layer.expert}" if expert_basis == "expert" else "experts_up"
         groups.setdefault((layer.layer, shared), []).append(layer)
     return list(groups.values())
