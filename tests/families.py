@@ -167,7 +167,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": experts(**HEADS, **LOCAL),
     "aria_text": experts(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
     "llama4_text": experts("1,3", **HEADS, **dict(intermediate_size_mlp=48, interleave_moe_layer_step=2)),
-    "jetmoe": Family(MOE, {}, refused=dict.fromkeys(MIXTURE, "holds its experts in a way that is not known")),
+    "jetmoe": Family(MOE, {}, refused=dict.fromkeys((*FFN, *MIXTURE), "nothing of this model can be rotated")),
     **{
         kind: Family(
             {**MOE, **MLA},
