@@ -35,7 +35,7 @@ def layer_inputs(model: Any, names: Sequence[str], rows: Sequence[Row], scope: s
         keep = np.array([scope == "all" or label != -100 for label in row["labels"]])
         handles = [
             model.get_submodule(name).register_forward_pre_hook(
-                lambda _, inputs, name=name, keep=keep: found[name].append(inputs[0][0].detach().numpy()[keep])
+                lambda _, inputs, name=name, keep=keep: found[name].append(inputs[0].detach().flatten(0, -2).numpy()[keep])
             )
             for name in names
         ]

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 
 
 def experts_inputs(root: Path) -> dict[str, np.ndarray]:
-    """X [t, n] of each expert's down projection, by "module.down_proj" and its number, and of each block, by its module."""
+    """X [t, n] of each expert's down projection and of its gate and up, by "module.down_proj" or "module.gate_up_proj" and its
+    number; of each block, by its module."""
     model = dense_reference.load(root / "m")
     found: dict[str, list[np.ndarray]] = {}
 
@@ -33,6 +34,7 @@ def experts_inputs(root: Path) -> dict[str, np.ndarray]:
                 of_block.append(x.numpy())
             else:
                 x = hidden[(chosen[0] == expert).any(dim=-1)]
+            found.setdefault(f"{name}.gate_up_proj {expert}", []).append(x.numpy())
             w = rows_of_stored(family, f"{name}.gate_up_proj", module.gate_up_proj)[expert]
             gate, up = (x @ w.T).chunk(2, dim=-1)
             if family == "gpt_oss":
@@ -71,11 +73,12 @@ def as_stored(family: str, name: str, w: torch.Tensor) -> torch.Tensor:
     return w.transpose(1, 2)
 
 
-def sees(part: Part) -> str:
-    """The key of ``experts_inputs`` of a layer such as model.layers.0.mlp.experts.down_proj[experts_down_003]."""
+def sees(part: Part, apart: bool) -> str:
+    """The key of ``experts_inputs`` of a layer such as model.layers.0.mlp.experts.down_proj[experts_down_003]; ``apart``:
+    whether experts have bases of their own."""
     holder, _, kind = part.name.partition("[")
     module = holder.rpartition(".")[0]
-    return f"{holder} {int(kind.rstrip(']').rpartition('_')[2])}" if "down" in kind else module
+    return f"{holder} {int(kind.rstrip(']').rpartition('_')[2])}" if apart or "down" in kind else module
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:

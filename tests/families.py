@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from warp_ds.models.layer_names import EXPERT_TYPES
+from warp_ds.models.layer_names import EXPERT_TYPES, ROUTER
 
 ALL = "0-3"
+MIXTURE = (*EXPERT_TYPES, ROUTER)
 FFN, ATTENTION = ("ffn_down", "ffn_up", "ffn_gate"), ("attn_q", "attn_k", "attn_v", "attn_o")
 BASE: dict[str, Any] = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
 BASE |= dict(num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -76,7 +77,7 @@ def ungated(fused: tuple[str, ...] = (), walk: bool = True, refused: dict[str, s
 
 def experts(where: str = ALL, **more: Any) -> Family:
     """A mixture whose routed experts are layers in the blocks ``where``; ffn_* are what every token passes, else theirs."""
-    return Family({**MOE, **more}, blocks() | dict.fromkeys(EXPERT_TYPES, where))
+    return Family({**MOE, **more}, blocks() | dict.fromkeys(MIXTURE, where))
 
 
 QKV = ("attn_q", "attn_k", "attn_v")
@@ -148,13 +149,13 @@ FAMILIES: dict[str, Family] = {
         kind="gemma4_text",
     ),
     "inkling2_text": Family(
-        {"n_routed_experts": 4, "num_experts_per_tok": 2}, blocks() | dict.fromkeys(EXPERT_TYPES, ALL), walk=False
+        {"n_routed_experts": 4, "num_experts_per_tok": 2}, blocks() | dict.fromkeys(MIXTURE, ALL), walk=False
     ),
     # Hyper-connections: a block gets several streams, and the last one mixes them.
     "qwen4_exp_text": Family(
         {**MOE, **HEADS, **LINEAR, "hc_lowrank": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8}
         | {"indexer_budget": 16, "indexer_compress_ratio": 4, "num_hidden_layers": 4},
-        blocks(attention="3") | dict.fromkeys(EXPERT_TYPES, ALL),
+        blocks(attention="3") | dict.fromkeys(MIXTURE, ALL),
     ),
     # Mixtures of experts.
     **{kind: experts() for kind in ("mixtral", "qwen2_moe", "olmoe", "phimoe", "granitemoe")},
@@ -166,11 +167,11 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": experts(**HEADS, **LOCAL),
     "aria_text": experts(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
     "llama4_text": experts("1,3", **HEADS, **dict(intermediate_size_mlp=48, interleave_moe_layer_step=2)),
-    "jetmoe": Family(MOE, {}, refused=dict.fromkeys(EXPERT_TYPES, "holds its experts in a way that is not known")),
+    "jetmoe": Family(MOE, {}, refused=dict.fromkeys((*FFN, *MIXTURE), "nothing of this model can be rotated")),
     **{
         kind: Family(
             {**MOE, **MLA},
-            {**blocks(attention=""), "attn_o": ALL, **dict.fromkeys(EXPERT_TYPES, "1-3")},
+            {**blocks(attention=""), "attn_o": ALL, **dict.fromkeys(MIXTURE, "1-3")},
             refused={"attn_q": "has no attn_q"},
             walk=kind != "glm_moe_dsa",  # its blocks return tuples
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -71,9 +71,9 @@ def common(root: Path, output: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-def phase12(root: Path, output: Path, layers: str = LAYERS, **more: Any) -> None:
+def phase12(root: Path, output: Path, layers: str = LAYERS, expert_basis: str = "block", **more: Any) -> None:
     shared = common(root, output, layer_type=layers, safety_data=str(root / "refusals_fit.jsonl"), safety_samples=0)
-    run_basis(BasisArguments(**shared))
+    run_basis(BasisArguments(**shared, expert_basis=expert_basis))
     run_importance(ImportanceArguments(**shared, keep_ratio=0.2, importance_batch_size=3, **more))
 
 
@@ -128,12 +128,17 @@ def whole_job(root: Path, artefacts: Path, output: Path) -> dict[str, Any]:
     }
 
 
-def family_jobs(layers: dict[str, str], roots: dict[str, Path], world: int) -> dict[str, list[float]]:
-    """Phases 1, 2 and 3 on each family's model under its root, on the layers that are named; the losses."""
+def family_jobs(
+    layers: dict[str, str], roots: dict[str, Path], world: int, apart: Sequence[str] = ()
+) -> dict[str, list[float]]:
+    """Phases 1, 2 and 3 on each family's model under its root, on the layers that are named; the losses.
+
+    ``apart``: the families whose experts have bases of their own.
+    """
     found = {}
     for family, root in roots.items():
         output = root / f"world{world}"
-        phase12(root, output, layers[family])
+        phase12(root, output, layers[family], "expert" if family in apart else "block")
         found[family] = losses(phase3(root, output, output))
     return found
 

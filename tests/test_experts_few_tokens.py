@@ -14,6 +14,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from warp_ds.report import mask_section, sections
 from warp_ds.report.runs import Runs
+from warp_ds.report.tables import Table
 
 EXPERTS, INNER = 24, 20
 
@@ -55,7 +56,7 @@ def test_they_are_said_and_nothing_of_the_complement_is_frozen(root: Path, log: 
     few = {file: entry for file, entry in entries.items() if entry["tokens"] < INNER}
     unseen = [file for file, entry in few.items() if not entry["tokens"]]
     assert len(entries) == 2 * EXPERTS and unseen and len(unseen) < len(few) < len(entries), "the case is no such case"
-    assert f"{len(few)} experts saw fewer tokens of the safety set than they have inputs" in log
+    assert f"{len(few)} bases of experts are of fewer tokens of the safety set than they have inputs" in log
     assert all(entry["rank"] <= max(1, entry["tokens"]) for entry in few.values())
     parts = read_parts(root / "out")
     frozen_of_few = 0
@@ -70,7 +71,14 @@ def test_they_are_said_and_nothing_of_the_complement_is_frozen(root: Path, log: 
     masks = (root / "out" / "phase2_latest").resolve()
     (drawn,) = mask_section.masks(Runs([masks]), root)
     assert len(drawn.blocks) >= 4  # also of experts that have no score at all
+    (table,) = [block for block in drawn.blocks if isinstance(block, Table)]
+    frozen = sorted(float(p.frozen.float().mean()) for name, p in parts.items() if "layers.1." in name)
+    least, median, most = frozen[0], (frozen[EXPERTS // 2 - 1] + frozen[EXPERTS // 2]) / 2, frozen[-1]
+    assert [row[0] for row in table.rows] == [
+        f"layer_0{b}_experts_down, {EXPERTS} experts: least, median, most" for b in (0, 1)
+    ]
+    assert table.rows[1][1] == f"{least:.1%}, {median:.1%}, {most:.1%}" and least < most
     (note,) = [b.text for s in sections.bases(Runs([basis]), root) for b in s.blocks if isinstance(b, sections.Note)]
     shown = sections._drawn(entries)
     assert len(shown) == 2 and all(entries[file]["tokens"] >= INNER for file in shown)
-    assert note.startswith(f"{len(few)} of {2 * EXPERTS} experts' down projections saw fewer safety tokens")
+    assert note.startswith(f"{len(few)} of {2 * EXPERTS} bases of experts are of fewer safety tokens")

@@ -1,7 +1,8 @@
 """Phases 1, 2 and 3 on mixtures of experts, on 1, 2 and 3 ranks, against the dense one-process reference.
 
 Qwen 3 MoE has experts alone, DeepSeek's kind (GLM 4.5) a dense first block and an expert that every token passes; gpt-oss and
-Llama 4 store theirs transposed. Tolerances as in Llama's references.
+Llama 4 store theirs transposed. Routers are masked beside them, and ``APART`` has a basis for each expert's gate and up.
+Tolerances as in Llama's references.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from transformers import (
 
 from warp_ds.evaluation.certificate import certify
 from warp_ds.evaluation.movement import movement
+from warp_ds.store.bases import BasisStore
 from warp_ds.store.masks import MaskStore
 
 WORLDS = (1, 2, 3)
@@ -89,12 +91,17 @@ def llama4(vocabulary: int) -> Any:
 
 #: Family -> its model, and the layers that are masked.
 CASES = {
-    "qwen3": (qwen3, "ffn_down,ffn_up,ffn_gate"),
+    "qwen3": (qwen3, "ffn_down,ffn_up,ffn_gate,router"),
     "mixtral": (mixtral, "experts_down,experts_gate,attn_o"),
-    "glm4": (glm4, "ffn_down,experts_up,experts_down"),
-    "gpt_oss": (gpt_oss, "ffn_down,ffn_up,ffn_gate"),
-    "llama4": (llama4, "experts_down,experts_up"),
+    "glm4": (glm4, "ffn_down,experts_up,experts_down,router"),
+    "gpt_oss": (gpt_oss, "ffn_down,ffn_up,ffn_gate,router"),
+    "llama4": (llama4, "experts_down,experts_up,router"),
 }
+APART = {1: ("qwen3",), 2: ("qwen3", "llama4"), 3: ("qwen3",)}
+"""World size -> families with a basis for each expert's gate and up."""
+#: Family, and whether experts have bases of their own -> bases. Routers share the block's where there is one.
+FILES = {("qwen3", True): 22, ("mixtral", False): 10, ("glm4", False): 7, ("gpt_oss", False): 8, ("llama4", False): 5}
+FILES[("llama4", True)] = 7
 RUNS = [(family, world) for family in CASES for world in WORLDS]
 
 
@@ -110,7 +117,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def jobs(roots: dict[str, Path]) -> dict[int, dict[str, list[float]]]:
     layers = {family: of for family, (_, of) in CASES.items()}
-    return {world: run_ranks(world, family_jobs, layers, roots, world)[0] for world in WORLDS}
+    return {world: run_ranks(world, family_jobs, layers, roots, world, APART[world])[0] for world in WORLDS}
 
 
 def parts_of(root: Path, world: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -124,15 +131,21 @@ def test_bases_and_masks_are_the_references(roots: Any, jobs: Any, family: str, 
     root = roots[family]
     experts, others = parts_of(root, world)
     assert (len(experts), len(others)) == {
-        "qwen3": (30, 0),
+        "qwen3": (30, 2),
         "mixtral": (12, 2),
-        "glm4": (8, 2),
-        "gpt_oss": (18, 0),
-        "llama4": (6, 0),
+        "glm4": (8, 3),
+        "gpt_oss": (18, 2),
+        "llama4": (6, 1),
     }[family]
     inputs = experts_reference.experts_inputs(root)
-    sigmas = {name: dense_reference.covariance(inputs[experts_reference.sees(part)]) for name, part in experts.items()}
-    few = {name for name, part in experts.items() if len(inputs[experts_reference.sees(part)]) < part.basis.shape[0]}
+    seen = {name: inputs[experts_reference.sees(part, family in APART[world])] for name, part in experts.items()}
+    sigmas = {name: dense_reference.covariance(x) for name, x in seen.items()}
+    files = {
+        entry["file"]
+        for entry in BasisStore((root / f"world{world}" / "phase1_latest" / "basis").resolve()).metadata.layers.values()
+    }
+    assert len(files) == FILES[family, family in APART[world]]
+    few = {name for name, x in seen.items() if len(x) < experts[name].basis.shape[0]}
     for name, sigma in (sigmas | rows_reference.covariances(root, others)).items():
         part = (experts | others)[name]
         u, s = part.basis.double().numpy(), part.values.double().numpy()

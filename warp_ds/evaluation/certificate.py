@@ -263,12 +263,20 @@ def _rest(old: ModelDirectory, new: ModelDirectory, masks: MaskStore) -> tuple[l
                 if name not in masked
             }
         )
+    # Stored in fewer bits before, and not after: what they are is compared, held in one way.
+    whole = (old.computed ^ new.computed) - {layer.parameter for layer in masks.layers}
     parts = {f"{name} (rows without a mask)": (name, rows) for name, rows in uncovered(masks.layers).items()}
 
     def read(model: ModelDirectory, name: str) -> Tensor:
+        if name in whole:
+            return model.parameter(name)
         return unmasked.rows_of(model.parameter(parts[name][0]), parts[name][1]) if name in parts else model.read(name)
 
     for model, side in zip((old, new), sides, strict=True):
+        for name in sorted(whole):
+            for part in model.parts_of(name):
+                side.pop(part, None)
+            side[name] = unmasked.stored(read(model, name))
         side.update({name: unmasked.stored(read(model, name)) for name in parts})
     problems = []
     for name in sorted(sides[1]):

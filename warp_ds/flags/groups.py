@@ -176,6 +176,12 @@ class BasisFlags:
     token_scope: str = flag("all", "tokens that count: all, response, prompt", choices=("all", "response", "prompt"))
     energy: float = flag(1.0, "keep the leading directions that hold this share of the eigenvalues' sum")
     max_rank: int = flag(0, "keep at most this many directions; 0 = no limit")
+    expert_basis: str = flag(
+        "block",
+        "basis of what experts' gates and ups are given: block (one, of all its tokens) or expert (each of those that are "
+        "routed to it); down projections have one each",
+        choices=("block", "expert"),
+    )
     collect: str = flag(
         "auto", "auto, walk (layer by layer) or hooks (all layers at once)", choices=("auto", "walk", "hooks"), identity=False
     )

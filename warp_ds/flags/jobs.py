@@ -57,6 +57,7 @@ class PlanArguments(AdapterFlags, MaskedTrainingFlags, LayerArguments, NodeFlags
     epochs: float = again(ScheduleFlags, "epochs", ScheduleFlags.epochs)
     max_length: int = again(RunArguments, "max_length", RunArguments.max_length, "tokens of a sample, at most")
     max_rank: int = again(BasisFlags, "max_rank", BasisFlags.max_rank)
+    expert_basis: str = again(BasisFlags, "expert_basis", BasisFlags.expert_basis)
     gradient_checkpointing: bool = again(RunArguments, "gradient_checkpointing", RunArguments.gradient_checkpointing)
 
 
@@ -65,6 +66,7 @@ class DoctorArguments(NodeFlags, UtilityDataArguments, SafetyDataArguments, Laye
     """The flags that decide what a job needs of its machines; those of the phases, and the machines themselves."""
 
     gpus_per_node: int = again(NodeFlags, "gpus_per_node", 0, "GPUs of each node; 0 = as many as there are here")
+    expert_basis: str = again(BasisFlags, "expert_basis", BasisFlags.expert_basis)
 
 
 @dataclass

@@ -28,6 +28,12 @@ NO_WEIGHTS = ("training_args.", "optimizer.", "scheduler.", "rng_state")
 """... and what Trainer leaves beside a model."""
 
 
+_QUANTISED = (
+    "of a model that was quantised after training certify the one before; a start model save again in the training's dtype, by "
+    "from_pretrained and save_pretrained, before phase 1"
+)
+
+
 @dataclass(frozen=True)
 class ModelDirectory:
     """A model directory as from_pretrained reads it: every tensor in one place, of one name."""
@@ -45,7 +51,7 @@ class ModelDirectory:
             tensors = resolve_checkpoint(directory)
         except OSError as error:
             raise ArtifactError(f"{directory} cannot be read as a model directory: {error}") from error
-        # Experts may be stored transposed, which their shapes need not tell.
+        # Experts may be stored transposed, or in fewer bits, which shapes and names need not tell.
         if all(target.parameter in tensors and target.expert is None for target in targets):
             return ModelDirectory(directory, tensors)
         return ModelDirectory(directory, *_by_parameter(directory, tensors))
@@ -54,8 +60,13 @@ class ModelDirectory:
         """Names of the tensors that hold a parameter."""
         if parameter not in self.assembled:
             return {parameter}
-        stored = {piece.origin.name for piece in self.assembled[parameter].pieces}
+        stored = self.assembled[parameter].stored_in()
         return {name for name, location in self.tensors.items() if location.name in stored}
+
+    @property
+    def computed(self) -> set[str]:
+        """The parameters that are stored in fewer bits and can be read."""
+        return {name for name, loaded in self.assembled.items() if loaded.conversion and loaded.conversion.by_expert}
 
     def others(self) -> str:
         """Other weights beside those that from_pretrained loads, as a message; empty where there are none."""
@@ -91,8 +102,7 @@ class ModelDirectory:
         location = self.tensors[name]
         if location.dtype not in FLOATS:
             raise ArtifactError(
-                f"{location.path}: {name} is stored as {short_dtype(location.dtype)}, which is quantised: certify "
-                "the model before quantising it"
+                f"{location.path}: {name} is stored as {short_dtype(location.dtype)}, which is quantised: {_QUANTISED}"
             )
         if not target.fits(location.shape):
             raise ArtifactError(
@@ -114,14 +124,30 @@ class ModelDirectory:
 
     def _elements(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of an assembled parameter, flat, as it is held. Raises ArtifactError."""
-        turning = self.assembled[name].turning
-        if turning is None:
+        loaded, turning = self.assembled[name], self.assembled[name].turning
+        if turning is None and loaded.conversion is None:
             return self._stored(name, start, stop)
-        size, parts = turning.matrix, []
+        size, parts = math.prod(loaded.shape[1:]), []
         for first in range(start // size * size, stop, size):  # an expert
-            rows = turning.in_rows(self._stored(name, first, first + size).view(turning.stored[1:])).view(-1)
+            w = self._stored(name, first, first + size) if loaded.conversion is None else self._computed(name, first // size)
+            rows = w.view(-1) if turning is None else turning.in_rows(w.view(turning.stored[1:])).view(-1)
             parts.append(rows[max(start - first, 0) : stop - first])
         return torch.cat(parts)
+
+    def _computed(self, name: str, expert: int) -> Tensor:
+        """An expert of a parameter that is stored in fewer bits, fp32, as it is stored. Raises ArtifactError."""
+        conversion = self.assembled[name].conversion
+        assert conversion is not None
+        if not conversion.by_expert:
+            raise ArtifactError(
+                f"{self.directory}: {name} is computed from what is stored, of which no expert can be read by itself (float8, "
+                f"or transposed). If it is quantised: {_QUANTISED}"
+            )
+        try:
+            with RangeReader() as reader:
+                return conversion.run(reader, expert)[name].detach()
+        except (OSError, CheckpointError) as error:
+            raise ArtifactError(f"{self.directory} has no readable weight {name} ({error})") from error
 
     def _stored(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of what an assembled parameter is made of, flat. Raises ArtifactError."""
@@ -130,8 +156,7 @@ class ModelDirectory:
         dtype = pieces[0].origin.dtype
         if any(piece.origin.dtype != dtype or dtype not in FLOATS for piece in pieces):
             raise ArtifactError(
-                f"{self.directory}: {name} is stored as {short_dtype(dtype)}, or partly, which is quantised: certify the model "
-                "before quantising it"
+                f"{self.directory}: {name} is stored as {short_dtype(dtype)}, or partly, which is quantised: {_QUANTISED}"
             )
         out = torch.empty(stop - start, dtype=dtype)
         try:
@@ -151,7 +176,7 @@ class ModelDirectory:
 
     def read(self, name: str) -> Tensor:
         """The tensor called ``name``, in the shape and dtype it is stored in. Raises ArtifactError."""
-        if name in self.assembled and self.assembled[name].turning is None:
+        if name in self.assembled and (self.assembled[name].turning is None or self.assembled[name].conversion):
             return self.parameter(name)
         if name not in self.tensors:
             raise ArtifactError(f"{self.directory} has no parameter {name}: it is another kind of model")

@@ -7,7 +7,7 @@ transformers 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -41,7 +41,7 @@ _before: list[str | None] = []
 
 
 @contextmanager
-def tapped(model: nn.Module, taps: dict[str, Tap]) -> Iterator[None]:
+def tapped(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[None]:
     """Within, the experts modules named by ``taps`` run expert after expert, also those without tokens, and show them."""
     modules = {model.get_submodule(name): tap for name, tap in taps.items()}
     configs: dict[int, Any] = {id(module.config): module.config for module in modules if hasattr(module, "config")}

@@ -58,7 +58,7 @@ class Experts:
 def find_experts(inner: dict[str, nn.Module], prefix: str, index: int) -> Experts | None:
     """The stacked experts among a block's modules; None where it has none.
 
-    Raises ConfigError, naming the module, for experts that are held or run in another way.
+    Raises UnknownExperts, naming the module, for experts that are held or run in another way.
     """
     for path, module in inner.items():
         if path.rsplit(".", 1)[-1] not in ("experts", "block_sparse_moe"):
@@ -69,39 +69,47 @@ def find_experts(inner: dict[str, nn.Module], prefix: str, index: int) -> Expert
             continue
         known = hasattr(module, "is_transposed") or type(module).__name__ == WEIGHTED
         if not known or not {up, "down_proj"} <= held.keys():
-            raise ConfigError(f"{name}, a {type(module).__name__}, holds its experts in a way that is not known: {_OTHERS}")
+            raise UnknownExperts(f"{name}, a {type(module).__name__}, holds its experts in a way that is not known")
         if is_transposed(module):
             _check_can_be_held(module, name)
             held |= {key: turning(module, key).held for key in STACKED}
         elif not getattr(module, "is_concatenated", True) and not isinstance(module, InRows):
-            raise ConfigError(
-                f"{name}, a {type(module).__name__}, stores gates and ups by turns, but not transposed: {_OTHERS}"
-            )
+            raise UnknownExperts(f"{name}, a {type(module).__name__}, stores gates and ups by turns, but not transposed")
         count, hidden, inner_size = held["down_proj"]
         gated = bool(getattr(module, "has_gate", True))
         if held[up] != (count, (2 if gated else 1) * inner_size, hidden):
-            raise ConfigError(f"{name}.{up} is {list(held[up])} beside a down_proj of {list(held['down_proj'])}: {_OTHERS}")
+            raise UnknownExperts(f"{name}.{up} is {list(held[up])} beside a down_proj of {list(held['down_proj'])}")
         return Experts(name, index, count, hidden, inner_size, up, gated)
     return None
 
 
-_OTHERS = "what works on this model is attention, --layer_type attn_q,attn_k,attn_v,attn_o"
+class UnknownExperts(ConfigError):
+    """Experts that are held in a way that is not known: what else of the model works is for others to add."""
 
 
 def _check_can_be_held(module: nn.Module, name: str) -> None:
-    """ConfigError for experts that are transposed in memory, or that ``hold_in_rows`` does not turn. On meta they are yet to
+    """UnknownExperts for experts that are transposed in memory, or that ``hold_in_rows`` does not turn. On meta they are yet to
     be loaded."""
     here = [p for p in module.parameters(recurse=False) if not p.is_meta]
     if not set(STACKED) <= module._parameters.keys() or here:
-        raise ConfigError(
+        raise UnknownExperts(
             f"{name}, a {type(module).__name__}, holds W transposed in memory, so that no rank has whole rows of an expert: "
-            f"load it with load_sharded(..., experts_in_rows=True), as the phases do where they can load in shards; {_OTHERS}"
+            f"load it with load_sharded(..., experts_in_rows=True), as the phases do where they can load in shards"
         )
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:
     """Of the whole parameter, partitioned or not."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def by_expert(layers: Sequence[TargetLayer], down: bool) -> dict[int, list[TargetLayer]]:
+    """Of experts' layers the down projections, or the gates and ups, by their expert."""
+    found: dict[int, list[TargetLayer]] = {}
+    for layer in layers:
+        if layer.expert is not None and layer.type.startswith("experts_down") == down:
+            found.setdefault(layer.expert, []).append(layer)
+    return found
 
 
 def by_module(layers: Sequence[TargetLayer]) -> dict[str, list[TargetLayer]]:

@@ -7,7 +7,9 @@ from warp_ds.errors import ConfigError
 LAYER_TYPES = ("ffn_down", "ffn_up", "ffn_gate", "attn_q", "attn_k", "attn_v", "attn_o")
 EXPERT_TYPES = ("experts_down", "experts_up", "experts_gate")
 """Of a mixture's routed experts: as many layers a block as it has experts, experts_down_007 and so on."""
-KNOWN_TYPES = LAYER_TYPES + EXPERT_TYPES
+ROUTER = "router"
+"""What says which experts a token is given to."""
+KNOWN_TYPES = (*LAYER_TYPES, *EXPERT_TYPES, ROUTER)
 
 
 def type_order(kind: str) -> tuple[int, str]:

@@ -17,9 +17,10 @@ from warp_ds.cluster.processes import rank
 from warp_ds.errors import ConfigError
 from warp_ds.models.classes import auto_class, reads_pictures
 from warp_ds.models.context import text_config
-from warp_ds.models.experts import find_experts
+from warp_ds.models.experts import Experts, UnknownExperts, find_experts, shape_of
 from warp_ds.models.families import FUSED_NAMES, PATHS, fused_rows
-from warp_ds.models.layer_names import in_ranges, parse_layer_types, parse_target_layers, type_order
+from warp_ds.models.layer_names import LAYER_TYPES, ROUTER, in_ranges, parse_layer_types, parse_target_layers, type_order
+from warp_ds.models.routers import find_router
 from warp_ds.models.transformers_internals import zero3_hidden_from_transformers
 from warp_ds.store.layers import TargetLayer, uncovered
 
@@ -169,13 +170,34 @@ def _targets(block: nn.Module, prefix: str, index: int, kind: str) -> list[Targe
     ConfigError where it has one that cannot be rotated.
     """
     inner = dict(block.named_modules())
-    if kind.startswith("experts_"):
-        experts = find_experts(inner, prefix, index)
-        return experts.layers(kind) if experts else []
+    if kind == ROUTER or kind.startswith("experts_"):
+        experts = _experts(inner, prefix, index)
+        if experts is None:
+            return []
+        return [find_router(inner, prefix, experts)] if kind == ROUTER else experts.layers(kind)
     target = _target(inner, prefix, index, kind)
-    if target is None and kind.startswith("ffn_") and (experts := find_experts(inner, prefix, index)):
+    if target is None and kind.startswith("ffn_") and (experts := _experts(inner, prefix, index)):
         return experts.layers(kind.replace("ffn_", "experts_"))
     return [target] if target else []
+
+
+def _experts(inner: dict[str, nn.Module], prefix: str, index: int) -> Experts | None:
+    """A block's experts; ConfigError, with what else of the block works, where they are held in an unknown way."""
+    try:
+        return find_experts(inner, prefix, index)
+    except UnknownExperts as error:
+        others = [kind for kind in LAYER_TYPES if not kind.startswith("ffn_") and _works(inner, prefix, index, kind)]
+        works = (
+            f"what works on this model is --layer_type {','.join(others)}" if others else "nothing of this model can be rotated"
+        )
+        raise ConfigError(f"{error}: {works}") from error
+
+
+def _works(inner: dict[str, nn.Module], prefix: str, index: int, kind: str) -> bool:
+    try:
+        return _target(inner, prefix, index, kind) is not None
+    except ConfigError:
+        return False
 
 
 def _target(inner: dict[str, nn.Module], prefix: str, index: int, kind: str) -> TargetLayer | None:
@@ -192,8 +214,8 @@ def _fused(inner: dict[str, nn.Module], prefix: str, index: int, kind: str) -> T
     """The rows of a fused weight that are the block's layer of a type; None where it has no such weight."""
     for path, module in inner.items():
         holder, _, leaf = path.rpartition(".")
-        if leaf not in FUSED_NAMES.get(kind, ()):
-            continue
+        if leaf not in FUSED_NAMES.get(kind, ()) or len(shape_of(getattr(module, "weight", torch.empty(0)))) == 3:
+            continue  # three dimensions: experts of a kind of their own
         name = f"{prefix}.{path}"
         _check_linear(module, name)
         height, n = _shape(module)
@@ -230,12 +252,15 @@ def _dtype(module: nn.Module) -> str:
     return str(weight.dtype).removeprefix("torch.") if weight is not None else "no weight"
 
 
-def shared_inputs(layers: Iterable[TargetLayer]) -> list[list[TargetLayer]]:
-    """The layers grouped by the input that they see in the known architectures; file naming takes the first of each."""
+def shared_inputs(layers: Iterable[TargetLayer], expert_basis: str = "block") -> list[list[TargetLayer]]:
+    """The layers grouped by the input that they see in the known architectures; file naming takes the first of each.
+
+    ``expert_basis``: whether gates and ups of a block's experts see the block's tokens, or each expert's its own.
+    """
     groups: dict[tuple[int, str], list[TargetLayer]] = {}
     for layer in sorted(layers, key=lambda layer: (layer.layer, type_order(layer.type))):
         shared = next((kinds[0] for kinds in SHARING if layer.type in kinds), layer.type)
         if layer.type.startswith(("experts_up", "experts_gate")):
-            shared = "experts_up"
+            shared = f"experts_up_{layer.expert}" if expert_basis == "expert" else "experts_up"
         groups.setdefault((layer.layer, shared), []).append(layer)
     return list(groups.values())

@@ -30,9 +30,10 @@ from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Co
 
 from warp_ds.errors import CheckpointError
 from warp_ds.models.classes import auto_class_of
+from warp_ds.models.conversion import Conversion
 from warp_ds.models.copies import CannotMap, Copies
 from warp_ds.models.expert_rows import Turning, hold_in_rows
-from warp_ds.store.checkpoint_index import DTYPES, RangeReader, ReadAhead, TensorLocation, read_header, resolve_checkpoint
+from warp_ds.store.checkpoint_index import DTYPES, ReadAhead, TensorLocation, read_header, resolve_checkpoint
 from warp_ds.store.pieces import Piece
 
 logger = logging.getLogger(__name__)
@@ -65,32 +66,6 @@ class MetaModel:
             return self._conversions[tensor.untyped_storage()._cdata]
         except KeyError:
             raise CannotMap("its tensors are changed on the way into the model") from None
-
-
-@dataclass(eq=False)
-class Conversion:
-    """One run of a transformers converter: what it is given, and what it makes of that."""
-
-    converter: WeightConverter
-    layer_name: str
-    model: PreTrainedModel
-    given: dict[str, list[torch.Tensor]]
-    """The converter's pattern -> checkpoint tensors, on meta."""
-    copies: Copies[TensorLocation]
-
-    def run(self, reader: RangeReader) -> dict[str, torch.Tensor]:
-        """The same with the stored values, on the CPU: whole parameters, by their names."""
-        converter = copy.deepcopy(self.converter)
-        for pattern, tensors in self.given.items():
-            converter.collected_tensors[pattern] = [self._read(tensor, reader) for tensor in tensors]  # type: ignore[misc]
-        made = converter.convert(self.layer_name, model=self.model, config=self.model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-
-    def _read(self, tensor: torch.Tensor, reader: RangeReader) -> torch.Tensor:
-        value = torch.empty(tensor.shape, dtype=tensor.dtype)
-        for piece in self.copies.pieces(tensor):
-            reader.read(piece.origin, piece.first, value.view(-1)[piece.begin : piece.end])
-        return value
 
 
 @dataclass
@@ -330,6 +305,8 @@ class LoadedWeight:
     pieces: list[Piece[TensorLocation]]
     turning: Turning | None = None
     """Of experts that are stored transposed, and held as ``shape`` says: the pieces are of what is stored."""
+    conversion: Conversion | None = None
+    """What computes it of what is stored, where it is no pieces of that."""
 
     @property
     def location(self) -> TensorLocation | None:
@@ -337,11 +314,15 @@ class LoadedWeight:
         first = self.pieces[0].origin if len(self.pieces) == 1 and self.turning is None else None
         return first if first is not None and first.shape == self.shape else None
 
+    def stored_in(self) -> set[str]:
+        """Names of the stored tensors that it is made of."""
+        origins = {piece.origin for piece in self.pieces} if self.conversion is None else self.conversion.origins()
+        return {origin.name for origin in origins}
+
 
 def weights_as_loaded(directory: str | os.PathLike) -> dict[str, LoadedWeight]:
     """What each parameter of the causal LM in a local directory is made of, by the parameter's name, as ``from_pretrained``
-    makes it, but with experts held row by row; of tied parameters the one that is kept. Without those that are computed from
-    what is stored. Needs no process group.
+    makes it, but with experts held row by row; of tied parameters the one that is kept. Needs no process group.
 
     Raises:
         CannotMap: weights are pickled.
@@ -353,9 +334,13 @@ def weights_as_loaded(directory: str | os.PathLike) -> dict[str, LoadedWeight]:
     found = {}
     for name, param in built.model.named_parameters():
         was, how = turned.get(id(param), (param, None))
-        with suppress(CannotMap):
-            if param.is_meta:
-                found[name] = LoadedWeight(tuple(param.shape), built.source(was), how)
+        if not param.is_meta:
+            continue
+        try:
+            found[name] = LoadedWeight(tuple(param.shape), built.source(was), how)
+        except CannotMap:
+            with suppress(CannotMap):
+                found[name] = LoadedWeight(tuple(param.shape), [], how, built.conversion(was))
     return found
 
 

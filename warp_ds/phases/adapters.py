@@ -17,8 +17,8 @@ from warp_ds.cluster import consensus, processes
 from warp_ds.errors import ConfigError
 from warp_ds.flags.groups import AdapterFlags
 from warp_ds.models.adapter_directory import BASE, WEIGHTS
-from warp_ds.models.layer_names import LAYER_TYPES
-from warp_ds.models.targets import find_targets
+from warp_ds.models.layer_names import LAYER_TYPES, ROUTER
+from warp_ds.models.targets import find_targets, targets_of
 from warp_ds.phases.lora_methods import folded
 from warp_ds.phases.merge import merge_adapter
 from warp_ds.report.card import of_merged
@@ -37,12 +37,34 @@ def check_peft(arguments: AdapterFlags) -> None:
         raise ConfigError("--adapter lora needs PEFT: pip install 'warp_ds[peft]' (or peft)")
 
 
+def check_adaptable(layers: Sequence[TargetLayer]) -> None:
+    """ConfigError for layers that PEFT has no LoRA for: rows of stacked experts, and routers."""
+    for layer in layers:
+        if layer.expert is not None or layer.type == ROUTER:
+            what = "a router, which returns more than W x" if layer.expert is None else "one of a mixture's stacked experts"
+            raise ConfigError(
+                f"{layer.name} is {what}: an adapter is of linear layers that every token passes. Name such with --lora_layers "
+                "(--layer_type where masks are made or arms compared), attn_q,attn_v say, or train the weights (--adapter none)"
+            )
+
+
+def check_layers(model_dir: Path, masked: Sequence[TargetLayer], arguments: AdapterFlags) -> None:
+    """``check_adaptable`` of the layers that are to get an adapter, before any weight is read."""
+    if arguments.adapter != "none":
+        chosen = getattr(arguments, "target_layers", "all")
+        check_adaptable(masked if not arguments.lora_layers else targets_of(model_dir, chosen, arguments.lora_layers))
+
+
 def adapted_layers(model: PreTrainedModel, masked: Sequence[TargetLayer], arguments: AdapterFlags) -> list[TargetLayer]:
     """The layers that get an adapter: those of --lora_layers, else the ``masked`` ones, else every linear layer that
-    --layer_type can name."""
+    --layer_type can name. ConfigError where one of them cannot have any."""
     if masked and not arguments.lora_layers:
+        check_adaptable(masked)
         return list(masked)
     layers = find_targets(model, getattr(arguments, "target_layers", "all"), arguments.lora_layers or ",".join(LAYER_TYPES))
+    if not arguments.lora_layers:  # of a mixture what every token passes
+        layers = [layer for layer in layers if layer.expert is None]
+    check_adaptable(layers)
     own = {layer.name for layer in masked}
     free = [layer.name for layer in layers if layer.name not in own]
     if free and own and processes.rank() == 0:

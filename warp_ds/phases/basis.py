@@ -195,7 +195,7 @@ def _from_activations(
         decompositions.meet()
     if few:
         logger.warning(
-            "%d experts saw fewer tokens of the safety set than they have inputs (%s%s): their bases hold what they saw, "
+            "%d bases of experts are of fewer tokens of the safety set than they have inputs (%s%s): they hold what was seen, "
             "completed by its complement, of which nothing is frozen",
             len(few),
             ", ".join(few[:4]),
@@ -216,7 +216,7 @@ def _inputs(
         walk = BlockWalk(model, list(blocks))
         reason = walk.why_not(samples.few(), layers)
         if reason is None:
-            yield from collect_by_walk(walk, layers, samples, rows, directory, itemsize)
+            yield from collect_by_walk(walk, layers, samples, rows, directory, itemsize, arguments.expert_basis)
             logger.info("each block's parameters were fetched %d times, twice of it to try the walk", max(walk.fetches))
             return
         if arguments.collect == "walk":
@@ -224,7 +224,7 @@ def _inputs(
         logger.warning(
             "this model cannot be run layer by layer (%s): all layers are collected at once, as with --collect hooks", reason
         )
-    yield from collect_with_hooks(model, list(blocks), layers, samples, rows, itemsize)
+    yield from collect_with_hooks(model, list(blocks), layers, samples, rows, itemsize, arguments.expert_basis)
 
 
 def _decomposition(
@@ -258,7 +258,7 @@ def _without_data(
     owner: dict[str, int],
 ) -> Entries:
     """--basis weight (one basis a layer: from its own W) and random (one per shared input)."""
-    groups = shared_inputs(layers) if arguments.basis == "random" else [[layer] for layer in layers]
+    groups = [[layer] for layer in layers] if arguments.basis == "weight" else shared_inputs(layers, arguments.expert_basis)
     entries: Entries = {}
     weights = dict(model.named_parameters(remove_duplicate=False))
     with Background("making the bases", samples.device) as decompositions:
@@ -293,7 +293,7 @@ def _deal(layers: Sequence[TargetLayer], tokens: int, arguments: BasisArguments,
     owners = LeastLoaded(1 if arguments.svd_placement == "rank0" else world_size())
     if outputs:
         return {layer.name: owners.next(decomposition_cost(tokens, layer.m)) for layer in layers}
-    groups = [[layer] for layer in layers] if arguments.basis == "weight" else shared_inputs(layers)
+    groups = [[layer] for layer in layers] if arguments.basis == "weight" else shared_inputs(layers, arguments.expert_basis)
     return {
         layer.name: owner
         for group in groups

@@ -206,7 +206,8 @@ class Bench:
             basis=kind,
             output_basis=output,
             run_name=name,
-            **self._same("target_layers", "token_scope", "energy", "max_rank", "collect", "svd_placement", *PACKING),
+            **self._same("target_layers", "token_scope", "energy", "max_rank", "expert_basis"),
+            **self._same("collect", "svd_placement", *PACKING),
         )
         return self.once(name, lambda: run_basis(settings)) / "basis"
 

@@ -15,13 +15,17 @@ from typing import Any
 
 from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.preemption import leave_if_asked
+from warp_ds.errors import ConfigError
 from warp_ds.evaluation.results import RATES
 from warp_ds.evaluation.sets import EvaluationSets
 from warp_ds.flags.arguments import TrainArguments
 from warp_ds.flags.comparison import CompareArguments
+from warp_ds.models.targets import targets_of
+from warp_ds.phases.adapters import check_adaptable
 from warp_ds.phases.arms import ARMS, Arm, parse_arms, refuse_placement, with_harm
-from warp_ds.phases.bench import Bench
+from warp_ds.phases.bench import PUBLISHED, Bench
 from warp_ds.phases.comparison_data import check_data, load_data
+from warp_ds.phases.neurons import LAYERS
 from warp_ds.phases.run import start_run
 from warp_ds.phases.trainer_arguments import check_training
 from warp_ds.phases.trials import Trial, chain, is_needed
@@ -53,6 +57,8 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
     if arguments.unaligned_model is not None:
         resolve_model_dir(arguments.unaligned_model, "--unaligned_model")
     fingerprint = model_fingerprint(model_dir)
+    with consensus.on_every_rank_or_none("looking for the arms' layers"):
+        check_layers(arms, arguments, model_dir)
     with consensus.on_every_rank_or_none("reading the data"):
         data = load_data(arguments)
         check_data(arms, arguments, data)
@@ -80,6 +86,21 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
         run.finish()
         show(run.directory, comparison)
         return run.directory
+
+
+def check_layers(arms: Sequence[Arm], arguments: CompareArguments, model_dir: Path) -> None:
+    """ConfigError, before any arm trains, where one of them is of matrices that every token passes and is given experts."""
+    for arm in arms:
+        if arm.adapter:
+            kinds = PUBLISHED if arm.method == "salora" else arguments.layer_type
+            check_adaptable(targets_of(model_dir, arguments.target_layers, kinds))
+        if arm.merge == "safedelta" or arm.start:
+            experts = [layer for layer in targets_of(model_dir, "all", LAYERS) if layer.expert is not None]
+            if experts:
+                raise ConfigError(
+                    f"{experts[0].name} is one of a mixture's experts, and {arm.name} is of matrices that every token passes: "
+                    f"leave {arm.name} out of --arms"
+                )
 
 
 def training_flags(a: CompareArguments) -> TrainArguments:

@@ -312,9 +312,12 @@ def scored_inputs(layers: Sequence[TargetLayer], basis: BasisStore | None, token
             by_file.setdefault(basis.metadata.layers[layer.name]["file"], []).append(layer)
         groups = list(by_file.values())
     # Experts of a block share a basis, but each is given tokens of its own.
-    groups = [[of for of in group if of.expert == expert] for group in groups for expert in {of.expert: 0 for of in group}]
+    apart: dict[tuple[int, int | None], list[TargetLayer]] = {}
+    for number, group in enumerate(groups):
+        for layer in group:
+            apart.setdefault((number, layer.expert), []).append(layer)
     inputs = []
-    for group in groups:
+    for group in apart.values():
         n = r = group[0].n
         if basis is not None:
             r = int(basis.metadata.bases[basis.metadata.layers[group[0].name]["file"]]["rank"])

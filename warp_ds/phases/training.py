@@ -45,6 +45,7 @@ from warp_ds.report import card
 from warp_ds.resuming import CompleteConverted
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.fingerprints import Contents, fingerprint_rows
+from warp_ds.store.layers import TargetLayer
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import find_artifact, run_config
 from warp_ds.zero import settings, universal
@@ -84,6 +85,8 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         adapted = arguments.adapter != "none"
         refuse_without_rows(basis, arguments.basis_placement, processes.world_size(), adapted, arguments.left_projection)
     method = LoraMethod.read(arguments, fingerprint)
+    with consensus.on_every_rank_or_none("looking for the adapter's layers"):
+        adapters.check_layers(model_dir, _held(masks_dir, method), arguments)
     inputs |= method.fingerprints()
     with start_run("phase3", arguments, inputs, passed) as run:
         if run.done:
@@ -129,14 +132,20 @@ def _checked_masks(arguments: TrainArguments, model_dir: Path, masks_dir: Path |
     return {"masks": masks.fingerprint()}
 
 
+def _held(masks_dir: Path | None, method: LoraMethod) -> list[TargetLayer]:
+    """The layers that masks or a method are made for."""
+    if method.basis is not None:
+        return method.basis.layers
+    return [] if masks_dir is None else MaskStore(masks_dir).layers
+
+
 def _what_trains(
     model: Any, masks_dir: Path | None, arguments: TrainArguments, method: LoraMethod, directory: Path
 ) -> tuple[Any, list[TrainerCallback]]:
     """The model with its target layers, its adapters on them, or all of it set to train; what acts beside it. Collective."""
     masked = [] if masks_dir is None else MaskStore(masks_dir).layers
     if arguments.adapter == "lora":
-        held = method.basis.layers if method.basis is not None else masked
-        layers = adapters.adapted_layers(model, held, arguments)
+        layers = adapters.adapted_layers(model, _held(masks_dir, method), arguments)
         model = adapters.add_lora(model, layers, arguments, arguments.seed)
         return model, method.attach(model, layers, directory)
     layers = masked or find_targets(model, arguments.target_layers, arguments.layer_type)
@@ -155,6 +164,7 @@ def run_safety_tuning(arguments: SafetyTuningArguments, passed: dict[str, Any] |
     pairs = safety_texts(arguments)
     with consensus.on_every_rank_or_none("checking the inputs"):
         adapters.check_peft(arguments)
+        adapters.check_layers(model_dir, [], arguments)
         watched = Watched.read(arguments, passed)
         inputs = {"model": fingerprint, "data": fingerprint_rows(pairs), **watched.fingerprints(arguments, passed)}
     with start_run("phase0", arguments, inputs, passed) as run:

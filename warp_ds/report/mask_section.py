@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,20 +103,35 @@ def _scores(store: MaskStore, pictures: Path, name: str) -> list[Picture]:
 
 
 def _thresholds(store: MaskStore, by_column: dict[str, Tensor]) -> Table:
-    """How much is frozen, and what a coefficient had to score for it, layer by layer."""
-    rows, kept = [], (store.scores() or {}).get("layers")
+    """How much is frozen, and what a coefficient had to score for it, layer by layer; a block's experts of a type in one row:
+    least, median and most."""
+    lines, kept = dict[str, list[list[float | None]]](), (store.scores() or {}).get("layers")
     for layer in store.layers:
         entry, shares = store.metadata.layers[layer.name], by_column[layer.stem]
-        rows.append(
+        lines.setdefault(_line(layer), []).append(
             [
-                layer.stem,
-                f"{entry['frozen'] / (layer.m * layer.n):.1%}",
-                f"{float((shares > 0).float().mean()):.1%}",
-                f"{float((shares > 0.5).float().mean()):.1%}",
-                "" if entry["threshold"] is None else f"{entry['threshold']:.2e}",
-                f"{kept[layer.name]['zeros'] / (layer.m * layer.n):.1%}" if kept else "",
+                entry["frozen"] / (layer.m * layer.n),
+                float((shares > 0).float().mean()),
+                float((shares > 0.5).float().mean()),
+                entry["threshold"],
+                kept[layer.name]["zeros"] / (layer.m * layer.n) if kept else None,
             ]
         )
+    forms = (".1%", ".1%", ".1%", ".2e", ".1%")
+    rows = [
+        [
+            line if len(of) == 1 else f"{line}, {len(of)} experts: least, median, most",
+            *(_spread(values, form) for values, form in zip(zip(*of, strict=True), forms, strict=True)),
+        ]
+        for line, of in lines.items()
+    ]
     return Table(
         ["layer", "frozen", "columns with any frozen", "columns more than half frozen", "lowest frozen score", "score 0"], rows
     )
+
+
+def _spread(values: Sequence[float | None], form: str) -> str:
+    """A layer's value, or the least, median and most of several layers'; of those that have one."""
+    there = [value for value in values if value is not None]
+    shown = there if len(values) == 1 or not there else [min(there), statistics.median(there), max(there)]
+    return ", ".join(format(value, form) for value in shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,25 +195,26 @@ def bases(runs: Runs, pictures: Path) -> list[Section]:
 
 
 def _drawn(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The bases' files, of the down projections of a block's experts that of the one that saw most tokens."""
+    """The bases' files, of the down projections of a block's experts that of the one that saw most tokens; of their gates and
+    ups, where each expert has its own, too."""
     most: dict[str, str] = {}
     for file in sorted(entries):
-        line = file.rpartition("_experts_down_")[0] or file
+        line = re.sub(r"(_experts_\w+_)\d+_svd", r"\1", file)
         most[line] = max(most.get(line, file), file, key=lambda of: entries[of].get("tokens", 0))
     return list(most.values())
 
 
 def _few_tokens(entries: Mapping[str, Mapping[str, Any]]) -> list[Note]:
     """Of experts that were given fewer tokens than they have inputs."""
-    of_experts = {file: entry for file, entry in entries.items() if "_experts_down_" in file}
+    of_experts = {file: entry for file, entry in entries.items() if "_experts_" in file and entry.get("from") == "routed"}
     few = [f"{file.removesuffix('_svd.safetensors')} ({e['tokens']})" for file, e in of_experts.items() if e["tokens"] < e["n"]]
     if not few:
         return []
     named = ", ".join(few[:4]) + ", ..." * (len(few) > 4)
     return [
         Note(
-            f"{len(few)} of {len(of_experts)} experts' down projections saw fewer safety tokens than they have inputs "
-            f"({named}): their bases hold what they saw, and nothing of its complement is frozen."
+            f"{len(few)} of {len(of_experts)} bases of experts are of fewer safety tokens than they have inputs "
+            f"({named}): they hold what was seen, and nothing of its complement is frozen."
         )
     ]
 

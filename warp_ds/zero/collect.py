@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from warp_ds.data.collate import EMPTY
 from warp_ds.method.covariance import Covariance
 from warp_ds.models.expert_taps import tapped
 from warp_ds.models.experts import by_module
-from warp_ds.models.layer_names import type_order
+from warp_ds.models.layer_names import ROUTER, type_order
+from warp_ds.models.routers import watch
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.batches import Batch, Samples
+from warp_ds.zero.expert_inputs import ExpertInputs
 from warp_ds.zero.fetch import FetchHooks, outside
 from warp_ds.zero.walk import BlockWalk, HiddenStates
 
@@ -64,11 +67,6 @@ def route(tokens: int, n: int, ranks: int, itemsize: int) -> str:
     sent = tokens * n * itemsize * (ranks - 1) / ranks
     reduced = n * n / 2 * 4 * (ranks - 1)
     return SEND if sent < reduced else REDUCE
-
-
-def of_expert(layer: TargetLayer) -> bool:
-    """Whether a layer's own input is seen: an expert's down projection. Gates and ups share the block's."""
-    return layer.type.startswith("experts_down")
 
 
 def _empty(layers: list[TargetLayer], samples: Samples, itemsize: int, routed: bool) -> LayerInput:
@@ -243,9 +241,12 @@ class InputHooks:
     Layers that see the same input are found by the input itself: the same memory within one block's pass.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[TargetLayer], samples: Samples, itemsize: int):
+    def __init__(
+        self, model: nn.Module, layers: Sequence[TargetLayer], samples: Samples, itemsize: int, expert_basis: str = "block"
+    ):
         self.model = model
         self.layers = layers
+        self.expert_basis = expert_basis
         self.samples = samples
         self.itemsize = itemsize
         self.inputs: dict[str, LayerInput] = {}
@@ -259,13 +260,18 @@ class InputHooks:
     def __enter__(self) -> InputHooks:
         experts = by_module(self.layers)
         if experts:
-            self._stack.enter_context(tapped(self.model, {name: _ExpertInputs(self, of) for name, of in experts.items()}))
+            taps = {name: ExpertInputs.of(self, layers) for name, layers in experts.items()}
+            self._stack.enter_context(tapped(self.model, taps))
         for layer in (layer for layer in self.layers if layer.expert is None):
 
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], layer: TargetLayer = layer) -> None:
                 self._take(layer, inputs[0].detach())
 
-            self._handles.append(self.model.get_submodule(layer.module).register_forward_pre_hook(hook))
+            module = self.model.get_submodule(layer.module)
+            if layer.type == ROUTER:
+                self._handles += watch(module, partial(self._take_product, layer))
+            else:
+                self._handles.append(module.register_forward_pre_hook(hook))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -285,7 +291,10 @@ class InputHooks:
     def take(self, layer: TargetLayer, x: Tensor) -> None:
         """Adds what a layer is given: all tokens of the batch, [B, L, n], or flat."""
         assert self.batch is not None
-        self._take(layer, x.view(*self.batch.counted.shape, -1))
+        self._take(layer, self.batch.shaped(x))
+
+    def _take_product(self, layer: TargetLayer, x: Tensor, y: Tensor) -> None:
+        self.take(layer, x.detach())
 
     def _take(self, layer: TargetLayer, x: Tensor) -> None:
         assert self.batch is not None
@@ -323,31 +332,6 @@ class InputHooks:
         return list(dict.fromkeys(self.inputs.values()))
 
 
-@dataclass
-class _ExpertInputs:
-    """Shows ``hooks`` what a block's experts are given."""
-
-    hooks: InputHooks
-    layers: list[TargetLayer]
-
-    def given(self, hidden: Tensor) -> None:
-        for layer in self.layers:
-            if not of_expert(layer):
-                self.hooks.take(layer, hidden.detach())
-
-    def dealt(self, x: Tensor, places: Tensor) -> None:
-        if layers := [layer for layer in self.layers if not of_expert(layer)]:
-            self.hooks.take_routed(layers, x.detach(), places)
-
-    def up(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return y
-
-    def down(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        if layers := [layer for layer in self.layers if of_expert(layer) and layer.expert == expert]:
-            self.hooks.take_routed(layers, x.detach(), places)
-        return y
-
-
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
@@ -362,7 +346,13 @@ def stop_together(failure: tuple[int, str, int] | None, what: str, samples: Samp
 
 @torch.no_grad()
 def collect_by_walk(
-    walk: BlockWalk, layers: Sequence[TargetLayer], samples: Samples, batch_size: int, scratch: Path, itemsize: int
+    walk: BlockWalk,
+    layers: Sequence[TargetLayer],
+    samples: Samples,
+    batch_size: int,
+    scratch: Path,
+    itemsize: int,
+    expert_basis: str = "block",
 ) -> Iterator[LayerInput]:
     """Each distinct input of ``layers`` once all this rank's samples have passed its block, block by block.
 
@@ -379,7 +369,8 @@ def collect_by_walk(
             for number, indices in enumerate(batches):
                 hidden.put(number, walk.embed(samples.batch(indices)))
         for index in tqdm(range(max(by_block) + 1), desc="covariances", unit="block", disable=rank() != 0):
-            with walk.block(index), InputHooks(walk.model, by_block.get(index, []), samples, itemsize) as hooks:
+            hooks = InputHooks(walk.model, by_block.get(index, []), samples, itemsize, expert_basis)
+            with walk.block(index), hooks:
                 for number, indices in enumerate(batches):
                     hooks.batch = samples.batch(indices)
                     hidden.put(number, walk.run(index, hidden.get(number, samples.device), hooks.batch))
@@ -423,11 +414,18 @@ def _on_every_rank(hooks: InputHooks, layers: Sequence[TargetLayer], samples: Sa
 
 @torch.no_grad()
 def collect_with_hooks(
-    model: Any, blocks: Sequence[nn.Module], layers: Sequence[TargetLayer], samples: Samples, batch_size: int, itemsize: int
+    model: Any,
+    blocks: Sequence[nn.Module],
+    layers: Sequence[TargetLayer],
+    samples: Samples,
+    batch_size: int,
+    itemsize: int,
+    expert_basis: str = "block",
 ) -> Iterator[LayerInput]:
     """The same by whole forward passes, everything at once: for models that cannot be walked."""
     batches = samples.deal(batch_size, world_size(), rank())
-    with InputHooks(model, layers, samples, itemsize) as hooks, FetchHooks(outside(model, blocks), blocks):
+    hooks = InputHooks(model, layers, samples, itemsize, expert_basis)
+    with hooks, FetchHooks(outside(model, blocks), blocks):
         for indices in tqdm(batches, desc="covariances", unit="batch", disable=rank() != 0):
             hooks.batch = samples.batch(indices)
             model.base_model(**hooks.batch.inputs, use_cache=False)

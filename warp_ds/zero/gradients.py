@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from warp_ds.cluster.processes import all_gather_object, rank
 from warp_ds.data.formats import IGNORE
 from warp_ds.errors import ConfigError
 from warp_ds.models.expert_taps import tapped
-from warp_ds.models.experts import by_module
+from warp_ds.models.experts import by_expert, by_module
+from warp_ds.models.layer_names import ROUTER
+from warp_ds.models.routers import watch
 from warp_ds.store.layers import Ranges, TargetLayer
 from warp_ds.zero.batches import Batch, Samples
 from warp_ds.zero.fetch import FetchHooks, outside, saved_by_reference
@@ -51,7 +54,8 @@ class _ExpertGradients:
     """Taps what a block's experts are given, and the gradients of what they make of it."""
 
     taken: dict[str, Tapped]
-    layers: list[TargetLayer]
+    ups: dict[int, list[TargetLayer]]
+    downs: dict[int, list[TargetLayer]]
 
     def given(self, hidden: Tensor) -> None:
         pass
@@ -60,17 +64,16 @@ class _ExpertGradients:
         pass
 
     def up(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return self._tap([of for of in self.layers if "down" not in of.type], expert, places, x, y)
+        return self._tap(self.ups.get(expert, []), expert, places, x, y)
 
     def down(self, expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return self._tap([of for of in self.layers if "down" in of.type], expert, places, x, y)
+        return self._tap(self.downs.get(expert, []), expert, places, x, y)
 
     def _tap(self, layers: list[TargetLayer], expert: int, places: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        first = expert * y.shape[-1]  # of the expert's rows in the stacked parameter
         for layer in layers:
-            if layer.expert == expert:
-                first = expert * y.shape[-1]  # of the expert's rows in the stacked parameter
-                columns = tuple((begin - first, end - first) for begin, end in layer.rows)
-                _tap(self.taken, layer.name, y, x.detach(), columns, places)
+            columns = tuple((begin - first, end - first) for begin, end in layer.rows)
+            _tap(self.taken, layer.name, y, x.detach(), columns, places)
         return y
 
 
@@ -87,21 +90,30 @@ class GradientTaps:
     def __enter__(self) -> GradientTaps:
         experts = by_module(self.layers)
         if experts:
-            self._stack.enter_context(
-                tapped(self.model, {name: _ExpertGradients(self.taken, of) for name, of in experts.items()})
-            )
+            taps = {
+                name: _ExpertGradients(self.taken, by_expert(layers, down=False), by_expert(layers, down=True))
+                for name, layers in experts.items()
+            }
+            self._stack.enter_context(tapped(self.model, taps))
         for layer in (layer for layer in self.layers if layer.expert is None):
 
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor, layer: TargetLayer = layer) -> None:
                 _tap(self.taken, layer.name, y, inputs[0].detach(), layer.rows)
 
-            self._handles.append(self.model.get_submodule(layer.module).register_forward_hook(hook))
+            module = self.model.get_submodule(layer.module)
+            if layer.type == ROUTER:
+                self._handles += watch(module, partial(self._take_product, layer))
+            else:
+                self._handles.append(module.register_forward_hook(hook))
         return self
 
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:
             handle.remove()
         self._stack.close()
+
+    def _take_product(self, layer: TargetLayer, x: Tensor, y: Tensor) -> None:
+        _tap(self.taken, layer.name, y, x.detach())
 
 
 # ---------------------------------------------------------------- backward passes

@@ -12,9 +12,10 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,8 @@ def load_sharded(
     ``deepspeed.zero.GatheredParameters``. Parameters, buffers, ties, configs and warnings are ``from_pretrained``'s.
 
     Every rank calls it, after torch.distributed was initialised. Parameters that transformers stacks, fuses, splits or
-    permutes from stored tensors are read from these; those that it transposes are made whole, in turns, by one rank each.
+    permutes from stored tensors are read from these, experts in MXFP4 one at a time by the ranks that have parts of them;
+    those that it transposes, and float8, are made whole, in turns, by one rank each.
     Checkpoints and settings whose partitions are no byte ranges (pickled ``.bin``, quantised weights, offload to NVMe, ...)
     go through ``from_pretrained`` under ``zero.Init``, and the log says why.
 
@@ -149,8 +151,10 @@ def _read_shards(built: MetaModel, plan: dict[int, Source], partitioner: Partiti
     with RangeReader() as reader:
         with on_every_rank_or_none(f"reading {name}"):
             _fill(reads, reader, progress and rank() == 0)
+            for one in (one for one in converted if one.conversion.by_expert):
+                _fill_experts(one.param, partial(_computed, one, reader))
             _fill_buffers(built, reader, partitioner.device)
-        _convert(converted, reader, name)
+        _convert([one for one in converted if not one.conversion.by_expert], reader, name)
     return reader.bytes_requested
 
 
@@ -243,7 +247,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _fill(reads: list[tuple[Any, Source]], reader: RangeReader, progress: bool) -> None:
     """Read this rank's range of each parameter, in the files' own order."""
-    turned = [(param, source.made_of, source.turning) for param, source in reads if source.turning is not None]
+    turned: list[Any] = [(param, source.made_of, source.turning) for param, source in reads if source.turning is not None]
     plain: list[Any] = [(param, source.made_of) for param, source in reads if source.turning is None]
     jobs = [job for param, pieces in plain for job in _own(param, pieces)]
     jobs.sort(key=lambda job: (job[1].origin.path, job[1].origin.offset, job[1].first))
@@ -255,22 +259,32 @@ def _fill(reads: list[tuple[Any, Source]], reader: RangeReader, progress: bool) 
             reader.read(piece.origin, piece.first, param.ds_tensor[begin : begin + piece.length])
             bar.update(piece.length * piece.origin.dtype.itemsize)
         for param, pieces, turning in turned:
-            _fill_turned(param, pieces, turning, reader)
+            _fill_experts(param, partial(_turned, param, pieces, turning, reader))
             bar.update(param.ds_tensor.nbytes)
 
 
-def _fill_turned(param: Any, pieces: Any, turning: Turning, reader: RangeReader) -> None:
-    """Of experts that are stored transposed, whole ones are read, one at a time, and this rank's part of each is kept."""
-    place, size = own_range(param), turning.matrix
-    stored = torch.empty(turning.stored[1:], dtype=param.dtype)
+def _fill_experts(param: Any, of_expert: Callable[[int], torch.Tensor]) -> None:
+    """Whole experts are made, one at a time, and this rank's part of each is kept."""
+    place, size = own_range(param), param.ds_numel // param.ds_shape[0]
     for expert in range(place.start // size, -(-place.stop // size)):
         first = expert * size
-        for piece in (piece.within(first, first + size) for piece in pieces):
-            if piece.length > 0:
-                reader.read(piece.origin, piece.first, stored.view(-1)[piece.begin - first : piece.end - first])
         begin, end = max(place.start, first), min(place.stop, first + size)
-        rows = turning.in_rows(stored).view(-1)[begin - first : end - first]
-        param.ds_tensor[begin - place.start : end - place.start].copy_(rows)
+        param.ds_tensor[begin - place.start : end - place.start].copy_(of_expert(expert).view(-1)[begin - first : end - first])
+
+
+def _turned(param: Any, pieces: Pieces, turning: Turning, reader: RangeReader, expert: int) -> torch.Tensor:
+    """An expert that is stored transposed."""
+    stored, first = torch.empty(turning.stored[1:], dtype=param.dtype), expert * turning.matrix
+    for piece in (piece.within(first, first + turning.matrix) for piece in pieces):
+        if piece.length > 0:
+            reader.read(piece.origin, piece.first, stored.view(-1)[piece.begin - first : piece.end - first])
+    return turning.in_rows(stored)
+
+
+def _computed(one: Converted, reader: RangeReader, expert: int) -> torch.Tensor:
+    """An expert that is stored in fewer bits."""
+    value = one.conversion.run(reader, expert)[one.name].detach()
+    return value if one.turning is None else one.turning.in_rows(value)
 
 
 def _convert(converted: list[Converted], reader: RangeReader, name: str) -> None:

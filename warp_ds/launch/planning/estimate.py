@@ -8,7 +8,8 @@ from warp_ds.launch.planning.job import Job, Shape, Sharding
 from warp_ds.models.targets import shared_inputs
 from warp_ds.store.checkpoint_index import READ_BUFFER_BYTES
 from warp_ds.store.layers import TargetLayer
-from warp_ds.zero.collect import REDUCE, of_expert
+from warp_ds.zero.collect import REDUCE
+from warp_ds.zero.expert_inputs import of_expert
 
 GPU_CONTEXT = 1_500_000_000
 """Bytes that the driver's context and NCCL take on a GPU. Not measured by us."""
@@ -70,18 +71,24 @@ def micro_batch(batch_size: int, tokens_of_rank: int, job: Job) -> int:
 
 def basis_rank(layer: TargetLayer, shape: Shape, job: Job) -> int:
     """Columns of a layer's stored basis: no more than its input has tokens."""
-    r = min(layer.n, seen(layer, shape, job.basis_samples * job.tokens))
+    r = min(layer.n, seen(layer, shape, job, job.basis_samples * job.tokens))
     return min(r, job.max_rank) if job.max_rank else r
 
 
-def seen(layer: TargetLayer, shape: Shape, tokens: int) -> int:
-    """How many of ``tokens`` make the layer's basis: an expert's down projection has those that are routed to it."""
-    return shape.given(tokens) if of_expert(layer) else tokens
+def groups_of(shape: Shape, job: Job) -> list[list[TargetLayer]]:
+    """The layers by the basis that they share."""
+    return shared_inputs(shape.targets, job.expert_basis)
+
+
+def seen(layer: TargetLayer, shape: Shape, job: Job, tokens: int) -> int:
+    """How many of ``tokens`` make the layer's basis: one of an expert's own has those that are routed to it."""
+    return shape.given(tokens) if of_expert(layer, job.expert_basis) else tokens
 
 
 def experts_bases(shape: Shape, job: Job) -> tuple[int, float]:
-    """(number, bytes on disk) of the experts' bases: one a down projection, one that a block's gates and ups share."""
-    groups = [group[0] for group in shared_inputs(shape.targets) if group[0].expert is not None]
+    """(number, bytes on disk) of the experts' bases: one a down projection, one that gates and ups share, of a block or of an
+    expert."""
+    groups = [group[0] for group in groups_of(shape, job) if group[0].expert is not None]
     return len(groups), sum(basis_bytes(first.n, basis_rank(first, shape, job)) for first in groups)
 
 

@@ -72,6 +72,7 @@ class Job:
     importance_batch_size: int = ImportanceArguments.importance_batch_size
     epochs: float = TrainArguments.epochs
     max_rank: int = BasisArguments.max_rank
+    expert_basis: str = BasisArguments.expert_basis
     basis_placement: str = TrainArguments.basis_placement
     train_scope: str = TrainArguments.train_scope
     objective: str = TrainArguments.objective
@@ -171,8 +172,13 @@ def _loading(quantisation: str | None, directory: Path) -> str:
     if quantisation is None:
         pickled = any(directory.glob("*.bin")) and not any(directory.glob("*.safetensors"))
         return "stored as pickles (.bin): loaded whole on rank 0 by from_pretrained, not in shards" if pickled else _IN_SHARDS
+    if quantisation == "mxfp4":
+        return "stored as mxfp4: each rank reads the experts of its own partitions, one at a time, in the training's dtype"
     if quantisation in DEQUANTISED:
-        return f"stored as {quantisation}: each parameter is made whole on one rank, the ranks by turns, and dealt out"
+        return (
+            f"stored as {quantisation}: each parameter is made whole on one rank, the ranks by turns, and dealt out; warp-ds "
+            "verify cannot read such a start model"
+        )
     return f"stored as {quantisation}: loaded whole on rank 0 by from_pretrained, not in shards"
 
 

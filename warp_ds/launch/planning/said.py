@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from warp_ds.launch.planning.estimate import experts_bases, gb
+from warp_ds.launch.planning.estimate import experts_bases, gb, groups_of
 from warp_ds.launch.planning.job import Job, Shape
+from warp_ds.zero.expert_inputs import of_expert
 
 
 def of_model(shape: Shape, job: Job) -> list[str]:
@@ -27,6 +28,7 @@ def _bases(shape: Shape, job: Job) -> str:
         return ""
     layers = sum(layer.expert is not None for layer in shape.targets)
     given = shape.given(job.basis_samples * job.tokens)
-    few = sum(given < layer.n for layer in shape.targets if layer.type.startswith("experts_down"))
+    own = [group[0] for group in groups_of(shape, job) if of_expert(group[0], job.expert_basis)]
+    few = sum(given < first.n for first in own)
     words = f"experts: {layers} layers with {number} bases of {gb(size)} GB, if routing is even"
     return words + f"; {given} tokens each are fewer than {few} of them have inputs: use more --safety_samples" * bool(few)

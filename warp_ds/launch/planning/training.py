@@ -6,11 +6,18 @@ import math
 from dataclasses import replace
 
 from warp_ds.flags.controls import REPLAYS
-from warp_ds.launch.planning.estimate import Estimate, after_loading, basis_rank, logits, others_share, saved_activations
+from warp_ds.launch.planning.estimate import (
+    Estimate,
+    after_loading,
+    basis_rank,
+    groups_of,
+    logits,
+    others_share,
+    saved_activations,
+)
 from warp_ds.launch.planning.job import Job, Shape, Sharding
 from warp_ds.method.mask import frozen_count
 from warp_ds.method.rotation import Rotation
-from warp_ds.models.targets import shared_inputs
 from warp_ds.zero.placements import CPU, GPU, place_bases
 from warp_ds.zero.protected_layer import CHUNK
 from warp_ds.zero.save import GATHER_BYTES
@@ -111,7 +118,7 @@ def _masked_step(need: Estimate, shape: Shape, job: Job, steps: int) -> float:
     ranks, targets = job.ranks, shape.targets
     held = {
         layer.name: (group[0].name, Rotation.held_bytes(layer.n, basis_rank(group[0], shape, job)))
-        for group in shared_inputs(shape.targets)
+        for group in groups_of(shape, job)
         for layer in group
     }
     if job.adapter == "lora":

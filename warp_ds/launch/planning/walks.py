@@ -11,6 +11,7 @@ from warp_ds.launch.planning.estimate import (
     basis_rank,
     decomposition_peak,
     forward_activations,
+    groups_of,
     keep_hidden_states,
     logits,
     micro_batch,
@@ -22,9 +23,9 @@ from warp_ds.launch.planning.estimate import (
 from warp_ds.launch.planning.job import Job, Shape, Sharding
 from warp_ds.method.covariance import kept_entries
 from warp_ds.method.importance import tokens_first
-from warp_ds.models.targets import shared_inputs
 from warp_ds.store.layers import TargetLayer
-from warp_ds.zero.collect import REDUCE, ROUTED, of_expert, route
+from warp_ds.zero.collect import REDUCE, ROUTED, route
+from warp_ds.zero.expert_inputs import of_expert
 
 
 def basis(shape: Shape, job: Job, sharding: Sharding) -> Estimate:
@@ -41,16 +42,16 @@ def basis(shape: Shape, job: Job, sharding: Sharding) -> Estimate:
     need.sent = fetched * b * others_share(n_ranks)
     by_block: dict[int, float] = {}
     decomposing = 0.0
-    for group in shared_inputs(shape.targets):
+    for group in groups_of(shape, job):
         first, r = group[0], basis_rank(group[0], shape, job)
-        n, own = first.n, seen(first, shape, mine)
-        way = ROUTED if of_expert(first) else route(tokens, n, n_ranks, b)
+        n, own = first.n, seen(first, shape, job, mine)
+        way = ROUTED if of_expert(first, job.expert_basis) else route(tokens, n, n_ranks, b)
         if way == REDUCE:
             kept, sent = 4.0 * n * n, 4.0 * kept_entries(n, "cuda" if job.on_gpu else "cpu") * others_share(n_ranks)
         else:
             kept, sent = float(own * n * b), own * n * b * others_share(n_ranks)
         by_block[first.layer] = by_block.get(first.layer, 0.0) + kept
-        decomposing = max(decomposing, decomposition_peak(seen(first, shape, tokens), n, r, b, way))
+        decomposing = max(decomposing, decomposition_peak(seen(first, shape, job, tokens), n, r, b, way))
         need.sent += sent
         need.disk += basis_bytes(n, r)
     need.gpu["inputs"] = max(by_block.values())
@@ -96,7 +97,7 @@ def _scores(need: Estimate, shape: Shape, job: Job, steps: int, of_rank: int) ->
     n_ranks, b = job.ranks, job.itemsize
     scores = columns = bases = 0.0
     step_tokens = of_rank * n_ranks
-    for group in shared_inputs(shape.targets):
+    for group in groups_of(shape, job):
         r = basis_rank(group[0], shape, job)
         columns = max(columns, 4.0 * group[0].n * r)
         bases += 4.0 * group[0].n * r
@@ -104,7 +105,7 @@ def _scores(need: Estimate, shape: Shape, job: Job, steps: int, of_rank: int) ->
         need.read += 4.0 * group[0].n * r * (1 if job.on_gpu else steps)
     # Experts of a block share a basis, but each is given tokens of its own (phases/importance.py, ``scored_inputs``).
     apart: dict[tuple[str, int | None], list[TargetLayer]] = {}
-    for group in shared_inputs(shape.targets):
+    for group in groups_of(shape, job):
         for layer in group:
             apart.setdefault((group[0].name, layer.expert), []).append(layer)
     for group in apart.values():
