@@ -52,6 +52,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank_share", type=float, default=1.0, help="stored columns of each basis, as a share of n")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--products",
+        default="auto",
+        choices=["auto", "exact", "split", "tf32", "each"],
+        help="of bf16 models; each: a masked variant for exact, split and tf32, in turn with the others",
+    )
     parser.add_argument("--train_scope", default="all", choices=["all", "warp"])
     parser.add_argument(
         "--basis_placement",
@@ -223,7 +229,8 @@ def measured_machine(a: argparse.Namespace, layers: list[Any]) -> Any:
     from torch import distributed as dist
 
     from warp_ds.cluster import processes
-    from warp_ds.zero.placements import CPU, GPU, Machine, matmul_precision
+    from warp_ds.method.products import products
+    from warp_ds.zero.placements import CPU, GPU, Machine
 
     default, ranks = CPU if a.device == "cpu" else GPU, processes.world_size()
     layer = max(layers, key=lambda layer: layer.target.m * layer.target.n)
@@ -241,8 +248,8 @@ def measured_machine(a: argparse.Namespace, layers: list[Any]) -> Any:
             took.append(time.perf_counter() - start)
         return min(took)
 
-    with matmul_precision(layer.param.dtype):
-        multiplying = best_seconds(lambda: rows @ square)
+    taken = products(a.products, layer.param.dtype, layer.device)
+    multiplying = best_seconds(lambda: taken.mm(rows, square))
     sending = best_seconds(lambda: dist.all_gather_into_tensor(whole, rows.flatten()))
     return Machine(rows.numel() * layer.target.n / multiplying, max(1, ranks - 1) * rows.nbytes / sending, default.overlaps)
 

@@ -412,11 +412,16 @@ def test_bf16_runs_and_agrees_roughly(
     tmp_path: Path, given: dict[str, Path], models: dict[str, Path], dense_gradients: dict[str, Any]
 ) -> None:
     names, gradients = dense_gradients["llama"]
-    arguments = importance_arguments(models["llama"], dtype="bfloat16")
-    run_ranks(2, scores_job, [(arguments, ROWS, given["llama"], tmp_path)])
-    parts = [load_file(tmp_path / f"rank_{r}.safetensors") for r in range(2)]
+    ways = ("exact", "split")
+    runs = [importance_arguments(models["llama"], dtype="bfloat16", batch_size=1, products=way) for way in ways]
+    run_ranks(2, scores_job, [(run, ROWS, given["llama"], tmp_path / run.products) for run in runs])
+    exact, split = ([load_file(tmp_path / way / f"rank_{r}.safetensors") for r in range(2)] for way in ways)
     for name in names:
-        found = np.concatenate([p[name] for p in parts])
+        found, apart = (np.concatenate([p[name] for p in parts]) for parts in (exact, split))
+        # The same gradients and inputs; 3 * 2^-16 is the bound of products of rows and columns without signs.
+        assert 0 < np.abs(apart - found).max() < 3 * 2.0**-16 * found.max(), name
+        frozen, otherwise = (reference.highest([s], s.size // 10)[0] for s in (found, apart))
+        assert (frozen != otherwise).sum() <= 2, name  # of neighbours at the threshold
         expected = reference.importance(gradients, name, columns(given["llama"], name))[:, : found.shape[1]]
         # bf16 has 8 bits: 0.4 % a rounding, over a few dozen roundings on the way.
         assert np.abs(found - expected).max() < 0.1 * expected.max(), name

@@ -206,6 +206,26 @@ class MaskFlags:
 
 
 @dataclass
+class ProductFlags(RunArguments):
+    """How products of what is rounded to the model's 16 bits anyway are taken."""
+
+    products: str = flag(
+        "auto",
+        "how scores, gradients in C and weights of C are multiplied: exact (fp32), split (three products of bf16 parts), tf32, "
+        "or auto: split where bf16 models are on a GPU, else exact",
+        choices=("auto", "exact", "split", "tf32"),
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.products in ("split", "tf32") and self.dtype != "bfloat16":
+            raise ConfigError(
+                f"--products {self.products} rounds more coarsely than {self.dtype} weights may be: leave it out, or give "
+                "--dtype bfloat16"
+            )
+
+
+@dataclass
 class ScheduleFlags:
     """How long and how often; every other TrainingArguments flag passes through."""
 

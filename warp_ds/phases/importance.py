@@ -23,6 +23,7 @@ from warp_ds.flags.arguments import ImportanceArguments
 from warp_ds.flags.groups import RunArguments
 from warp_ds.method.importance import response_loss, tokens_first
 from warp_ds.method.mask import frozen_count, pack_bits
+from warp_ds.method.products import products
 from warp_ds.method.selection import DECADE, random_scores
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases import behaviours
@@ -183,7 +184,8 @@ def importance_scores(
     samples = Samples(dataset, tokenizer, arguments.resolved_device, capacity=capacity)
     batches = _speaking_batches(samples, arguments, notes)
     inputs = scored_inputs(layers, basis, samples.tokens / len(batches))
-    scores, saved = RowScores(inputs, samples.device), SavedScores(scratch / saved_as) if saved_as else None
+    taken = products(arguments.products, arguments.torch_dtype, samples.device)
+    scores, saved = RowScores(inputs, samples.device, taken), SavedScores(scratch / saved_as) if saved_as else None
     done = saved.load(scores) if saved else 0
     if done:
         logger.info("%d of %d importance batches were done before", done, len(batches))

@@ -14,7 +14,7 @@ from warp_ds.method.rotation import Rotation
 from warp_ds.method.two_sided import TwoSided
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.layers import TargetLayer
-from warp_ds.zero.placements import GPU, Apply, Cost, Machine, Owner, Placement, Rotated, Source, matmul_precision, place_bases
+from warp_ds.zero.placements import GPU, Apply, Cost, Machine, Owner, Placement, Rotated, Source, place_bases
 from warp_ds.zero.protected_layer import ProtectedLayer
 
 
@@ -68,8 +68,8 @@ class WholeLayers(Owner):
             return
         for layer in layers:
             share = source(layer).to(layer.device)
-            with matmul_precision(layer.param.dtype if fast else share.dtype):
-                whole = apply(self.own[layer.basis], share.float().view(layer.target.shape))
+            taken = self.products_of(layer, fast)
+            whole = apply(self.own[layer.basis], share.float().view(layer.target.shape), taken)
             yield layer, whole.reshape(-1)
 
 
