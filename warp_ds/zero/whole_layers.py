@@ -46,6 +46,16 @@ class WholeLayers(Owner):
         left = self.left[layer.name]
         return (layer.m * (self.bases[layer.name][1] - left) + layer.n * left) / 4
 
+    def kept(self) -> float:
+        of_owner = [0.0] * self.world_size
+        rights: set[tuple[int, str]] = set()
+        for layer in self.layers:
+            key, size = self.bases[layer.name]
+            owner, left = self.owners[key], self.left[layer.name]
+            of_owner[owner] += left if (owner, self.right[key]) in rights else size
+            rights.add((owner, self.right[key]))
+        return max(of_owner)
+
     def keep(self, key: str, make: Callable[[], Rotation]) -> None:
         super().keep(key, make)
         if isinstance(kept := self.own.get(key), TwoSided):

@@ -71,6 +71,7 @@ class Job:
     importance_batch_size: int = ImportanceArguments.importance_batch_size
     epochs: float = TrainArguments.epochs
     max_rank: int = BasisArguments.max_rank
+    output_basis: str = BasisArguments.output_basis
     basis_placement: str = TrainArguments.basis_placement
     train_scope: str = TrainArguments.train_scope
     objective: str = TrainArguments.objective
