@@ -274,6 +274,7 @@ def mask_cases(models: dict[str, Path], given: dict[str, Path], root: Path) -> d
             for score in ("singular_value", "random"):
                 arguments = importance_arguments(llama, score=score, **more)
                 cases[f"{scope}_{unit}_{score}"] = (arguments, given["llama"])
+    cases["thin_random"] = (importance_arguments(llama, score="random", keep_ratio=0.23), given["thin"])
     cases["identity"] = (importance_arguments(llama, basis="identity"), None)
     cases["none"] = (importance_arguments(llama, keep_ratio=0.0, layer_type="ffn_down"), given["llama"])
     cases["all"] = (importance_arguments(llama, keep_ratio=1.0, layer_type="ffn_down,attn_k"), given["thin"])
@@ -406,6 +407,15 @@ def test_random_masks_do_not_depend_on_the_world_size(masks: Any, masks_of_one: 
     for entry in metadata["layers"].values():
         other = masks_of_one[f"{scope}_{unit}_random"][3] / entry["file"]
         assert (directory / entry["file"]).read_bytes() == other.read_bytes()
+
+
+def test_random_masks_freeze_no_more_directions_than_are_stored(masks: Any) -> None:
+    """What completes a short basis scores 0, as for importances: a control must not have what no other mask can have."""
+    (_, bits, metadata) = masks["thin_random"]
+    for name, frozen in bits.items():
+        assert not frozen[:, 15:].any() and frozen[:, :15].any(), name
+        wanted = min(round(0.23 * frozen.size), frozen[:, :15].size)
+        assert frozen.sum() == metadata["layers"][name]["frozen"] == wanted, name
 
 
 def test_bf16_runs_and_agrees_roughly(

@@ -229,7 +229,7 @@ class _Masked:
         if not bool(self.columns.any()):
             # The identity as a reflector that reflects nothing: one without tensors could not be sharded.
             return Rotation(torch.eye(self.target.n, 1, device=device), self.target.n)
-        r = int(basis.metadata.bases[basis.metadata.layers[self.target.name]["file"]]["rank"])
+        r = basis.rank(self.target.name)
         if bool(self.columns[r:].any()):  # of the complement that the stored columns stand for
             whole = basis.rotation(self.target.name).rotate(torch.eye(self.target.n))
             return Rotation(whole[:, self.columns].to(device), self.target.n)

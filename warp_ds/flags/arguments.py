@@ -151,12 +151,6 @@ class EvaluateArguments(HeldOutArguments, UtilityDataArguments, RunArguments):
     prompt_file: str | None = flag(
         None, "comma-separated files of your own attack prompts, verdicts as for refusal", reads="files"
     )
-    kept_data: str | None = flag(
-        None, "comma-separated files of held-out examples, one for each behaviour: how many are answered so", reads="files"
-    )
-    kept_format: list[str] = flag(
-        [], "NAME=REGEX: answers to NAME.jsonl of --kept_data that match as a whole are kept; else refusals, or the same text"
-    )
     reference_model: str | None = flag(
         None,
         "the model before training: answers that it finds unlikely are noise too, and every prompt is compared with its answer",

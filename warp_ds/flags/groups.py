@@ -166,6 +166,12 @@ class HeldOutArguments:
     harmful_samples: int = samples(100, "how many of them; 0 = all")
     harmless_data: str | None = flag(None, "held-out prompts that should be answered (over_refusal)", reads="data")
     harmless_samples: int = samples(100, "how many of them; 0 = all")
+    kept_data: str | None = flag(
+        None, "comma-separated files of held-out examples, one for each behaviour: how many are answered so", reads="files"
+    )
+    kept_format: list[str] = flag(
+        [], "NAME=REGEX: answers to NAME.jsonl of --kept_data that match as a whole are kept; else refusals, or the same text"
+    )
     max_new_tokens: int = flag(256, "longest generated answer, in tokens")
 
 
