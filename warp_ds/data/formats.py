@@ -82,7 +82,7 @@ def _before(sample: Sample, tokenizer: PreTrainedTokenizerBase, train_on: str) -
     asides = [i for i, turn in enumerate(sample.messages) if turn["role"] != "assistant" and i in sample.untrained]
     if marked and asides:
         raise DataError(
-            f"turn {asides[0]}, of the role {sample.messages[asides[0]]['role']}, is marked as not to be trained on ('train' or "
+            f"turn {asides[0]}, of the role {sample.messages[asides[0]]['role']}, is marked as not to be trained on ('train', "
             "'weight'), and --train_on all trains all but answers so marked: use --train_on assistant, or take the mark out"
         )
     answers = [i for i, turn in enumerate(sample.before) if turn["role"] == "assistant" and train_on != "last"]
