@@ -167,7 +167,8 @@ def test_every_arm_has_its_point(root: Path, done: Any) -> None:
         basis = Path(done["run"]) / "phase1_start_activation_activation-outputs" / "basis"
         assert frozen_drift(root / "m", Path(done["run"]) / f"phase3_{name}_lr0.001_seed42" / "model", masks, basis) < 1e-5
     assert rows["rotated"]["frozen_drift"] < 1e-5 < 1e-3 < rows["full"]["frozen_drift"]
-    assert done["report"]["overlap"] == {"task in the task set": 7, "harmless in --unaligned_data": 5}
+    shared = {"task in the task set": 7, "harmless in --unaligned_data": 5, "kept_refusals in the safety set": 7}
+    assert done["report"]["overlap"] == shared
     assert "refusal_rate" in done["report"]["unaligned"]
     assert {row["arm"] for row in done["report"]["equal_utility"]} == set(rows) - {"before"}
     assert "| random-mask |" in done["table"]
