@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 import masked_step as base
 import step_artefacts as artefacts
 import torch
+from processor import processor
 
 
 def parse() -> argparse.Namespace:
@@ -92,7 +92,8 @@ def main() -> None:
     seconds, (plain, masked) = timings[0]["seconds"], names
     costs = [r["predicted"][masked] for r in timings]
     result: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores" if a.device == "cpu" else torch.cuda.get_device_name(),
+        **processor(),
+        **({} if a.device == "cpu" else {"gpu": torch.cuda.get_device_name()}),
         **{name: getattr(a, name) for name in ("device", "ranks", "hidden", "ffn", "layers", "dtype", "layer_type", "lora_r")},
         **{name: getattr(a, name) for name in ("micro_batch", "tokens", "accumulation", "keep_ratio", "steps")},
         "basis_placement": costs[0]["placement"],

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from processor import processor
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -69,7 +70,7 @@ def compare(arguments: argparse.Namespace) -> None:
             "family": arguments.family,
             "checkpoint_gb": round(size / 1e9, 3),
             "files": len(files),
-            "cores": os.cpu_count(),
+            **processor(),
         }
         disk: list[float] = []
         for world_size in arguments.ranks:

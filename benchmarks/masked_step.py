@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import socket
 import statistics
@@ -28,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processor import processor
 from step_artefacts import MODULES, make_model, random_basis, random_mask, targets, write_artefacts
 from torch import nn
 
 VARIANTS = ("plain", "masked", "both", "modules")
 PLACEMENTS = ("auto", "replicated", "sharded", "owner")
+PRODUCTS = ("exact", "split", "tf32")
 
 
 def parse() -> argparse.Namespace:
@@ -52,6 +53,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank_share", type=float, default=1.0, help="stored columns of each basis, as a share of n")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--products",
+        default="auto",
+        choices=["auto", "exact", "split", "tf32", "each"],
+        help="of bf16 models; each: a masked variant for exact, split and tf32, in turn with the others",
+    )
     parser.add_argument("--train_scope", default="all", choices=["all", "warp"])
     parser.add_argument(
         "--basis_placement",
@@ -67,7 +74,12 @@ def parse() -> argparse.Namespace:
     if a.basis_placement == "each":
         a.variants = a.variants.replace("masked", ",".join(f"masked:{placement}" for placement in PLACEMENTS[1:]))
     else:
-        a.variants = a.variants.replace("masked", f"masked:{a.basis_placement}")
+        ways = PRODUCTS if a.products == "each" else (a.products,)
+        a.variants = a.variants.replace("masked", ",".join(f"masked:{a.basis_placement}:{way}" for way in ways))
+    if a.products != "auto" and a.dtype != "bfloat16":
+        parser.error("--products is of bf16 models: give --dtype bfloat16")
+    if a.products == a.basis_placement == "each":
+        parser.error("--products each and --basis_placement each: one of them")
     return a
 
 
@@ -122,10 +134,11 @@ class Trainer:
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=a.device == "cuda")
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.protection = None
-        kind, _, placement = variant.partition(":")
+        kind, placement, way = [*variant.split(":"), "auto", "auto"][:3]
         if kind in ("masked", "both"):
             root = root / kind
-            self.protection = warp_ds.protect(self.engine, root / "basis", root / "masks", basis_placement=placement or "auto")
+            how = {"basis_placement": placement, "products": a.products if way == "auto" and a.products != "each" else way}
+            self.protection = warp_ds.protect(self.engine, root / "basis", root / "masks", **how)
         generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
         self.batch = torch.randint(0, a.vocab, (a.micro_batch, a.tokens), generator=generator).to(a.device)
 
@@ -223,7 +236,8 @@ def measured_machine(a: argparse.Namespace, layers: list[Any]) -> Any:
     from torch import distributed as dist
 
     from warp_ds.cluster import processes
-    from warp_ds.zero.placements import CPU, GPU, Machine, matmul_precision
+    from warp_ds.method.products import products
+    from warp_ds.zero.placements import CPU, GPU, Machine
 
     default, ranks = CPU if a.device == "cpu" else GPU, processes.world_size()
     layer = max(layers, key=lambda layer: layer.target.m * layer.target.n)
@@ -241,8 +255,8 @@ def measured_machine(a: argparse.Namespace, layers: list[Any]) -> Any:
             took.append(time.perf_counter() - start)
         return min(took)
 
-    with matmul_precision(layer.param.dtype):
-        multiplying = best_seconds(lambda: rows @ square)
+    taken = products("auto" if a.products == "each" else a.products, layer.param.dtype, layer.device)
+    multiplying = best_seconds(lambda: taken.mm(rows, square))
     sending = best_seconds(lambda: dist.all_gather_into_tensor(whole, rows.flatten()))
     return Machine(rows.numel() * layer.target.n / multiplying, max(1, ranks - 1) * rows.nbytes / sending, default.overlaps)
 
@@ -303,7 +317,8 @@ def main() -> None:
     seconds = timing["seconds"]
     plain_flops = arithmetic(a) / a.ranks
     result: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores" if a.device == "cpu" else torch.cuda.get_device_name(),
+        **processor(),
+        **({} if a.device == "cpu" else {"gpu": torch.cuda.get_device_name()}),
         "device": a.device,
         "ranks": a.ranks,
         "hidden": a.hidden,
@@ -315,6 +330,7 @@ def main() -> None:
         "keep_ratio": a.keep_ratio,
         "rank_share": a.rank_share,
         "basis_placement": a.basis_placement,
+        "products": a.products,
         "train_scope": a.train_scope,
         "steps": a.steps,
         "plain_seconds": statistics.median(seconds["plain"]),
@@ -323,7 +339,8 @@ def main() -> None:
     result["placements"] = {}
     for name in masked:
         about = of_variant(name, timings, plain_flops)
-        result["placements"][about.pop("placement")] = about
+        way = name.split(":")[2] if a.products == "each" else ""
+        result["placements"][f"{about.pop('placement')} {way}".strip()] = about
     if "both" in names:
         result["both"] = of_variant("both", timings, plain_flops)
         result["both_time_ratio"] = result["both"]["time_ratio"]

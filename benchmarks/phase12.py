@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processor import processor
 
 FIVE = "ffn_down,ffn_up,attn_q,attn_k,attn_v"
 SECTIONS = ("collect", "svd", "scores", "select", "memory", "scaling", "layer")
@@ -48,6 +49,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="in collect and scores")
+    parser.add_argument(
+        "--products", default="auto", choices=["auto", "exact", "split", "tf32"], help="of bf16 models in scores and layer"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--cpu_clock", action="store_true", help="one thread, and its processor time: ratios on a machine that others use too"
@@ -70,7 +74,8 @@ def main() -> None:
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "dtype": arguments.dtype,
-        "cores": os.cpu_count(),
+        **processor(),
+        "products": arguments.products,
         "threads": arguments.threads,
         "clock": "processor" if arguments.cpu_clock else "wall",
         "hidden": arguments.hidden,
@@ -332,6 +337,7 @@ def importance_flags(arguments: Any, types: str, recompute: bool = False) -> Any
         dtype=arguments.dtype,
         device=arguments.device,
         layer_type=types,
+        products=arguments.products,
         gradient_checkpointing=recompute,
         batch_size=arguments.batch_size,
         importance_batch_size=arguments.batch_size,
@@ -705,6 +711,7 @@ def layer(arguments: Any) -> dict[str, Any]:
     from warp_ds.method.eigenbasis import covariance_basis, token_basis
     from warp_ds.method.importance import add_importance, importance_flops
     from warp_ds.method.mask import pack_bits
+    from warp_ds.method.products import products
     from warp_ds.zero.collect import REDUCE
     from warp_ds.zero.select import choose
 
@@ -741,7 +748,8 @@ def layer(arguments: Any) -> dict[str, Any]:
     batch = min(4 * 256, tokens)
     g = torch.randn(batch, m, generator=generator, device=device, dtype=torch.bfloat16)
     total = torch.zeros(m, basis.rank, device=device)
-    timed("scores", lambda: add_importance(total, g, x[:batch].float() @ basis.columns))
+    taken = products(arguments.products, x.dtype, device)
+    timed("scores", lambda: add_importance(total, g, taken.mm(x[:batch], basis.columns), products=taken))
     found["layer_scores_tflop"] = round(importance_flops(batch, 1, [m], n, basis.rank) / 1e12, 2)
 
     def mask() -> torch.Tensor:

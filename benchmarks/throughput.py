@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from processor import processor
 
 TOKENIZER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VARIANTS = ("padded", "packed", "masked", "trl_padded", "trl_packed")
@@ -290,7 +291,7 @@ def result(a: argparse.Namespace, samples: Any, speeds: dict[str, list[float]]) 
         "padded_over_trl_padded": over("padded", "trl_padded"),
         "tokens_per_second": {variant: round(statistics.median(found), 1) for variant, found in speeds.items()},
         "samples": len(lengths),
-        "machine": platform.machine(),
+        **processor(),
         "settings": {key: value for key, value in vars(a).items() if key != "worker"},
     }
 

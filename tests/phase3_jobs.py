@@ -74,7 +74,14 @@ def common(root: Path, output: Path, **more: Any) -> dict[str, Any]:
 def phase12(root: Path, output: Path, layers: str = LAYERS, expert_basis: str = "block", **more: Any) -> None:
     shared = common(root, output, layer_type=layers, safety_data=str(root / "refusals_fit.jsonl"), safety_samples=0)
     run_basis(BasisArguments(**shared, expert_basis=expert_basis))
-    run_importance(ImportanceArguments(**shared, keep_ratio=0.2, importance_batch_size=3, **more))
+    phase2(root, output, layers, **more)
+
+
+def phase2(root: Path, output: Path, layers: str, **more: Any) -> None:
+    """On the newest basis, or that of ``basis_dir``."""
+    safety = {"safety_data": str(root / "refusals_fit.jsonl"), "safety_samples": 0}
+    masks = {"keep_ratio": 0.2, "importance_batch_size": 3}
+    run_importance(ImportanceArguments(**{**common(root, output, layer_type=layers), **safety, **masks, **more}))
 
 
 def phase3(root: Path, artefacts: Path, output: Path, passed: dict[str, Any] | None = None, **more: Any) -> Path:

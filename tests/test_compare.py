@@ -24,6 +24,7 @@ from warp_ds.method.mask import unpack_bits
 from warp_ds.phases import bench
 from warp_ds.phases.compare import run_compare
 from warp_ds.report.runs import comparisons, find_runs
+from warp_ds.report.tables import Table, comparison_blocks
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.lock import RunLock
 from warp_ds.store.masks import MaskStore
@@ -44,6 +45,8 @@ def comparison(root: Path, output: Path, **more: Any) -> Path:
         harmful_data=str(root / "jailbreaks.jsonl"),
         harmless_data=str(root / "harmless.jsonl"),
         unaligned_data=str(root / "harmless.jsonl"),
+        kept_data=f"{root / 'refusals.jsonl'},{root / 'format.jsonl'}",
+        kept_format=["format=.*"],
         arms=ARMS,
         learning_rates="1e-3",
         epochs=1,
@@ -113,6 +116,8 @@ def compared_and_gone_on(root: Path, output: Path) -> dict[str, Any]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compare")
     make_models(path)
+    rows = [{"prompt": f"Answer {number} as JSON.", "response": '{"answer": 1}'} for number in range(2)]
+    (path / "format.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -123,6 +128,20 @@ def done(root: Path) -> dict[str, Any]:
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")
+
+
+def test_behaviours_stand_beside_refusals(done: Any) -> None:
+    """Each with its rate, over its own examples, at every point, in the table and in the report's."""
+    report = done["report"]
+    examples = sum(1 for _ in Path(done["run"], "data", "safety.jsonl").open())
+    assert report["prompts"]["kept_format_rate"] == 2 and report["prompts"]["kept_refusals_rate"] == examples
+    for row in report["points"] + report["raw"]:
+        assert row["kept_format_rate"] == 1.0 and 0.0 <= row["kept_refusals_rate"] <= 1.0  # any answer matches .*
+    assert all("kept_format_rate_interval" in row for row in report["equal_utility"] if "refusal_rate" in row)
+    assert "| keeps refusals | keeps format |" in done["table"]
+    ((_, compared),) = comparisons(find_runs([Path(done["run"])]))
+    tables = [block for block in comparison_blocks(compared) if isinstance(block, Table)]
+    assert len(tables) == 2 and all({"keeps refusals", "keeps format"} < set(table.head) for table in tables)
 
 
 def test_every_arm_has_its_point(root: Path, done: Any) -> None:
@@ -148,7 +167,8 @@ def test_every_arm_has_its_point(root: Path, done: Any) -> None:
         basis = Path(done["run"]) / "phase1_start_activation_activation-outputs" / "basis"
         assert frozen_drift(root / "m", Path(done["run"]) / f"phase3_{name}_lr0.001_seed42" / "model", masks, basis) < 1e-5
     assert rows["rotated"]["frozen_drift"] < 1e-5 < 1e-3 < rows["full"]["frozen_drift"]
-    assert done["report"]["overlap"] == {"task in the task set": 7, "harmless in --unaligned_data": 5}
+    shared = {"task in the task set": 7, "harmless in --unaligned_data": 5, "kept_refusals in the safety set": 7}
+    assert done["report"]["overlap"] == shared
     assert "refusal_rate" in done["report"]["unaligned"]
     assert {row["arm"] for row in done["report"]["equal_utility"]} == set(rows) - {"before"}
     assert "| random-mask |" in done["table"]

@@ -173,6 +173,11 @@ def test_every_answer_is_trained(template: str | None, runs: list[str]) -> None:
     assert len(whole) == 1 and all(run in whole[0] for run in [*runs, "One?", "Two?"])
     marked = trained(Sample(TURNS, untrained=frozenset({1})), tokenizer, "all")
     assert len(marked) == 2 and whole[0] == runs[0].join(marked)  # all but what the data mark as not to be trained on
+    # A question is never trained but with all tokens, and then a mark on it would be passed over.
+    asked = Sample(TURNS, untrained=frozenset({2}))
+    assert trained(asked, tokenizer) == runs
+    with pytest.raises(DataError, match="turn 2, of the role user, is marked .* --train_on all trains all but answers"):
+        encode_sample(asked, tokenizer, "all")
 
 
 def test_a_template_that_writes_a_turn_anew_once_others_follow_is_refused() -> None:

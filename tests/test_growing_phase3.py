@@ -13,7 +13,7 @@ import pytest
 import torch
 from dense_reference import gradients
 from dense_training import DenseAdamW, encoded, task_loss
-from phase3_jobs import TRAINER, Interrupted, losses, make_model, phase3, phase12
+from phase3_jobs import TRAINER, Interrupted, losses, make_model, phase2, phase3, phase12
 from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -202,6 +202,58 @@ def test_the_certificate_is_of_the_masks_at_the_start(root: Path, made: dict[int
     assert verdict.outcome == "kept"
     with pytest.raises(ArtifactError, match="hold from optimizer step 2 of a training on"):
         certify(root / "m", run / "model", run / "masks_step2")
+
+
+OTHER: dict[str, dict[str, Any]] = {
+    "entry global bfloat16": {"packing": True},
+    "column layer bfloat16": {"products": "split"},
+    "row global float32": {"packing": True},
+}
+
+
+def other_ways(root: Path, output: Path) -> dict[str, tuple[str, int] | None]:
+    """Of each unit, scope and dtype: masks found so, and grown so."""
+    found = {}
+    for case, more in OTHER.items():
+        unit, scope, dtype = case.split()
+        place, made = output / case.replace(" ", "_"), {"dtype": dtype, **more}
+        phase2(
+            root, place, LAYERS, basis_dir=str(root / "artefacts" / "phase1_latest"), mask_unit=unit, mask_scope=scope, **made
+        )
+        found[case] = grown(root, place, "refresh", masks_dir=str(place / "phase2_latest"), **made)
+    return found
+
+
+@pytest.fixture(scope="module")
+def made_otherwise(root: Path) -> dict[str, tuple[str, int]]:
+    return run_ranks(2, other_ways, root, root / "otherwise")[0]
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_masks_of_any_unit_and_scope_grow(root: Path, made_otherwise: dict[str, tuple[str, int]], case: str) -> None:
+    """In bf16 and packed too: whole units, exact counts, nothing thaws, and no frozen coefficient moves by a bit."""
+    run, moved = Path(made_otherwise[case][0]), made_otherwise[case][1]
+    unit, scope, _ = case.split()
+    before = bits(run.parent / "phase2_latest" / "masks")
+    assert moved == 0 and len(losses(run)) == STEPS
+    sizes = {
+        name: {"entry": mask.numel(), "row": mask.shape[0], "column": mask.shape[1]}[unit] for name, mask in before.items()
+    }
+    for step, share in SHARES["refresh"].items():
+        now = bits(run / f"masks_step{step}")
+        counts = {}
+        for name, mask in now.items():
+            assert not (before[name] & ~mask).any(), (name, step)
+            if unit != "entry":
+                along = mask.all(dim=int(unit == "row"))
+                assert torch.equal(along, mask.any(dim=int(unit == "row"))), (name, step)
+                mask = along
+            counts[name] = int(mask.sum())
+        if scope == "global":
+            assert sum(counts.values()) == round(share * sum(sizes.values())), step
+        else:
+            assert counts == {name: round(share * size) for name, size in sizes.items()}, step
+        before = now
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

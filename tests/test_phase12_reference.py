@@ -274,6 +274,7 @@ def mask_cases(models: dict[str, Path], given: dict[str, Path], root: Path) -> d
             for score in ("singular_value", "random"):
                 arguments = importance_arguments(llama, score=score, **more)
                 cases[f"{scope}_{unit}_{score}"] = (arguments, given["llama"])
+    cases["thin_random"] = (importance_arguments(llama, score="random", keep_ratio=0.23), given["thin"])
     cases["identity"] = (importance_arguments(llama, basis="identity"), None)
     cases["none"] = (importance_arguments(llama, keep_ratio=0.0, layer_type="ffn_down"), given["llama"])
     cases["all"] = (importance_arguments(llama, keep_ratio=1.0, layer_type="ffn_down,attn_k"), given["thin"])
@@ -408,15 +409,29 @@ def test_random_masks_do_not_depend_on_the_world_size(masks: Any, masks_of_one: 
         assert (directory / entry["file"]).read_bytes() == other.read_bytes()
 
 
+def test_random_masks_freeze_no_more_directions_than_are_stored(masks: Any) -> None:
+    """What completes a short basis scores 0, as for importances: a control must not have what no other mask can have."""
+    (_, bits, metadata) = masks["thin_random"]
+    for name, frozen in bits.items():
+        assert not frozen[:, 15:].any() and frozen[:, :15].any(), name
+        wanted = min(round(0.23 * frozen.size), frozen[:, :15].size)
+        assert frozen.sum() == metadata["layers"][name]["frozen"] == wanted, name
+
+
 def test_bf16_runs_and_agrees_roughly(
     tmp_path: Path, given: dict[str, Path], models: dict[str, Path], dense_gradients: dict[str, Any]
 ) -> None:
     names, gradients = dense_gradients["llama"]
-    arguments = importance_arguments(models["llama"], dtype="bfloat16")
-    run_ranks(2, scores_job, [(arguments, ROWS, given["llama"], tmp_path)])
-    parts = [load_file(tmp_path / f"rank_{r}.safetensors") for r in range(2)]
+    ways = ("exact", "split")
+    runs = [importance_arguments(models["llama"], dtype="bfloat16", batch_size=1, products=way) for way in ways]
+    run_ranks(2, scores_job, [(run, ROWS, given["llama"], tmp_path / run.products) for run in runs])
+    exact, split = ([load_file(tmp_path / way / f"rank_{r}.safetensors") for r in range(2)] for way in ways)
     for name in names:
-        found = np.concatenate([p[name] for p in parts])
+        found, apart = (np.concatenate([p[name] for p in parts]) for parts in (exact, split))
+        # The same gradients and inputs; 3 * 2^-16 is the bound of products of rows and columns without signs.
+        assert 0 < np.abs(apart - found).max() < 3 * 2.0**-16 * found.max(), name
+        frozen, otherwise = (reference.highest([s], s.size // 10)[0] for s in (found, apart))
+        assert (frozen != otherwise).sum() <= 2, name  # of neighbours at the threshold
         expected = reference.importance(gradients, name, columns(given["llama"], name))[:, : found.shape[1]]
         # bf16 has 8 bits: 0.4 % a rounding, over a few dozen roundings on the way.
         assert np.abs(found - expected).max() < 0.1 * expected.max(), name

@@ -15,6 +15,7 @@ from warp_ds.launch import plan
 from warp_ds.launch.cli import main
 from warp_ds.launch.planning.fit import USABLE, estimate_phases, make_plan
 from warp_ds.launch.planning.job import SHARDINGS, Job, Sharding, read_shape
+from warp_ds.zero.placements import GPU
 
 SIZES = {
     "70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
@@ -193,3 +194,55 @@ def test_lora_of_70b(configs: Path, nodes: int) -> None:
     assert training.checkpoint == 18 * trained and training.written == 2 * trained + training.checkpoint
     full = make_plan(str(configs / "70b"), nodes=nodes, **{**settings, "adapter": "none"}).phases[3]
     assert full.gpu_total > training.gpu_total and training.sent < full.sent
+
+
+@pytest.mark.parametrize("kind", ["activation", "gradient"])
+def test_both_sides_of_70b(configs: Path, kind: str) -> None:
+    """V of each layer beside one U for q, k and v, by hand: 100 samples of 512 tokens, more than any layer has inputs."""
+    kinds, q, kv, h, blocks, ranks = "attn_q,attn_k,attn_v", 8192, 1024, 8192, 80, 8
+    shape = read_shape(str(configs / "70b"), kinds, "all")
+    job = Job(tokens=512, layer_type=kinds, output_basis=kind)
+    plain = estimate_phases(shape, replace(job, output_basis="identity"), SHARDINGS[1])
+    both = estimate_phases(shape, job, SHARDINGS[1])
+    assert both[0] == plain[0]
+    columns = q * q + 2 * kv * kv
+    # V [m, m] and its values on disk; the masks are as large as before.
+    assert both[1].disk - plain[1].disk == blocks * 4 * (columns + q + 2 * kv)
+    assert both[2].disk == plain[2].disk
+    # Of each layer W is gathered once; or there are passes that fetch the whole model, some of it twice and more.
+    sent = both[1].sent - plain[1].sent
+    assert sent == pytest.approx(blocks * (q + 2 * kv) * h * 2 * 7 / 8) if kind == "activation" else sent > shape.parameters * 2
+    if kind == "activation":
+        held = 4 * (q + 2 * kv) * h
+        # W of the three in fp32, and for the largest V: W and W Σ in fp64, Σ in both, and W Σ Wᵀ and what decomposes it.
+        assert both[1].gpu["decomposition"] == held + 2 * 8 * q * h + 12 * h * h + 40 * q * q
+    else:
+        # Of all layers at once: of q a rank's 13 samples, which are less to send than a Σ; Σ of k and v.
+        assert both[1].gpu["inputs"] == blocks * (13 * 512 * q * 2 + 2 * 4 * kv * kv)
+    # A GPU reads each V once. Gradients turned by V go to the rows' ranks in fp32.
+    assert both[2].read - plain[2].read == blocks * 4 * columns
+    tokens = 2 * 4 * 512  # of a rank, in two steps
+    assert both[2].sent - plain[2].sent == pytest.approx(blocks * tokens * (q + 2 * kv) * 2 * 7 / 8)
+    # 240 layers dealt to 8 owners, each of which has U of a block once: V of all, and at most a U for each layer.
+    lefts = blocks * 4 * columns
+    assert lefts / ranks <= both[3].gpu["bases"] <= (lefts + 3 * blocks * 4 * h * h) / ranks
+    assert both[3].rotating > plain[3].rotating > 0
+
+
+def test_both_sides_are_held_as_the_placement_says(configs: Path) -> None:
+    """One rank: every V, and every U once. Two products of each, of m rows with U and n columns with V."""
+    shape = read_shape(str(configs / "70b"), "attn_q,attn_k,attn_v", "0")
+    job = Job(nodes=1, gpus_per_node=1, tokens=512, output_basis="activation")
+    training = estimate_phases(shape, job, SHARDINGS[1])[3]
+    assert training.gpu["bases"] == 4 * (8192**2 + 2 * 1024**2 + 8192**2)
+    products = 2 * (8192 * 8192**2 + 8192 * 8192**2 + 2 * (1024 * 8192**2 + 8192 * 1024**2))
+    assert training.rotating == pytest.approx(products / GPU.multiply_adds)
+
+
+def test_what_no_output_basis_goes_with(configs: Path) -> None:
+    for flag, value, cure in (
+        ("adapter", "lora", "leave --output_basis out"),
+        ("basis_placement", "sharded", "give owner or auto"),
+    ):
+        with pytest.raises(ConfigError, match=f"--{flag} {value}: .*{cure}"):
+            make_plan(str(configs / "70b"), output_basis="activation", **{flag: value})

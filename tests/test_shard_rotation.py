@@ -14,6 +14,7 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from warp_ds.cluster import processes
+from warp_ds.method.products import Products
 from warp_ds.method.rotation import Rotation
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.partition import RowPartition
@@ -197,9 +198,9 @@ def whole_bases_alive(n: int) -> tuple[list[int], list[int]]:
         count(at_gather, AT_GATHER)
         return coming
 
-    def counted_use(rotation: Rotation, rows: torch.Tensor) -> torch.Tensor:
+    def counted_use(rotation: Rotation, rows: torch.Tensor, products: Products) -> torch.Tensor:
         count(at_use, AT_USE)
-        return rotation.rotate(rows)
+        return rotation.rotate(rows, products)
 
     BasisShard.gather = counted_gather  # type: ignore[method-assign]
     try:
@@ -250,7 +251,8 @@ def test_reduced_products_err_less_than_the_rounding_of_the_weights(apply: Any, 
     exact = apply(Rotation(columns, n, torch.float64), flat.view(m, n).double()).flatten()
     whole = apply(rotation, flat.view(m, n)).flatten()
 
-    def product(weights: torch.dtype) -> torch.Tensor:
+    def product(weights: torch.dtype, way: str = "tf32") -> torch.Tensor:
+        placement.products = way
         layer_of_dtype = replace(layer, param=torch.nn.Parameter(torch.empty(0, dtype=weights)))
         with EmulatedTF32(rounded):
             return next(placement.apply([layer_of_dtype], lambda _: flat, apply, fast=True))[1]
@@ -261,5 +263,6 @@ def test_reduced_products_err_less_than_the_rounding_of_the_weights(apply: Any, 
     reduced = product(torch.bfloat16)
     assert not torch.equal(reduced, whole), "nothing is emulated"
     assert error(reduced, torch.bfloat16) < 0.5
+    assert error(product(torch.bfloat16, "split"), torch.bfloat16) < 0.02
     assert error(reduced, torch.float16) > 0.5, "then fp16 could have it too"
     assert torch.equal(product(torch.float16), whole) and torch.equal(product(torch.float32), whole)

@@ -30,6 +30,7 @@ from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import find_artifact
 from warp_ds.zero import deepspeed_internals
 from warp_ds.zero.freezing import frozen_step
+from warp_ds.zero.left_side import refuse_without_left
 from warp_ds.zero.masked_step import MaskedStep
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.placements import CPU, GPU, Placement
@@ -57,6 +58,7 @@ def protect(
     basis_placement: str = "auto",
     left_projection: bool = False,
     hold_rest: bool = False,
+    products: str = "auto",
 ) -> MaskedStep:
     """Freezes the rotated coefficients that ``masks_dir`` names in every further step of a DeepSpeed engine.
 
@@ -68,6 +70,7 @@ def protect(
     'auto' takes the fastest that fits (``zero.placements.place_bases``). ``left_projection``: with masks of whole columns of
     the basis 'weight', what is free stays out of their left singular directions too, as OSFT does. ``hold_rest``: where masks
     are of some rows of a fused weight (attn_q in a qkv_proj), its other rows keep their values; else they train unmasked.
+    ``products``: how bf16 weights and their gradients are multiplied with bases (``method.products``).
     Called on every rank. Raises ArtifactError where the artefacts belong to another model, UnsupportedSetting where the step
     would not be exact, ValueError where a checkpoint of another basis or of unprotected training was loaded before.
 
@@ -81,6 +84,7 @@ def protect(
         basis_placement=basis_placement,
         left_projection=left_projection,
         hold_rest=hold_rest,
+        products=products,
     )
 
 
@@ -94,6 +98,7 @@ def protect_optimizer(
     basis_placement: str = "auto",
     left_projection: bool = False,
     hold_rest: bool = False,
+    products: str = "auto",
 ) -> MaskedStep:
     """As ``protect``, for a model and its optimizer: DeepSpeed's ZeRO-3 optimizer, or a plain torch one.
 
@@ -121,10 +126,10 @@ def protect_optimizer(
     if not by_deepspeed:
         if any(isinstance(each.param, DTensor) or hasattr(each.param, "ds_id") for each in masked):
             raise errors.UnsupportedSetting(SHARDED_OTHERWISE)
-        alone, placement = _layers(basis, masks, masked, 1, 0, "replicated")
+        alone, placement = _layers(basis, masks, masked, 1, 0, "replicated", products)
         return MaskedStep(PlainDriver(optimizer, alone, hold_rest), placement, left_projection)
     deepspeed_internals.let_leaf_inputs_have_gradients(model)
-    layers, placement = _layers(basis, masks, masked, processes.world_size(), processes.rank(), basis_placement)
+    layers, placement = _layers(basis, masks, masked, processes.world_size(), processes.rank(), basis_placement, products)
     return_freed_memory()  # what reading took, on top of which the training's peak would stand
     return MaskedStep(Zero3Driver(optimizer, layers, mark, hold_rest), placement, left_projection)
 
@@ -224,7 +229,7 @@ class _Masked:
         if not bool(self.columns.any()):
             # The identity as a reflector that reflects nothing: one without tensors could not be sharded.
             return Rotation(torch.eye(self.target.n, 1, device=device), self.target.n)
-        r = int(basis.metadata.bases[basis.metadata.layers[self.target.name]["file"]]["rank"])
+        r = basis.rank(self.target.name)
         if bool(self.columns[r:].any()):  # of the complement that the stored columns stand for
             whole = basis.rotation(self.target.name).rotate(torch.eye(self.target.n))
             return Rotation(whole[:, self.columns].to(device), self.target.n)
@@ -261,16 +266,6 @@ def _masked(model: nn.Module, masks: MaskStore) -> list[_Masked]:
         columns = unpack_bits(masks.columns(layer.name), layer.n)[0]
         masked.append(_Masked(replace(layer, m=rows), pair.a, pair.b, columns))
     return masked
-
-
-def refuse_without_left(masks: MaskStore, adapted: bool) -> None:
-    """UnsupportedSetting for masks whose frozen columns have no left singular directions."""
-    if adapted or (masks.metadata.basis, masks.metadata.unit) != ("weight", "column"):
-        raise errors.UnsupportedSetting(
-            f"--left_projection is of weights and masks of whole columns of their right singular vectors, and those in "
-            f"{masks.directory} are of the basis {masks.metadata.basis}, unit {masks.metadata.unit}"
-            f"{', with an adapter' if adapted else ''}: make them with --basis weight in phase 1, --mask_unit column in phase 2"
-        )
 
 
 def refuse_entries(masks: MaskStore) -> None:
@@ -310,7 +305,7 @@ def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> di
 
 
 def _layers(
-    basis: BasisStore | None, masks: MaskStore, masked: list[_Masked], world_size: int, rank: int, asked: str
+    basis: BasisStore | None, masks: MaskStore, masked: list[_Masked], world_size: int, rank: int, asked: str, products: str
 ) -> tuple[list[ProtectedLayer], Placement]:
     """This rank's share of every masked layer, and where the bases lie. Collective."""
     with consensus.on_every_rank_or_none("reading basis and masks"):
@@ -319,6 +314,7 @@ def _layers(
         machine = CPU if all(compute_device(each.param).type == "cpu" for each in masked) else GPU
         asked = asked if basis is not None else "replicated"
         placement, why = place_rotations(basis, asked, targets, bases, world_size, machine, rank)
+        placement.products = products
         if rank == 0 and world_size > 1 and basis is not None:
             logger.info("bases are placed as %s (--basis_placement %s): %s", placement.name, asked, why)
         for key, each in {bases[each.target.name][0]: each for each in masked}.items():
@@ -374,8 +370,8 @@ class WarpCallback(TrainerCallback):
 
     Works under ZeRO-3, and without DeepSpeed. Logs, where the Trainer logs: ``masked_fraction``,
     ``grad_norm_removed``, ``rotate_seconds``, ``rotate_bytes``. ``basis_dir`` may be left out where it is the one that
-    the masks name. ``freeze`` in place of files: what ``warp_ds.freeze`` takes. ``basis_placement``, ``left_projection``
-    and ``hold_rest`` as in ``protect``.
+    the masks name. ``freeze`` in place of files: what ``warp_ds.freeze`` takes. ``basis_placement``, ``left_projection``,
+    ``hold_rest`` and ``products`` as in ``protect``.
     """
 
     def __init__(
@@ -387,13 +383,14 @@ class WarpCallback(TrainerCallback):
         left_projection: bool = False,
         hold_rest: bool = False,
         freeze: Mapping[str, Any] | None = None,
+        products: str = "auto",
     ):
         if (masks_dir is None) == (freeze is None):
             raise ArtifactError(
                 "WarpCallback needs masks_dir, the masks/ directory of a phase 2 run, or freeze, which entries of which "
                 "parameters are frozen; one of them"
             )
-        self.freeze = freeze
+        self.freeze, self.products = freeze, products
         self.basis_dir, self.masks_dir, self.model_dir = basis_dir, masks_dir, model_dir
         self.basis_placement, self.left_projection, self.hold_rest = basis_placement, left_projection, hold_rest
         self.protection: MaskedStep | None = None
@@ -424,6 +421,7 @@ class WarpCallback(TrainerCallback):
             basis_placement=self.basis_placement,
             left_projection=self.left_projection,
             hold_rest=self.hold_rest,
+            products=self.products,
         )
 
     def on_log(

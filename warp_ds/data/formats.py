@@ -79,6 +79,12 @@ def _before(sample: Sample, tokenizer: PreTrainedTokenizerBase, train_on: str) -
     if not sample.messages:
         raise DataError("a bare text has no prompt: give prompts, or conversations")
     marked = train_on == "all"
+    asides = [i for i, turn in enumerate(sample.messages) if turn["role"] != "assistant" and i in sample.untrained]
+    if marked and asides:
+        raise DataError(
+            f"turn {asides[0]}, of the role {sample.messages[asides[0]]['role']}, is marked as not to be trained on ('train', "
+            "'weight'), and --train_on all trains all but answers so marked: use --train_on assistant, or take the mark out"
+        )
     answers = [i for i, turn in enumerate(sample.before) if turn["role"] == "assistant" and train_on != "last"]
     wanted = [i for i in answers if (i in sample.untrained) == marked]
     if not tokenizer.chat_template:

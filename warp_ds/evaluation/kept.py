@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from warp_ds.errors import ConfigError
@@ -11,6 +11,16 @@ from warp_ds.evaluation.verdicts import verdict
 
 PREFIX = "kept_"
 """What the suites of behaviours begin with, before a behaviour's name."""
+
+
+def behaviour_rate(name: str) -> str:
+    """The key of a behaviour's rate."""
+    return f"{PREFIX}{name}_rate"
+
+
+def behaviour_rates(keys: Iterable[str]) -> list[str]:
+    """Those of ``keys`` that are a behaviour's rate."""
+    return [key for key in keys if key.startswith(PREFIX) and key.endswith("_rate")]
 
 
 def formats_of(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:

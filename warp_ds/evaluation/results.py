@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from warp_ds.evaluation.kept import behaviour_rates
 from warp_ds.evaluation.metrics import wilson
 
 UTILITY = "utility_nll"
@@ -51,7 +52,8 @@ def read_metric(row: Mapping[str, Any], name: str, n: int | None = None) -> Metr
 
 def read_metrics(row: Mapping[str, Any], prompts: Mapping[str, int] | None = None) -> dict[str, Metric]:
     """The metrics of a row that a comparison holds side by side; ``prompts``: metric -> how many it is over."""
-    read = {name: read_metric(row, name, (prompts or {}).get(name)) for name in (UTILITY, *RATES, *OTHERS)}
+    names = (UTILITY, *RATES, *OTHERS, *behaviour_rates(row))
+    read = {name: read_metric(row, name, (prompts or {}).get(name)) for name in names}
     return {name: metric for name, metric in read.items() if metric is not None}
 
 

@@ -17,6 +17,7 @@ from warp_ds.flags.groups import (
     MaskedTrainingFlags,
     MaskFlags,
     PackingFlags,
+    ProductFlags,
     PublishFlags,
     RunArguments,
     SafetyDataArguments,
@@ -62,7 +63,7 @@ class BasisArguments(BasisFlags, PublishFlags, SafetyDataArguments, LayerArgumen
 
 
 @dataclass
-class ImportanceArguments(MaskFlags, PublishFlags, SafetyDataArguments, LayerArguments, PackingFlags):
+class ImportanceArguments(MaskFlags, ProductFlags, PublishFlags, SafetyDataArguments, LayerArguments, PackingFlags):
     """Phase 2, importance: scores each coefficient of C = W U by its gradient on the same examples and marks the share
     --keep_ratio to freeze. Reads phase 1's basis, writes masks to its run directory. Example: warp-ds phase2 --model_name
     MODEL --safety_data refusals.jsonl --basis_dir checkpoints/phase1_latest"""
@@ -87,6 +88,7 @@ class ImportanceArguments(MaskFlags, PublishFlags, SafetyDataArguments, LayerArg
 class TrainArguments(
     TrainedGrowingFlags,
     MaskedTrainingFlags,
+    ProductFlags,
     TrainedMethodFlags,
     ControlFlags,
     PublishFlags,
@@ -148,12 +150,6 @@ class EvaluateArguments(HeldOutArguments, UtilityDataArguments, RunArguments):
     utility_samples: int = again(UtilityDataArguments, "utility_samples", 100)
     prompt_file: str | None = flag(
         None, "comma-separated files of your own attack prompts, verdicts as for refusal", reads="files"
-    )
-    kept_data: str | None = flag(
-        None, "comma-separated files of held-out examples, one for each behaviour: how many are answered so", reads="files"
-    )
-    kept_format: list[str] = flag(
-        [], "NAME=REGEX: answers to NAME.jsonl of --kept_data that match as a whole are kept; else refusals, or the same text"
     )
     reference_model: str | None = flag(
         None,

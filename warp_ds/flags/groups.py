@@ -166,6 +166,12 @@ class HeldOutArguments:
     harmful_samples: int = samples(100, "how many of them; 0 = all")
     harmless_data: str | None = flag(None, "held-out prompts that should be answered (over_refusal)", reads="data")
     harmless_samples: int = samples(100, "how many of them; 0 = all")
+    kept_data: str | None = flag(
+        None, "comma-separated files of held-out examples, one for each behaviour: how many are answered so", reads="files"
+    )
+    kept_format: list[str] = flag(
+        [], "NAME=REGEX: answers to NAME.jsonl of --kept_data that match as a whole are kept; else refusals, or the same text"
+    )
     max_new_tokens: int = flag(256, "longest generated answer, in tokens")
 
 
@@ -209,6 +215,26 @@ class MaskFlags:
         "layer: the same share in each; block: in each block's experts of a type together; global: one threshold for all",
         choices=("layer", "block", "global"),
     )
+
+
+@dataclass
+class ProductFlags(RunArguments):
+    """How products of what is rounded to the model's 16 bits anyway are taken."""
+
+    products: str = flag(
+        "auto",
+        "how scores, gradients in C and weights of C are multiplied: exact (fp32), split (three products of bf16 parts), tf32, "
+        "or auto: split where bf16 models are on a GPU, else exact",
+        choices=("auto", "exact", "split", "tf32"),
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.products in ("split", "tf32") and self.dtype != "bfloat16":
+            raise ConfigError(
+                f"--products {self.products} rounds more coarsely than {self.dtype} weights may be: leave it out, or give "
+                "--dtype bfloat16"
+            )
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from warp_ds.flags.arguments import BasisArguments
 from warp_ds.flags.controls import ControlFlags
 from warp_ds.flags.flag import again, flag
 from warp_ds.flags.groups import (
@@ -58,6 +59,9 @@ class PlanArguments(AdapterFlags, MaskedTrainingFlags, LayerArguments, NodeFlags
     max_length: int = again(RunArguments, "max_length", RunArguments.max_length, "tokens of a sample, at most")
     max_rank: int = again(BasisFlags, "max_rank", BasisFlags.max_rank)
     expert_basis: str = again(BasisFlags, "expert_basis", BasisFlags.expert_basis)
+    output_basis: str = again(
+        BasisArguments, "output_basis", BasisArguments.output_basis, "basis V of the outputs, as phase 1's"
+    )
     gradient_checkpointing: bool = again(RunArguments, "gradient_checkpointing", RunArguments.gradient_checkpointing)
 
 

@@ -71,6 +71,8 @@ def print_plan(made: Plan) -> None:
         for place, parts in (("GPU", phase.gpu), ("host", phase.host)):
             named = ", ".join(f"{name} {gb(size)}" for name, size in sorted(parts.items(), key=lambda p: -p[1]) if size)
             console.print(f"{phase.phase} {place}: {named}", style="dim", highlight=False)
+    masked = made.phases[-1]
+    console.print(f"{masked.phase}: rotating takes about {masked.rotating:.2g} s a step (by arithmetic)", highlight=False)
     for text in made.too_big:
         console.print(f"does not fit: {text}", style="bold", highlight=False)
     for offload, least in made.smallest.items():

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from warp_ds.method.products import EXACT, Products
+
 ROWS, GPU_ROWS = 128, 1024
 """Rows of ∂L/∂C made at a time: on a CPU few enough to stay in a cache until their absolute values are added to S, on a
 GPU enough to fill it."""
@@ -42,22 +44,27 @@ def _gradient_first(tokens: float, rows: Sequence[int], n: int, r: int) -> float
 
 
 def add_importance(
-    total: Tensor, g: Tensor, right: Tensor, columns: Tensor | None = None, pending: Tensor | None = None, scale: float = 1.0
+    total: Tensor,
+    g: Tensor,
+    right: Tensor,
+    columns: Tensor | None = None,
+    pending: Tensor | None = None,
+    scale: float = 1.0,
+    products: Products = EXACT,
 ) -> None:
-    """total += scale · |gᵀ right + pending|, times U inside the bars where ``columns`` is given; all in fp32.
+    """total += scale · |gᵀ right + pending|, times U inside the bars where ``columns`` is given; all in fp32, by ``products``.
 
     ``total`` [rows, r]; ``g`` [t, rows]; ``right`` [t, k]: x U, or x itself for ``columns`` [k, r] or the identity;
     ``pending`` [rows, k]: what earlier tokens of the same importance batch have given.
     """
-    g, right = g.float(), right.float()
     rows = GPU_ROWS if total.is_cuda else ROWS
     for first in range(0, total.shape[0], rows):
         block = slice(first, min(first + rows, total.shape[0]))
-        part = g[:, block].T @ right
+        part = products.mm(g[:, block].T, right)
         if pending is not None:
             part += pending[block]
         if columns is not None:
-            part = part @ columns
+            part = products.mm(part, columns)
         total[block].add_(part.abs_(), alpha=scale)
 
 

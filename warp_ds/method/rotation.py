@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from warp_ds.method.products import EXACT, Products
+
 #: Wider ones are ``polished`` on a GPU alone: 2 n³ fp64 operations are seconds at 4096 on the one core that launchers give a
 #: rank, for each of a model's bases, and hours at 28672.
 POLISH_ON_CPU = 2048
@@ -66,27 +68,27 @@ class Rotation:
             return 2 * rows * self.n * self.n
         return 4 * rows * self.n * self.reflectors[0].shape[1] if self.reflectors is not None else 0
 
-    def rotate(self, w: Tensor) -> Tensor:
+    def rotate(self, w: Tensor, products: Products = EXACT) -> Tensor:
         """C = W U for W [k, n]; new tensor [k, n] (W itself for the identity)."""
         if self.matrix is not None:
-            return w @ self.matrix
+            return products.mm(w, self.matrix)
         if self.reflectors is None:
             return w
         v, y, signs = self.reflectors  # Q = I - V Yᵀ with Y = V Tᵀ
-        c = torch.addmm(w, w @ v, y.T, alpha=-1.0)
+        c = products.addmm_(w.clone(), products.mm(w, v), y.T, alpha=-1.0)
         c[:, : signs.numel()] *= signs
         return c
 
-    def unrotate(self, c: Tensor) -> Tensor:
+    def unrotate(self, c: Tensor, products: Products = EXACT) -> Tensor:
         """W = C Uᵀ for C [k, n]; new tensor [k, n] (C itself for the identity)."""
         if self.matrix is not None:
-            return c @ self.matrix.T
+            return products.mm(c, self.matrix.T)
         if self.reflectors is None:
             return c
         v, y, signs = self.reflectors
         signed = c.clone()
         signed[:, : signs.numel()] *= signs
-        return signed.addmm_(signed @ y, v.T, alpha=-1.0)
+        return products.addmm_(signed, products.mm(signed, y), v.T, alpha=-1.0)
 
     def to(self, device: torch.device | str) -> Rotation:
         """The same rotation with its tensors on ``device``."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from warp_ds.method.eigenbasis import Basis, covariance_basis, fix_signs, token_basis
+from warp_ds.method.products import EXACT, Products
 from warp_ds.method.rotation import Rotation
 
 
@@ -30,13 +31,14 @@ class TwoSided(Rotation):
         """Floating-point operations of one rotation; ``rows`` is m."""
         return self.left.flops(self.n) + self.right.flops(rows)
 
-    def rotate(self, w: Tensor) -> Tensor:
+    def rotate(self, w: Tensor, products: Products = EXACT) -> Tensor:
         """C = Vᵀ W U for W [m, n]; new tensor [m, n]."""
-        return self.right.rotate(self.left.rotate(w.T).T)
+        return self.right.rotate(self.left.rotate(w.T, products).T, products)
 
-    def unrotate(self, c: Tensor) -> Tensor:
+    def unrotate(self, c: Tensor, products: Products = EXACT) -> Tensor:
         """W = V C Uᵀ for C [m, n]; new tensor [m, n]."""
-        return self.right.unrotate(self.left.unrotate(c.T).T)  # in this order the result is contiguous where U is dense
+        # In this order the result is contiguous where U is dense.
+        return self.right.unrotate(self.left.unrotate(c.T, products).T, products)
 
     def to(self, device: torch.device | str) -> TwoSided:
         return TwoSided(self.left.to(device), self.right.to(device))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from warp_ds.cluster.processes import all_reduce_sum, collective_device, rank
+from warp_ds.data.datasets import load_samples
+from warp_ds.data.sample import Sample
 from warp_ds.data.sources import sources_of
 from warp_ds.errors import ConfigError
+from warp_ds.evaluation.kept import formats_of
 from warp_ds.flags.checks import check_keep_ratio
 from warp_ds.method.mask import frozen_count
 from warp_ds.method.overlap import chance_common, iou
@@ -143,6 +147,27 @@ def overlap_note(report: dict[str, Any], pair: dict[str, Any]) -> str:
         f"{first} and {second} both freeze {pair['frozen']} {report['unit']} units (IoU {pair['iou']:.3g}; "
         f"{pair['by_chance']:.0f} by chance)"
     )
+
+
+def sets_apart(arguments: Any) -> list[tuple[str, int]]:
+    """Each set of --keep_data that has a share of the mask, and how many samples of it; --safety_samples is of all together.
+    ConfigError where --keep_shares does not go with them."""
+    names = named_apart(arguments)
+    shares_of(arguments, len(names))
+    return list(zip(names, spread_evenly(arguments.safety_samples, len(names)), strict=True))
+
+
+def held_out(arguments: Any) -> tuple[dict[str, list[Sample]], dict[str, str]]:
+    """Of --kept_data, by the files' names, the examples; and the formats. ConfigError, DataError."""
+    files = [file for file in (arguments.kept_data or "").split(",") if file]
+    names = [Path(file).stem for file in files]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"--kept_data has two files named {', '.join(repeated)}: behaviours are told apart by their files' names"
+        )
+    columns: dict[str, Any] = {"prompt_column": arguments.prompt_column, "response_column": arguments.response_column}
+    formats = formats_of(arguments.kept_format, names)
+    return {name: load_samples(file, samples=0, **columns) for name, file in zip(names, files, strict=True)}, formats
 
 
 def spread_evenly(total: int, count: int) -> list[int]:

@@ -251,7 +251,9 @@ class Bench:
             basis="identity" if identity else "auto",
             mask_unit=arm.unit,
             score=arm.score,
-            **self._same("layer_type", "target_layers", "keep_ratio", "mask_scope", "importance_batch_size", *PACKING),
+            **self._same(
+                "layer_type", "target_layers", "keep_ratio", "mask_scope", "importance_batch_size", "products", *PACKING
+            ),
         )
         return self.once(name, lambda: run_importance(settings)) / "masks"
 
@@ -297,7 +299,7 @@ class Bench:
             **self._objective(arm),
             **self._growth(arm),
             ema_decay=arm.strength("ema", a.ema_decay) if arm.average else 0.0,
-            **self._same("layer_type", "target_layers", "epochs"),
+            **self._same("layer_type", "target_layers", "epochs", "products"),
             **self._same("global_batch_size", "basis_placement", "save_minutes", *PACKING),
         )
         consensus.on_rank_0(partial(self._remember, self.root / trial.run), "looking for a removed model")

@@ -16,6 +16,7 @@ from typing import Any
 from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.errors import ConfigError
+from warp_ds.evaluation.kept import behaviour_rate
 from warp_ds.evaluation.results import RATES
 from warp_ds.evaluation.sets import EvaluationSets
 from warp_ds.flags.arguments import TrainArguments
@@ -76,6 +77,7 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
                     data.sets.harmful,
                     data.sets.harmless,
                     list(data.sets.utility),
+                    *([sorted(data.sets.kept.items()), sorted(data.sets.formats.items())] if data.sets.kept else []),
                 ]
             ),
         }
@@ -160,7 +162,8 @@ def _prompts(sets: EvaluationSets) -> dict[str, int]:
     """Metric -> the prompts that it is a rate over."""
     of_harmful = [name for name in RATES if name not in ("over_refusal_rate", "utility_accuracy")]
     counts = dict.fromkeys(of_harmful, len(sets.harmful))
-    return {**counts, "over_refusal_rate": len(sets.harmless), "utility_accuracy": len(sets.utility)}
+    kept = {behaviour_rate(name): len(examples) for name, examples in sets.kept.items()}
+    return {**counts, "over_refusal_rate": len(sets.harmless), "utility_accuracy": len(sets.utility), **kept}
 
 
 def write_report(directory: Path, comparison: Comparison) -> None:

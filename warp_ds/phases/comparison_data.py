@@ -13,7 +13,7 @@ from warp_ds.evaluation.sets import EvaluationSets, check_golds, shared_prompts
 from warp_ds.flags.comparison import CompareArguments
 from warp_ds.method.baselines import safety_share
 from warp_ds.phases.arms import Arm
-from warp_ds.phases.behaviours import named_apart, shares_of, spread_evenly
+from warp_ds.phases.behaviours import held_out, sets_apart
 
 PATCH = (
     {
@@ -88,6 +88,8 @@ def load_data(a: CompareArguments) -> ComparisonData:
             load_prompts(a.harmful_data, samples=a.harmful_samples, prompt_column=a.prompt_column, streaming=streaming),
             load_prompts(a.harmless_data, samples=a.harmless_samples, streaming=streaming) if a.harmless_data else (),
             heldout,
+            {},
+            *held_out(a),
         ),
         mix,
         load_samples(a.unaligned_data, streaming=streaming) if a.unaligned_data else [],
@@ -101,12 +103,9 @@ def load_data(a: CompareArguments) -> ComparisonData:
 
 
 def _behaviours(a: CompareArguments, columns: dict[str, Any]) -> list[list[Sample]]:
-    names = named_apart(a)
-    shares_of(a, len(names))
     options: dict[str, Any] = dict(split=a.safety_split, refusal_file=a.refusal_file, **columns)
-    counts = spread_evenly(a.safety_samples, len(names))
-    apart = zip(names, counts, strict=True) if len(names) > 1 else ()
-    return [load_samples(name, samples=count, **options) for name, count in apart]
+    apart = sets_apart(a)
+    return [load_samples(name, samples=count, **options) for name, count in apart] if len(apart) > 1 else []
 
 
 def check_data(arms: Sequence[Arm], a: CompareArguments, data: ComparisonData) -> None:

@@ -19,11 +19,11 @@ from warp_ds.errors import ConfigError
 from warp_ds.evaluation.answers import AnswerLog, Row, collect_answers
 from warp_ds.evaluation.generate import answer_surprise
 from warp_ds.evaluation.judge import Judge
-from warp_ds.evaluation.kept import formats_of
 from warp_ds.evaluation.measure import Measurement, NoiseRule, judge_answers, measure, noise_limit, paired_tests, summarise
 from warp_ds.evaluation.movement import mean_movement, movement, open_basis
 from warp_ds.evaluation.sets import SUITES, EvaluationSets, check_golds, shared_prompts
 from warp_ds.flags.arguments import EvaluateArguments
+from warp_ds.phases.behaviours import held_out
 from warp_ds.phases.fitting import fitting_sets
 from warp_ds.phases.publish import fetch_shared
 from warp_ds.phases.run import start_run
@@ -184,24 +184,11 @@ def _sets(arguments: EvaluateArguments, suites: Sequence[str]) -> EvaluationSets
         prompts(arguments.harmless_data or "", samples=arguments.harmless_samples) if "over_refusal" in suites else (),
         load_samples(arguments.utility_data, **task_options(arguments)) if {"gsm8k", "loss"} & set(suites) else (),
         {Path(file).stem: prompts(file) for file in (arguments.prompt_file or "").split(",") if file},
-        *_behaviours(arguments),
+        *held_out(arguments),
     )
     if "gsm8k" in suites:
         check_golds(sets.utility, arguments.utility_data)
     return sets
-
-
-def _behaviours(arguments: EvaluateArguments) -> tuple[dict[str, Any], dict[str, str]]:
-    """Of --kept_data, by the files' names, the examples; and the formats. ConfigError, DataError."""
-    files = [file for file in (arguments.kept_data or "").split(",") if file]
-    names = [Path(file).stem for file in files]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(
-            f"--kept_data has two files named {', '.join(repeated)}: behaviours are told apart by their files' names"
-        )
-    columns: dict[str, Any] = {"prompt_column": arguments.prompt_column, "response_column": arguments.response_column}
-    formats = formats_of(arguments.kept_format, names)
-    return {name: load_samples(file, samples=0, **columns) for name, file in zip(names, files, strict=True)}, formats
 
 
 def _fingerprint(sets: EvaluationSets) -> str:

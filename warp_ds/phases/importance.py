@@ -23,6 +23,7 @@ from warp_ds.flags.arguments import ImportanceArguments
 from warp_ds.flags.groups import RunArguments
 from warp_ds.method.importance import response_loss, tokens_first
 from warp_ds.method.mask import frozen_count, pack_bits
+from warp_ds.method.products import products
 from warp_ds.method.selection import DECADE, random_scores
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases import behaviours
@@ -183,7 +184,8 @@ def importance_scores(
     samples = Samples(dataset, tokenizer, arguments.resolved_device, capacity=capacity)
     batches = _speaking_batches(samples, arguments, notes)
     inputs = scored_inputs(layers, basis, samples.tokens / len(batches))
-    scores, saved = RowScores(inputs, samples.device), SavedScores(scratch / saved_as) if saved_as else None
+    taken = products(arguments.products, arguments.torch_dtype, samples.device)
+    scores, saved = RowScores(inputs, samples.device, taken), SavedScores(scratch / saved_as) if saved_as else None
     done = saved.load(scores) if saved else 0
     if done:
         logger.info("%d of %d importance batches were done before", done, len(batches))
@@ -320,7 +322,7 @@ def scored_inputs(layers: Sequence[TargetLayer], basis: BasisStore | None, token
     for group in apart.values():
         n = r = group[0].n
         if basis is not None:
-            r = int(basis.metadata.bases[basis.metadata.layers[group[0].name]["file"]]["rank"])
+            r = basis.rank(group[0].name)
         rows = [-(-layer.m // world_size()) for layer in group]
         inputs.append(ScoredInput(group, r, tokens_first(tokens, world_size(), rows, n, r)))
     return inputs
@@ -329,16 +331,19 @@ def scored_inputs(layers: Sequence[TargetLayer], basis: BasisStore | None, token
 def _scores_without_data(
     layers: Sequence[TargetLayer], basis: BasisStore | None, arguments: ImportanceArguments
 ) -> dict[str, Tensor]:
-    """--score singular_value: every entry of a column scores its S; --score random: the same on any world size."""
+    """--score singular_value: every entry of a column scores its S; --score random: the same on any world size. Both of
+    the stored columns of U, and of V, alone: what completes them has a score of 0, as importances have."""
     scores: dict[str, Tensor] = {}
     for number, layer in enumerate(layers):
         rows = Rows(layer.m, world_size(), rank()).block
         if arguments.score == "random":
             flat = random_scores(arguments.seed * 1_000_003 + number, rows.start * layer.n, len(rows) * layer.n)
-            scores[layer.name] = flat.view(len(rows), layer.n)
+            scores[layer.name] = flat.view(len(rows), layer.n)[:, : basis.rank(layer.name) if basis else layer.n].contiguous()
         elif basis is not None:
             scores[layer.name] = basis.columns(layer.name)[1].float().expand(len(rows), -1).contiguous()
         scores[layer.name] = scores[layer.name].to(arguments.resolved_device)
+        if basis is not None and basis.two_sided:
+            scores[layer.name][max(0, basis.left_rank(layer.name) - rows.start) :] = 0.0
     return scores
 
 

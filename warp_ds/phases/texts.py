@@ -25,7 +25,7 @@ from warp_ds.data.tokens import tokens_from, tokens_on_disk
 from warp_ds.errors import DataError
 from warp_ds.models.context import context_length
 from warp_ds.models.source import check_ids, check_largest
-from warp_ds.phases.behaviours import named_apart, shares_of, spread_evenly
+from warp_ds.phases.behaviours import sets_apart
 from warp_ds.zero.model import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -77,13 +77,8 @@ def safety_texts(arguments: Any) -> StoredSamples:
 def behaviour_texts(arguments: Any) -> list[StoredSamples]:
     """The samples of each behaviour that has a mask of its own; --safety_samples is of all together. As ``safety_texts``."""
     with consensus.on_every_rank_or_none("reading --keep_shares"):
-        names = named_apart(arguments)
-        shares_of(arguments, len(names))
-    of_each = spread_evenly(arguments.safety_samples, len(names))
-    return [
-        safety_texts(replace(arguments, safety_data=name, safety_samples=count))
-        for name, count in zip(names, of_each, strict=True)
-    ]
+        apart = sets_apart(arguments)
+    return [safety_texts(replace(arguments, safety_data=name, safety_samples=count)) for name, count in apart]
 
 
 def task_options(arguments: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from warp_ds.phases.texts import safety_texts, task_texts, tokenise
 from warp_ds.phases.trainer import EarlyStopping, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
 from warp_ds.phases.trainer_arguments import check_training, run_facts, trainer_arguments
 from warp_ds.phases.watching import Watched
-from warp_ds.protection import WarpCallback, refuse_entries, refuse_without_left
+from warp_ds.protection import WarpCallback, refuse_entries
 from warp_ds.report import card
 from warp_ds.resuming import CompleteConverted
 from warp_ds.store.bases import BasisStore
@@ -50,6 +50,7 @@ from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import find_artifact, run_config
 from warp_ds.zero import settings, universal
 from warp_ds.zero.deepspeed_internals import end_engine, nothing_unpickled
+from warp_ds.zero.left_side import refuse_without_left
 from warp_ds.zero.model import load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
 from warp_ds.zero.shared_reading import model_fingerprint, read_together
@@ -99,7 +100,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         callbacks = beside + controls.averages(run.directory / "trainer", checkpoint)
         if masks_dir is not None:
             placed = arguments.basis_placement, arguments.left_projection, arguments.train_scope == "warp"
-            warp = WarpCallback(basis_dir, masks_dir, str(model_dir), *placed)
+            warp = WarpCallback(basis_dir, masks_dir, str(model_dir), *placed, products=arguments.products)
             callbacks = controls.protecting(warp, run.directory, checkpoint) + callbacks
         trainer = fit(
             *(model, tokenizer, samples, arguments, run.directory, checkpoint, callbacks, passed),

@@ -137,6 +137,8 @@ def answers(runs: Runs, pictures: Path) -> list[Section]:
     for arm, path in _answer_files(runs).items():
         for row in read_lines(path):
             mark = row.get("verdict") or ("right" if row["correct"] else "wrong")
+            if row.get("kept") is not None:
+                mark = "kept" if row["kept"] else "lost"
             table.setdefault((row["suite"], row["prompt"]), []).append((arm, mark, row["answer"]))
     blocks, counts = [], dict[str, int]()
     for (suite, prompt), said in table.items():

@@ -12,6 +12,7 @@ from rich import table as rich_table
 from rich.cells import cell_len
 from rich.console import Console
 
+from warp_ds.evaluation.kept import PREFIX, behaviour_rates
 from warp_ds.evaluation.results import OTHERS, UTILITY, Metric, read_metric, read_metrics
 from warp_ds.names import printable
 from warp_ds.report.tradeoff import Comparison, MeanPoint, Reading
@@ -62,8 +63,10 @@ def columns(rows: Sequence[Mapping[str, Metric]], names: Sequence[str] = tuple(C
 def comparison_blocks(comparison: Comparison) -> list[Block]:
     """The arms at equal utility, and the measured points."""
     rows = [mean.metrics for mean in comparison.raw] + [reading.metrics for reading in comparison.equal_utility]
-    names = [*columns(rows, [name for name in COLUMNS if name not in (UTILITY, "movement", "frozen_drift")]), "movement"]
-    head = [COLUMNS[name] for name in names]
+    kept = behaviour_rates(dict.fromkeys(name for row in rows for name in row))
+    rates = [name for name in COLUMNS if name not in (UTILITY, "movement", "frozen_drift")]
+    names = [*columns(rows, rates), *kept, "movement"]
+    head = [COLUMNS.get(name) or f"keeps {name.removeprefix(PREFIX).removesuffix('_rate')}" for name in names]
 
     def cells(one: Reading | MeanPoint) -> list[str]:
         return [shown(name, one.metrics.get(name)) for name in names]
@@ -128,12 +131,10 @@ def measured_table(rows: Mapping[str, Mapping[str, Any]], written: Callable[[str
 def evaluation_blocks(rows: Mapping[str, Mapping[str, Any]]) -> list[Block]:
     """What an evaluation found, the model that it is of last in ``rows``; a line for each paired test, task and warning."""
     measured = list(rows.values())[-1]
-    lines = [
-        f"{name}: {behaviour_line(rows, name)}." for name in measured if name.startswith("kept_") and name.endswith("_rate")
-    ]
+    lines = [f"{name}: {behaviour_line(rows, name)}." for name in behaviour_rates(measured)]
     for suite in (name.removesuffix("_p_against_before") for name in measured if name.endswith("_p_against_before")):
         lost, gained, p = (measured[f"{suite}_{kind}_against_before"] for kind in ("lost", "gained", "p"))
-        what = "right answers" if suite == "gsm8k" or suite.startswith("kept_") else "refusals"
+        what = "right answers" if suite == "gsm8k" or suite.startswith(PREFIX) else "refusals"
         lines.append(f"{suite}: {lost} {what} lost and {gained} gained, prompt by prompt (McNemar's exact test, p {p:.2g}).")
     for name, share in measured.items():
         if name.endswith("judge_agreement"):

@@ -152,6 +152,14 @@ class BasisStore:
         """Of ``held``, the bytes of V: 0 without one."""
         return self._held(self.metadata.layers[name]["output"]) if self.two_sided else 0
 
+    def rank(self, name: str) -> int:
+        """r: the stored columns of U of the layer called ``name``."""
+        return int(self.metadata.bases[self.metadata.layers[name]["file"]]["rank"])
+
+    def left_rank(self, name: str) -> int:
+        """q: those of V, of a basis of both sides."""
+        return int(self.metadata.bases[self.metadata.layers[name]["output"]]["rank"])
+
     def _held(self, file: str) -> int:
         return Rotation.held_bytes(self.metadata.bases[file]["n"], self.metadata.bases[file]["rank"])
 

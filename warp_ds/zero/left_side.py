@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from warp_ds.errors import UnsupportedSetting
 from warp_ds.method.mask import unpack_bits
+from warp_ds.store.masks import MaskStore
 from warp_ds.zero.protected_layer import ProtectedLayer
 
 OverRanks = Callable[[Tensor], Tensor]
@@ -74,3 +76,13 @@ def _frozen_columns(layer: ProtectedLayer, over_ranks: OverRanks) -> Tensor:
     if len(layer.cut_frozen):
         counts += unpack_bits(layer.cut_frozen[:1].to(layer.device), n)[0]
     return over_ranks(counts) > 0
+
+
+def refuse_without_left(masks: MaskStore, adapted: bool) -> None:
+    """UnsupportedSetting for masks whose frozen columns have no left singular directions."""
+    if adapted or (masks.metadata.basis, masks.metadata.unit) != ("weight", "column"):
+        raise UnsupportedSetting(
+            f"--left_projection is of weights and masks of whole columns of their right singular vectors, and those in "
+            f"{masks.directory} are of the basis {masks.metadata.basis}, unit {masks.metadata.unit}"
+            f"{', with an adapter' if adapted else ''}: make them with --basis weight in phase 1, --mask_unit column in phase 2"
+        )

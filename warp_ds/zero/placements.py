@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, zip_longest
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from warp_ds.cluster.dealing import LeastLoaded
+from warp_ds.method.products import EXACT, Products, products
 from warp_ds.method.rotation import Rotation
 from warp_ds.store.layers import Ranges, TargetLayer
 from warp_ds.zero.partition import RowPartition
@@ -28,7 +28,7 @@ from warp_ds.zero.protected_layer import ProtectedLayer, row_chunks
 
 Source = Callable[[ProtectedLayer], Tensor]
 """Gives this rank's share of a layer, flat and without padding; may be asked twice."""
-Apply = Callable[[Rotation, Tensor], Tensor]
+Apply = Callable[[Rotation, Tensor, Products], Tensor]
 """``Rotation.rotate`` or ``Rotation.unrotate``."""
 Rotated = Iterator[tuple[ProtectedLayer, Tensor]]
 """(layer, this rank's share of it rotated: a new fp32 tensor)"""
@@ -46,8 +46,9 @@ class Machine:
     """Whether sending leaves the processor that computes alone."""
 
 
-#: An H100 (half its peak of dense TF32 products) on 200 Gb/s of network a GPU; a few CPU cores on 10 Gb/s.
-GPU, CPU = Machine(1.2e14, 2.5e10, True), Machine(5e10, 1.25e9, False)
+#: An H100 (half its peak of dense bf16 products, three for one of fp32 numbers) on 200 Gb/s of network a GPU; a few CPU cores
+#: on 10 Gb/s.
+GPU, CPU = Machine(8e13, 2.5e10, True), Machine(5e10, 1.25e9, False)
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ class Placement(ABC):
         self.layers, self.bases = list(layers), bases
         self.world_size, self.rank = world_size, rank
         self.sizes = dict(bases[layer.name] for layer in self.layers)
+        self.products = "auto"
+        """How products of what is rounded anyway are taken (``method.products``)."""
         self.sent = 0
         """Bytes that this rank has sent to others for rotations (an all-reduce counted as a ring's)."""
 
@@ -146,17 +149,21 @@ class Placement(ABC):
         """C = W U of each layer, in any order. Collective, with the same layers on every rank.
 
         One layer's whole result, over all ranks, exists at a time. ``fast``: the result is a gradient or is rounded to
-        the weights' dtype, so TF32 products will do where that dtype is coarser (see ``matmul_precision``).
+        the weights' dtype, so it is taken as ``products`` says; else exactly.
         """
-        return self.apply(layers, source, lambda rotation, w: rotation.rotate(w), fast)
+        return self.apply(layers, source, lambda rotation, w, products: rotation.rotate(w, products), fast)
 
     def rotate_back(self, layers: Sequence[ProtectedLayer], source: Source, fast: bool = False) -> Rotated:
         """W = C Uᵀ of each layer, as ``rotate``."""
-        return self.apply(layers, source, lambda rotation, c: rotation.unrotate(c), fast)
+        return self.apply(layers, source, lambda rotation, c, products: rotation.unrotate(c, products), fast)
 
     @abstractmethod
     def apply(self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool) -> Rotated:
         """What ``rotate`` and ``rotate_back`` are."""
+
+    def products_of(self, layer: ProtectedLayer, fast: bool) -> Products:
+        """How a layer's products are taken."""
+        return products(self.products, layer.param.dtype, layer.device) if fast else EXACT
 
 
 class InPlace(Placement):
@@ -183,13 +190,13 @@ class InPlace(Placement):
             flat = source(layer).to(layer.device, torch.float32)
             result = torch.zeros_like(flat)
             rows, target = layer.partition.whole_rows(flat), layer.partition.whole_rows(result)
-            with matmul_precision(layer.param.dtype if fast else torch.float32):
-                for chunk in row_chunks(rows.shape[0], layer.target.n):
-                    target[chunk] = apply(rotation, rows[chunk])
-                if layer.partition.fragments:
-                    rotated = apply(rotation, cut)
-                    for fragment in layer.partition.fragments:
-                        result[fragment.local] = rotated[fragment.cut, fragment.columns]
+            taken = self.products_of(layer, fast)
+            for chunk in row_chunks(rows.shape[0], layer.target.n):
+                target[chunk] = apply(rotation, rows[chunk], taken)
+            if layer.partition.fragments:
+                rotated = apply(rotation, cut, taken)
+                for fragment in layer.partition.fragments:
+                    result[fragment.local] = rotated[fragment.cut, fragment.columns]
             del rotation  # Or a gathered one would live on while the next but one is gathered.
             yield layer, result
 
@@ -342,9 +349,9 @@ class Owner(Placement):
             self._exchange(whole, shards, of_ranks, lengths)
             if mine is not None:
                 rows = whole.view(mine.target.m, mine.target.n)
-                with matmul_precision(mine.param.dtype if fast else torch.float32):
-                    for chunk in self.chunks(mine.target.m, mine.target.n):
-                        rows[chunk] = apply(self.own[mine.basis], rows[chunk])
+                taken = self.products_of(mine, fast)
+                for chunk in self.chunks(mine.target.m, mine.target.n):
+                    rows[chunk] = apply(self.own[mine.basis], rows[chunk], taken)
             self._exchange(shards, whole, lengths, of_ranks)
             del whole
             for layer, result in zip(wave, shards.split(lengths), strict=True):
@@ -416,29 +423,3 @@ def deal_owners(layers: list[TargetLayer], bases: Mapping[str, tuple[str, int]],
         work[key] = work.get(key, 0) + layer.m * nbytes
     owners = LeastLoaded(world_size)
     return {key: owners.next(cost) for key, cost in work.items()}
-
-
-@contextmanager
-def matmul_precision(weights: torch.dtype) -> Iterator[None]:
-    """TF32 products where what they make is rounded to bf16, which keeps 8 bits to TF32's 11; full fp32 elsewhere.
-
-    fp16 keeps 11 bits itself, so TF32's error would be as large as its rounding.
-    """
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if weights == torch.bfloat16 else "highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    # Asking the older setting would fail where the newer has been used, as transformers' tf32 argument does.
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    befores = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "tf32" if weights == torch.bfloat16 else "ieee"
-    try:
-        yield
-    finally:
-        for backend, value in zip(backends, befores, strict=True):
-            backend.fp32_precision = value

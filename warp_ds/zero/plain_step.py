@@ -66,7 +66,7 @@ class PlainDriver(Driver):
 
     def install(self, step: MaskedStep) -> None:
         problems = []
-        for layer, c in step.placement.rotate(step.layers, _weights, fast=True):
+        for layer, c in step.placement.rotate(step.layers, _weights):
             started = layer.start(c)
             if layer.adapter_b is not None and bool(layer.adapter_b.any()):
                 problems.append(started)

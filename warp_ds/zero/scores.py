@@ -19,6 +19,7 @@ from warp_ds.cluster.dealing import block
 from warp_ds.cluster.processes import all_gather_object, collective_device, rank, world_size
 from warp_ds.data.collate import EMPTY
 from warp_ds.method.importance import add_importance
+from warp_ds.method.products import EXACT, Products
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.batches import Batch
 from warp_ds.zero.gradients import Tapped
@@ -114,10 +115,10 @@ def gather_rows(local: Tensor, step: Step, rows: Rows) -> Tensor:
     return received.view(sum(step.tokens), own)
 
 
-def turned(g: Tensor, v: Tensor) -> Tensor:
+def turned(g: Tensor, v: Tensor, products: Products = EXACT) -> Tensor:
     """V_cᵀ g of each token's output gradient g [t, m], fp32 [t, m]: 0 in directions beyond the q columns of V [m, q]."""
     result = g.new_zeros(g.shape, dtype=torch.float32)
-    result[:, : v.shape[1]] = g.float() @ v
+    result[:, : v.shape[1]] = products.mm(g, v)
     return result
 
 
@@ -135,7 +136,8 @@ class ScoredInput:
 class RowScores:
     """This rank's rows of S for each target layer: fp32 [rows, r]."""
 
-    def __init__(self, inputs: Sequence[ScoredInput], device: torch.device | str):
+    def __init__(self, inputs: Sequence[ScoredInput], device: torch.device | str, products: Products = EXACT):
+        self.products = products
         self.rows: dict[str, Rows] = {}
         self.sums: dict[str, Tensor] = {}
         for scored in inputs:
@@ -167,18 +169,19 @@ class RowScores:
         """
         x, step = _counted(taken[scored.layers[0].name], batch, step)
         if columns is not None and scored.tokens_first:
-            x, columns = x.float() @ columns, None
+            x, columns = self.products.mm(x, columns), None
         right = gather_tokens(x, step)
         for layer in scored.layers:
             tapped = taken.pop(layer.name)
             own = batch.take(tapped.g) if tapped.places is None else batch.take_at(tapped.g, tapped.places)[0]
             if (v := left(layer.name)) is not None:
-                own = turned(own, v)
+                own = turned(own, v, self.products)
             g = gather_rows(own, step, self.rows[layer.name])
             for first, end, last in step.segments:
                 pending = self._pending.pop(layer.name, None)
+                added = g[first:end], right[first:end]
                 if last:
-                    add_importance(self.sums[layer.name], g[first:end], right[first:end], columns, pending, scale)
+                    add_importance(self.sums[layer.name], *added, columns, pending, scale, self.products)
                 else:
-                    part = g[first:end].float().T @ right[first:end].float()
+                    part = self.products.mm(added[0].T, added[1])
                     self._pending[layer.name] = part if pending is None else part.add_(pending)

@@ -14,7 +14,7 @@ from warp_ds.method.rotation import Rotation
 from warp_ds.method.two_sided import TwoSided
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.layers import TargetLayer
-from warp_ds.zero.placements import GPU, Apply, Cost, Machine, Owner, Placement, Rotated, Source, matmul_precision, place_bases
+from warp_ds.zero.placements import GPU, Apply, Cost, Machine, Owner, Placement, Rotated, Source, place_bases
 from warp_ds.zero.protected_layer import ProtectedLayer
 
 
@@ -46,6 +46,16 @@ class WholeLayers(Owner):
         left = self.left[layer.name]
         return (layer.m * (self.bases[layer.name][1] - left) + layer.n * left) / 4
 
+    def kept(self) -> float:
+        of_owner = [0.0] * self.world_size
+        rights: set[tuple[int, str]] = set()
+        for layer in self.layers:
+            key, size = self.bases[layer.name]
+            owner, left = self.owners[key], self.left[layer.name]
+            of_owner[owner] += left if (owner, self.right[key]) in rights else size
+            rights.add((owner, self.right[key]))
+        return max(of_owner)
+
     def keep(self, key: str, make: Callable[[], Rotation]) -> None:
         super().keep(key, make)
         if isinstance(kept := self.own.get(key), TwoSided):
@@ -68,8 +78,8 @@ class WholeLayers(Owner):
             return
         for layer in layers:
             share = source(layer).to(layer.device)
-            with matmul_precision(layer.param.dtype if fast else share.dtype):
-                whole = apply(self.own[layer.basis], share.float().view(layer.target.shape))
+            taken = self.products_of(layer, fast)
+            whole = apply(self.own[layer.basis], share.float().view(layer.target.shape), taken)
             yield layer, whole.reshape(-1)
 
 

@@ -34,6 +34,8 @@ class Estimate:
     """At most, by all ranks."""
     checkpoint: float = 0.0
     """One checkpoint of all ranks; --save_minutes decides how many are written."""
+    rotating: float = 0.0
+    """Seconds a step that the masked step takes, on the machine that placements reckon with."""
 
     @property
     def gpu_total(self) -> float:

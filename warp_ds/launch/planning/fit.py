@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from warp_ds.errors import ConfigError
+from warp_ds.launch.planning.both_sides import check_output_basis
 from warp_ds.launch.planning.estimate import Estimate, gb
 from warp_ds.launch.planning.job import OFFLOADS, Job, Shape, Sharding, choose_sharding, read_shape
 from warp_ds.launch.planning.training import training
@@ -51,6 +52,7 @@ def make_plan(model_name: str, **settings: Any) -> Plan:
     job = Job(**settings)
     if job.offload not in OFFLOADS:
         raise ConfigError(f"--offload {job.offload}: choose from {', '.join(OFFLOADS)}")
+    check_output_basis(job)
     shape = read_shape(model_name, job.layer_type, job.target_layers)
     sharding = choose_sharding(shape, job)
     phases = estimate_phases(shape, job, sharding)

@@ -73,6 +73,7 @@ class Job:
     epochs: float = TrainArguments.epochs
     max_rank: int = BasisArguments.max_rank
     expert_basis: str = BasisArguments.expert_basis
+    output_basis: str = BasisArguments.output_basis
     basis_placement: str = TrainArguments.basis_placement
     train_scope: str = TrainArguments.train_scope
     objective: str = TrainArguments.objective

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from warp_ds.flags.controls import REPLAYS
+from warp_ds.launch.planning import both_sides
 from warp_ds.launch.planning.estimate import (
     Estimate,
     after_loading,
@@ -18,7 +19,7 @@ from warp_ds.launch.planning.estimate import (
 from warp_ds.launch.planning.job import Job, Shape, Sharding
 from warp_ds.method.mask import frozen_count
 from warp_ds.method.rotation import Rotation
-from warp_ds.zero.placements import CPU, GPU, place_bases
+from warp_ds.zero.placements import CPU, GPU, Placement, place_bases
 from warp_ds.zero.protected_layer import CHUNK
 from warp_ds.zero.save import GATHER_BYTES
 
@@ -125,17 +126,29 @@ def _masked_step(need: Estimate, shape: Shape, job: Job, steps: int) -> float:
         # A [r, n] of each layer, with a basis of its own frozen columns (protection.py).
         targets = [replace(layer, m=job.lora_r) for layer in shape.targets]
         held = {t.name: (t.name, Rotation.held_bytes(t.n, frozen_count(job.keep_ratio, t.n))) for t in targets}
-    placement, _ = place_bases(job.basis_placement, targets, held, ranks, GPU if job.on_gpu else CPU)
+    placement: Placement
+    machine = GPU if job.on_gpu else CPU
+    if job.output_basis == "identity":
+        placement, _ = place_bases(job.basis_placement, targets, held, ranks, machine)
+    else:
+        placement, held = both_sides.place(held, shape, job)
+    need.rotating = placement.cost().seconds(machine)
     need.gpu["bases"] = float(placement.kept())
     need.gpu["masks"] = sum(layer.m * math.ceil(layer.n / 8) for layer in targets) / ranks
     need.sent += steps * placement.cost().sent
-    stored = {held[layer.name][0]: 4.0 * layer.n * basis_rank(layer, shape, job) for layer in targets}
+    stored = {
+        held[layer.name][0]: 4.0 * layer.n * basis_rank(layer, shape, job) + both_sides.left_bytes(layer, shape, job)
+        for layer in targets
+    }
     read: dict[range, float] = {}
     for key, size in stored.items():
         who = placement.readers(key)
         read[who] = read.get(who, 0.0) + size
     need.read += max(read.values())
     largest = 4.0 * max(layer.m * layer.n for layer in targets)
+    if job.output_basis != "identity":
+        # Whole, turned by V, then by U; and the shards that are sent.
+        return 3 * largest + largest / ranks
     if placement.name == "owner":
         # An owner gets its layer whole, and gives its own shards away; one piece of rows is rotated at a time.
         return 2 * largest + 4.0 * CHUNK

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+from warp_ds.launch.planning import both_sides
 from warp_ds.launch.planning.estimate import (
     Estimate,
     after_loading,
@@ -51,45 +53,81 @@ def basis(shape: Shape, job: Job, sharding: Sharding) -> Estimate:
         else:
             kept, sent = float(own * n * b), own * n * b * others_share(n_ranks)
         by_block[first.layer] = by_block.get(first.layer, 0.0) + kept
-        decomposing = max(decomposing, decomposition_peak(seen(first, shape, job, tokens), n, r, b, way))
+        weights = outputs = 0.0
+        if job.output_basis == "activation":
+            weights, outputs = both_sides.of_activations(group, seen(first, shape, job, tokens), shape, job)
+            need.sent += both_sides.sent_of_weights(group, job)
+        decomposing = max(decomposing, weights + max(outputs, decomposition_peak(seen(first, shape, job, tokens), n, r, b, way)))
         need.sent += sent
         need.disk += basis_bytes(n, r)
     need.gpu["inputs"] = max(by_block.values())
     need.gpu["decomposition"] = decomposing
+    if job.output_basis == "gradient":
+        _output_gradients(
+            need, shape, replace(job, importance_batch_size=1, importance_samples=job.basis_samples), sharding, mine
+        )
+    need.disk += both_sides.files(shape, job)
     need.written = need.disk
     return need
 
 
+def _output_gradients(need: Estimate, shape: Shape, job: Job, sharding: Sharding, mine: int) -> None:
+    """Phase 1's backward passes, which come before it collects inputs, added to what that ``need``s; an importance batch of
+    ``job`` is one sample."""
+    passes = after_loading("phase 1", shape, job, sharding)
+    steps, of_rank = _steps(job)
+    _fetch(passes, shape, job, steps)
+    passes.gpu["inputs"], decomposing, sent = both_sides.of_gradients(shape, job, mine)
+    decomposed = {**passes.gpu, "decomposition": decomposing}
+    _trace(passes, shape, job, steps, of_rank)
+    need.sent += passes.sent + sent
+    need.gpu = max(need.gpu, passes.gpu, decomposed, key=lambda parts: sum(parts.values()))
+    need.host = max(need.host, passes.host, key=lambda parts: sum(parts.values()))
+
+
 def importance(shape: Shape, job: Job, sharding: Sharding) -> Estimate:
     """Phase 2 (zero/scores.py, ``gradients_by_walk``)."""
-    need, n_ranks, b = after_loading("phase 2", shape, job, sharding), job.ranks, job.itemsize
+    need, n_ranks = after_loading("phase 2", shape, job, sharding), job.ranks
+    steps, of_rank = _steps(job)
+    _fetch(need, shape, job, steps)
+    bases = _scores(need, shape, job, steps, of_rank)
+    if job.on_gpu:
+        need.gpu["bases"] = min(bases, quarter_of_free(need, job))
+    _trace(need, shape, job, steps, of_rank)
+    need.gpu["masks being chosen"] = max(4.0 * layer.m * layer.n / n_ranks for layer in shape.targets)
+    need.written = need.disk
+    return need
+
+
+def _steps(job: Job) -> tuple[int, int]:
+    """(steps, a rank's tokens in one), as plan_steps: whole importance batches in a step wherever one fits."""
     batches = math.ceil(job.importance_samples / job.importance_batch_size)
-    capacity = job.batch_size * n_ranks
+    capacity = job.batch_size * job.ranks
     together = max(1, capacity // job.importance_batch_size)
-    # As plan_steps: whole importance batches in a step wherever one fits.
     held = together * job.importance_batch_size
     steps = math.ceil(batches / together) * math.ceil(held / capacity)
-    of_rank = math.ceil(min(held, capacity, job.importance_samples) / n_ranks) * job.tokens
+    return steps, math.ceil(min(held, capacity, job.importance_samples) / job.ranks) * job.tokens
+
+
+def _fetch(need: Estimate, shape: Shape, job: Job, steps: int) -> None:
+    """What backward passes fetch of the model."""
     lowest = min(layer.layer for layer in shape.targets)
     parts = 1 if job.gradient_checkpointing else steps
     walked = sum(shape.blocks[:lowest]) + 2 * sum(shape.blocks[lowest:])
     # To try the walk, embedding and head are gathered at the same time, and each block twice.
     fetched = shape.embedding * (parts + 1) + parts * (shape.head + walked) + shape.head + 2 * sum(shape.blocks)
-    need.sent = fetched * b * others_share(n_ranks)
-    need.gpu["gathered"] = (shape.embedding + shape.head + max(shape.blocks)) * b
-    deep = len(shape.blocks) - lowest + 1
-    kept = deep * (steps if job.gradient_checkpointing else 0) + 2
-    bases = _scores(need, shape, job, steps, of_rank)
-    if job.on_gpu:
-        need.gpu["bases"] = min(bases, quarter_of_free(need, job))
+    need.sent = fetched * job.itemsize * others_share(job.ranks)
+    need.gpu["gathered"] = (shape.embedding + shape.head + max(shape.blocks)) * job.itemsize
+
+
+def _trace(need: Estimate, shape: Shape, job: Job, steps: int, of_rank: int) -> None:
+    """What backward passes hold. Bases and hidden states took their quarters before any pass ran: passes come on top."""
+    b, traced = job.itemsize, len(shape.blocks) - min(layer.layer for layer in shape.targets)
+    kept = (traced + 1) * (steps if job.gradient_checkpointing else 0) + 2
     keep_hidden_states(need, kept * of_rank * shape.hidden * b, job)
-    # Bases and hidden states took their quarters before any pass ran: what passes need comes on top.
-    traced = 1 if job.gradient_checkpointing else len(shape.blocks) - lowest
-    need.gpu["activations"] = traced * saved_activations(shape, of_rank, b) + forward_activations(shape, of_rank, b)
+    graphs = 1 if job.gradient_checkpointing else traced
+    need.gpu["activations"] = graphs * saved_activations(shape, of_rank, b) + forward_activations(shape, of_rank, b)
     need.gpu["logits"] = logits(shape, of_rank, b)
-    need.gpu["masks being chosen"] = max(4.0 * layer.m * layer.n / n_ranks for layer in shape.targets)
-    need.written = need.disk
-    return need
 
 
 def _scores(need: Estimate, shape: Shape, job: Job, steps: int, of_rank: int) -> float:
@@ -103,6 +141,9 @@ def _scores(need: Estimate, shape: Shape, job: Job, steps: int, of_rank: int) ->
         bases += 4.0 * group[0].n * r
         # A GPU keeps bases as far as it has room; for a CPU the files are mapped, and read in every step.
         need.read += 4.0 * group[0].n * r * (1 if job.on_gpu else steps)
+    lefts = [both_sides.left_bytes(layer, shape, job) for layer in shape.targets]
+    columns, bases = columns + max(lefts), bases + sum(lefts)
+    need.read += sum(lefts) * (1 if job.on_gpu else steps)
     # Experts of a block share a basis, but each is given tokens of its own (phases/importance.py, ``scored_inputs``).
     apart: dict[tuple[str, int | None], list[TargetLayer]] = {}
     for group in groups_of(shape, job):
@@ -115,7 +156,8 @@ def _scores(need: Estimate, shape: Shape, job: Job, steps: int, of_rank: int) ->
         first = tokens_first(job.importance_batch_size * job.tokens, n_ranks, rows, n, r)
         scores += 4.0 * r * sum(rows)
         need.sent += steps * step_tokens * share * (4 * r if first else n * b) * others_share(n_ranks)
-        need.sent += steps * of_rank * share * sum(layer.m for layer in group) * b * others_share(n_ranks)
+        of_gradient = b if job.output_basis == "identity" else 4  # turned by V they are fp32
+        need.sent += steps * of_rank * share * sum(layer.m for layer in group) * of_gradient * others_share(n_ranks)
         need.disk += sum(layer.m * math.ceil(layer.n / 8) for layer in group)
     need.gpu["scores"] = scores
     need.gpu["a basis"] = columns
