@@ -40,7 +40,7 @@ from warp_ds.phases.texts import safety_texts, task_texts, tokenise
 from warp_ds.phases.trainer import EarlyStopping, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
 from warp_ds.phases.trainer_arguments import check_training, run_facts, trainer_arguments
 from warp_ds.phases.watching import Watched
-from warp_ds.protection import WarpCallback, refuse_entries, refuse_without_left
+from warp_ds.protection import WarpCallback, refuse_without_left
 from warp_ds.report import card
 from warp_ds.resuming import CompleteConverted
 from warp_ds.store.bases import BasisStore
@@ -49,6 +49,7 @@ from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import find_artifact, run_config
 from warp_ds.zero import settings, universal
 from warp_ds.zero.deepspeed_internals import end_engine, nothing_unpickled
+from warp_ds.zero.masked_parameters import refuse_entries
 from warp_ds.zero.model import load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
 from warp_ds.zero.shared_reading import model_fingerprint, read_together
@@ -81,8 +82,9 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         masks_dir, basis_dir = find_masks(arguments, inputs["model"])
         inputs |= _checked_masks(arguments, model_dir, masks_dir)
         basis = None if basis_dir is None else BasisStore(basis_dir)
-        adapted = arguments.adapter != "none"
-        refuse_without_rows(basis, arguments.basis_placement, processes.world_size(), adapted, arguments.left_projection)
+        of_inputs = arguments.adapter != "none" and masks_dir is not None and MaskStore(masks_dir).metadata.unit == "column"
+        placed = arguments.basis_placement, processes.world_size(), arguments.left_projection
+        refuse_without_rows(basis, *placed, of_inputs)
     method = LoraMethod.read(arguments, fingerprint)
     inputs |= method.fingerprints()
     with start_run("phase3", arguments, inputs, passed) as run:
