@@ -22,20 +22,23 @@ from warp_ds.method.lora_baselines import safe_lora
 from warp_ds.models.adapter_directory import AdapterDirectory
 from warp_ds.phases.arms import parse_arms
 
-ARMS = "before,lora,lora+column,lora+original,lora+safelora@0.99,lora+guardspace,lora+salora,lora+asft@2"
+ARMS = "before,lora,lora+column,lora+original,lora+output-row,lora+safelora@0.99,lora+guardspace,lora+salora,lora+asft@2"
 
 
 def test_what_an_adapters_arm_is() -> None:
     arms = {
-        arm.name: arm for arm in parse_arms("lora,lora+column,lora+original,lora+osft,column,lora+column+safeinstr+safelora")
+        arm.name: arm
+        for arm in parse_arms("lora,lora+column,lora+original,lora+osft,column,lora+column+safeinstr+safelora,lora+output-row")
     }
     assert all(arm.adapter for name, arm in arms.items() if "lora" in name) and not arms["column"].adapter
     assert arms["lora"].basis is None and arms["lora"].trains == "target"
     assert (arms["lora+original"].basis, arms["lora+original"].unit) == ("identity", "column")
     assert (arms["lora+column"].basis, arms["lora+osft"].basis) == ("activation", "weight")
+    rows = arms["lora+output-row"]
+    assert (rows.basis, rows.output, rows.unit) == ("activation", "activation", "row")
     last = arms["lora+column+safeinstr+safelora"]
     assert last.safety_share == 0.1 and last.merge == "safelora" and last.unit == "column"
-    for name in ("lora+rotated", "lora+full"):
+    for name in ("lora+rotated", "lora+full", "lora+both"):
         with pytest.raises(ConfigError, match="whole columns"):
             parse_arms(name)
 
@@ -50,10 +53,14 @@ def test_arms_of_adapters(tmp_path: Path) -> None:
     rows: dict[str, Any] = {row["arm"]: row for row in json.loads((run / "report.json").read_text())["points"]}
     assert list(rows) == ARMS.split(",")
     start = next(Path(json.loads(path.read_text())["settings"]["model_name"]) for path in run.glob("phase3_lora_*/config.json"))
-    adapters = {arm: run / f"phase3_{arm}_lr0.01_seed42" / "adapter" for arm in ("lora", "lora+column", "lora+original")}
+    adapters = {
+        arm: run / f"phase3_{arm}_lr0.01_seed42" / "adapter"
+        for arm in ("lora", "lora+column", "lora+original", "lora+output-row")
+    }
     masks = {
         "lora+column": run / "phase2_start_activation_column_importance" / "masks",
         "lora+original": run / "phase2_start_identity_column_importance" / "masks",
+        "lora+output-row": run / "phase2_start_activation_activation-outputs_row_importance" / "masks",
     }
     for arm, directory in masks.items():
         assert certify_adapter(start, adapters[arm], directory).outcome == "kept"

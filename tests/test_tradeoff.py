@@ -118,7 +118,7 @@ def test_a_model_is_kept_while_a_later_point_is_it_or_merges_it() -> None:
     ("patch@nan", "finite, not below 0"),
     ("ema@1.5", "of ema below 1"),
     ("layers+rotated", "layers trains the target layers without a mask"),
-    ("lora+output-row", "masks are of whole columns"),
+    ("lora+both", "masks are of whole columns or rows"),
     ("both+rotated", "two of its parts set the basis"),
     ("before+patch", "cannot be composed"),
     ("der+constrained", "two of its parts set the objective"),

@@ -380,7 +380,8 @@ def _model_card(arguments: TrainArguments, masks_dir: Path | None, speed: Speed,
         metadata = MaskStore(masks_dir).metadata
         protection = (
             f"with {metadata.frozen} of {metadata.entries} rotated coefficients frozen (keep_ratio "
-            f"{metadata.keep_ratio}, scope {metadata.scope}, basis {metadata.basis}; masks {card.code(masks_dir)})"
+            f"{metadata.keep_ratio}, unit {metadata.unit}, scope {metadata.scope}, basis {metadata.basis}; masks "
+            f"{card.code(masks_dir)})"
         )
     return card.new_card(
         f"{card.plain(Path(arguments.model_name).name)}, fine-tuned on {card.plain(arguments.utility_data)}",

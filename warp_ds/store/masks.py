@@ -66,7 +66,7 @@ class MaskStore:
         m, n = entry["shape"]
         if self.metadata.unit != "column" or int(unpack_bits(first, n).sum()) * m != entry["frozen"]:
             raise ArtifactError(
-                f"{self.directory / entry['file']} is no mask of whole columns; run phase 2 with --mask_unit column"
+                f"{self.directory / entry['file']} is no mask of whole columns; run phase 2 with --mask_unit column (or row)"
             )
         return first
 
