@@ -37,7 +37,7 @@ class Arm:
     average: bool = False
     """Whether what comes out is the average of the weights over the steps."""
     merge: str | None = None
-    """What is done to the weights afterwards: 'resta', 'safedelta' or 'safelora'."""
+    """What is done to the weights afterwards: 'resta', 'safedelta', 'safelora' or 'wsr'."""
     adapter: bool = False
     """Whether a LoRA adapter trains in place of the weights; its masks are of whole columns or rows."""
     method: str | None = None
@@ -75,6 +75,7 @@ ARMS = {
         Arm("rsn-tune", start="rsn-tune"),
         Arm("lora", trains="target", adapter=True),
         Arm("safelora", merge="safelora"),
+        Arm("wsr", merge="wsr"),
         Arm("guardspace", method="guardspace"),
         Arm("salora", method="salora"),
         Arm("asft", method="asft"),
@@ -149,6 +150,11 @@ def compose(name: str) -> Arm:
             "lora+output-row"
         )
     _check_method(name, made.get("method"), adapter, any(arm.basis for arm in arms))
+    if made.get("merge") == "wsr" and (not adapter or "method" in made or any(arm.basis for arm in arms)):
+        raise ConfigError(
+            f"--arms {name}: wsr masks what a plain adapter has learned, by the masks of rotated: lora+wsr, without another "
+            "mask or method"
+        )
     if "grows" in made and (adapter or not any(arm.basis for arm in arms) or any(arm.left for arm in arms)):
         raise ConfigError(f"--arms {name}: {made['grows']} is of a mask of weights, and not osft's: rotated+{made['grows']}")
     masked = next((arm for arm in arms if arm.basis), next((arm for arm in arms if arm.trains != "all"), ARMS["full"]))
