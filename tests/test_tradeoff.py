@@ -55,6 +55,7 @@ def test_every_arm_of_the_papers_is_a_few_settings() -> None:
         "safegrad",
         "lora",
         "safelora",
+        "wsr",
     }
     assert ARMS["osft"] == Arm("osft", "target", "weight", "column", "singular_value", left=True)
     assert ARMS["output-row"] == Arm("output-row", "target", "activation", "row", output="activation")
