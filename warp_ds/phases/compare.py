@@ -19,8 +19,10 @@ from warp_ds.evaluation.results import RATES
 from warp_ds.evaluation.sets import EvaluationSets
 from warp_ds.flags.arguments import TrainArguments
 from warp_ds.flags.comparison import CompareArguments
+from warp_ds.models.lora import refuse_parts
+from warp_ds.models.targets import targets_of
 from warp_ds.phases.arms import ARMS, Arm, parse_arms, refuse_placement, with_harm
-from warp_ds.phases.bench import Bench
+from warp_ds.phases.bench import PUBLISHED, Bench
 from warp_ds.phases.comparison_data import check_data, load_data
 from warp_ds.phases.run import start_run
 from warp_ds.phases.trainer_arguments import check_training
@@ -50,6 +52,8 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
             refuse_placement(arms, arguments.basis_placement)
         rates = {mixed.name: grids[arm.name] for arm in named for mixed in with_harm([arm], arguments.ratio_list)}
     model_dir = resolve_model_dir(arguments.model_name)
+    with consensus.on_every_rank_or_none("looking for the adapters' layers"):
+        _refuse_held_parts(arms, arguments, model_dir)
     if arguments.unaligned_model is not None:
         resolve_model_dir(arguments.unaligned_model, "--unaligned_model")
     fingerprint = model_fingerprint(model_dir)
@@ -80,6 +84,14 @@ def run_compare(arguments: CompareArguments, passed: dict[str, Any] | None = Non
         run.finish()
         show(run.directory, comparison)
         return run.directory
+
+
+def _refuse_held_parts(arms: Sequence[Arm], arguments: CompareArguments, model_dir: Path) -> None:
+    """UnsupportedSetting, before anything trains, where what holds an arm's adapter is of some rows of a weight."""
+    for arm in arms:
+        if arm.adapter and (arm.basis or arm.method or arm.merge == "wsr"):
+            layers = PUBLISHED if arm.method == "salora" else arguments.layer_type
+            refuse_parts(targets_of(model_dir, arguments.target_layers, layers), f"--arms {arm.name}")
 
 
 def training_flags(a: CompareArguments) -> TrainArguments:

@@ -21,6 +21,7 @@ from warp_ds.method.mask import unpack_bits
 from warp_ds.method.rotation import Rotation
 from warp_ds.models.adapter_directory import AdapterDirectory
 from warp_ds.models.directory import ModelDirectory, by_parameter
+from warp_ds.models.lora import refuse_parts
 from warp_ds.report.card import without_sections
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import read_json, write_json, write_tensors, write_text
@@ -58,11 +59,7 @@ def wsr_formula(masks_dir: Path, adapter: Path) -> Formula:
     trained."""
     masks = MaskStore(masks_dir)
     basis, layers = masks.find_basis(), {layer.parameter: layer for layer in masks.layers}
-    for layer in masks.layers:
-        if layer.rows:
-            raise ConfigError(
-                f"{layer.name} is some rows of {layer.parameter}, which wsr cannot project: leave it out of --arms"
-            )
+    refuse_parts(masks.layers, "--arms lora+wsr")
     opened = cache(lambda: AdapterDirectory.of(adapter))
 
     def merged(name: str, tuned: Tensor, aligned: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import AuditArguments, SafetyTuningArguments, TrainArguments
 from warp_ds.flags.groups import TrainingFlags
 from warp_ds.models.flops import active_parameters, device_peak
+from warp_ds.models.lora import refuse_parts
 from warp_ds.models.source import WithProcessor
-from warp_ds.models.targets import beside_text, check_targets, find_targets
+from warp_ds.models.targets import beside_text, check_targets, find_targets, targets_of
 from warp_ds.phases import adapters, checkpoints
 from warp_ds.phases.controls import Controls
 from warp_ds.phases.growing import Growing
@@ -126,6 +127,11 @@ def _checked_masks(arguments: TrainArguments, model_dir: Path, masks_dir: Path |
     masks = MaskStore(masks_dir)
     if adapted:
         refuse_entries(masks)
+        chosen = None
+        if arguments.lora_layers:
+            chosen = {layer.module for layer in targets_of(model_dir, arguments.target_layers, arguments.lora_layers)}
+        with_adapter = [layer for layer in masks.layers if chosen is None or layer.module in chosen]
+        refuse_parts(with_adapter, f"the masks in {masks_dir} cannot hold its adapter")
     if arguments.left_projection:
         refuse_without_left(masks, adapted)
     return {"masks": masks.fingerprint()}

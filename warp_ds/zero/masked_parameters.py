@@ -14,7 +14,7 @@ from warp_ds.errors import ArtifactError, UnsupportedSetting
 from warp_ds.method.mask import pack_bits, unpack_bits
 from warp_ds.method.rotation import Rotation
 from warp_ds.method.two_sided import TwoSided
-from warp_ds.models.lora import LoraPair, is_adapted, lora_pairs
+from warp_ds.models.lora import LoraPair, is_adapted, lora_pairs, refuse_parts
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.layers import TargetLayer
 from warp_ds.store.masks import MaskStore
@@ -170,11 +170,7 @@ def masked_parameters(model: nn.Module, masks: MaskStore) -> list[MaskedParamete
 
 
 def _of_adapter(masks: MaskStore, layer: TargetLayer, pair: LoraPair) -> MaskedParameter:
-    if layer.rows:
-        raise UnsupportedSetting(
-            f"{layer.name} is some rows of {layer.parameter}, whose adapter reads one input for all of them: masks of "
-            "layers with a weight of their own can protect an adapter"
-        )
+    refuse_parts([layer], f"the masks in {masks.directory} cannot hold its adapter")
     (rows, columns), (outputs, rank) = (tuple(getattr(p, "ds_shape", p.shape)) for p in (pair.a, pair.b))
     if (outputs, columns) != layer.shape or rows != rank:
         raise ArtifactError(
