@@ -63,10 +63,13 @@ def test_whole_layers_beside_fused_ones_are_protected(root: Path, run: Any) -> N
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"masks_dir": "phase2_latest"}, "cannot hold its adapter: model.layers.0.self_attn.qkv_proj.attn_q. is some rows of"),
-        ({"masks_dir": "phase2_latest", "lora_layers": "attn_v"}, "cannot hold its adapter: .*attn_q. is some rows of"),
-        ({"lora_method": "salora", "masks_dir": "none"}, "--lora_method salora: .*attn_q. is some rows of"),
-        ({"lora_method": "guardspace", "masks_dir": "none"}, "--lora_method guardspace: .*attn_q. is some rows of"),
+        ({"masks_dir": "phase2_latest"}, "cannot hold its adapter: model.layers.0.mlp.gate_up_proj.ffn_up. is some"),
+        (
+            {"masks_dir": "phase2_latest", "lora_layers": "attn_v"},
+            "cannot hold its adapter: .*qkv_proj.attn_q. is some rows of",
+        ),
+        ({"lora_method": "salora", "masks_dir": "none"}, "--lora_method salora: .*ffn_up. is some rows of"),
+        ({"lora_method": "guardspace", "masks_dir": "none"}, "--lora_method guardspace: .*ffn_up. is some rows of"),
     ],
 )
 def test_what_holds_some_rows_is_refused_before_a_model_is_loaded(
