@@ -127,11 +127,12 @@ def write_artefacts(
                 frozen = frozen[:1].expand(m, n)
             elif unit == "row":
                 frozen = frozen[:, :1].expand(m, n)
-            units[0], units[1] = units[0] + int(frozen[0].sum()), units[1] + n
+            along = frozen[:, 0] if unit == "row" else frozen[0]
+            units[0], units[1] = units[0] + int(along.sum()), units[1] + len(along)
             write_mask(root / "masks", target, pack_bits(frozen))
             masks.layers[name] = layer_entry(target, target.mask_file, frozen=int(frozen.sum()), wanted=None, threshold=None)
             masks.frozen, masks.entries = masks.frozen + int(frozen.sum()), masks.entries + frozen.numel()
-    masks.keep_ratio = units[0] / units[1] if unit == "column" else masks.frozen / masks.entries
+    masks.keep_ratio = units[0] / units[1] if unit in ("column", "row") else masks.frozen / masks.entries
     if basis != "identity":
         write_json(root / "basis" / "metadata.json", metadata_dict(bases))
         masks.basis_fingerprint = BasisStore(root / "basis").fingerprint()

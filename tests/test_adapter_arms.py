@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_training import complete_basis
 from evaluation_jobs import make_models
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -15,27 +16,38 @@ from test_compare import comparison
 
 from warp_ds.errors import ConfigError
 from warp_ds.evaluation.adapter_certificate import certify_adapter
+from warp_ds.evaluation.certificate import certify
 from warp_ds.flags.arguments import TrainArguments
 from warp_ds.flags.comparison import CompareArguments
 from warp_ds.launch.chain_flags import check_flags, phase_flags
 from warp_ds.method.lora_baselines import safe_lora
+from warp_ds.method.mask import unpack_bits
 from warp_ds.models.adapter_directory import AdapterDirectory
 from warp_ds.phases.arms import parse_arms
+from warp_ds.store.masks import MaskStore
 
-ARMS = "before,lora,lora+column,lora+original,lora+safelora@0.99,lora+guardspace,lora+salora,lora+asft@2"
+ARMS = (
+    "before,lora,lora+column,lora+original,lora+output-row,lora+safelora@0.99,lora+wsr,lora+guardspace,lora+salora,lora+asft@2"
+)
 
 
 def test_what_an_adapters_arm_is() -> None:
     arms = {
-        arm.name: arm for arm in parse_arms("lora,lora+column,lora+original,lora+osft,column,lora+column+safeinstr+safelora")
+        arm.name: arm
+        for arm in parse_arms("lora,lora+column,lora+original,lora+osft,column,lora+column+safeinstr+safelora,lora+output-row")
     }
     assert all(arm.adapter for name, arm in arms.items() if "lora" in name) and not arms["column"].adapter
     assert arms["lora"].basis is None and arms["lora"].trains == "target"
     assert (arms["lora+original"].basis, arms["lora+original"].unit) == ("identity", "column")
     assert (arms["lora+column"].basis, arms["lora+osft"].basis) == ("activation", "weight")
+    rows = arms["lora+output-row"]
+    assert (rows.basis, rows.output, rows.unit) == ("activation", "activation", "row")
     last = arms["lora+column+safeinstr+safelora"]
     assert last.safety_share == 0.1 and last.merge == "safelora" and last.unit == "column"
-    for name in ("lora+rotated", "lora+full"):
+    for name in ("wsr", "full+wsr", "lora+wsr+column", "lora+wsr+salora"):
+        with pytest.raises(ConfigError, match="wsr masks what a plain adapter has learned"):
+            parse_arms(name)
+    for name in ("lora+rotated", "lora+full", "lora+both"):
         with pytest.raises(ConfigError, match="whole columns"):
             parse_arms(name)
 
@@ -50,10 +62,14 @@ def test_arms_of_adapters(tmp_path: Path) -> None:
     rows: dict[str, Any] = {row["arm"]: row for row in json.loads((run / "report.json").read_text())["points"]}
     assert list(rows) == ARMS.split(",")
     start = next(Path(json.loads(path.read_text())["settings"]["model_name"]) for path in run.glob("phase3_lora_*/config.json"))
-    adapters = {arm: run / f"phase3_{arm}_lr0.01_seed42" / "adapter" for arm in ("lora", "lora+column", "lora+original")}
+    adapters = {
+        arm: run / f"phase3_{arm}_lr0.01_seed42" / "adapter"
+        for arm in ("lora", "lora+column", "lora+original", "lora+output-row")
+    }
     masks = {
         "lora+column": run / "phase2_start_activation_column_importance" / "masks",
         "lora+original": run / "phase2_start_identity_column_importance" / "masks",
+        "lora+output-row": run / "phase2_start_activation_activation-outputs_row_importance" / "masks",
     }
     for arm, directory in masks.items():
         assert certify_adapter(start, adapters[arm], directory).outcome == "kept"
@@ -75,6 +91,20 @@ def test_arms_of_adapters(tmp_path: Path) -> None:
         expected = safe_lora(aligned[name], trained[name], unaligned[name], 0.99)[0] if name in changed else aligned[name]
         assert torch.allclose(value, expected, atol=1e-6), name
         assert name not in changed or not torch.allclose(value, trained[name], atol=1e-5), name
+    masks = MaskStore(run / "phase2_start_activation_entry_importance" / "masks")
+    products, (adapter, basis) = 0, (AdapterDirectory.of(adapters["lora"]), masks.find_basis())
+    assert basis is not None
+    projected = load_file(run / "merge_lora+wsr_lr0.01_seed42" / "model" / "model.safetensors")
+    for layer in masks.layers:
+        u, factors = complete_basis(basis.columns(layer.name)[0]), adapter.factors(layer.name)
+        c = factors.scaling * factors.b.double() @ factors.a.double() @ u
+        free = ~unpack_bits(masks.packed(layer.name), layer.n)
+        assert torch.allclose(projected[layer.parameter].double(), aligned[layer.parameter] + (c * free) @ u.T, atol=1e-6)
+        products += int((c[~free].abs() > 1e-4).sum())
+    assert products > 100, "what was taken out"
+    assert all(torch.equal(projected[name], aligned[name]) for name in aligned.keys() - set(changed))
+    assert certify(start, run / "merge_lora+wsr_lr0.01_seed42" / "model", masks.directory).kept
+    assert certify(start, adapters["lora"].parent / "model", masks.directory).outcome == "broken"
 
 
 @pytest.mark.parametrize(

@@ -15,20 +15,22 @@ import pytest
 import torch
 from dense_training import DenseAdamW, complete_basis, encoded, task_loss, train
 from peft import LoraConfig, PeftModel, get_peft_model
-from phase3_jobs import SAMPLES, TRAINER, common, losses, make_model, phase3, phase12
+from phase3_jobs import LAYERS, SAMPLES, TRAINER, common, losses, make_model, phase3, phase12
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from test_controls import entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from two_sided_reference import BothSidesAdamW
 
 from warp_ds.cluster import preemption, processes
 from warp_ds.errors import ArtifactError, ConfigError, UnsupportedSetting
 from warp_ds.evaluation.adapter_certificate import certify_adapter
 from warp_ds.evaluation.certificate import certify
-from warp_ds.flags.arguments import ImportanceArguments, SafetyTuningArguments
+from warp_ds.flags.arguments import BasisArguments, ImportanceArguments, SafetyTuningArguments
 from warp_ds.launch.cli import main
 from warp_ds.models.adapter_directory import AdapterDirectory
 from warp_ds.phases import adapters, merge, training
+from warp_ds.phases.basis import run_basis
 from warp_ds.phases.importance import run_importance
 from warp_ds.phases.trainer import MetricsFile
 from warp_ds.protection import WarpCallback
@@ -42,16 +44,23 @@ SEED = 42
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("adapters")
     make_model(path)
-    run_ranks(1, column_masks, path)
+    run_ranks(1, masks_for_adapters, path)
     return path
 
 
-def column_masks(root: Path) -> None:
+KINDS = {"columns": "artefacts", "rows": "rows"}
+"""Masks of whole columns, which A keeps, and of whole rows with an output basis, which B keeps: where they are."""
+
+
+def masks_for_adapters(root: Path) -> None:
     phase12(root, root / "artefacts", mask_unit="column")
+    shared = common(root, root / "rows", layer_type=LAYERS, safety_data=str(root / "refusals_fit.jsonl"), safety_samples=0)
+    run_basis(BasisArguments(**shared, output_basis="activation"))
+    run_importance(ImportanceArguments(**shared, keep_ratio=0.2, importance_batch_size=3, mask_unit="row"))
 
 
-def masks_of(root: Path) -> Path:
-    return root / "artefacts" / "phase2_latest" / "masks"
+def masks_of(root: Path, kind: str = "columns") -> Path:
+    return root / KINDS[kind] / "phase2_latest" / "masks"
 
 
 def stray_bits(callback: WarpCallback) -> int:
@@ -63,7 +72,7 @@ def stray_bits(callback: WarpCallback) -> int:
     return found
 
 
-def job(root: Path, output: Path, stop_at: int | None = None, **more: Any) -> dict[str, Any] | None:
+def job(root: Path, output: Path, stop_at: int | None = None, kind: str = "columns", **more: Any) -> dict[str, Any] | None:
     """Phase 3, every step of which is looked at; None where it was stopped at the end of step ``stop_at``."""
     preemption.watch()
     on_train_end, on_step_end, seen = WarpCallback.on_train_begin, MetricsFile.on_step_end, []
@@ -80,7 +89,7 @@ def job(root: Path, output: Path, stop_at: int | None = None, **more: Any) -> di
 
     WarpCallback.on_train_begin, MetricsFile.on_step_end = begin, step  # type: ignore[method-assign]
     try:
-        run = phase3(root, root / "artefacts", output, None, **{**LORA, **more})
+        run = phase3(root, root / KINDS[kind], output, None, **{**LORA, **more})
     except preemption.Preempted:
         processes.barrier()
         return None
@@ -90,90 +99,118 @@ def job(root: Path, output: Path, stop_at: int | None = None, **more: Any) -> di
     return {"run": str(run), "losses": losses(run), "stray": [bits for _, bits in seen]}
 
 
-def jobs(root: Path, output: Path) -> dict[str, Any]:
-    """A whole run; on one rank one with activations computed again; on two one that is stopped at step 2 and goes on."""
-    whole = job(root, output / "whole", merge_adapter=True)
-    assert whole is not None
+def jobs(root: Path, output: Path) -> dict[str, dict[str, Any]]:
+    """A whole run of each kind of masks; on one rank one with activations computed again; on two those that are stopped at step
+    2 and go on."""
+    found = {}
+    for kind in KINDS:
+        whole = job(root, output / kind / "whole", kind=kind, merge_adapter=True)
+        assert whole is not None
+        found[kind] = whole
+        if processes.world_size() == 2:
+            assert job(root, output / kind / "same", stop_at=2, kind=kind) is None
+            if processes.rank() == 0:
+                for other in ("1", "3"):
+                    shutil.copytree(output / kind / "same", output / kind / other, symlinks=True)
+            processes.barrier()
+            whole["resumed"] = job(root, output / kind / "same", kind=kind)
+            assert whole["resumed"] is not None
     if processes.world_size() == 1:
         again = job(root, output / "checkpointing", gradient_checkpointing=True)
         assert again is not None
-        assert again["losses"] == pytest.approx(whole["losses"], abs=1e-6)
-    if processes.world_size() == 2:
-        assert job(root, output / "same", stop_at=2) is None
-        if processes.rank() == 0:
-            for other in ("1", "3"):
-                shutil.copytree(output / "same", output / other, symlinks=True)
-        processes.barrier()
-        resumed = job(root, output / "same")
-        assert resumed is not None
-        return {**whole, "resumed": resumed}
-    return whole
-
-
-def go_on(root: Path, output: Path) -> dict[str, Any]:
-    found = job(root, output)
-    assert found is not None
+        assert again["losses"] == pytest.approx(found["columns"]["losses"], abs=1e-6)
     return found
 
 
+def go_on(root: Path, output: Path) -> dict[str, dict[str, Any] | None]:
+    return {kind: job(root, output / kind / str(processes.world_size()), kind=kind) for kind in KINDS}
+
+
 @pytest.fixture(scope="module")
-def runs(root: Path) -> dict[int, dict[str, Any]]:
+def all_runs(root: Path) -> dict[int, dict[str, dict[str, Any]]]:
     return {world: run_ranks(world, jobs, root, root / f"world{world}")[0] for world in (1, 2, 3)}
 
 
 @pytest.fixture(scope="module")
-def reference(root: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Five full-batch clipped AdamW steps of A and B in fp64, A's part in U_F taken out by hand."""
-    masks = json.loads((masks_of(root) / "metadata.json").read_text())["layers"]
-    basis = (root / "artefacts" / "phase1_latest" / "basis").resolve()
-    files = json.loads((basis / "metadata.json").read_text())["layers"]
+def runs(all_runs: Any) -> dict[int, dict[str, Any]]:
+    """Those with masks of columns."""
+    return {world: found["columns"] for world, found in all_runs.items()}
+
+
+def lora_of(root: Path, layers: list[str]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The fp64 model with new adapters on these layers, and copies of A and B."""
     model = AutoModelForCausalLM.from_pretrained(root / "m")
     torch.manual_seed(SEED)
-    config = LoraConfig(task_type="CAUSAL_LM", r=5, lora_alpha=10, target_modules=list(masks))
-    adapted = get_peft_model(model, config).double()
-    named = {k: p.detach().clone() for k, p in adapted.named_parameters() if p.requires_grad}
-    bases, frozen = {}, {}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=5, lora_alpha=10, target_modules=layers)).double()
+    return adapted, {k: p.detach().clone() for k, p in adapted.named_parameters() if p.requires_grad}
+
+
+def reference(root: Path, kind: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Five full-batch clipped AdamW steps of A and B in fp64, A's part in U_F taken out by hand, or B turned by [V_F, …]."""
+    masks = json.loads((masks_of(root, kind) / "metadata.json").read_text())["layers"]
+    basis = (root / KINDS[kind] / "phase1_latest" / "basis").resolve()
+    files = json.loads((basis / "metadata.json").read_text())["layers"]
+    adapted, named = lora_of(root, list(masks))
+    settings: dict[str, Any] = {"lr": 2e-3, "eps": 1e-4, "decay": dict.fromkeys(named, 0.1), "clip": 0.5}
+    directions, frozen = {}, {}
     for layer, entry in masks.items():
-        bits = np.unpackbits(load_file(masks_of(root) / entry["file"])["frozen"].numpy(), axis=1)[0, : entry["shape"][1]]
-        name = f"base_model.model.{layer}.lora_A.default.weight"
-        columns = torch.from_numpy(bits.astype(bool))
-        bases[name] = u = complete_basis(load_file(basis / files[layer]["file"])["U"])[:, columns]
-        named[name] = named[name] - named[name] @ u @ u.T
-        frozen[name] = (torch.arange(len(u)) < u.shape[1]).expand(5, -1)
-    optimizer = DenseAdamW(named, bases, frozen, lr=2e-3, eps=1e-4, decay=dict.fromkeys(named, 0.1), clip=0.5)
+        side, file = ("A", "file") if kind == "columns" else ("B", "output")
+        bits = np.unpackbits(load_file(masks_of(root, kind) / entry["file"])["frozen"].numpy(), axis=1)[:, : entry["shape"][1]]
+        chosen = torch.from_numpy((bits[0] if side == "A" else bits[:, 0]).astype(bool))
+        name = f"base_model.model.{layer}.lora_{side}.default.weight"
+        directions[name] = u = complete_basis(load_file(basis / files[layer][file])["U"])[:, chosen]
+        first = torch.arange(len(u)) < u.shape[1]
+        frozen[name] = (first if side == "A" else first[:, None]).expand(named[name].shape)
+        if side == "A":
+            named[name] = named[name] - named[name] @ u @ u.T
+    if kind == "columns":
+        optimizer = DenseAdamW(named, directions, frozen, **settings)
+    else:
+        optimizer = BothSidesAdamW(named, directions, {}, frozen, **settings)
     loss = task_loss(root, AutoTokenizer.from_pretrained(root / "m"))
     return train(adapted, list(named), [torch.zeros(0)] * 5, optimizer, loss), optimizer.weights()
 
 
+@pytest.fixture(scope="module")
+def references(root: Path) -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
+    return {kind: reference(root, kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_training_equals_the_dense_reference(runs: Any, reference: Any, world: int) -> None:
-    losses, weights = reference
-    assert runs[world]["losses"] == pytest.approx(losses, abs=1e-6)
-    assert runs[world]["stray"] == [0] * 6
-    saved = load_file(Path(runs[world]["run"]) / "adapter" / "adapter_model.safetensors")
+def test_training_equals_the_dense_reference(all_runs: Any, references: Any, world: int, kind: str) -> None:
+    losses, weights = references[kind]
+    found = all_runs[world][kind]
+    assert found["losses"] == pytest.approx(losses, abs=1e-6)
+    assert found["stray"] == [0] * 6
+    saved = load_file(Path(found["run"]) / "adapter" / "adapter_model.safetensors")
     assert saved.keys() == {name.replace(".default", "") for name in weights}
     for name, value in weights.items():
         assert (saved[name.replace(".default", "")].double() - value).abs().max() < 1e-5, name
     assert max(float(value.abs().max()) for name, value in weights.items() if "lora_B" in name) > 5e-3
 
 
-def test_a_stopped_run_goes_on(runs: Any) -> None:
-    whole, resumed = runs[2], runs[2]["resumed"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_run_goes_on(all_runs: Any, kind: str) -> None:
+    whole = all_runs[2][kind]
+    resumed = whole["resumed"]
     assert resumed["losses"] == whole["losses"] and resumed["stray"] == [0] * 4
     files = [load_file(Path(each["run"]) / "adapter" / "adapter_model.safetensors") for each in (whole, resumed)]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_a_stopped_run_goes_on_on_another_number_of_ranks(root: Path, runs: Any, world: int) -> None:
-    found = run_ranks(world, go_on, root, root / "world2" / str(world))[0]
-    assert found["stray"] == [0] * 4
-    assert found["losses"] == pytest.approx(runs[2]["losses"], abs=1e-6)
+def test_a_stopped_run_goes_on_on_another_number_of_ranks(root: Path, all_runs: Any, world: int) -> None:
+    for kind, found in run_ranks(world, go_on, root, root / "world2")[0].items():
+        assert found["stray"] == [0] * 4, kind
+        assert found["losses"] == pytest.approx(all_runs[2][kind]["losses"], abs=1e-6), kind
 
 
-def test_the_adapter_is_pefts_and_the_merged_model_is_its_merge(root: Path, runs: Any) -> None:
-    run = Path(runs[2]["run"])
-    assert "adapter: LoRA, r 5" in (run / "adapter" / "README.md").read_text()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_is_pefts_and_the_merged_model_is_its_merge(root: Path, all_runs: Any, tmp_path: Path, kind: str) -> None:
+    run = Path(all_runs[2][kind]["run"])
+    card = (run / "adapter" / "README.md").read_text()
+    assert "adapter: LoRA, r 5" in card and f"unit {kind[:-1]}" in card
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "m"), run / "adapter")
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
@@ -184,10 +221,12 @@ def test_the_adapter_is_pefts_and_the_merged_model_is_its_merge(root: Path, runs
     assert (merged - theirs).abs().max() < 1e-5 and (merged - unmerged).abs().max() < 1e-5
     assert (merged - start).abs().max() > 1e-2
     assert (
-        main(["merge", "--model_name", str(root / "m"), "--adapter", str(run / "adapter"), "--output", str(root / "by cli")])
+        main(
+            ["merge", "--model_name", str(root / "m"), "--adapter", str(run / "adapter"), "--output", str(tmp_path / "by cli")]
+        )
         == 0
     )
-    again, files = load_file(root / "by cli" / "model.safetensors"), load_file(run / "model" / "model.safetensors")
+    again, files = load_file(tmp_path / "by cli" / "model.safetensors"), load_file(run / "model" / "model.safetensors")
     assert all(torch.equal(again[name], files[name]) for name in files)
 
 
@@ -241,6 +280,35 @@ def test_the_certificate_of_an_adapter(root: Path, runs: Any, tmp_path: Path) ->
     assert certify_adapter(root / "m", half, masks).kept
     loose = tampered(half, tmp_path / "loose", lambda t: t.update({a: torch.randn_like(t[a].float()).bfloat16()}))
     assert certify_adapter(root / "m", loose, masks).outcome == "broken"
+
+
+def test_the_certificate_of_an_adapter_that_keeps_rows(root: Path, all_runs: Any, tmp_path: Path) -> None:
+    run, masks = Path(all_runs[3]["rows"]["run"]), MaskStore(masks_of(root, "rows"))
+    written = certify_adapter(root / "m", run / "adapter", masks.directory)
+    assert written.kept and "V_Fᵀ ΔW = s V_Fᵀ B A is 0" in written.claim
+    assert sum(layer.frozen for layer in written.layers) == masks.metadata.frozen
+    assert all(layer.free_rms > 1e4 * layer.frozen_rms > 0 for layer in written.layers)
+    assert certify(root / "m", run / "model", masks.directory).kept, "after merging"
+    name = masks.layers[3].name
+    basis, a, b = masks.find_basis(), *(f"base_model.model.{name}.lora_{side}.weight" for side in "AB")
+    assert basis is not None
+    # The figures are those of V_Fᵀ ΔW itself, made without the certificate's transposing.
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    c = complete_basis(basis.output_columns(name)[0]).T @ (2.0 * tensors[b].double() @ tensors[a].double())
+    layer = next(each for each in written.layers if each.layer == name)
+    rows = masks.rows(name)
+    assert layer.free_rms == pytest.approx(float(c[~rows].square().mean().sqrt()), rel=1e-6)
+    assert layer.frozen_max == pytest.approx(float(c[rows].abs().max()), rel=0.5)  # of rounding, by other products
+    v = complete_basis(basis.output_columns(name)[0])[:, int(rows.int().argmax())].float()
+
+    def one_direction(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[b][:, 2] += 1e-5 * v
+
+    broken = certify_adapter(root / "m", tampered(run / "adapter", tmp_path / "one", one_direction), masks.directory)
+    assert broken.outcome == "broken" and len(broken.problems) == 1 and broken.problems[0].startswith(f"{name}: ")
+    # An adapter that keeps columns keeps no rows, and the other way round.
+    assert certify_adapter(root / "m", Path(all_runs[3]["columns"]["run"]) / "adapter", masks.directory).outcome == "broken"
+    assert certify_adapter(root / "m", run / "adapter", masks_of(root)).outcome == "broken"
 
 
 def test_a_merge_that_was_killed_is_made_anew(root: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""LoRA whose A stays out of the frozen directions: against dense fp64 training on one to three ranks, and what is refused.
+"""LoRA whose A or B stays out of the frozen directions: against dense fp64 training on one to three ranks, and what is refused.
 
 Tolerances of weights as in test_masked_step.py. Losses of about 4 may be 8 units of fp32 off: 1.1e-6 was measured on 3 ranks.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from adapter_models import a_name, adapted, column_masks, frozen_columns, lora_reference
+from adapter_models import KINDS, adapted, column_masks, kept_out, lora_reference, write_kinds
 from masked_artefacts import Artefacts, odd_model, read_artefacts, token_batches, write_artefacts
 from ranks import run_ranks
 from test_masked_step import WEIGHT, gathered, train_step
@@ -45,7 +45,7 @@ def make_engine(dtype: torch.dtype = torch.float32, zero: dict[str, Any] | None 
 
 
 def stray_bits(protection: MaskedStep) -> int:
-    """Entries of A U in frozen columns, of all ranks, with any bit set; -0.0 has one."""
+    """Entries of A U in frozen columns, or of Vᵀ B in frozen rows, of all ranks, with any bit set; -0.0 has one."""
     found = torch.zeros(1, dtype=torch.float64)
     for layer in protection.layers:
         bits = protection.driver.coefficients(layer).view(torch.int32)
@@ -58,6 +58,12 @@ def off(engine: Any, weights: dict[str, torch.Tensor]) -> float:
     return max(float((now[name].double() - value).abs().max()) for name, value in weights.items())
 
 
+def reached(artefacts: Artefacts, weights: dict[str, torch.Tensor]) -> float:
+    """Of what is frozen in A or B, the length."""
+    sides = {name: weights[name].double() for name in kept_out(artefacts)}
+    return max(float(((w.T if "lora_B" in name else w) @ kept_out(artefacts)[name]).norm()) for name, w in sides.items())
+
+
 def steps_as_the_reference(root: Path, zero: dict[str, Any], placement: str) -> None:
     artefacts = read_artefacts(root)
     batches = token_batches(STEPS)
@@ -67,14 +73,14 @@ def steps_as_the_reference(root: Path, zero: dict[str, Any], placement: str) -> 
     assert len(protection.layers) == 6 and protection.masked_fraction > 0.1
     assert stray_bits(protection) == 0
     start = gathered(engine)
-    for layer, u in frozen_columns(artefacts).items():  # before the first step too
-        assert (start[a_name(layer)].double() @ u).norm() < 1e-6
+    assert reached(artefacts, start) < 1e-6  # before the first step too
     for batch, loss in zip(batches, losses, strict=True):
         found = train_step(engine, batch)
         assert abs(found - loss) < LOSS, (placement, zero, found - loss)
         assert stray_bits(protection) == 0
         assert protection.metrics().grad_norm_removed >= 0
     assert off(engine, weights) < WEIGHT
+    assert reached(artefacts, gathered(engine)) < 1e-6
     assert max(float((weights[name] - start[name].double()).abs().max()) for name in weights) > 1e-2
     engine.destroy()
 
@@ -105,17 +111,33 @@ def resumes_to_the_bit(root: Path, folder: Path, dtype: torch.dtype) -> None:
         engine.destroy()
 
 
-def trained_adapters_keep_what_they_do(root: Path) -> None:
-    """One with B != 0 and a part in frozen directions is refused, on every rank; one without goes on."""
-    artefacts = read_artefacts(root)
-    engine = make_engine()
+def assign(engine: Any, values: dict[str, torch.Tensor]) -> None:
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
         for name, param in engine.module.named_parameters():
-            if "lora_B" in name and processes.rank() == 0:
-                param.data[0, 0] = 0.5
+            if name in values and processes.rank() == 0:
+                param.data.copy_(values[name])
     engine.optimizer._restore_from_bit16_weights()
-    with pytest.raises(ValueError, match="has been trained .* start from a new adapter"):
+
+
+def trained_adapters_keep_what_they_do(root: Path, does: str) -> None:
+    """One with B != 0 and a part in frozen directions is refused, on every rank; one without goes on."""
+    artefacts, batches = read_artefacts(root), token_batches(STEPS)
+    engine = make_engine()
+    start = {name: value for name, value in gathered(engine).items() if "lora_B" in name}
+    assign(engine, {name: torch.full_like(value, 0.5) for name, value in start.items()})
+    with pytest.raises(ValueError, match=f"has been trained .* {does} frozen directions .* start from a new adapter"):
         warp_ds.protect(engine, None, artefacts.masks)
+    engine.destroy()
+    engine = make_engine(torch.bfloat16)
+    warp_ds.protect(engine, None, artefacts.masks)
+    for batch in batches[:2]:
+        train_step(engine, batch)
+    trained = gathered(engine)
+    engine.destroy()
+    engine = make_engine(torch.bfloat16)
+    assign(engine, trained)
+    protection = warp_ds.protect(engine, None, artefacts.masks)  # rounding alone is lost, whatever part of B a rank holds
+    assert stray_bits(protection) == 0
     engine.destroy()
 
 
@@ -141,24 +163,45 @@ def replicated(root: Path) -> None:
             assert (param.detach().double() - weights[name]).abs().max() < WEIGHT, name
 
 
-def under_zero3(root: Path, folder: Path) -> None:
-    placements = {1: ["replicated"], 2: ["owner"], 3: ["replicated", "sharded"]}[processes.world_size()]
-    for placement in placements:
-        steps_as_the_reference(root, {}, placement)
-    steps_as_the_reference(root, {"stage3_param_persistence_threshold": LARGE, "sub_group_size": 100}, placements[0])
-    if processes.world_size() == 1:
-        steps_as_the_reference(root, {"offload_optimizer": {"device": "cpu"}}, placements[0])
-    if processes.world_size() == 2:
+SMALL = {"stage3_param_persistence_threshold": LARGE, "sub_group_size": 100}
+
+
+def on_one_rank(roots: dict[str, Path], folder: Path) -> None:
+    for kind in KINDS:
+        steps_as_the_reference(roots[kind], {}, "auto")
+    for kind in ("columns", "rows, both sides"):
+        steps_as_the_reference(roots[kind], SMALL, "replicated")
+        steps_as_the_reference(roots[kind], {"offload_optimizer": {"device": "cpu"}}, "replicated")
+
+
+def on_two_ranks(roots: dict[str, Path], folder: Path) -> None:
+    columns, rows = roots["columns"], roots["rows, both sides"]
+    steps_as_the_reference(columns, {}, "owner")
+    steps_as_the_reference(rows, SMALL, "owner")
+    for root in (columns, rows):
         replicated(root)
-        resumes_to_the_bit(root, folder / "fp32", torch.float32)
-        resumes_to_the_bit(root, folder / "bf16", torch.bfloat16)
-        trained_adapters_keep_what_they_do(root)
+        resumes_to_the_bit(root, folder / root.name, torch.bfloat16)
+    resumes_to_the_bit(columns, folder / "fp32", torch.float32)
+    trained_adapters_keep_what_they_do(columns, "reads")
+    engine = make_engine()
+    with pytest.raises(WarpError, match="--basis_placement sharded.*owner or auto"):
+        warp_ds.protect(engine, None, rows / "masks", basis_placement="sharded")
+    engine.destroy()
+
+
+def on_three_ranks(roots: dict[str, Path], folder: Path) -> None:
+    steps_as_the_reference(roots["columns"], {}, "replicated")
+    steps_as_the_reference(roots["columns"], SMALL, "sharded")
+    steps_as_the_reference(roots["columns, both sides"], {}, "sharded")
+    steps_as_the_reference(roots["rows"], {}, "sharded")
+    steps_as_the_reference(roots["rows, both sides"], {}, "auto")
+    trained_adapters_keep_what_they_do(roots["rows, both sides"], "writes into")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_step_under_zero3_or_ddp_is_the_dense_one(tmp_path: Path, world_size: int) -> None:
-    column_masks(tmp_path / "artefacts")
-    run_ranks(world_size, under_zero3, tmp_path / "artefacts", tmp_path / "checkpoints")
+    job = {1: on_one_rank, 2: on_two_ranks, 3: on_three_ranks}[world_size]
+    run_ranks(world_size, job, write_kinds(tmp_path), tmp_path / "checkpoints")
 
 
 def plain_loop(artefacts: Artefacts, **more: Any) -> Any:
@@ -167,8 +210,9 @@ def plain_loop(artefacts: Artefacts, **more: Any) -> Any:
     return model, optimizer, warp_ds.protect_optimizer(model, optimizer, None, artefacts.masks)
 
 
-def test_a_step_without_deepspeed_is_the_dense_one(tmp_path: Path) -> None:
-    artefacts, batches = column_masks(tmp_path), token_batches(STEPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_without_deepspeed_is_the_dense_one(tmp_path: Path, kind: str) -> None:
+    artefacts, batches = write_artefacts(tmp_path, odd_model(), **KINDS[kind]), token_batches(STEPS)
     losses, weights = lora_reference(artefacts, batches, LR, EPS, DECAY, CLIP)
     model, optimizer, protection = plain_loop(artefacts)
     protection.max_grad_norm = CLIP
@@ -184,7 +228,7 @@ def test_a_step_without_deepspeed_is_the_dense_one(tmp_path: Path) -> None:
     for name, param in model.named_parameters():
         if name in weights:
             assert (param.detach().double() - weights[name]).abs().max() < WEIGHT, name
-    # Goes on from what it holds, B != 0: rounding alone is taken out of A.
+    # Goes on from what it holds, B != 0: rounding alone is taken out of A or B.
     warp_ds.protect_optimizer(model, optimizer, None, artefacts.masks)
 
 
@@ -206,7 +250,7 @@ def test_other_adapters_are_refused_by_name(tmp_path: Path, case: str) -> None:
 
 def test_masks_of_entries_and_frozen_adapters_are_refused(tmp_path: Path) -> None:
     entries = write_artefacts(tmp_path / "entries", odd_model())
-    with pytest.raises(WarpError, match="--mask_unit column"):
+    with pytest.raises(WarpError, match="--mask_unit column or row"):
         plain_loop(entries)
     model = adapted(inference_mode=True)
     with pytest.raises(WarpError, match="does not train"):

@@ -55,6 +55,7 @@ def test_every_arm_of_the_papers_is_a_few_settings() -> None:
         "safegrad",
         "lora",
         "safelora",
+        "wsr",
     }
     assert ARMS["osft"] == Arm("osft", "target", "weight", "column", "singular_value", left=True)
     assert ARMS["output-row"] == Arm("output-row", "target", "activation", "row", output="activation")
@@ -118,7 +119,7 @@ def test_a_model_is_kept_while_a_later_point_is_it_or_merges_it() -> None:
     ("patch@nan", "finite, not below 0"),
     ("ema@1.5", "of ema below 1"),
     ("layers+rotated", "layers trains the target layers without a mask"),
-    ("lora+output-row", "masks are of whole columns"),
+    ("lora+both", "masks are of whole columns or rows"),
     ("both+rotated", "two of its parts set the basis"),
     ("before+patch", "cannot be composed"),
     ("der+constrained", "two of its parts set the objective"),

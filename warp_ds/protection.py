@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -20,17 +19,15 @@ from warp_ds import errors
 from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.peaks import return_freed_memory
 from warp_ds.errors import ArtifactError
-from warp_ds.method.mask import pack_bits, unpack_bits
-from warp_ds.method.rotation import Rotation
-from warp_ds.models.lora import is_adapted, lora_pairs
+from warp_ds.models.lora import is_adapted
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.fingerprints import Contents, fingerprint_model, model_contents
-from warp_ds.store.layers import TargetLayer
 from warp_ds.store.masks import MaskStore
 from warp_ds.store.runs import find_artifact
 from warp_ds.zero import deepspeed_internals
 from warp_ds.zero.freezing import frozen_step
 from warp_ds.zero.left_side import refuse_without_left
+from warp_ds.zero.masked_parameters import MaskedParameter, masked_parameters
 from warp_ds.zero.masked_step import MaskedStep
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.placements import CPU, GPU, Placement
@@ -120,8 +117,8 @@ def protect_optimizer(
             refuse_without_left(masks, is_adapted(model))
         if basis is not None:
             basis.check(masks.layers, fingerprint, name)
-        refuse_without_rows(basis, "auto", 1, is_adapted(model), left_projection)
-        masked = _masked(model, masks)
+        refuse_without_rows(basis, "auto", 1, left_projection)
+        masked = masked_parameters(model, masks)
         mark = masks.fingerprint() + (basis.fingerprint() if basis is not None else "identity")
     if not by_deepspeed:
         if any(isinstance(each.param, DTensor) or hasattr(each.param, "ds_id") for each in masked):
@@ -202,120 +199,24 @@ def _covered(
         yield basis.contents()
 
 
-@dataclass(frozen=True)
-class _Masked:
-    """A parameter whose rotated coefficients are masked: a layer's weight [m, n], or the A [r, n] of its adapter."""
-
-    target: TargetLayer
-    """With the parameter's own number of rows."""
-    param: nn.Parameter
-    adapter_b: nn.Parameter | None = None
-    columns: Tensor | None = None
-    """Which columns of the basis an adapter stays out of, bool [n]."""
-
-    def held(self, basis: BasisStore | None) -> tuple[str, int]:
-        """The key of its basis, and the bytes that its rotation takes."""
-        if basis is None:  # the identity rotates layers of any width; a stored basis fits one
-            return "identity", 0
-        if self.columns is None:
-            return basis.held(self.target.name)
-        return self.target.name, Rotation.held_bytes(self.target.n, max(1, int(self.columns.sum())))
-
-    def rotation(self, basis: BasisStore | None, device: torch.device) -> Rotation:
-        """Its complete basis, on ``device``. An adapter's is that of its frozen columns alone, [U_F, complement]: it takes less
-        room, and its free coordinates are nearly those that a LoRA without masks trains in."""
-        if basis is None or self.columns is None:
-            return _rotation(basis, self.target, device)
-        if not bool(self.columns.any()):
-            # The identity as a reflector that reflects nothing: one without tensors could not be sharded.
-            return Rotation(torch.eye(self.target.n, 1, device=device), self.target.n)
-        r = basis.rank(self.target.name)
-        if bool(self.columns[r:].any()):  # of the complement that the stored columns stand for
-            whole = basis.rotation(self.target.name).rotate(torch.eye(self.target.n))
-            return Rotation(whole[:, self.columns].to(device), self.target.n)
-        return Rotation(basis.chosen(self.target.name, self.columns[:r]).to(device), self.target.n)
-
-
-def _masked(model: nn.Module, masks: MaskStore) -> list[_Masked]:
-    if not is_adapted(model):
-        params = _parameters(model, masks.layers, masks.directory)
-        return [_Masked(layer, params[layer.name]) for layer in masks.layers]
-    refuse_entries(masks)
-    pairs = lora_pairs(model, masks.layers)
-    if not pairs:
-        raise ArtifactError(
-            f"none of the layers in the masks of {masks.directory} has an adapter in this model (the first is "
-            f"{masks.layers[0].name}): give the adapter these layers (target_modules), or make masks of those that it has"
-        )
-    masked = []
-    for layer in masks.layers:
-        if layer.rows and layer.name in pairs:
-            raise errors.UnsupportedSetting(
-                f"{layer.name} is some rows of {layer.parameter}, whose adapter reads one input for all of them: masks of "
-                "layers with a weight of their own can protect an adapter"
-            )
-        if layer.name not in pairs:
-            continue  # its W is frozen, and nothing is added to it
-        pair = pairs[layer.name]
-        (rows, columns), (outputs, rank) = (tuple(getattr(p, "ds_shape", p.shape)) for p in (pair.a, pair.b))
-        if (outputs, columns) != layer.shape or rows != rank:
-            raise ArtifactError(
-                f"the masks in {masks.directory} have {layer.name} as {layer.shape}, but its adapter is of "
-                f"{(outputs, columns)}: they belong to another model"
-            )
-        columns = unpack_bits(masks.columns(layer.name), layer.n)[0]
-        masked.append(_Masked(replace(layer, m=rows), pair.a, pair.b, columns))
-    return masked
-
-
-def refuse_entries(masks: MaskStore) -> None:
-    """UnsupportedSetting for masks that an adapter cannot keep."""
-    if masks.metadata.unit != "column":
-        raise errors.UnsupportedSetting(
-            f"the masks in {masks.directory} freeze single coefficients (unit {masks.metadata.unit}), which an adapter cannot "
-            "keep with its rank: find masks of whole columns, with --mask_unit column in phase 2"
-        )
-
-
-def _parameters(model: nn.Module, layers: list[TargetLayer], source: Path) -> dict[str, nn.Parameter]:
-    """The weight of each masked layer, by the layer's name; wrappers' prefixes are looked through."""
-    by_name = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
-    parameters = {}
-    for layer in layers:
-        full = layer.parameter
-        matches = [name for name in by_name if name == full or name.endswith(f".{full}")]
-        if not matches:
-            raise ArtifactError(
-                f"the masks in {source} freeze {layer.name}, which this model does not have: they belong to another model"
-            )
-        param = by_name[min(matches, key=len)]
-        shape = tuple(getattr(param, "ds_shape", param.shape))
-        if not layer.fits(shape):
-            raise ArtifactError(
-                f"the masks in {source} have {layer.parameter} as {layer.whole_shape}, but this model has "
-                f"{shape}: they belong to another model"
-            )
-        if not param.requires_grad:
-            raise ArtifactError(
-                f"{layer.name} does not train (requires_grad is off), so there is nothing to mask: let "
-                "it train, or make masks without it"
-            )
-        parameters[layer.name] = param
-    return parameters
-
-
 def _layers(
-    basis: BasisStore | None, masks: MaskStore, masked: list[_Masked], world_size: int, rank: int, asked: str, products: str
+    basis: BasisStore | None,
+    masks: MaskStore,
+    masked: list[MaskedParameter],
+    world_size: int,
+    rank: int,
+    asked: str,
+    products: str,
 ) -> tuple[list[ProtectedLayer], Placement]:
     """This rank's share of every masked layer, and where the bases lie. Collective."""
     with consensus.on_every_rank_or_none("reading basis and masks"):
-        targets = [each.target for each in masked]
         bases = {each.target.name: each.held(basis) for each in masked}
         machine = CPU if all(compute_device(each.param).type == "cpu" for each in masked) else GPU
-        asked = asked if basis is not None else "replicated"
-        placement, why = place_rotations(basis, asked, targets, bases, world_size, machine, rank)
+        rotates = any(nbytes for _, nbytes in bases.values())
+        asked = asked if rotates else "replicated"
+        placement, why = place_rotations(basis, asked, masked, world_size, machine, rank)
         placement.products = products
-        if rank == 0 and world_size > 1 and basis is not None:
+        if rank == 0 and world_size > 1 and rotates:
             logger.info("bases are placed as %s (--basis_placement %s): %s", placement.name, asked, why)
         for key, each in {bases[each.target.name][0]: each for each in masked}.items():
             placement.keep(key, partial(each.rotation, basis, compute_device(each.param)))
@@ -325,19 +226,13 @@ def _layers(
     return layers, placement
 
 
-def _share(masks: MaskStore, masked: _Masked, key: str, basis: BasisStore | None, world_size: int, rank: int) -> ProtectedLayer:
+def _share(
+    masks: MaskStore, masked: MaskedParameter, key: str, basis: BasisStore | None, world_size: int, rank: int
+) -> ProtectedLayer:
     """This rank's share of one masked parameter."""
     target, device = masked.target, compute_device(masked.param)
     partition = RowPartition(target.m, target.n, world_size, rank, target.rows, target.height)
-    frozen = int(masks.metadata.layers[target.name]["frozen"])
-    if masked.columns is None:
-        whole = masks.packed(target.name, partition.rows.start, partition.rows.stop)
-        cut = [masks.packed(target.name, row, row + 1) for row in partition.cut_rows]
-    else:
-        count = int(masked.columns.sum())
-        first = masked.columns if basis is None else torch.arange(target.n) < count  # U_F comes first, see ``rotation``
-        row = pack_bits(first[None])
-        whole, cut, frozen = row.expand(len(partition.rows), -1), [row] * len(partition.cut_rows), target.m * count
+    whole, cut, frozen = masked.frozen(masks, basis, partition)
     return ProtectedLayer(
         target,
         masked.param,
@@ -349,20 +244,6 @@ def _share(masks: MaskStore, masked: _Masked, key: str, basis: BasisStore | None
         device,
         masked.adapter_b,
     )
-
-
-def _rotation(basis: BasisStore | None, target: TargetLayer, device: torch.device) -> Rotation:
-    """The layer's complete basis on ``device``, and made there: on the core that launchers give a rank, the n³ operations
-    would take minutes at n = 14,336 (by arithmetic), for each basis of a model."""
-    if basis is None:
-        return Rotation(None, target.n)
-    try:
-        return basis.rotation(target.name, device=device).polished()
-    except RuntimeError as error:  # of torch, or an ALLOC_FAILED of the libraries below it
-        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
-            raise
-        logger.warning("%s: its basis is completed on the CPU, which takes long: there is no GPU memory for it", target.name)
-    return basis.rotation(target.name).to(device).polished()
 
 
 class WarpCallback(TrainerCallback):

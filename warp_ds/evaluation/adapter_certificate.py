@@ -1,15 +1,17 @@
-"""The freeze certificate of a LoRA adapter: from its files and the masks alone, whether ΔW = s B A reads frozen directions.
+"""The freeze certificate of a LoRA adapter: from its files and the masks alone, whether ΔW = s B A reads frozen directions, or,
+with masks of whole rows, writes into them.
 
 ΔW U_F = s B (A U_F) is known to fp64's rounding, since no base weight is subtracted: where A is as the masked step leaves it,
 A U_F is what rounding A to its stored dtype made of 0, far smaller than what any other A of its size has there (the numbers are
 in docs/adapters.md).
-Rounding is bounded as in drift.py, entry by entry of A U_F, and through B by the triangle inequality.
+Rounding is bounded as in drift.py, entry by entry of A U_F, and through B by the triangle inequality. Rows are columns of the
+transposed: of ΔWᵀ V_F = s Aᵀ (Bᵀ V_F) the same is said, V the basis of the outputs, or the identity without one.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from warp_ds.errors import ArtifactError
 from warp_ds.evaluation.certificate import BROKEN, CANNOT_TELL, KEPT, Certificate
-from warp_ds.evaluation.drift import Complete, LayerCertificate, explained, grid_of, half_ulp, orthonormal
+from warp_ds.evaluation.drift import Complete, LayerCertificate, explained, grid_of, half_ulp, orthonormal, orthonormal_outputs
 from warp_ds.evaluation.unmasked import CHANGED, Difference
 from warp_ds.method.mask import unpack_bits
 from warp_ds.method.rotation import Rotation
@@ -32,6 +34,8 @@ from warp_ds.store.masks import MaskStore
 
 ROWS = 1 << 23
 """Elements of ΔW U that are in memory at once."""
+COLUMNS_SAID, ROWS_SAID = ("ΔW U", "A", "A U"), ("Vᵀ ΔW", "B", "Bᵀ V")
+"""What is looked at, whose rounding it may be, and its factor."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,11 @@ class _Found:
 def certify_adapter(
     before: str | Path, adapter: str | Path, masks_dir: str | Path, basis_dir: str | Path | None = None
 ) -> Certificate:
-    """The certificate of an adapter directory on the model directory ``before``; moves are of ΔW U, [m, n] of each layer.
+    """The certificate of an adapter directory on the model directory ``before``; moves are of ΔW U, [m, n] of each layer, or
+    with masks of whole rows of Vᵀ ΔW.
 
     Raises ArtifactError where a file is missing, does not fit, is no plain LoRA, or changes meanwhile, and for masks that are
-    not of whole columns.
+    neither of whole columns nor of whole rows.
     """
     masks, opened = MaskStore(masks_dir), AdapterDirectory.of(adapter)
     old = ModelDirectory.of(Path(before), masks.layers)
@@ -87,12 +92,19 @@ def _layers(adapter: AdapterDirectory, masks: MaskStore, basis: BasisStore | Non
     names = {t.name: "" if basis is None else basis.metadata.layers[t.name]["file"] for t in masks.layers}
     results: dict[str, _Found] = {}
     last, complete = None, None
+    by_rows = masks.metadata.unit == "row"
     for target in sorted(masks.layers, key=lambda t: names[t.name]):
-        frozen = _columns(masks, target)
+        frozen = _directions(masks, target)
         _, factors = next(adapter.of_targets([target]))
         if factors is None:
-            count = target.m * int(frozen.sum())
+            count = int(frozen.sum()) * (target.n if by_rows else target.m)
             results[target.name] = _Found(_still(target, count), Sums(), trained=False)
+            continue
+        if by_rows:
+            outputs = basis is not None and basis.two_sided
+            left = orthonormal_outputs(basis, target) if basis is not None and outputs else Complete(Rotation(None, target.m))
+            turned = LoraFactors(factors.b.T, factors.a.T, factors.scaling)
+            results[target.name] = _layer(replace(target, m=target.n, n=target.m), turned, frozen, left)
             continue
         if basis is None:
             complete = Complete(Rotation(None, target.n))
@@ -103,14 +115,19 @@ def _layers(adapter: AdapterDirectory, masks: MaskStore, basis: BasisStore | Non
     return [results[target.name] for target in masks.layers]
 
 
-def _columns(masks: MaskStore, target: TargetLayer) -> Tensor:
-    """Which columns are frozen, bool [n]; every row of the mask is looked at."""
-    first = masks.columns(target.name)
+def _directions(masks: MaskStore, target: TargetLayer) -> Tensor:
+    """Which columns are frozen, bool [n], or which rows, bool [m]; every bit of the mask is looked at."""
+    by_rows = masks.metadata.unit == "row"
+    chosen = masks.rows(target.name) if by_rows else unpack_bits(masks.columns(target.name), target.n)[0]
     step = max(1, ROWS // target.n)
     for begin in range(0, target.m, step):
-        if not bool((masks.packed(target.name, begin, min(begin + step, target.m)) == first).all()):
-            raise ArtifactError(f"{masks.directory}: the mask of {target.name} is not of whole columns; run phase 2 again")
-    return unpack_bits(first, target.n)[0]
+        bits = unpack_bits(masks.packed(target.name, begin, min(begin + step, target.m)), target.n)
+        if not bool((bits == (chosen[begin : begin + step, None] if by_rows else chosen)).all()):
+            raise ArtifactError(
+                f"{masks.directory}: the mask of {target.name} is not of whole {'rows' if by_rows else 'columns'}; run phase 2 "
+                "again"
+            )
+    return chosen
 
 
 def _still(target: TargetLayer, frozen: int) -> LayerCertificate:
@@ -121,6 +138,7 @@ def _still(target: TargetLayer, frozen: int) -> LayerCertificate:
 
 
 def _layer(target: TargetLayer, factors: LoraFactors, columns: Tensor, basis: Complete) -> _Found:
+    """Of one layer and whole columns of A U; of rows all is given transposed, with V as the basis."""
     a, b = factors.a.double(), factors.b.double() * factors.scaling
     count = target.m * int(columns.sum())
     not_finite = int((~torch.isfinite(a)).sum()) + int((~torch.isfinite(b)).sum())
@@ -185,10 +203,11 @@ def _certificate(
     digests: dict[str, str],
 ) -> Certificate:
     log_tests = math.log(max(1, sum(each.sums.number for each in layers)))
-    problems = [problem for each in layers for problem in _problems(each, log_tests)] + [
+    by_rows = masks.metadata.unit == "row"
+    problems = [problem for each in layers for problem in _problems(each, log_tests, by_rows)] + [
         f"it brings a weight of its own for a masked layer, {name}" for name in _replaced(adapter, masks)
     ]
-    reasons = [] if problems else _cannot_tell(layers, log_tests)
+    reasons = [] if problems else _cannot_tell(layers, log_tests, by_rows)
     outcome = BROKEN if problems else CANNOT_TELL if reasons else KEPT
     for each in layers:
         # Through B: how long s B R can be for an R that rounding explains.
@@ -197,7 +216,7 @@ def _certificate(
     certified = [each.layer for each in layers]
     return Certificate(
         outcome=outcome,
-        claim=_claim(outcome, layers),
+        claim=_claim(outcome, layers, by_rows),
         problems=problems,
         reasons=reasons,
         notes=[*(f"masks: {note}" for note in masks.metadata.notes), *_notes(adapter, old, masks, layers)],
@@ -221,16 +240,16 @@ def _of_model(old: ModelDirectory) -> dict[str, str]:
     return {name: digest.sha256 for name, digest in zip(old.tensors, digests, strict=True)}
 
 
-def _problems(checked: _Found, log_tests: float) -> list[str]:
-    layer = checked.layer
+def _problems(checked: _Found, log_tests: float, by_rows: bool) -> list[str]:
+    layer, (change, side, turned) = checked.layer, ROWS_SAID if by_rows else COLUMNS_SAID
     if layer.not_finite:
         return [f"{layer.layer}: {layer.not_finite} NaN or infinite entries of A and B"]
     if layer.violations:
         return [
-            f"{layer.layer}: {layer.violations} of {layer.frozen} frozen coefficients of ΔW U are more than A's rounding "
-            f"allows (the worst {layer.worst_move:.3e}, where rounding allows {layer.worst_allowed:.3e})"
+            f"{layer.layer}: {layer.violations} of {layer.frozen} frozen coefficients of {change} are more than {side}'s "
+            f"rounding allows (the worst {layer.worst_move:.3e}, where rounding allows {layer.worst_allowed:.3e})"
         ]
-    return [f"{layer.layer}: A U: {problem}" for problem in checked.sums.excesses(log_tests)] if checked.trained else []
+    return [f"{layer.layer}: {turned}: {problem}" for problem in checked.sums.excesses(log_tests)] if checked.trained else []
 
 
 def _replaced(adapter: AdapterDirectory, masks: MaskStore) -> list[str]:
@@ -238,13 +257,13 @@ def _replaced(adapter: AdapterDirectory, masks: MaskStore) -> list[str]:
     return [name for name in adapter.others if any(name.startswith(f"{layer.name}.") for layer in masks.layers)]
 
 
-def _cannot_tell(layers: list[_Found], log_tests: float) -> list[str]:
+def _cannot_tell(layers: list[_Found], log_tests: float, by_rows: bool) -> list[str]:
     if not sum(each.layer.frozen for each in layers):
         return ["the masks freeze nothing, so there is nothing to keep: make masks with a keep_ratio above 0"]
     trained = [each for each in layers if each.trained and each.layer.frozen]
     if not trained:
         return ["the adapter adds nothing to the masked layers (B is 0, or it has other layers): train it first"]
-    # Had A's rows as much in the frozen directions as in the others, would that be found?
+    # Had A's rows, or B's columns, as much in the frozen directions as in the others, would that be found?
     coarse = [
         each.layer.layer
         for each in trained
@@ -253,17 +272,23 @@ def _cannot_tell(layers: list[_Found], log_tests: float) -> list[str]:
         > (each.layer.together / max(each.sums.whole.moved**0.5, 1e-300)) * each.sums.whole.allowed(log_tests)
     ]
     if coarse:
-        return [f"A is stored too coarsely to tell for {len(coarse)} layers ({coarse[0]}): save the adapter in float32"]
+        side = (ROWS_SAID if by_rows else COLUMNS_SAID)[1]
+        return [f"{side} is stored too coarsely to tell for {len(coarse)} layers ({coarse[0]}): save the adapter in float32"]
     return []
 
 
-def _claim(outcome: str, layers: list[_Found]) -> str:
+def _claim(outcome: str, layers: list[_Found], by_rows: bool) -> str:
     frozen, adapted = sum(each.layer.frozen for each in layers), sum(each.trained for each in layers)
     subject = f"of {len(layers)} masked layers, {adapted} with an adapter"
+    change, side = ("V_Fᵀ ΔW = s V_Fᵀ B A", "B") if by_rows else ("ΔW U_F = s B A U_F", "A")
+    so = (
+        "these layers' outputs are the same in the frozen directions, whatever the input"
+        if by_rows
+        else "no input in a frozen direction is answered differently by these layers"
+    )
     return {
-        KEPT: f"{subject}: ΔW U_F = s B A U_F is 0 within the rounding of A in all {frozen} frozen coefficients, so no input "
-        "in a frozen direction is answered differently by these layers",
-        BROKEN: f"{subject}: ΔW U_F = s B A U_F is more than the rounding of A in some of {frozen} frozen coefficients",
+        KEPT: f"{subject}: {change} is 0 within the rounding of {side} in all {frozen} frozen coefficients, so {so}",
+        BROKEN: f"{subject}: {change} is more than the rounding of {side} in some of {frozen} frozen coefficients",
         CANNOT_TELL: f"{subject}: whether {frozen} frozen coefficients were kept does not show in these files",
     }[outcome]
 

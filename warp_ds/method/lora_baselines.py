@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from warp_ds.method.rotation import Rotation
+
 
 def safe_lora(aligned: Tensor, fine_tuned: Tensor, unaligned: Tensor, threshold: float) -> tuple[Tensor, float]:
     """Safe LoRA (Hsu et al., NeurIPS 2024, https://arxiv.org/abs/2405.16833, section 3 and their code's projection).
@@ -20,6 +22,17 @@ def safe_lora(aligned: Tensor, fine_tuned: Tensor, unaligned: Tensor, threshold:
     lengths = torch.linalg.vector_norm(delta) * torch.linalg.vector_norm(projected)
     cosine = float((delta * projected).sum() / lengths) if lengths > 0 else 0.0
     return (aligned.double() + (projected if cosine <= threshold else delta)).float(), cosine
+
+
+def wsr(aligned: Tensor, delta: Tensor, rotation: Rotation, frozen: Tensor) -> Tensor:
+    """W + ((ΔW U) ⊙ (1 - M)) Uᵀ: an adapter's update without its rotated coefficients that M freezes, so of full rank.
+
+    The original's WSR-LoRA by entries (models/lora_wsr_elementwise.py of min-seong-kim/Safety-WaRP-LLM), its mask put on the
+    trained product instead of in every forward pass. Takes W and ΔW [m, n], U as ``rotation``, M bool [m, n]; returns fp64
+    [m, n].
+    """
+    kept = rotation.rotate(delta.double()).masked_fill(frozen, 0.0)
+    return aligned.double() + rotation.unrotate(kept)
 
 
 # ---------------------------------------------------------------- GuardSpace (ICLR 2026, openreview 887vde4ZAW)

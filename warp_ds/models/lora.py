@@ -45,6 +45,16 @@ def without_adapter(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def refuse_parts(layers: Iterable[TargetLayer], what: str) -> None:
+    """UnsupportedSetting, naming the first, for layers that are some rows of a weight, whose adapter is of all of its rows."""
+    for layer in layers:
+        if layer.rows:
+            raise UnsupportedSetting(
+                f"{what}: {layer.name} is some rows of {layer.parameter}, and an adapter reads one input for all of them: name "
+                "layers with a weight of their own"
+            )
+
+
 def lora_pairs(model: nn.Module, layers: Iterable[TargetLayer]) -> dict[str, LoraPair]:
     """The adapter of each of ``layers`` that has one, by the layer's name.
 

@@ -37,9 +37,9 @@ class Arm:
     average: bool = False
     """Whether what comes out is the average of the weights over the steps."""
     merge: str | None = None
-    """What is done to the weights afterwards: 'resta', 'safedelta' or 'safelora'."""
+    """What is done to the weights afterwards: 'resta', 'safedelta', 'safelora' or 'wsr'."""
     adapter: bool = False
-    """Whether a LoRA adapter trains in place of the weights; its masks are of whole columns."""
+    """Whether a LoRA adapter trains in place of the weights; its masks are of whole columns or rows."""
     method: str | None = None
     """Of an adapter, what keeps it safe during training: 'guardspace', 'salora' or 'asft'."""
     grows: str | None = None
@@ -75,6 +75,7 @@ ARMS = {
         Arm("rsn-tune", start="rsn-tune"),
         Arm("lora", trains="target", adapter=True),
         Arm("safelora", merge="safelora"),
+        Arm("wsr", merge="wsr"),
         Arm("guardspace", method="guardspace"),
         Arm("salora", method="salora"),
         Arm("asft", method="asft"),
@@ -117,7 +118,7 @@ def parse_arms(text: str) -> list[Arm]:
 
 def compose(name: str) -> Arm:
     """The arm of a name, or of several joined by '+'. Composed with 'full', a masked arm trains every parameter; with 'lora',
-    an adapter trains, kept out of the masked columns.
+    an adapter trains, kept out of the masked columns or rows.
 
     A part takes its strength after '@': safedelta@10, ema@0.9, patch@1e-4 (its learning rate).
     """
@@ -145,13 +146,19 @@ def compose(name: str) -> Arm:
     adapter = "lora" in parts
     if adapter and ({"full", "layers"} & set(parts) or any(_by_entry(arm) for arm in arms)):
         raise ConfigError(
-            f"--arms {name}: an adapter trains alone, and its masks are of whole columns: lora+column, lora+original"
+            f"--arms {name}: an adapter trains alone, and its masks are of whole columns or rows: lora+column, lora+original, "
+            "lora+output-row"
         )
     _check_method(name, made.get("method"), adapter, any(arm.basis for arm in arms))
+    if made.get("merge") == "wsr" and (not adapter or "method" in made or any(arm.basis for arm in arms)):
+        raise ConfigError(
+            f"--arms {name}: wsr masks what a plain adapter has learned, by the masks of rotated: lora+wsr, without another "
+            "mask or method"
+        )
     if "grows" in made and (adapter or not any(arm.basis for arm in arms) or any(arm.left for arm in arms)):
         raise ConfigError(f"--arms {name}: {made['grows']} is of a mask of weights, and not osft's: rotated+{made['grows']}")
     masked = next((arm for arm in arms if arm.basis), next((arm for arm in arms if arm.trains != "all"), ARMS["full"]))
-    made |= {"adapter": True, "unit": "column", "left": False} if adapter else {}
+    made |= {"adapter": True, "unit": "row" if masked.unit == "row" else "column", "left": False} if adapter else {}
     trains = "all" if "full" in parts else masked.trains
     return replace(masked, **made, name=name, trains=trains, strengths=strengths)
 
@@ -164,7 +171,7 @@ def _check_method(name: str, method: str | None, adapter: bool, masked: bool) ->
 
 
 def _by_entry(arm: Arm) -> bool:
-    return arm.output != "identity" or (bool(arm.basis) and arm.unit == "entry" and arm.basis != "identity")
+    return bool(arm.basis) and arm.unit == "entry" and arm.basis != "identity"
 
 
 def _strength(name: str, part: str, value: str) -> float:

@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ from warp_ds.flags.arguments import (
 from warp_ds.flags.comparison import CompareArguments
 from warp_ds.flags.controls import FIXED, REPLAYS
 from warp_ds.method.baselines import safety_share
-from warp_ds.phases.arms import Arm
+from warp_ds.phases.arms import ARMS, Arm
 from warp_ds.phases.basis import run_basis
 from warp_ds.phases.comparison_data import ComparisonData, overlaps
 from warp_ds.phases.evaluate import load_engine, movement_metrics, write_card
 from warp_ds.phases.importance import run_importance
 from warp_ds.phases.measuring import Measuring
-from warp_ds.phases.merge import merge, resta_formula, safe_delta_formula, safe_lora_formula
+from warp_ds.phases.merge import merge, resta_formula, safe_delta_formula, safe_lora_formula, wsr_formula
 from warp_ds.phases.neurons import LAYERS, safety_neuron_masks
 from warp_ds.phases.run import link_latest
 from warp_ds.phases.texts import check_lengths
@@ -41,6 +42,7 @@ from warp_ds.report import card
 from warp_ds.report.tradeoff import Point
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import write_text
+from warp_ds.store.masks import MaskStore
 from warp_ds.zero.deepspeed_internals import end_engine
 from warp_ds.zero.model import resolve_model_dir
 from warp_ds.zero.shared_reading import model_fingerprint
@@ -377,6 +379,9 @@ class Bench:
             self.measuring.measured("unaligned", self.unaligned)  # so that the report shows how unaligned that model is
         elif arm.merge == "safelora":
             formula = safe_lora_formula(self.unaligned(), arm.strength("safelora", a.safelora_threshold))
+        elif arm.merge == "wsr":
+            masks = self.masks(replace(ARMS["rotated"], start=arm.start), trial.seed)
+            formula, layers = wsr_formula(masks, self.root / trained.run / "adapter"), MaskStore(masks).layers
         else:
             basis = self.basis(arm.start, "activation", LAYERS, a.seed)
             formula, layers = safe_delta_formula(basis, arm.strength("safedelta", a.safedelta_s)), BasisStore(basis).layers

@@ -21,6 +21,7 @@ from warp_ds.evaluation.results import RATES
 from warp_ds.evaluation.sets import EvaluationSets
 from warp_ds.flags.arguments import TrainArguments
 from warp_ds.flags.comparison import CompareArguments
+from warp_ds.models.lora import refuse_parts
 from warp_ds.models.targets import targets_of
 from warp_ds.phases.adapters import check_adaptable
 from warp_ds.phases.arms import ARMS, Arm, parse_arms, refuse_placement, with_harm
@@ -95,7 +96,10 @@ def check_layers(arms: Sequence[Arm], arguments: CompareArguments, model_dir: Pa
     for arm in arms:
         if arm.adapter:
             kinds = PUBLISHED if arm.method == "salora" else arguments.layer_type
-            check_adaptable(targets_of(model_dir, arguments.target_layers, kinds))
+            layers = targets_of(model_dir, arguments.target_layers, kinds)
+            check_adaptable(layers)
+            if arm.basis or arm.method or arm.merge == "wsr":
+                refuse_parts(layers, f"--arms {arm.name}")
         if arm.merge == "safedelta" or arm.start:
             experts = [layer for layer in targets_of(model_dir, "all", LAYERS) if layer.expert is not None]
             if experts:

@@ -26,7 +26,7 @@ from warp_ds.flags.arguments import TrainArguments
 from warp_ds.flags.controls import FIXED
 from warp_ds.method.lora_baselines import asft_penalty, first_outputs, guardspace_start, null_directions, salora_start
 from warp_ds.models.directory import ModelDirectory, by_parameter
-from warp_ds.models.lora import lora_pairs
+from warp_ds.models.lora import lora_pairs, refuse_parts
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import write_tensors
 from warp_ds.store.layers import TargetLayer
@@ -113,6 +113,8 @@ class LoraMethod:
             unaligned = resolve_model_dir(arguments.unaligned_model, "--unaligned_model")
         with consensus.on_every_rank_or_none("checking what the adapters are held by"):
             bases = _checked_bases(arguments, fingerprint)
+            if bases and not arguments.lora_layers:  # then the basis says which
+                refuse_parts(bases["basis_dir"].layers, f"--lora_method {arguments.lora_method}")
             return cls(arguments, bases.get("basis_dir"), bases.get("task_basis_dir"), unaligned)
 
     def fingerprints(self) -> dict[str, str]:
@@ -122,7 +124,11 @@ class LoraMethod:
         return unaligned | {name: basis.fingerprint() for name, basis in bases.items() if basis is not None}
 
     def attach(self, adapted: Any, layers: Sequence[TargetLayer], directory: Path) -> list[TrainerCallback]:
-        """Before the engine is made; ``layers`` have an adapter, which is whole; ``directory`` is the run's. Collective."""
+        """Before the engine is made; ``layers`` have an adapter, which is whole; ``directory`` is the run's. Collective.
+
+        Raises UnsupportedSetting where one is some rows of a weight."""
+        if self.arguments.lora_method != "plain":
+            refuse_parts(layers, f"--lora_method {self.arguments.lora_method}")
         if self.basis is not None:
             self.said = hold(adapted, layers, self.basis, self.task_basis, self.arguments, directory)
         if self.unaligned is None:

@@ -6,22 +6,28 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from warp_ds.cluster import consensus, processes
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.method.baselines import resta, safe_delta, safety_hessian
-from warp_ds.method.lora_baselines import safe_lora
+from warp_ds.method.lora_baselines import safe_lora, wsr
+from warp_ds.method.mask import unpack_bits
+from warp_ds.method.rotation import Rotation
 from warp_ds.models.adapter_directory import AdapterDirectory
 from warp_ds.models.directory import ModelDirectory, by_parameter
+from warp_ds.models.lora import refuse_parts
 from warp_ds.report.card import without_sections
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.files import read_json, write_json, write_tensors, write_text
 from warp_ds.store.fingerprints import SHOWN, fingerprint_model
 from warp_ds.store.layers import TargetLayer
+from warp_ds.store.masks import MaskStore
 from warp_ds.zero.shared_reading import model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -44,6 +50,26 @@ def safe_lora_formula(unaligned: Path, threshold: float) -> Formula:
         if tuned.ndim != 2 or tuned.equal(aligned):
             return tuned
         return safe_lora(aligned, tuned, weights.read(name), threshold)[0]
+
+    return merged
+
+
+def wsr_formula(masks_dir: Path, adapter: Path) -> Formula:
+    """The masked layers by the start's W and ``adapter``, which is opened when it is first asked for; every other parameter as
+    trained."""
+    masks = MaskStore(masks_dir)
+    basis, layers = masks.find_basis(), {layer.parameter: layer for layer in masks.layers}
+    refuse_parts(masks.layers, "--arms lora+wsr")
+    opened = cache(lambda: AdapterDirectory.of(adapter))
+
+    def merged(name: str, tuned: Tensor, aligned: Tensor) -> Tensor:
+        if (layer := layers.get(name)) is None:
+            return tuned
+        _, factors = next(opened().of_targets([layer]))
+        if factors is None:
+            return tuned
+        rotation = Rotation(None, layer.n) if basis is None else basis.rotation(layer.name, torch.float64)
+        return wsr(aligned, factors.delta(), rotation, unpack_bits(masks.packed(layer.name), layer.n))
 
     return merged
 

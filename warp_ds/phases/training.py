@@ -25,8 +25,9 @@ from warp_ds.flags import training_arguments
 from warp_ds.flags.arguments import AuditArguments, SafetyTuningArguments, TrainArguments
 from warp_ds.flags.groups import TrainingFlags
 from warp_ds.models.flops import active_parameters, device_peak
+from warp_ds.models.lora import refuse_parts
 from warp_ds.models.source import WithProcessor
-from warp_ds.models.targets import beside_text, check_targets, find_targets
+from warp_ds.models.targets import beside_text, check_targets, find_targets, targets_of
 from warp_ds.phases import adapters, checkpoints
 from warp_ds.phases.controls import Controls
 from warp_ds.phases.growing import Growing
@@ -40,7 +41,7 @@ from warp_ds.phases.texts import safety_texts, task_texts, tokenise
 from warp_ds.phases.trainer import EarlyStopping, GlobalBatchTrainer, MetricsFile, WholeCheckpoints
 from warp_ds.phases.trainer_arguments import check_training, run_facts, trainer_arguments
 from warp_ds.phases.watching import Watched
-from warp_ds.protection import WarpCallback, refuse_entries
+from warp_ds.protection import WarpCallback
 from warp_ds.report import card
 from warp_ds.resuming import CompleteConverted
 from warp_ds.store.bases import BasisStore
@@ -51,6 +52,7 @@ from warp_ds.store.runs import find_artifact, run_config
 from warp_ds.zero import settings, universal
 from warp_ds.zero.deepspeed_internals import end_engine, nothing_unpickled
 from warp_ds.zero.left_side import refuse_without_left
+from warp_ds.zero.masked_parameters import refuse_entries
 from warp_ds.zero.model import load_model, resolve_model_dir
 from warp_ds.zero.save import save_sharded
 from warp_ds.zero.shared_reading import model_fingerprint, read_together
@@ -83,8 +85,9 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         masks_dir, basis_dir = find_masks(arguments, inputs["model"])
         inputs |= _checked_masks(arguments, model_dir, masks_dir)
         basis = None if basis_dir is None else BasisStore(basis_dir)
-        adapted = arguments.adapter != "none"
-        refuse_without_rows(basis, arguments.basis_placement, processes.world_size(), adapted, arguments.left_projection)
+        of_inputs = arguments.adapter != "none" and masks_dir is not None and MaskStore(masks_dir).metadata.unit == "column"
+        placed = arguments.basis_placement, processes.world_size(), arguments.left_projection
+        refuse_without_rows(basis, *placed, of_inputs)
     method = LoraMethod.read(arguments, fingerprint)
     with consensus.on_every_rank_or_none("looking for the adapter's layers"):
         adapters.check_layers(model_dir, _held(masks_dir, method), arguments)
@@ -128,6 +131,11 @@ def _checked_masks(arguments: TrainArguments, model_dir: Path, masks_dir: Path |
     masks = MaskStore(masks_dir)
     if adapted:
         refuse_entries(masks)
+        chosen = None
+        if arguments.lora_layers:
+            chosen = {layer.module for layer in targets_of(model_dir, arguments.target_layers, arguments.lora_layers)}
+        with_adapter = [layer for layer in masks.layers if chosen is None or layer.module in chosen]
+        refuse_parts(with_adapter, f"the masks in {masks_dir} cannot hold its adapter")
     if arguments.left_projection:
         refuse_without_left(masks, adapted)
     return {"masks": masks.fingerprint()}
@@ -389,7 +397,8 @@ def _model_card(arguments: TrainArguments, masks_dir: Path | None, speed: Speed,
         metadata = MaskStore(masks_dir).metadata
         protection = (
             f"with {metadata.frozen} of {metadata.entries} rotated coefficients frozen (keep_ratio "
-            f"{metadata.keep_ratio}, scope {metadata.scope}, basis {metadata.basis}; masks {card.code(masks_dir)})"
+            f"{metadata.keep_ratio}, unit {metadata.unit}, scope {metadata.scope}, basis {metadata.basis}; masks "
+            f"{card.code(masks_dir)})"
         )
     return card.new_card(
         f"{card.plain(Path(arguments.model_name).name)}, fine-tuned on {card.plain(arguments.utility_data)}",

@@ -102,11 +102,13 @@ class BasisStore:
             self._checked.add(file)
         return u, s
 
-    def chosen(self, name: str, wanted: Tensor) -> Tensor:
-        """The columns of U that ``wanted``, bool [r], names: fp32 [n, number of them]. A piece of the file is in memory at a
-        time. ArtifactError for NaN and infinities; whether they are orthonormal is seen by ``Rotation``."""
-        path = self.directory / self._check_file(name)
-        (n, r), parts = (self.metadata.layers[name]["shape"][1], len(wanted)), []
+    def chosen(self, name: str, wanted: Tensor, outputs: bool = False) -> Tensor:
+        """The columns of U, or of the V of its ``outputs``, that ``wanted``, bool [r], names: fp32 [n, number of them]. A piece
+        of the file is in memory at a time. ArtifactError for NaN and infinities; whether they are orthonormal is seen by
+        ``Rotation``."""
+        file = self._check_file(name)
+        path = self.directory / (self.metadata.layers[name]["output"] if outputs else file)
+        (n, r), parts = (self.metadata.layers[name]["shape"][0 if outputs else 1], len(wanted)), []
         step = max(1, PIECE // max(1, r))
         for begin in range(0, n, step):
             with open_tensors(path) as opened:  # anew: what was mapped before is given back

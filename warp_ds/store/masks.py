@@ -66,8 +66,21 @@ class MaskStore:
         m, n = entry["shape"]
         if self.metadata.unit != "column" or int(unpack_bits(first, n).sum()) * m != entry["frozen"]:
             raise ArtifactError(
-                f"{self.directory / entry['file']} is no mask of whole columns; run phase 2 with --mask_unit column"
+                f"{self.directory / entry['file']} is no mask of whole columns; run phase 2 with --mask_unit column (or row)"
             )
+        return first
+
+    def rows(self, name: str) -> Tensor:
+        """bool [m]: the rows that a mask of whole rows freezes in the layer called ``name``.
+
+        ArtifactError where it is no such mask. Whether every column is the same is seen by who reads all of them.
+        """
+        entry = self.metadata.layers[name]
+        m, n = entry["shape"]
+        with open_tensors(self.directory / entry["file"]) as file:
+            first = unpack_bits(file.get_slice("frozen")[:, :1], min(n, 8))[:, 0]
+        if self.metadata.unit != "row" or int(first.sum()) * n != entry["frozen"]:
+            raise ArtifactError(f"{self.directory / entry['file']} is no mask of whole rows; run phase 2 with --mask_unit row")
         return first
 
     def scores(self) -> dict[str, Any] | None:

@@ -67,9 +67,10 @@ class PlainDriver(Driver):
     def install(self, step: MaskedStep) -> None:
         problems = []
         for layer, c in step.placement.rotate(step.layers, _weights):
+            trained = layer.adapter_b is not None and bool(layer.adapter_b.any())
             started = layer.start(c)
-            if layer.adapter_b is not None and bool(layer.adapter_b.any()):
-                problems.append(started)
+            if trained:
+                problems.append(layer.lost(*started))
             if not step.placement.rotates:
                 self._masters[layer.param] = layer.param.detach().view(-1)  # the weights themselves: they are stepped as ever
                 continue

@@ -21,8 +21,8 @@ ADAPTER_ROUNDING = 2.0**-5
 @dataclass(eq=False)
 class ProtectedLayer:
     """Rows of one parameter with one basis and one mask: all rows of a weight [m, n], some rows of a fused or stacked one
-    (several of these then share ``param``), or the A [r, n] of a LoRA adapter, whose mask freezes whole columns of A U.
-    Compared by identity.
+    (several of these then share ``param``), or the A [r, n] of a LoRA adapter, whose mask freezes whole columns of A U, or its
+    B [m, r], of whose Vᵀ B whole rows are frozen. Compared by identity.
 
     With an output basis, C = Vᵀ W U, rows of the mask are the outputs' directions; the rotation of ``basis`` then takes a whole
     layer (``whole_layers``). This rank's share of C lies where its share of W does.
@@ -42,8 +42,8 @@ class ProtectedLayer:
     device: torch.device
     """Where it is rotated."""
     adapter_b: nn.Parameter | None = None
-    """B [m, r], where ``param`` is the A of an adapter W' = W + s B A: its frozen coefficients are then 0, whatever it
-    started as, so that W' U = W U in the frozen columns."""
+    """B [m, r], where ``param`` is the A or B of an adapter W' = W + s B A: its frozen coefficients are then 0, whatever it
+    started as, so that W' U = W U in the frozen columns, or Vᵀ W' = Vᵀ W in the frozen rows."""
 
     def frozen_pieces(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
         """(slice of this rank's share, which of its entries are frozen: bool), a bounded piece at a time."""
@@ -62,24 +62,30 @@ class ProtectedLayer:
             share[piece].masked_fill_(frozen, 0.0)
         return share
 
-    def start(self, coefficients: Tensor) -> str:
+    def start(self, coefficients: Tensor) -> tuple[float, float]:
         """Puts the frozen entries of an adapter's C, this rank's share, to 0 in place; any other layer's stay as they are.
 
-        What was wrong with it for one that has been trained already, in words: more than rounding was there to be lost.
+        (the largest of what was there, the squares of the free ones added up)
         """
         if self.adapter_b is None:
-            return ""
+            return 0.0, 0.0
         lost = 0.0
         for piece, frozen in self.frozen_pieces(coefficients.device):
             part = coefficients[piece]
             lost = max(lost, float(part.masked_select(frozen).abs().max()) if bool(frozen.any()) else 0.0)
             part.masked_fill_(frozen, 0.0)
-        size = float(coefficients.square().mean().sqrt()) if coefficients.numel() else 0.0
+        return lost, float(coefficients.double().square().sum())
+
+    def lost(self, largest: float, squares: float) -> str:
+        """What is wrong with an adapter that has been trained already, in words, if more than rounding was there to be lost:
+        what ``start`` found, of all ranks, since one may hold nothing but frozen entries."""
+        size = (squares / (self.target.m * self.target.n)) ** 0.5
+        if largest <= ADAPTER_ROUNDING * size:
+            return ""
+        does = "writes into" if self.adapter_b is self.param else "reads"
         return (
-            f"the adapter of {self.target.name} has been trained (B is not 0) and reads frozen directions (a coefficient of "
-            f"{lost:.1e} among others of {size:.1e}): taking that out would change what it does; start from a new adapter"
-            if lost > ADAPTER_ROUNDING * size
-            else ""
+            f"the adapter of {self.target.name} has been trained (B is not 0) and {does} frozen directions (a coefficient of "
+            f"{largest:.1e} among others of {size:.1e}): taking that out would change what it does; start from a new adapter"
         )
 
 

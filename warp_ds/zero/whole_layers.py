@@ -14,6 +14,7 @@ from warp_ds.method.rotation import Rotation
 from warp_ds.method.two_sided import TwoSided
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.layers import TargetLayer
+from warp_ds.zero.masked_parameters import MaskedParameter
 from warp_ds.zero.placements import GPU, Apply, Cost, Machine, Owner, Placement, Rotated, Source, place_bases
 from warp_ds.zero.protected_layer import ProtectedLayer
 
@@ -86,19 +87,18 @@ class WholeLayers(Owner):
 def place_rotations(
     basis: BasisStore | None,
     asked: str,
-    layers: Iterable[TargetLayer],
-    bases: Mapping[str, tuple[str, int]],
+    masked: Sequence[MaskedParameter],
     world_size: int,
     machine: Machine = GPU,
     rank: int = 0,
 ) -> tuple[Placement, str]:
-    """``place_bases``; of bases of both sides the only placement that they have, whatever it costs."""
-    if basis is None or not basis.two_sided:
+    """``place_bases``; of what mixes rows the only placement that it has, whatever it costs."""
+    layers, bases = [each.target for each in masked], {each.target.name: each.held(basis) for each in masked}
+    if basis is None or not any(each.mixes_rows(basis) for each in masked):
         return place_bases(asked, layers, bases, world_size, machine, rank=rank)
     refuse_without_rows(basis, asked, world_size)
-    layers = list(layers)
-    left = {layer.name: basis.held_left(layer.name) for layer in layers}
-    right = {bases[layer.name][0]: basis.metadata.layers[layer.name]["file"] for layer in layers}
+    left = {each.target.name: each.held_left(basis) for each in masked}
+    right = {bases[each.target.name][0]: each.shared(basis) for each in masked}
     placement = WholeLayers(layers, bases, world_size, rank, left=left, right=right)
     cost = placement.cost()
     return placement, (
@@ -108,21 +108,17 @@ def place_rotations(
 
 
 def refuse_without_rows(
-    basis: BasisStore | None, asked: str, world_size: int, adapted: bool = False, left_projection: bool = False
+    basis: BasisStore | None, asked: str, world_size: int, left_projection: bool = False, of_inputs: bool = False
 ) -> None:
-    """UnsupportedSetting for what cannot be done with an output basis."""
+    """UnsupportedSetting for what cannot be done with an output basis. ``of_inputs``: nothing but inputs is rotated, as an
+    adapter's A."""
     if basis is None or not basis.two_sided:
         return
     of = f"the basis in {basis.directory} is of both sides (--output_basis)"
-    if asked not in ("auto", Owner.name) and world_size > 1:
+    if asked not in ("auto", Owner.name) and world_size > 1 and not of_inputs:
         raise UnsupportedSetting(
             f"--basis_placement {asked}: {of}, which mixes the rows of a weight, so that a rank cannot rotate its own rows: "
             "give owner or auto"
-        )
-    if adapted:
-        raise UnsupportedSetting(
-            f"--adapter lora: {of}, and an adapter's frozen directions are of the inputs alone: make bases without "
-            "--output_basis, and masks of whole columns"
         )
     if left_projection:
         raise UnsupportedSetting(f"--left_projection: {of}: leave one of them out")

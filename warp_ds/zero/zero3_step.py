@@ -18,6 +18,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from warp_ds.cluster import processes
 from warp_ds.errors import UnsupportedSetting
 from warp_ds.zero import deepspeed_internals
 from warp_ds.zero.marks import FROZEN, MARK, other_masks
@@ -236,7 +237,7 @@ class StepCheckpoints:
                 found_here = self._foreign_weights(sub_group, saved[sub_group])
                 problem = problem or found_here
         _raise_together(problem)
-        problems: list[tuple[ProtectedLayer, str]] = []
+        adapters: dict[ProtectedLayer, tuple[bool, float, float]] = {}
         for sub_group, layers in self.driver.units.items():
             with deepspeed_internals.resident(self.zero, sub_group, weights=True):
                 taken_up: Rotated
@@ -245,13 +246,14 @@ class StepCheckpoints:
                 else:
                     taken_up = self.placement.rotate(layers, self.driver.coefficients)
                 for layer, c in taken_up:
-                    problems.append((layer, layer.start(c)))
+                    if layer.adapter_b is not None:
+                        adapters[layer] = (deepspeed_internals.any_nonzero(layer.adapter_b), *layer.start(c))
                     self.driver.set_coefficients(layer, c)
                     if self.driver.digests is not None:
                         self.driver.clear_moments(layer)
                 self._write_adapters(layers)
-        if any(layer.adapter_b is not None for layer, _ in problems):
-            _raise_together(self._lost_of_trained(problems))
+        if adapters:
+            _raise_together(_lost_of_trained(adapters))
             deepspeed_internals.gather_persistent(self.zero)
         if marks is not None:
             self._repair_universal(marks)
@@ -261,18 +263,6 @@ class StepCheckpoints:
         adapters = [layer for layer in layers if layer.adapter_b is not None]
         for layer, weights in self.placement.rotate_back(adapters, self.driver.coefficients, fast=True):
             self.driver.write(layer, weights)
-
-    def _lost_of_trained(self, lost: list[tuple[ProtectedLayer, str]]) -> str:
-        """The first of the problems that ``ProtectedLayer.start`` found on this rank with an adapter whose B, on all ranks, is
-        not 0. Collective."""
-        adapters = [(layer, problem) for layer, problem in lost if layer.adapter_b is not None]
-        trained = torch.tensor(
-            [float(deepspeed_internals.any_nonzero(layer.adapter_b)) for layer, _ in adapters], device=self.driver.device
-        )
-        self.driver.over_ranks(trained)
-        return next(
-            (problem for (_, problem), is_trained in zip(adapters, trained.tolist(), strict=True) if is_trained and problem), ""
-        )
 
     def _foreign_state(self, marks: list[dict[str, Any] | None]) -> str:
         """Why the loaded moments are not those of this run's rotated coefficients; empty where they are."""
@@ -398,6 +388,17 @@ def _steps(optimizer: torch.optim.Optimizer) -> int:
         else:
             steps = max(steps, int(any(torch.is_tensor(v) for k, v in state.items() if k != COEFFICIENTS)))
     return steps
+
+
+def _lost_of_trained(adapters: dict[ProtectedLayer, tuple[bool, float, float]]) -> str:
+    """What is wrong with the first adapter that has been trained already: of this rank's share of each, whether its B is not 0
+    and what ``start`` found. Collective."""
+    of_ranks = zip(*processes.all_gather_object(list(adapters.values())), strict=True)
+    for layer, shares in zip(adapters, of_ranks, strict=True):
+        trained, lost, squares = zip(*shares, strict=True)
+        if any(trained) and (problem := layer.lost(max(lost), sum(squares))):
+            return problem
+    return ""
 
 
 def _raise_together(problem: str) -> None:

@@ -46,7 +46,7 @@ def basis(shape: Shape, job: Job, sharding: Sharding) -> Estimate:
     decomposing = 0.0
     for group in groups_of(shape, job):
         first, r = group[0], basis_rank(group[0], shape, job)
-        n, own = first.n, seen(first, shape, job, mine)
+        n, own, given = first.n, seen(first, shape, job, mine), seen(first, shape, job, tokens)
         way = ROUTED if of_expert(first, job.expert_basis) else route(tokens, n, n_ranks, b)
         if way == REDUCE:
             kept, sent = 4.0 * n * n, 4.0 * kept_entries(n, "cuda" if job.on_gpu else "cpu") * others_share(n_ranks)
@@ -55,9 +55,9 @@ def basis(shape: Shape, job: Job, sharding: Sharding) -> Estimate:
         by_block[first.layer] = by_block.get(first.layer, 0.0) + kept
         weights = outputs = 0.0
         if job.output_basis == "activation":
-            weights, outputs = both_sides.of_activations(group, seen(first, shape, job, tokens), shape, job)
+            weights, outputs = both_sides.of_activations(group, given, shape, job)
             need.sent += both_sides.sent_of_weights(group, job)
-        decomposing = max(decomposing, weights + max(outputs, decomposition_peak(seen(first, shape, job, tokens), n, r, b, way)))
+        decomposing = max(decomposing, weights + max(outputs, decomposition_peak(given, n, r, b, way)))
         need.sent += sent
         need.disk += basis_bytes(n, r)
     need.gpu["inputs"] = max(by_block.values())
