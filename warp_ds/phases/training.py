@@ -84,9 +84,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         basis = None if basis_dir is None else BasisStore(basis_dir)
         adapted = arguments.adapter != "none"
         refuse_without_rows(basis, arguments.basis_placement, processes.world_size(), adapted, arguments.left_projection)
-    method = LoraMethod.read(arguments, fingerprint)
-    with consensus.on_every_rank_or_none("looking for the adapter's layers"):
-        adapters.check_layers(model_dir, _held(masks_dir, method), arguments)
+    method = _method(arguments, fingerprint, model_dir, masks_dir)
     inputs |= method.fingerprints()
     with start_run("phase3", arguments, inputs, passed) as run:
         if run.done:
@@ -130,6 +128,14 @@ def _checked_masks(arguments: TrainArguments, model_dir: Path, masks_dir: Path |
     if arguments.left_projection:
         refuse_without_left(masks, adapted)
     return {"masks": masks.fingerprint()}
+
+
+def _method(arguments: TrainArguments, fingerprint: str, model_dir: Path, masks_dir: Path | None) -> LoraMethod:
+    """What holds an adapter. Raises ConfigError for layers that can have none. Collective."""
+    method = LoraMethod.read(arguments, fingerprint)
+    with consensus.on_every_rank_or_none("looking for the adapter's layers"):
+        adapters.check_layers(model_dir, _held(masks_dir, method), arguments)
+    return method
 
 
 def _held(masks_dir: Path | None, method: LoraMethod) -> list[TargetLayer]:
