@@ -163,6 +163,7 @@ FAMILIES: dict[str, Family] = {
     "minimax": experts(**HEADS, **ODD),
     "ernie4_5_moe": experts("1-3"),
     **{kind: experts("1-3", **HEADS) for kind in ("glm4_moe", "dots1")},
+    "laguna": experts("1-3", **HEADS, moe_router_logit_softcapping=2.0),  # its router returns capped logits
     # Experts that are stored transposed.
     "gpt_oss": experts(**HEADS, **LOCAL),
     "aria_text": experts(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),

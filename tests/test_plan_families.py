@@ -150,3 +150,14 @@ def test_refused_experts_are_named_in_one_line(tmp_path: Path, capsys: pytest.Ca
     assert main(["plan", "--model_name", str(tmp_path), "--layer_type", "experts_down"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "model.layers.0.self_attention.experts, a JetMoeMoA, holds its experts in a way that is not known" in line
+
+
+def test_bases_are_counted_as_phase_1_makes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four blocks of four experts: a basis a down projection, and one for gates and ups of a block, or of each expert."""
+    FAMILIES["mixtral"].config("mixtral").save_pretrained(tmp_path)
+    for given, count in ((["block"], 20), (["expert"], 32)):
+        assert main(["plan", "--model_name", str(tmp_path), "--layer_type", EXPERTS, "--expert_basis", *given]) == 0
+        assert f"48 layers with {count} bases" in " ".join(capsys.readouterr().out.split())
+        arguments = DoctorArguments(device="cpu", output_dir=str(tmp_path), layer_type=EXPERTS, expert_basis=given[0])
+        (layers,) = [f.found for f in check_resources(arguments, tmp_path, 1, 1) if f.name == "layers"]
+        assert f"48 layers with {count} bases" in layers

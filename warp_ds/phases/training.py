@@ -88,9 +88,7 @@ def run_training(arguments: TrainArguments, passed: dict[str, Any] | None = None
         of_inputs = arguments.adapter != "none" and masks_dir is not None and MaskStore(masks_dir).metadata.unit == "column"
         placed = arguments.basis_placement, processes.world_size(), arguments.left_projection
         refuse_without_rows(basis, *placed, of_inputs)
-    method = LoraMethod.read(arguments, fingerprint)
-    with consensus.on_every_rank_or_none("looking for the adapter's layers"):
-        adapters.check_layers(model_dir, _held(masks_dir, method), arguments)
+    method = _method(arguments, fingerprint, model_dir, masks_dir)
     inputs |= method.fingerprints()
     with start_run("phase3", arguments, inputs, passed) as run:
         if run.done:
@@ -139,6 +137,14 @@ def _checked_masks(arguments: TrainArguments, model_dir: Path, masks_dir: Path |
     if arguments.left_projection:
         refuse_without_left(masks, adapted)
     return {"masks": masks.fingerprint()}
+
+
+def _method(arguments: TrainArguments, fingerprint: str, model_dir: Path, masks_dir: Path | None) -> LoraMethod:
+    """What holds an adapter. Raises ConfigError for layers that can have none. Collective."""
+    method = LoraMethod.read(arguments, fingerprint)
+    with consensus.on_every_rank_or_none("looking for the adapter's layers"):
+        adapters.check_layers(model_dir, _held(masks_dir, method), arguments)
+    return method
 
 
 def _held(masks_dir: Path | None, method: LoraMethod) -> list[TargetLayer]:
