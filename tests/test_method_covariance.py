@@ -10,11 +10,9 @@ from warp_ds.method import covariance
 from warp_ds.method.covariance import Covariance
 
 
-@pytest.mark.parametrize("units", [False, True], ids=["", "units for bf16"])
 @pytest.mark.parametrize("n", [1, 7, 64, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_sum_over_pieces(monkeypatch: pytest.MonkeyPatch, n: int, dtype: torch.dtype, units: bool) -> None:
-    monkeypatch.setattr(covariance, "bf16_units", lambda: units)
+def test_sum_over_pieces(monkeypatch: pytest.MonkeyPatch, n: int, dtype: torch.dtype) -> None:
     monkeypatch.setattr(covariance, "BLOCK", 32)  # several blocks, the last one not whole
     monkeypatch.setattr(covariance, "TOKENS", 30)  # pieces that do not fill the buffer, and that fill it several times
     x = torch.randn(200, n, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -8,7 +8,6 @@ import torch
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import ImportanceArguments, TrainArguments
 from warp_ds.flags.flag import dataclass_fields
-from warp_ds.method import products as module
 from warp_ds.method.products import EXACT, SPLIT_ERROR, WAYS, Products, bf16_parts, products
 
 M, K, N = 17, 300, 23
@@ -27,10 +26,8 @@ def error(found: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
     return float(((found.double() - a.double() @ b.double()).abs() / (a.double().abs() @ b.double().abs())).max())
 
 
-@pytest.fixture(params=[True, False], ids=["units", "none"])
-def split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Products:
-    """As with units for bf16, which oneDNN does with what this processor has, and without them."""
-    monkeypatch.setattr(module, "bf16_units", lambda: request.param)
+@pytest.fixture
+def split() -> Products:
     return products("split", torch.bfloat16, "cpu")
 
 

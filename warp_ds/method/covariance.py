@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from warp_ds.method.products import add_bf16, bf16_units, matmul_precision
+from warp_ds.method.products import add_bf16
 
 BLOCK, GPU_BLOCK = 256, 1024
 """Rows of Σ that one product fills. Only what lies right of the diagonal block is formed: 1/2 + BLOCK / 2n of n²."""
@@ -20,8 +20,7 @@ class Covariance:
 
     ``add`` takes any float dtype: products of low-precision activations are exact in fp32, and add up in it. A GPU
     multiplies those as they are, an order of magnitude faster. Its tensor cores cut sums where fp32 rounds: an entry is
-    off by some 3e-6 of the standard deviations of its two inputs, instead of 6e-7 (8,192 tokens, on an H200). A CPU
-    with units for bf16 adds them up one after the other: 1.4e-6 (by AVX512-BF16, which does so too) instead of 4e-7.
+    off by some 3e-6 of the standard deviations of its two inputs, instead of 6e-7 (8,192 tokens, on an H200).
     """
 
     def __init__(self, n: int, device: torch.device | str = "cpu"):
@@ -29,15 +28,14 @@ class Covariance:
         self.tokens = 0
         self.sum = torch.zeros(n, n, device=device)
         self._waiting: Tensor | None = None
-        self._filled, self._of = 0, torch.float32
+        self._filled = 0
 
     def add(self, x: Tensor) -> None:
         """Adds the tokens x [t, n], which are copied; the sum may hold them only after ``flush``."""
         self.tokens += x.shape[0]
         kind = x.dtype if self.sum.is_cuda and x.dtype in HALVES else torch.float32
-        if self._waiting is None or self._of != x.dtype:
+        if self._waiting is None or self._waiting.dtype != kind:
             self.flush()
-            self._of = x.dtype
             self._waiting = torch.empty(TOKENS, self.n, dtype=kind, device=self.sum.device)
         while len(x):
             taken = x[: TOKENS - self._filled]
@@ -52,14 +50,12 @@ class Covariance:
         if self._waiting is None or not self._filled:
             return
         x, self._filled = self._waiting[: self._filled], 0
-        bf16 = self._of == torch.bfloat16 and bf16_units()
-        with matmul_precision("bf16" if bf16 else "ieee"):
-            for block in self.blocks():  # tall products, by columns: a tenth faster on a CPU than wide ones, by rows
-                total, left, right = self.sum[: block.stop, block], x[:, : block.stop].T, x[:, block]
-                if x.dtype == torch.float32:
-                    total.addmm_(left, right)
-                else:
-                    add_bf16(total, left, right)
+        for block in self.blocks():  # tall products, by columns: a tenth faster on a CPU than wide ones, by rows
+            total, left, right = self.sum[: block.stop, block], x[:, : block.stop].T, x[:, block]
+            if x.dtype == torch.float32:
+                total.addmm_(left, right)
+            else:
+                add_bf16(total, left, right)
 
     def blocks(self) -> list[slice]:
         """The row blocks; of each, the columns from its start on are kept."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -101,30 +100,21 @@ def add_bf16(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
     """total += alpha A B in place, for bf16 (on a GPU fp16 too) A [m, k], B [k, n] and fp32 ``total`` [m, n]: exact products,
     added up in fp32.
 
-    A GPU takes halves as they are. On a CPU torch has no such product: operands are made fp32, which oneDNN takes back to bf16
-    where that is faster (``bf16_units``).
+    A GPU takes halves as they are. On a CPU torch rounds products of halves to halves, so operands are made fp32.
     """
     if total.is_cuda:
         torch.addmm(total, a, b, out_dtype=torch.float32, alpha=alpha, out=total)
         return
-    with matmul_precision("bf16" if bf16_units() else "ieee"):
+    with matmul_precision("ieee"):
         total.addmm_(a.float(), b.float(), alpha=alpha)
-
-
-@cache
-def bf16_units() -> bool:
-    """Whether this processor has AMX's tiles for bf16; False where torch does not say. AVX512-BF16 alone is not worth it: on an
-    EPYC 0.91 to 1.01 of fp32's time, with three times its rounding."""
-    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16"))
 
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """A block in which fp32 products are taken as 'ieee' (fp32), 'tf32' or 'bf16' says, where the hardware can."""
+    """A block in which fp32 products are taken as 'ieee' (fp32) or 'tf32' says, where the hardware can."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
         before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision({"ieee": "highest", "tf32": "high", "bf16": "medium"}[precision])
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         try:
             yield
         finally:
@@ -133,9 +123,8 @@ def matmul_precision(precision: str) -> Iterator[None]:
     # Asking the older setting would fail where the newer has been used, as transformers' tf32 argument does.
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     befores = [backend.fp32_precision for backend in backends]
-    cuda, onednn = backends
-    cuda.fp32_precision = "tf32" if precision == "tf32" else "ieee"  # cuBLAS knows no third
-    onednn.fp32_precision = precision
+    for backend in backends:
+        backend.fp32_precision = precision
     try:
         yield
     finally:
