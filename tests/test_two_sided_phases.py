@@ -23,6 +23,7 @@ from two_sided_reference import Layer, read_layers
 
 from warp_ds.cluster.processes import all_gather_object
 from warp_ds.errors import WarpError
+from warp_ds.evaluation.adapter_certificate import certify_adapter
 from warp_ds.evaluation.certificate import certify
 from warp_ds.evaluation.movement import frozen_drift
 from warp_ds.evaluation.overlap import overlap
@@ -279,14 +280,29 @@ def test_what_cannot_be_is_refused_by_name(root: Path, jobs: Any) -> None:
     assert "--output_basis activation" in said and "--basis weight" in said
     said = told(lambda: run_basis(BasisArguments(**shared, token_scope="prompt", output_basis="gradient")))
     assert "--output_basis gradient" in said and "--token_scope prompt" in said
-    said = told(lambda: phase3(root, root, root / "refused", masks_dir=masks, adapter="lora"))
-    assert "--adapter lora" in said and "--output_basis" in said
+    entries = str(jobs[1]["activation", "entry"])
+    said = told(lambda: phase3(root, root, root / "refused", masks_dir=entries, adapter="lora"))
+    assert "freeze single coefficients" in said and "--mask_unit column or row" in said
+    rows = str(jobs[1]["activation", "row"])
     assert run_ranks(2, refused_placement, root, masks) == [True, True]
+    assert run_ranks(2, refused_placement, root, rows, "lora") == [True, True]
 
 
-def refused_placement(root: Path, masks: str) -> bool:
+def refused_placement(root: Path, masks: str, adapter: str = "none") -> bool:
     try:
-        phase3(root, root, root / "refused", masks_dir=masks, basis_placement="sharded")
+        phase3(root, root, root / "refused", masks_dir=masks, basis_placement="sharded", adapter=adapter)
     except WarpError as error:
         return "--basis_placement sharded" in str(error) and not list((root / "refused").glob("phase3_*"))
     return False
+
+
+def adapter_of_columns(root: Path, masks: str) -> Path:
+    lora: dict[str, Any] = {"adapter": "lora", "lora_r": 4, "lora_dropout": 0.0}
+    return phase3(root, root, root / "adapter", masks_dir=masks, basis_placement="sharded", epochs=1, **lora)
+
+
+def test_an_adapter_s_columns_need_no_rows_together(root: Path, jobs: Any) -> None:
+    """W U_F is the same whatever V is, so any placement will do."""
+    masks = jobs[1]["activation", "column"]
+    run = run_ranks(2, adapter_of_columns, root, str(masks))[0]
+    assert certify_adapter(root / "m", run / "adapter", masks).kept

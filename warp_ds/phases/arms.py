@@ -149,12 +149,7 @@ def compose(name: str) -> Arm:
             f"--arms {name}: an adapter trains alone, and its masks are of whole columns or rows: lora+column, lora+original, "
             "lora+output-row"
         )
-    _check_method(name, made.get("method"), adapter, any(arm.basis for arm in arms))
-    if made.get("merge") == "wsr" and (not adapter or "method" in made or any(arm.basis for arm in arms)):
-        raise ConfigError(
-            f"--arms {name}: wsr masks what a plain adapter has learned, by the masks of rotated: lora+wsr, without another "
-            "mask or method"
-        )
+    _check_held(name, made, adapter, any(arm.basis for arm in arms))
     if "grows" in made and (adapter or not any(arm.basis for arm in arms) or any(arm.left for arm in arms)):
         raise ConfigError(f"--arms {name}: {made['grows']} is of a mask of weights, and not osft's: rotated+{made['grows']}")
     masked = next((arm for arm in arms if arm.basis), next((arm for arm in arms if arm.trains != "all"), ARMS["full"]))
@@ -163,11 +158,18 @@ def compose(name: str) -> Arm:
     return replace(masked, **made, name=name, trains=trains, strengths=strengths)
 
 
-def _check_method(name: str, method: str | None, adapter: bool, masked: bool) -> None:
+def _check_held(name: str, made: dict[str, Any], adapter: bool, masked: bool) -> None:
+    """ConfigError where what is to hold an adapter has none, or two things would."""
+    method = made.get("method")
     if method and not adapter:
         raise ConfigError(f"--arms {name}: {method} is of an adapter: lora+{method}")
     if method in FIXED and masked:
         raise ConfigError(f"--arms {name}: {method} and masks each hold an adapter in their own way: leave one out")
+    if made.get("merge") == "wsr" and (not adapter or method or masked):
+        raise ConfigError(
+            f"--arms {name}: wsr masks what a plain adapter has learned, by the masks of rotated: lora+wsr, without another "
+            "mask or method"
+        )
 
 
 def _by_entry(arm: Arm) -> bool:
