@@ -17,11 +17,11 @@ from test_masked_step import Case, make_engine, masters, protect, run_all
 from torch import nn
 
 import warp_ds
-from warp_ds import protection
 from warp_ds.cluster import processes
 from warp_ds.errors import ArtifactError, UnsupportedSetting
 from warp_ds.store.bases import BasisStore
 from warp_ds.zero import deepspeed_internals
+from warp_ds.zero.masked_parameters import MaskedParameter
 from warp_ds.zero.masked_step import weight_decay_kind
 
 
@@ -285,9 +285,10 @@ def test_a_basis_is_completed_on_the_cpu_where_a_gpu_has_no_room(
         return made(self, name, dtype)
 
     monkeypatch.setattr(BasisStore, "rotation", full)
+    masked = MaskedParameter(target, torch.nn.Parameter(torch.zeros(target.shape)))
     if not falls_back:
-        refused(lambda: protection._rotation(store, target, torch.device("cpu")), message, error=RuntimeError)
+        refused(lambda: masked.rotation(store, torch.device("cpu")), message, error=RuntimeError)
         return
     w = torch.randn(3, target.n, generator=torch.Generator().manual_seed(0))
-    found = protection._rotation(store, target, torch.device("cpu"))
+    found = masked.rotation(store, torch.device("cpu"))
     torch.testing.assert_close(found.rotate(w), made(store, target.name).polished().rotate(w), rtol=0, atol=0)
