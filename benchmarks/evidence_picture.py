@@ -1,6 +1,6 @@
 """Draws a table of evidence.md: refusals of the first prompt set against the task's loss, a point an arm and rate.
 
-    python benchmarks/evidence_picture.py docs/evidence.md docs/images/evidence.png [--arms layers,rotated,...]
+    python benchmarks/evidence_picture.py docs/evidence.md docs/images/evidence.png [--arms "layers;rotated;..."]
 
 The first table of the file is drawn; so the picture never says anything else than the page does.
 """
@@ -23,10 +23,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path)
     parser.add_argument("picture", type=Path, help="a name that ends in .png or .svg")
-    parser.add_argument("--arms", help="these alone, by commas")
+    parser.add_argument("--arms", help="these alone, by semicolons")
     arguments = parser.parse_args()
     rows = read_table(arguments.page.read_text(encoding="utf-8"))
-    wanted = arguments.arms.split(",") if arguments.arms else list(dict.fromkeys(row["arm"] for row in rows))
+    wanted = arguments.arms.split(";") if arguments.arms else list(dict.fromkeys(row["arm"] for row in rows))
     draw([row for row in rows if row["arm"] in ("before", *wanted)], arguments.picture)
 
 
