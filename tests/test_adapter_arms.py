@@ -53,7 +53,11 @@ def test_what_an_adapters_arm_is() -> None:
 
 
 def compared(root: Path) -> str:
-    return str(comparison(root, root / "out", arms=ARMS, lora_r=4, lora_dropout=0.0, learning_rates="1e-2"))
+    return str(
+        comparison(
+            root, root / "out", kept_data=None, kept_format=[], arms=ARMS, lora_r=4, lora_dropout=0.0, learning_rates="1e-2"
+        )
+    )
 
 
 def test_arms_of_adapters(tmp_path: Path) -> None:
