@@ -13,6 +13,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.errors import ConfigError
@@ -93,7 +95,8 @@ def check_layers(arms: Sequence[Arm], arguments: CompareArguments, model_dir: Pa
     for arm in arms:
         if arm.adapter:
             kinds = PUBLISHED if arm.method == "salora" else arguments.layer_type
-            check_adaptable(targets_of(model_dir, arguments.target_layers, kinds))
+            config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+            check_adaptable(targets_of(model_dir, arguments.target_layers, kinds), config)
         if arm.merge == "safedelta" or arm.start:
             experts = [layer for layer in targets_of(model_dir, "all", LAYERS) if layer.expert is not None]
             if experts:
