@@ -43,8 +43,8 @@ def is_mixture(config: Any) -> bool:
 
 
 def check_adaptable(layers: Sequence[TargetLayer], config: Any) -> None:
-    """ConfigError for layers that PEFT has no LoRA of their own for: rows of stacked experts, routers, and a mixture's dense and
-    shared feed-forward layers, in whose place PEFT 0.19 takes the experts' parameters of all blocks, by the names' ends."""
+    """ConfigError for layers that PEFT has no LoRA of their own for: rows of stacked experts, routers, and a mixture's dense
+    and shared feed-forward layers, in whose place PEFT takes the experts' parameters of all blocks, by the names' ends."""
     for layer in layers:
         moved = layer.type.startswith("ffn_") and is_mixture(config)
         if layer.expert is not None or layer.type == ROUTER or moved:
@@ -107,10 +107,9 @@ def add_lora(model: PreTrainedModel, layers: Sequence[TargetLayer], arguments: A
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config, adapter_name=NAME, autocast_adapter_dtype=False)
-    if adapted.peft_config[NAME].target_parameters:
+    if moved := sorted(getattr(adapted.peft_config[NAME], "target_parameters", None) or ()):
         raise ConfigError(
-            f"PEFT puts an adapter of these layers on {', '.join(sorted(adapted.peft_config[NAME].target_parameters))}, which are "
-            "experts: name others with --lora_layers"
+            f"PEFT puts an adapter of these layers on {', '.join(moved)}, which are experts: name others with --lora_layers"
         )
     if processes.rank() == 0:
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
