@@ -34,11 +34,25 @@ def test_adapters_on_experts_and_routers(config: Path) -> None:
     adapters.check_layers(config, [], TrainArguments(adapter="lora", masks_dir="none"))
 
 
-def test_an_adapter_on_everything_is_on_what_every_token_passes() -> None:
-    for name, kinds in (("qwen3_moe", 4), ("glm4_moe", 7)):
-        model = FAMILIES[name].model(name)
-        layers = adapters.adapted_layers(model, [], TrainArguments(adapter="lora", masks_dir="none"))
-        assert len(layers) == kinds * 4 and all(layer.expert is None for layer in layers)
+@pytest.mark.parametrize("name", ["qwen3_moe", "glm4_moe", "llama4_text"])
+def test_an_adapter_on_everything_is_on_attention_and_where_it_is_said_to_be(name: str) -> None:
+    model = FAMILIES[name].model(name, "cpu")
+    layers = adapters.adapted_layers(model, [], TrainArguments(adapter="lora", masks_dir="none"))
+    assert len(layers) == 16 and {layer.type for layer in layers} == {"attn_q", "attn_k", "attn_v", "attn_o"}
+    adapted = adapters.add_lora(model, layers, TrainArguments(adapter="lora"), 0)
+    on = {key.partition(".lora_A")[0] for key, p in adapted.named_parameters() if ".lora_A" in key}
+    assert on == {f"base_model.model.{layer.module}" for layer in layers}
+
+
+def test_a_dense_layer_beside_experts_is_refused(tmp_path: Path) -> None:
+    """PEFT would take every block's experts in its place."""
+    FAMILIES["glm4_moe"].config("glm4_moe").save_pretrained(tmp_path)
+    arguments = TrainArguments(adapter="lora", masks_dir="none", lora_layers="ffn_down", target_layers="0", lora_dropout=0.0)
+    with pytest.raises(ConfigError, match="model.layers.0.mlp.down_proj is beside a mixture's experts"):
+        adapters.check_layers(tmp_path, [], arguments)
+    model = FAMILIES["glm4_moe"].model("glm4_moe", "cpu")
+    with pytest.raises(ConfigError, match="which are experts"):
+        adapters.add_lora(model, targets_of(tmp_path, "0", "ffn_down"), arguments, 0)
 
 
 ARMS = {

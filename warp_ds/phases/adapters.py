@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from warp_ds.cluster import consensus, processes
 from warp_ds.errors import ConfigError
 from warp_ds.flags.groups import AdapterFlags
 from warp_ds.models.adapter_directory import BASE, WEIGHTS
+from warp_ds.models.flops import routing
 from warp_ds.models.layer_names import LAYER_TYPES, ROUTER
 from warp_ds.models.targets import find_targets, targets_of
 from warp_ds.phases.lora_methods import folded
@@ -37,11 +38,18 @@ def check_peft(arguments: AdapterFlags) -> None:
         raise ConfigError("--adapter lora needs PEFT: pip install 'warp_ds[peft]' (or peft)")
 
 
-def check_adaptable(layers: Sequence[TargetLayer]) -> None:
-    """ConfigError for layers that PEFT has no LoRA for: rows of stacked experts, and routers."""
+def is_mixture(config: Any) -> bool:
+    return routing(config)[1] > 1
+
+
+def check_adaptable(layers: Sequence[TargetLayer], config: Any) -> None:
+    """ConfigError for layers that PEFT has no LoRA of their own for: rows of stacked experts, routers, and a mixture's dense
+    and shared feed-forward layers, in whose place PEFT takes the experts' parameters of all blocks, by the names' ends."""
     for layer in layers:
-        if layer.expert is not None or layer.type == ROUTER:
+        moved = layer.type.startswith("ffn_") and is_mixture(config)
+        if layer.expert is not None or layer.type == ROUTER or moved:
             what = "a router, which returns more than W x" if layer.expert is None else "one of a mixture's stacked experts"
+            what = "beside a mixture's experts, which PEFT puts its adapter on" if moved else what
             raise ConfigError(
                 f"{layer.name} is {what}: an adapter is of linear layers that every token passes. Name such with --lora_layers "
                 "(--layer_type where masks are made or arms compared), attn_q,attn_v say, or train the weights (--adapter none)"
@@ -52,19 +60,24 @@ def check_layers(model_dir: Path, masked: Sequence[TargetLayer], arguments: Adap
     """``check_adaptable`` of the layers that are to get an adapter, before any weight is read."""
     if arguments.adapter != "none":
         chosen = getattr(arguments, "target_layers", "all")
-        check_adaptable(masked if not arguments.lora_layers else targets_of(model_dir, chosen, arguments.lora_layers))
+        layers = masked if not arguments.lora_layers else targets_of(model_dir, chosen, arguments.lora_layers)
+        check_adaptable(layers, AutoConfig.from_pretrained(model_dir, trust_remote_code=False) if layers else None)
 
 
 def adapted_layers(model: PreTrainedModel, masked: Sequence[TargetLayer], arguments: AdapterFlags) -> list[TargetLayer]:
     """The layers that get an adapter: those of --lora_layers, else the ``masked`` ones, else every linear layer that
     --layer_type can name. ConfigError where one of them cannot have any."""
     if masked and not arguments.lora_layers:
-        check_adaptable(masked)
+        check_adaptable(masked, model.config)
         return list(masked)
     layers = find_targets(model, getattr(arguments, "target_layers", "all"), arguments.lora_layers or ",".join(LAYER_TYPES))
-    if not arguments.lora_layers:  # of a mixture what every token passes
-        layers = [layer for layer in layers if layer.expert is None]
-    check_adaptable(layers)
+    if not arguments.lora_layers and is_mixture(model.config):
+        layers = [layer for layer in layers if not layer.type.startswith(("ffn_", "experts_"))]
+        if processes.rank() == 0:
+            logger.info(
+                "the adapter is on attention alone, since PEFT puts one of a mixture's feed-forward layers on its experts"
+            )
+    check_adaptable(layers, model.config)
     own = {layer.name for layer in masked}
     free = [layer.name for layer in layers if layer.name not in own]
     if free and own and processes.rank() == 0:
@@ -94,6 +107,10 @@ def add_lora(model: PreTrainedModel, layers: Sequence[TargetLayer], arguments: A
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config, adapter_name=NAME, autocast_adapter_dtype=False)
+    if moved := sorted(getattr(adapted.peft_config[NAME], "target_parameters", None) or ()):
+        raise ConfigError(
+            f"PEFT puts an adapter of these layers on {', '.join(moved)}, which are experts: name others with --lora_layers"
+        )
     if processes.rank() == 0:
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         logger.info("LoRA of rank %d on %d layers: %.2f M parameters train", arguments.lora_r, len(layers), trained / 1e6)

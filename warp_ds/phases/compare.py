@@ -13,6 +13,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.preemption import leave_if_asked
 from warp_ds.errors import ConfigError
@@ -97,7 +99,7 @@ def check_layers(arms: Sequence[Arm], arguments: CompareArguments, model_dir: Pa
         if arm.adapter:
             kinds = PUBLISHED if arm.method == "salora" else arguments.layer_type
             layers = targets_of(model_dir, arguments.target_layers, kinds)
-            check_adaptable(layers)
+            check_adaptable(layers, AutoConfig.from_pretrained(model_dir, trust_remote_code=False))
             if arm.basis or arm.method or arm.merge == "wsr":
                 refuse_parts(layers, f"--arms {arm.name}")
         if arm.merge == "safedelta" or arm.start:
