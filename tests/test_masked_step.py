@@ -586,13 +586,14 @@ def test_only_what_is_rounded_to_bf16_is_rotated_with_fewer_bits(tmp_path: Path)
     """Gradients and 16-bit shards are; masters, checkpoints and the weights given back are not."""
     write_artefacts(tmp_path / "artefacts", MODELS["odd"]())
     chosen = run_ranks(1, products_used, tmp_path / "artefacts")[0]
-    assert chosen == {"entering": {True}, "step": {False}, "saving": {True}, "releasing": {True}}
+    entered = {"entering": {True}, "step": {False}}
+    assert chosen == {"zero3": {**entered, "saving": {True}, "releasing": {True}}, "plain": entered}
 
 
-def products_used(root: Path) -> dict[str, set[bool]]:
-    """Whether products were exact."""
+def products_used(root: Path) -> dict[str, dict[str, set[bool]]]:
+    """Whether products were exact, under DeepSpeed and on a plain optimizer."""
     seen: set[bool] = set()
-    found: dict[str, set[bool]] = {}
+    found: dict[str, dict[str, set[bool]]] = {"zero3": {}, "plain": {}}
 
     def watched(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def watching(self: Rotation, rows: torch.Tensor, taken: Products = EXACT) -> torch.Tensor:
@@ -603,8 +604,8 @@ def products_used(root: Path) -> dict[str, set[bool]]:
 
     Rotation.rotate, Rotation.unrotate = watched(Rotation.rotate), watched(Rotation.unrotate)  # type: ignore
 
-    def end_of(what: str) -> None:
-        found[what] = set(seen)
+    def end_of(what: str, driver: str = "zero3") -> None:
+        found[driver][what] = set(seen)
         seen.clear()
 
     engine = make_engine(Case("bf16"), torch.bfloat16)
@@ -616,6 +617,14 @@ def products_used(root: Path) -> dict[str, set[bool]]:
     end_of("saving")
     protection.release()
     end_of("releasing")
+
+    model, batch = MODELS["odd"](torch.bfloat16), token_batches(1)[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    warp_ds.protect_optimizer(model, optimizer, None, root / "masks", products="split")
+    end_of("entering", "plain")
+    model(input_ids=batch, labels=batch).loss.backward()
+    optimizer.step()
+    end_of("step", "plain")
     return found
 
 

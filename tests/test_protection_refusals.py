@@ -205,6 +205,7 @@ def refuse_artefacts(root: Path) -> None:
     engine.module.model.layers[0].mlp.down_proj.weight.requires_grad_(False)
     refused(lambda: protect(engine, these), "does not train", "requires_grad", error=ArtifactError)
     engine.module.model.layers[0].mlp.down_proj.weight.requires_grad_(True)
+    refused(lambda: protect(engine, these, products="fast"), "one of auto, exact, split, tf32", error=ValueError)
     engine.destroy()
     engine = make_engine(Case("refused", model="nano"))
     refused(lambda: protect(engine, these), "(15, 21)", "(3, 3)", "another model", error=ArtifactError)

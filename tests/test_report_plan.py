@@ -241,7 +241,7 @@ def test_both_sides_are_held_as_the_placement_says(configs: Path) -> None:
 
 def test_what_no_output_basis_goes_with(configs: Path) -> None:
     for flag, value, cure in (
-        ("adapter", "lora", "leave --output_basis out"),
+        ("adapter", "lora", "masks of whole columns, .* leave --output_basis out here"),
         ("basis_placement", "sharded", "give owner or auto"),
     ):
         with pytest.raises(ConfigError, match=f"--{flag} {value}: .*{cure}"):

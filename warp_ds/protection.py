@@ -19,6 +19,7 @@ from warp_ds import errors
 from warp_ds.cluster import consensus, processes
 from warp_ds.cluster.peaks import return_freed_memory
 from warp_ds.errors import ArtifactError
+from warp_ds.method.products import check_way
 from warp_ds.models.lora import is_adapted
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.fingerprints import Contents, fingerprint_model, model_contents
@@ -67,9 +68,10 @@ def protect(
     'auto' takes the fastest that fits (``zero.placements.place_bases``). ``left_projection``: with masks of whole columns of
     the basis 'weight', what is free stays out of their left singular directions too, as OSFT does. ``hold_rest``: where masks
     are of some rows of a fused weight (attn_q in a qkv_proj), its other rows keep their values; else they train unmasked.
-    ``products``: how bf16 weights and their gradients are multiplied with bases (``method.products``).
-    Called on every rank. Raises ArtifactError where the artefacts belong to another model, UnsupportedSetting where the step
-    would not be exact, ValueError where a checkpoint of another basis or of unprotected training was loaded before.
+    ``products``: how bf16 weights and their gradients are multiplied with bases (``method.products``); other weights' are
+    multiplied exactly. Called on every rank. Raises ArtifactError where the artefacts belong to another model,
+    UnsupportedSetting where the step would not be exact, ValueError for another placement or ``products``, and where a
+    checkpoint of another basis or of unprotected training was loaded before.
 
     While protected, the fp32 master weights are rotated coefficients: ``safe_get_full_fp32_param`` returns C, not W.
     The model, its gathered parameters and everything that is saved are W.
@@ -214,6 +216,7 @@ def _layers(
         machine = CPU if all(compute_device(each.param).type == "cpu" for each in masked) else GPU
         rotates = any(nbytes for _, nbytes in bases.values())
         asked = asked if rotates else "replicated"
+        check_way(products)
         placement, why = place_rotations(basis, asked, masked, world_size, machine, rank)
         placement.products = products
         if rank == 0 and world_size > 1 and rotates:

@@ -55,10 +55,10 @@ def watch(module: nn.Module, seen: Seen) -> list[RemovableHandle]:
     x is what the module was given, where that is what is multiplied (perhaps in another dtype), so that layers that see the
     same input still do. ConfigError, in the pass, where the module's code makes no such product, or several.
     """
-    running: list[_Products] = []
+    running: list[_Watched] = []
 
     def begin(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        running.append(_Products(shape_of(module.weight), inputs[0], seen))
+        running.append(_Watched(shape_of(module.weight), inputs[0], seen))
 
     def end(module: nn.Module, inputs: Any, output: Any) -> None:
         made = running.pop()
@@ -69,10 +69,11 @@ def watch(module: nn.Module, seen: Seen) -> list[RemovableHandle]:
                 "once: leave router out of --layer_type"
             )
 
-    return [module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True)]
+    # Prepended: of several watchers the last to begin is the first to end, so that each gives back what it found.
+    return [module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True, prepend=True)]
 
 
-class _Products:
+class _Watched:
     """Shows products with a weight of ``shape``, from now until it is closed. DeepSpeed has a linear function of its own in
     torch's place, which no mode of torch sees: so whichever is there is called."""
 

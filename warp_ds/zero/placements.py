@@ -163,7 +163,7 @@ class Placement(ABC):
 
     def products_of(self, layer: ProtectedLayer, fast: bool) -> Products:
         """How a layer's products are taken."""
-        return products(self.products, layer.param.dtype, layer.device) if fast else EXACT
+        return products(self.products, layer.dtype, layer.device) if fast else EXACT
 
 
 class InPlace(Placement):

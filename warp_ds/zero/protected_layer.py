@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,11 @@ class ProtectedLayer:
     adapter_b: nn.Parameter | None = None
     """B [m, r], where ``param`` is the A or B of an adapter W' = W + s B A: its frozen coefficients are then 0, whatever it
     started as, so that W' U = W U in the frozen columns, or Vᵀ W' = Vᵀ W in the frozen rows."""
+    dtype: torch.dtype = field(init=False)
+    """Of the weights: while a plain optimizer steps, ``param`` is its fp32 master."""
+
+    def __post_init__(self) -> None:
+        self.dtype = self.param.dtype
 
     def frozen_pieces(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
         """(slice of this rank's share, which of its entries are frozen: bool), a bounded piece at a time."""

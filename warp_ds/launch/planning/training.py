@@ -123,7 +123,7 @@ def _masked_step(need: Estimate, shape: Shape, job: Job, steps: int) -> float:
         for layer in group
     }
     if job.adapter == "lora":
-        # A [r, n] of each layer, with a basis of its own frozen columns (protection.py).
+        # A [r, n] of each layer, with a basis of its own frozen columns (masked_parameters.py).
         targets = [replace(layer, m=job.lora_r) for layer in shape.targets]
         held = {t.name: (t.name, Rotation.held_bytes(t.n, frozen_count(job.keep_ratio, t.n))) for t in targets}
     placement: Placement
