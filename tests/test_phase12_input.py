@@ -141,8 +141,14 @@ def test_lists_and_ranges_of_layers(text: str, blocks: list[int]) -> None:
     ],
 )
 def test_layers_that_are_not_there(layers: str, kind: str) -> None:
-    with pytest.raises(ConfigError, match="this model: it has 0-1|use all, early|choose from"):
+    with pytest.raises(ConfigError, match="no block 2, only 0-1|1-0 names no block: the smaller|use all, early|choose from"):
         find_targets(tiny_model("llama"), layers, kind)
+
+
+@pytest.mark.parametrize("layers,why", [("0-9", "no block 9, only 0-1"), ("0,late", "late names no block: of 2 blocks none")])
+def test_what_of_the_layers_is_not_there_is_said(layers: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        parse_target_layers(layers, 2)
 
 
 # ---------------------------------------------------------------- model

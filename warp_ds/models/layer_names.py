@@ -43,8 +43,11 @@ def parse_target_layers(text: str, depth: int) -> list[int]:
     for part in text.split(","):
         part = part.strip()
         chosen = named[part] if part in named else _range(part, text, list(named))
-        if not chosen or chosen.stop > depth:
-            raise ConfigError(f"--target_layers {text!r} names no layers of this model: it has 0-{depth - 1}")
+        if not chosen:
+            why = f"of {depth} blocks none" if part in named else "the smaller number comes first"
+            raise ConfigError(f"--target_layers {text!r}: {part} names no block: {why}")
+        if chosen.stop > depth:
+            raise ConfigError(f"--target_layers {text!r}: this model has no block {chosen.stop - 1}, only 0-{depth - 1}")
         blocks.update(chosen)
     return sorted(blocks)
 
