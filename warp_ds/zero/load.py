@@ -150,9 +150,7 @@ def _read_shards(built: MetaModel, plan: dict[int, Source], partitioner: Partiti
         partitioner.cut(param)
     with RangeReader() as reader:
         with on_every_rank_or_none(f"reading {name}"):
-            _fill(reads, reader, progress and rank() == 0)
-            for one in (one for one in converted if one.conversion.by_expert):
-                _fill_experts(one.param, partial(_computed, one, reader))
+            _fill(reads, [one for one in converted if one.conversion.by_expert], reader, progress and rank() == 0)
             _fill_buffers(built, reader, partitioner.device)
         _convert([one for one in converted if not one.conversion.by_expert], reader, name)
     return reader.bytes_requested
@@ -245,21 +243,23 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _fill(reads: list[tuple[Any, Source]], reader: RangeReader, progress: bool) -> None:
-    """Read this rank's range of each parameter, in the files' own order."""
-    turned: list[Any] = [(param, source.made_of, source.turning) for param, source in reads if source.turning is not None]
+def _fill(reads: list[tuple[Any, Source]], computed: list[Converted], reader: RangeReader, progress: bool) -> None:
+    """Read this rank's range of each parameter, in the files' own order; then what is made expert by expert."""
     plain: list[Any] = [(param, source.made_of) for param, source in reads if source.turning is None]
+    turned: list[Any] = [(param, source.made_of, source.turning) for param, source in reads if source.turning is not None]
+    experts = [(param, partial(_turned, param, pieces, turning, reader)) for param, pieces, turning in turned]
+    experts += [(one.param, partial(_computed, one, reader)) for one in computed]
     jobs = [job for param, pieces in plain for job in _own(param, pieces)]
     jobs.sort(key=lambda job: (job[1].origin.path, job[1].origin.offset, job[1].first))
     total = sum(piece.length * piece.origin.dtype.itemsize for _, piece in jobs)
-    total += sum(param.ds_tensor.nbytes for param, _, _ in turned)
+    total += sum(param.ds_tensor.nbytes for param, _ in experts)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading rank 0's shard", disable=not progress) as bar:
         for param, piece in jobs:
             begin = piece.begin - own_range(param).start
             reader.read(piece.origin, piece.first, param.ds_tensor[begin : begin + piece.length])
             bar.update(piece.length * piece.origin.dtype.itemsize)
-        for param, pieces, turning in turned:
-            _fill_experts(param, partial(_turned, param, pieces, turning, reader))
+        for param, of_expert in experts:
+            _fill_experts(param, of_expert)
             bar.update(param.ds_tensor.nbytes)
 
 
