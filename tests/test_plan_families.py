@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from families import FAMILIES
-from transformers import Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
+from warp_ds.errors import ConfigError
 from warp_ds.flags.jobs import DoctorArguments
 from warp_ds.launch.cli import main
 from warp_ds.launch.planning.estimate import experts_bases
@@ -17,6 +18,7 @@ from warp_ds.launch.planning.job import SHARDINGS, Job, Shape, read_shape
 from warp_ds.launch.planning.said import of_model
 from warp_ds.launch.resources import check_resources
 from warp_ds.models.flops import active_parameters, routing
+from warp_ds.models.targets import check_targets
 
 H, INNER, E, K, DEPTH, V = 2048, 768, 128, 8, 48, 151936  # Qwen3-30B-A3B
 ATTENTION = 2 * H * 4096 + 2 * H * 512 + 2 * 128  # q, o, k, v, and the norms of queries and keys
@@ -161,3 +163,11 @@ def test_bases_are_counted_as_phase_1_makes_them(tmp_path: Path, capsys: pytest.
         arguments = DoctorArguments(device="cpu", output_dir=str(tmp_path), layer_type=EXPERTS, expert_basis=given[0])
         (layers,) = [f.found for f in check_resources(arguments, tmp_path, 1, 1) if f.name == "layers"]
         assert f"48 layers with {count} bases" in layers
+
+
+def test_expert_bases_of_a_model_without_experts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2).save_pretrained(tmp_path)
+    assert main(["plan", "--model_name", str(tmp_path), "--expert_basis", "expert"]) == 2
+    assert "none of the layers is an expert's" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ConfigError, match="none of the layers is an expert's"):
+        check_targets(tmp_path, "all", "attn_q", expert_basis="expert")

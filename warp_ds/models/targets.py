@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,8 +145,10 @@ def targets_of(model_dir: Path, target_layers: str, layer_type: str) -> list[Tar
     return targets_and_lacking(model, target_layers, layer_type)[0]
 
 
-def check_targets(model_dir: Path, target_layers: str, layer_type: str, alone: bool = False) -> None:
-    """Raises what ``find_targets`` would, before any weight is read.
+def check_targets(
+    model_dir: Path, target_layers: str, layer_type: str, alone: bool = False, expert_basis: str = "block"
+) -> None:
+    """Raises what ``find_targets`` and ``check_expert_basis`` would, before any weight is read.
 
     ``alone``: nothing but the layers is to train, and no mask holds the rest: ConfigError also for some rows of a parameter.
     """
@@ -156,6 +158,7 @@ def check_targets(model_dir: Path, target_layers: str, layer_type: str, alone: b
         raise
     except (OSError, ValueError, KeyError):
         return  # What is wrong with the model itself is said where it is loaded.
+    check_expert_basis(targets, expert_basis)
     for parameter in uncovered(targets) if alone else ():
         named = ", ".join(layer.name for layer in targets if layer.parameter == parameter)
         raise ConfigError(
@@ -250,6 +253,15 @@ def _shape(module: Any) -> tuple[int, int]:
 def _dtype(module: nn.Module) -> str:
     weight = getattr(module, "weight", None)
     return str(weight.dtype).removeprefix("torch.") if weight is not None else "no weight"
+
+
+def check_expert_basis(layers: Sequence[TargetLayer], expert_basis: str) -> None:
+    """ConfigError where bases are to be of experts, and no layer is an expert's."""
+    if expert_basis == "expert" and all(layer.expert is None for layer in layers):
+        raise ConfigError(
+            f"--expert_basis expert: none of the layers is an expert's (the first is {layers[0].name}): leave it out, or name "
+            "experts_gate, experts_up with --layer_type"
+        )
 
 
 def shared_inputs(layers: Iterable[TargetLayer], expert_basis: str = "block") -> list[list[TargetLayer]]:

@@ -65,7 +65,7 @@ def run_basis(arguments: BasisArguments, pairs: Any = None) -> Path:
     pairs = safety_texts(arguments) if pairs is None else pairs
     model_dir = resolve_model_dir(arguments.model_name)
     with on_every_rank_or_none("looking for the layers"):
-        check_targets(model_dir, arguments.target_layers, arguments.layer_type)
+        check_targets(model_dir, arguments.target_layers, arguments.layer_type, expert_basis=arguments.expert_basis)
         check_packing(arguments, model_dir)
     inputs = {"model": model_fingerprint(model_dir), "data": fingerprint_rows(pairs)}
     with start_run("phase1", arguments, inputs=inputs) as run:

@@ -12,6 +12,7 @@ from warp_ds.launch.planning.estimate import Estimate, gb
 from warp_ds.launch.planning.job import OFFLOADS, Job, Shape, Sharding, choose_sharding, read_shape
 from warp_ds.launch.planning.training import training
 from warp_ds.launch.planning.walks import basis, importance
+from warp_ds.models.targets import check_expert_basis
 
 USABLE = 0.9
 """Share of a GPU's memory that a plan fills: the rest is left to fragmentation, and to the plan's own error."""
@@ -54,6 +55,7 @@ def make_plan(model_name: str, **settings: Any) -> Plan:
         raise ConfigError(f"--offload {job.offload}: choose from {', '.join(OFFLOADS)}")
     check_output_basis(job)
     shape = read_shape(model_name, job.layer_type, job.target_layers)
+    check_expert_basis(shape.targets, job.expert_basis)
     sharding = choose_sharding(shape, job)
     phases = estimate_phases(shape, job, sharding)
     too_big = _too_big(phases, job)
