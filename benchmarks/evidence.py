@@ -125,8 +125,8 @@ class Evidence:
 
     def digest(self, step: Mapping[str, Any]) -> str:
         """Of all that a point of a step hangs on but its arm, rate and seed; where files lie is not among it."""
-        names = ("seed", "prompts", "compare")
-        of = {name: self.protocol[name] for name in names} | {"flags": step.get("flags", {}), "dtype": self.dtype}
+        of = {name: self.protocol[name] for name in ("seed", "prompts", "compare")}
+        of |= {"flags": step.get("flags", {}), "dtype": self.dtype, "model": digest(self.model)}
         of |= {kind: self.protocol[f"{kind}s"][step[kind]] for kind in ("start", "task")}
         text = re.sub(r'"[^"]*/([^"/]+)"', r'"\1"', json.dumps(of, sort_keys=True))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -147,7 +147,7 @@ class Evidence:
         rows = []
         for path in sorted((self.out / of["run"]).glob("points/*/metrics.json")):
             metrics = read_json(path)
-            if "outcomes" in metrics and "movement" in metrics:  # what comes last
+            if "outcomes" in metrics:
                 rows.append({**of, "point": path.parent.name, "nll": metrics["utility_nll"], "outcomes": metrics["outcomes"]})
         return rows
 
@@ -270,7 +270,8 @@ class Measured:
     def __init__(self, row: Mapping[str, Any]):
         found = re.fullmatch(r"(.+)_lr(.+)_seed(\d+)", row["point"])
         self.arm, self.rate, self.seed = (found[1], float(found[2]), int(found[3])) if found else (row["point"], None, 0)
-        self.run, self.start, self.nll, self.marks = row["run"], row["start"], row["nll"], row["outcomes"]
+        self.run, self.start, self.protocol = row["run"], row["start"], row["protocol"]
+        self.nll, self.marks = row["nll"], row["outcomes"]
         self.trial: Trial = (self.arm, self.rate, self.seed)
 
     def outcomes(self, name: str) -> list[bool]:
@@ -290,14 +291,15 @@ class Measured:
 
 
 def tables(points: Sequence[Measured]) -> str:
-    """For each run: a table a start model, and the differences of arms over all of them."""
-    runs: dict[str, dict[str, list[Measured]]] = defaultdict(lambda: defaultdict(list))
+    """For each run of a protocol: a table a start model, and the differences of arms over all of them. What was measured by
+    another protocol, of another base model say, is never pooled with it."""
+    runs: dict[tuple[str, str], dict[str, list[Measured]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
-        runs[point.run][point.start].append(point)
+        runs[point.run, point.protocol][point.start].append(point)
     blocks = []
-    for run, starts in sorted(runs.items()):
+    for (run, protocol), starts in sorted(runs.items()):
         shown = "\n".join(f"Start model {start}:\n\n{table(same)}" for start, same in sorted(starts.items()))
-        blocks.append(f"## {run}\n\n{shown}\n{paired([point for same in starts.values() for point in same])}")
+        blocks.append(f"## {run} (protocol {protocol})\n\n{shown}\n{paired([point for same in starts.values() for point in same])}")
     return "\n".join(blocks)
 
 

@@ -112,6 +112,11 @@ def test_start_models_are_drawn_too(evidence: Any) -> None:
     assert "+100 [+100, +100]" in evidence.paired(points[:2])
     assert "| rotated at 0.003 less layers | 2 |" in (both := evidence.paired(points)) and "+50 [+0, +100]" in both
     assert evidence.tables(points).count("Start model ") == 2
+    # By another protocol, of another base model say, it is another run.
+    for point in points[2:]:
+        point.protocol = "p2"
+    apart = evidence.tables(points)
+    assert apart.count("| rotated at 0.003 less layers | 1 |") == 2 and "less layers | 2 |" not in apart
 
 
 def test_what_another_machine_measured_is_not_measured_again(evidence: Any, tmp_path: Path) -> None:
@@ -128,6 +133,8 @@ def test_what_another_machine_measured_is_not_measured_again(evidence: Any, tmp_
         assert "full" in job.missing(step, 1, {**of, **changed})
     elsewhere = made(evidence, tmp_path / "elsewhere")
     assert elsewhere.digest(step) == of["protocol"]
+    elsewhere.model = "another"
+    assert elsewhere.digest(step) != of["protocol"]
     job.protocol["compare"]["keep_ratio"] = 0.2
     assert job.digest(step) != of["protocol"]
 

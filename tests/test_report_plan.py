@@ -64,6 +64,14 @@ def test_settings_of_the_shipped_configs(sharding: Sharding) -> None:
     assert [getattr(sharding, name) for name in names] == [getattr(zero, name) for name in names]
 
 
+def test_what_is_fetched_together_arrives_as_one_tensor(configs: Path) -> None:
+    """Of 16-bit weights no more than DeepSpeed's prefetch bucket; one rank has all of them already."""
+    shape = read_shape(str(configs / "70b"), "ffn_down", "all")
+    for ranks, size in ((1, 0), (8, 2 * 50_000_000)):
+        job = Job(gpus_per_node=ranks, adapter="lora", gradient_checkpointing=True)
+        assert estimate_phases(shape, job, SHARDINGS[1])[3].gpu["being fetched"] == size
+
+
 def test_what_is_kept_of_the_start_model_is_counted(configs: Path) -> None:
     shape = read_shape(str(configs / "70b"), "ffn_down", "all")
     phases = {

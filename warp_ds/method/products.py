@@ -54,7 +54,7 @@ class Whole(Products):
 
 
 class Split(Products):
-    """Two or three products of bf16 parts: one of operands that are both bf16."""
+    """Two or three products of bf16 parts: one of operands that are both bf16. Of fp32 and narrower operands alone."""
 
     def mm(self, a: Tensor, b: Tensor) -> Tensor:
         return self.addmm_(torch.zeros(a.shape[0], b.shape[1], device=a.device), a, b)
