@@ -299,7 +299,8 @@ def tables(points: Sequence[Measured]) -> str:
     blocks = []
     for (run, protocol), starts in sorted(runs.items()):
         shown = "\n".join(f"Start model {start}:\n\n{table(same)}" for start, same in sorted(starts.items()))
-        blocks.append(f"## {run} (protocol {protocol})\n\n{shown}\n{paired([point for same in starts.values() for point in same])}")
+        differences = paired([point for same in starts.values() for point in same])
+        blocks.append(f"## {run} (protocol {protocol})\n\n{shown}\n{differences}")
     return "\n".join(blocks)
 
 

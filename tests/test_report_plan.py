@@ -18,6 +18,7 @@ from warp_ds.launch.planning.job import SHARDINGS, Job, Sharding, read_shape
 from warp_ds.zero.placements import GPU
 
 SIZES = {
+    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
     "70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
     "405b": dict(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128),
 }
@@ -70,6 +71,17 @@ def test_what_is_fetched_together_arrives_as_one_tensor(configs: Path) -> None:
     for ranks, size in ((1, 0), (8, 2 * 50_000_000)):
         job = Job(gpus_per_node=ranks, adapter="lora", gradient_checkpointing=True)
         assert estimate_phases(shape, job, SHARDINGS[1])[3].gpu["being fetched"] == size
+
+
+def test_the_walks_trial_holds_what_deepspeed_keeps_gathered(configs: Path) -> None:
+    """A plain pass comes before the walk: where little else is held it is what phase 1 needs most for."""
+    shape = read_shape(str(configs / "8b"), "ffn_down", "all")
+    job = Job(gpus_per_node=8, tokens=8, basis_samples=8, max_rank=8)
+    gpu = estimate_phases(shape, job, SHARDINGS[1])[1].gpu
+    held = sum(gpu.values()) - gpu["weights"] - gpu["context"]
+    assert gpu["trying the walk"] > 0 and held == 2 * (1_000_000_000 + max(shape.blocks))
+    large = estimate_phases(shape, replace(job, tokens=512, basis_samples=1000), SHARDINGS[1])[1].gpu
+    assert large["trying the walk"] == 0
 
 
 def test_what_is_kept_of_the_start_model_is_counted(configs: Path) -> None:

@@ -68,7 +68,16 @@ def basis(shape: Shape, job: Job, sharding: Sharding) -> Estimate:
         )
     need.disk += both_sides.files(shape, job)
     need.written = need.disk
+    _try_walk(need, shape, job, sharding)
     return need
+
+
+def _try_walk(need: Estimate, shape: Shape, job: Job, sharding: Sharding) -> None:
+    """Adds what the walk's trial takes beyond all that comes after it: in its plain pass DeepSpeed keeps gathered what
+    max_live_parameters lets it (zero/walk.py, ``why_not``)."""
+    trial = (min(shape.parameters, sharding.max_live_parameters) + max(shape.blocks)) * job.itemsize
+    later = sum(size for part, size in need.gpu.items() if part not in ("weights", "context"))
+    need.gpu["trying the walk"] = max(0.0, trial - later)
 
 
 def _output_gradients(need: Estimate, shape: Shape, job: Job, sharding: Sharding, mine: int) -> None:
