@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 from families import FAMILIES
+from phase3_jobs import common, make_model, phase3
+from test_experts_few_tokens import crowded
 
 from warp_ds.errors import ConfigError
-from warp_ds.flags.arguments import TrainArguments
+from warp_ds.flags.arguments import SafetyTuningArguments, TrainArguments
 from warp_ds.flags.comparison import CompareArguments
 from warp_ds.models.targets import targets_of
-from warp_ds.phases import adapters
+from warp_ds.phases import adapters, training
 from warp_ds.phases.arms import parse_arms
 from warp_ds.phases.compare import check_layers
 
@@ -53,6 +55,17 @@ def test_a_dense_layer_beside_experts_is_refused(tmp_path: Path) -> None:
     model = FAMILIES["glm4_moe"].model("glm4_moe", "cpu")
     with pytest.raises(ConfigError, match="which are experts"):
         adapters.add_lora(model, targets_of(tmp_path, "0", "ffn_down"), arguments, 0)
+
+
+def test_phases_refuse_them_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(tmp_path, crowded)
+    monkeypatch.setattr(training, "load_model", None)
+    adapter: dict[str, str] = {"adapter": "lora", "lora_layers": "experts_down"}
+    with pytest.raises(ConfigError, match="stacked experts"):
+        phase3(tmp_path, tmp_path, tmp_path / "out", **{"masks_dir": "none", **adapter})
+    shared = common(tmp_path, tmp_path / "out", safety_data=str(tmp_path / "refusals_fit.jsonl"), **adapter)
+    with pytest.raises(ConfigError, match="stacked experts"):
+        training.run_safety_tuning(SafetyTuningArguments(**shared))
 
 
 ARMS = {
