@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,14 @@ def test_what_keeps_runs_apart_is_said_once(job: dict[str, Any]) -> None:
     assert f"{job['cut']}, unfinished (" in near and " of 9 steps), is nearly the same run and is not gone on with: " in near
     assert "--learning_rate was 0.002 and is 0.001; --weight_decay was 0.1 and is 0.2." in near
     assert TRAINER["weight_decay"] == 0.1
+
+
+def test_a_run_from_before_a_flag_of_several_words_is_gone_on_with(place: Path) -> None:
+    run, now = place / "checkpoints" / "old", identify("compare", CompareArguments(), INPUTS, {})
+    lists = [name for name, value in now.settings.items() if isinstance(value, list)]
+    compared = {name: value for name, value in now.settings.items() if name not in lists}
+    write_json(run / "config.json", {**replace(now, settings=compared).record, "settings": compared})
+    assert lists and now.differences(run) == []
 
 
 def test_resume_names_a_run_of_another_phase(place: Path) -> None:

@@ -70,6 +70,12 @@ def dataclass_fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
     return {f.name: f for f in dataclasses.fields(kind) if f.init}
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The value that a field has where none is given."""
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
+
+
 def aliases(kind: Any) -> dict[str, str]:
     """Other name of a flag -> its name."""
     return {alias: name for name, f in dataclass_fields(kind).items() if (alias := nature(f).alias)}

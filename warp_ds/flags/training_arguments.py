@@ -15,6 +15,8 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+from warp_ds.flags.flag import default_of
+
 CHANGES_TRAINING = frozenset(
     {
         "max_steps",
@@ -207,7 +209,7 @@ def _is_default(name: str, word: str) -> bool:
     word = (word or "true").lower()
     if name in _HARMLESS:
         return word in _HARMLESS[name]
-    default = default_of(name)
+    default = default_of(fields()[name])
     if isinstance(default, bool):
         return word in (("true", "1", "yes", "y", "t") if default else ("false", "0", "no", "n", "f"))
     if isinstance(default, int | float):
@@ -216,13 +218,6 @@ def _is_default(name: str, word: str) -> bool:
         except ValueError:
             return False
     return word in (("none", "null", "false") if default is None else (str(default).lower(),))
-
-
-def default_of(name: str) -> Any:
-    """TrainingArguments' own default of a field."""
-    field = fields()[name]
-    made = field.default_factory
-    return field.default if made is dataclasses.MISSING else made()
 
 
 def several_words(parser: argparse.ArgumentParser) -> None:
@@ -344,6 +339,6 @@ def training_settings(given: Mapping[str, Any], chooses: bool = False) -> dict[s
     for name, value in given.items():
         counts = name not in CHANGES_NO_TRAINING and (chooses or name not in EVALUATES)
         counts = counts and name != "per_device_eval_batch_size"  # a micro-batch: results do not depend on it
-        if counts and value is not None and value != default_of(name):
+        if counts and value is not None and value != default_of(fields()[name]):
             settings[name] = getattr(value, "value", value)
     return settings

@@ -16,7 +16,7 @@ from typing import Any
 
 from warp_ds.errors import ArtifactError, ConfigError
 from warp_ds.flags import training_arguments
-from warp_ds.flags.flag import dataclass_fields
+from warp_ds.flags.flag import dataclass_fields, default_of
 from warp_ds.flags.groups import RunArguments, WatchingFlags
 from warp_ds.flags.identity import identity_settings, in_one_spelling, reading
 from warp_ds.store.bases import BasisStore
@@ -120,7 +120,7 @@ def identify(phase: str, arguments: RunArguments, inputs: Mapping[str, str], pas
     flags = {**identity_settings(arguments), **training_arguments.training_settings(passed, chooses)}
     watched = set() if chooses or not isinstance(arguments, WatchingFlags) else dataclass_fields(WatchingFlags).keys()
     settings = {**{name: value for name, value in flags.items() if name not in watched}, **_sections(arguments)}
-    defaults = {f.name: f.default for f in dataclasses.fields(arguments)}
+    defaults = {f.name: default_of(f) for f in dataclasses.fields(arguments)}
     return Identity(
         phase,
         json.loads(json.dumps(settings, default=str)),
