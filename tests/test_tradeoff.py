@@ -80,6 +80,8 @@ def test_composition_takes_what_each_part_sets() -> None:
         True,
         0.2,
     )
+    dosed = compose("layers+safeinstr@0.5")
+    assert (dosed.trains, dosed.safety_share, compose("safeinstr").safety_share) == ("target", 0.5, 0.1)
     assert [every.strength(part, 7.0) for part in ("ema", "safedelta", "patch", "resta")] == [0.8, 3.0, 1e-4, 7.0]
 
 
@@ -113,7 +115,7 @@ def test_a_model_is_kept_while_a_later_point_is_it_or_merges_it() -> None:
     ("full,full", "full twice"),
     ("rotated+original", "two of its parts set the basis"),
     ("sn-tune+rsn-tune", "two of its parts set the start"),
-    ("rotated@3", "only resta, safedelta, safelora, asft, der, ema, refresh, patch, harmful take a strength"),
+    ("rotated@3", "only resta, safedelta, safelora, asft, der, ema, refresh, patch, harmful, safeinstr take a strength"),
     ("resta@much", "written resta@0.5"),
     ("harmful@-0.5", "finite, not below 0"),
     ("patch@nan", "finite, not below 0"),

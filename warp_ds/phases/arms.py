@@ -99,6 +99,7 @@ STRENGTHS = {
     "refresh": "refresh@100",
     "patch": "patch@1e-4",
     "harmful": "harmful@0.1",
+    "safeinstr": "safeinstr@0.5",
 }
 """The parts that take a number, and how one is written."""
 EXCLUSIVE = ("basis", "start", "safety_share", "harmful_share", "objective", "average", "merge", "method", "grows", "patch")
@@ -141,8 +142,8 @@ def compose(name: str) -> Arm:
         if len(given) > 1:
             raise ConfigError(f"--arms {name}: two of its parts set the {setting}: they exclude each other")
         made |= {setting: given[0]} if given else {}
-    if "harmful" in dict(strengths):
-        made["harmful_share"] = dict(strengths)["harmful"]
+    shares = {"harmful": "harmful_share", "safeinstr": "safety_share"}
+    made |= {shares[part]: number for part, number in strengths if part in shares}
     adapter = "lora" in parts
     if adapter and ({"full", "layers"} & set(parts) or any(_by_entry(arm) for arm in arms)):
         raise ConfigError(
