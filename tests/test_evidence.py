@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -16,13 +16,20 @@ from warp_ds.errors import ConfigError
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+def benchmark(name: str) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        return importlib.import_module(name)
+
+
 @pytest.fixture(scope="module")
 def evidence() -> Any:
-    spec = importlib.util.spec_from_file_location("evidence", BENCHMARKS / "evidence.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("evidence")
+
+
+@pytest.fixture(scope="module")
+def shown() -> Any:
+    return benchmark("evidence_tables")
 
 
 def made(evidence: Any, tmp_path: Path) -> Any:
@@ -72,17 +79,26 @@ def row(name: str, nll: float, marks: str, **of: str) -> dict[str, Any]:
     return {**ROW, **of, "point": name, "nll": nll, "outcomes": outcomes}
 
 
-def test_points_become_rows_with_each_prompt_set_apart(evidence: Any, tmp_path: Path) -> None:
+def test_points_become_rows_with_each_prompt_set_apart(shown: Any, tmp_path: Path) -> None:
     refused = {1: 40, 2: 20}
     rows = [row(f"full+patch@1e-4_lr0.0001_seed{seed}", 0.5, "r" * n + "c" * (80 - n)) for seed, n in refused.items()]
     path = tmp_path / "points.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    command = [sys.executable, str(BENCHMARKS / "evidence.py"), "any", "--tables", str(path)]
+    command = [sys.executable, str(BENCHMARKS / "evidence_tables.py"), str(path)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "| full+patch@1e-4 | 0.0001 | 2 | 0.500 | 75% [60, 86] | 0% [0, 9] |" in printed and "| 50% [9, 91] |" in printed
+    assert (
+        "| full+patch@1e-4 | 0.0001 | 2 | 0.500 | 75% [60, 86] | 25% [14, 40] | 0% [0, 9] |" in printed
+        and "| 50% [9, 91] |" in printed
+    )
 
 
-def test_arms_are_told_from_plain_training_prompt_by_prompt(evidence: Any) -> None:
+def compared(text: str) -> dict[str, list[str]]:
+    """The rows of a table of differences, by what they compare."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and " less " in line]
+    return {name: rest for name, *rest in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)}
+
+
+def test_arms_are_told_from_plain_training_prompt_by_prompt(shown: Any) -> None:
     rows = [
         row("layers_lr0.001_seed1", 0.5, "rrrrrrrrrr" * 2),
         row("layers_lr0.003_seed1", 0.3, "cccccrrrrr" * 2),  # the better rate for the task
@@ -91,32 +107,68 @@ def test_arms_are_told_from_plain_training_prompt_by_prompt(evidence: Any) -> No
         row("full+rotated_lr0.003_seed1", 0.1, "cccccccccr" * 2),
         row("full+harmful@0.1_lr0.003_seed1", 0.1, "cccccccccc" * 2),
     ]
-    points = [evidence.Measured(each) for each in rows]
-    lines = [line for line in evidence.paired(points).splitlines() if line.startswith("|") and " less " in line]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    by_name = {name: rest for name, *rest in cells}
-    assert set(by_name) == {"rotated at 0.003 less layers", "full+rotated at 0.003 less full"}
-    seeds, loss, refuses, *_ = by_name["rotated at 0.003 less layers"]
+    points = [shown.Measured(each) for each in rows]
+    by_name = compared(shown.against_plain(points, "safe_sums"))
+    assert set(by_name) == {"rotated at 0.003 less layers at 0.003", "full+rotated at 0.003 less full at 0.003"}
+    seeds, loss, refuses, *_ = by_name["rotated at 0.003 less layers at 0.003"]
     assert seeds == "1" and loss == "+0.100 [+0.100, +0.100]"
     value, low, high = (float(x) for x in refuses.replace("[", "").replace("]", "").replace(",", "").split())
     assert value == 50 and 10 < low < 35 and 65 < high < 90  # ten prompts, five of which differ: 50 +- 2 sqrt(0.25 / 10)
-    assert by_name["full+rotated at 0.003 less full"][2].startswith("+10 [+0, ")
+    assert by_name["full+rotated at 0.003 less full at 0.003"][2].startswith("+10 [+0, ")
 
 
-def test_start_models_are_drawn_too(evidence: Any) -> None:
+def test_start_models_are_drawn_too(shown: Any) -> None:
     """Two start models that answer differently: a difference within each is certain, over both it is not."""
     points = [
-        evidence.Measured(row(f"{arm}_lr0.003_seed1", 0.1, marks * 20, start=start))
+        shown.Measured(row(f"{arm}_lr0.003_seed1", 0.1, marks * 20, start=start))
         for start, arm, marks in (("a", "layers", "c"), ("a", "rotated", "r"), ("b", "layers", "c"), ("b", "rotated", "c"))
     ]
-    assert "+100 [+100, +100]" in evidence.paired(points[:2])
-    assert "| rotated at 0.003 less layers | 2 |" in (both := evidence.paired(points)) and "+50 [+0, +100]" in both
-    assert evidence.tables(points).count("Start model ") == 2
+    assert "+100 [+100, +100]" in shown.against_plain(points[:2], "safe_sums")
+    both = compared(shown.against_plain(points, "safe_sums"))["rotated at 0.003 less layers at 0.003"]
+    assert both[0] == "2" and "+50 [+0, +100]" in both
+    assert shown.tables(points).count("Start model ") == 2
     # By another protocol, of another base model say, it is another run.
     for point in points[2:]:
         point.protocol = "p2"
-    apart = evidence.tables(points)
-    assert apart.count("| rotated at 0.003 less layers | 1 |") == 2 and "less layers | 2 |" not in apart
+    name = "rotated at 0.003 less layers at 0.003"
+    apart = shown.tables(points)
+    assert apart.count(f"| {name} | 1 |") == 4 and f"{name} | 2 |" not in apart  # of two protocols, to plain and to controls
+    with pytest.raises(ConfigError, match="of 2 protocols, where one is wanted"):
+        shown.against_plain(points, "safe_sums")
+
+
+def test_masks_are_told_from_what_somebody_would_do_instead(shown: Any) -> None:
+    rows = [
+        row(f"{arm}_lr0.003_seed1", 0.1, "c" * 20)
+        for arm in ("layers", "safeinstr@1", "random-mask", "rotated", "lora", "lora+salora", "lora+column", "full+harmful@0.1")
+    ]
+    rows += [row("rotated_lr0.003_seed1", 0.2, "r" * 20, run="safe_sums_half")]
+    points = [shown.Measured(each) for each in rows]
+    names = [name.replace(" at 0.003", "") for name in compared(shown.against_controls(points, "safe_sums"))]
+    weights = ["rotated less layers", "rotated less random-mask", "rotated less safeinstr@1"]
+    assert names == [*weights, "lora+column less lora", "lora+column less lora+salora"]
+    (half,) = compared(shown.variants(points, "safe_sums")).items()
+    assert half[0] == "half: rotated at 0.003 less layers at 0.003" and half[1][1].startswith("+0.100")
+
+
+def test_the_words_are_those_of_a_comparison(shown: Any) -> None:
+    rows = [
+        row("before", 2.0, "r" * 20),
+        row("layers_lr0.003_seed1", 0.1, "c" * 20),
+        row("rotated_lr0.003_seed1", 0.1, "r" * 20),
+    ]
+    said = shown.advice([shown.Measured(each) for each in rows], "safe_sums")
+    assert "rotated" in said and "layers" in said
+
+
+def test_tables_stand_between_a_pages_markers(shown: Any) -> None:
+    points = [shown.Measured(row("full_lr0.003_seed1", 0.5, "rc" * 20))]
+    page = "before\n<!-- arms model safe_sums -->\nold\n<!-- end -->\nafter <!-- end -->\n"
+    once = shown.filled(page, {"model": points})
+    assert once.startswith("before\n<!-- arms model safe_sums -->\nStart model a1:\n\n| arm |") and "old" not in once
+    assert once.endswith("|\n<!-- end -->\nafter <!-- end -->\n") and shown.filled(once, {"model": points}) == once
+    with pytest.raises(ConfigError, match="<!-- arms other safe_sums -->: .* files model"):
+        shown.filled(page.replace("model", "other"), {"model": points})
 
 
 def test_what_another_machine_measured_is_not_measured_again(evidence: Any, tmp_path: Path) -> None:
