@@ -27,10 +27,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/warp-ds demo
 
-# Hours on two cores; goes on where it was stopped. benchmarks/evidence.yaml says what is done.
+# Hours on two cores; goes on where it was stopped. benchmarks/evidence.yaml says what is done (PROTOCOL: another file does).
+EVIDENCE := $(BIN)/python benchmarks/evidence.py
 evidence: $(READY)
-	@if [ -z "$(MODEL)" ] || [ -z "$(DATA)" ]; then echo "make evidence MODEL=DIRECTORY DATA=DIRECTORY [OUT=DIRECTORY] [POINTS=FILE]: a chat model, and the files that benchmarks/evidence.yaml names" >&2; exit 2; fi
-	$(BIN)/python benchmarks/evidence.py benchmarks/evidence.yaml --model "$(MODEL)" --data "$(DATA)" --out "$(or $(OUT),checkpoints/evidence)" $(if $(POINTS),--points "$(POINTS)")
+	@if [ -z "$(MODEL)" ] || [ -z "$(DATA)" ]; then echo "make evidence MODEL=DIRECTORY DATA=DIRECTORY [OUT=DIRECTORY] [POINTS=FILE] [PROTOCOL=FILE] [DTYPE=bfloat16] [LAUNCHER='torchrun --nproc_per_node 8 -m warp_ds']: a chat model, and the files that the protocol names (docs/evaluation.md)" >&2; exit 2; fi
+	$(EVIDENCE) "$(or $(PROTOCOL),benchmarks/evidence.yaml)" --model "$(MODEL)" --data "$(DATA)" --out "$(or $(OUT),checkpoints/evidence)" $(if $(POINTS),--points "$(POINTS)") $(if $(DTYPE),--dtype "$(DTYPE)") $(if $(LAUNCHER),--launcher "$(LAUNCHER)")
 
 test: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -rs -m "not slow" tests/slurm

