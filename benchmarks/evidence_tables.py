@@ -87,8 +87,8 @@ class Measured:
 
 Models = dict[tuple[str, int], Measured]
 """(start model, seed) -> the point of one arm and rate."""
-Tuned = dict[str, tuple[float, Models]]
-"""Arm -> the rate with its best task loss, and its points there."""
+Setting = tuple[str, float]
+"""An arm at a rate."""
 
 
 def tables(points: Sequence[Measured]) -> str:
@@ -149,14 +149,21 @@ def cells(same: Sequence[Measured]) -> list[str]:
     return [mean, *(share([point.outcomes(name) for point in same]) for name in MEASURES)]
 
 
-def tuned(points: Sequence[Measured]) -> Tuned:
+def settings(points: Sequence[Measured]) -> dict[Setting, Models]:
+    """Every trained arm at every rate, in order."""
+    found: dict[Setting, Models] = defaultdict(dict)
+    for point in sorted((point for point in points if point.rate is not None), key=lambda point: point.trial):
+        found[point.arm, point.rate][point.start, point.seed] = point
+    return found
+
+
+def tuned(points: Sequence[Measured]) -> dict[Setting, Models]:
     """Every trained arm at the rate with its best task loss."""
-    by_arm: dict[str, dict[float, Models]] = defaultdict(lambda: defaultdict(dict))
-    for point in points:
-        if point.rate is not None:
-            by_arm[point.arm][point.rate][point.start, point.seed] = point
-    best = {arm: best_rate(rates) for arm, rates in by_arm.items()}
-    return {arm: (rate, by_arm[arm][rate]) for arm, rate in sorted(best.items())}
+    all_rates = settings(points)
+    rates: dict[str, dict[float, Models]] = defaultdict(dict)
+    for (arm, rate), models in all_rates.items():
+        rates[arm][rate] = models
+    return {(arm, best): all_rates[arm, best] for arm, of in rates.items() if (best := best_rate(of))}
 
 
 def best_rate(rates: Mapping[float, Models]) -> float:
@@ -171,29 +178,42 @@ def best_rate(rates: Mapping[float, Models]) -> float:
 
 
 def against_plain(points: Sequence[Measured], run: str) -> str:
-    """Each arm less the same training without protection, each at the rate that is best for its task, on the same seeds."""
-    best = tuned(one_run(points, run))
-    plain = {arm: next((other for other in best if other != arm and is_plain(other, arm)), None) for arm in best}
-    words = "Each arm less the same training without protection"
-    return differences(words, [(best, arm, best, other) for arm, other in plain.items() if other is not None])
+    """Each arm less the same training without protection, at every rate that both have."""
+    found = settings(one_run(points, run))
+    pairs = [
+        (f"{arm} less {other} at {rate:g}", models, found[other, rate])
+        for (arm, rate), models in found.items()
+        for other in {name for name, _ in found}
+        if other != arm and is_plain(other, arm) and (other, rate) in found
+    ]
+    return differences("Each arm less the same training without protection, at the same rate", pairs)
 
 
 def against_controls(points: Sequence[Measured], run: str) -> str:
-    """Our arms less every other one that trains on data as harmful: an adapter less adapters, weights less weights."""
-    best = tuned(one_run(points, run))
+    """Our arms, tuned, less every other that trains on data as harmful: an adapter less adapters, weights less weights."""
+    mine = one_run(points, run)
+    ours = {arm: (rate, models) for (arm, rate), models in tuned(mine).items() if arm in OURS}
     pairs = [
-        (best, arm, best, other) for arm in OURS if arm in best for other in best if is_rival(compose(other), compose(arm))
+        (f"{arm} at {ours[arm][0]:g} less {other} at {rate:g}", ours[arm][1], models)
+        for arm in filter(ours.__contains__, OURS)
+        for (other, rate), models in settings(mine).items()
+        if is_rival(compose(other), compose(arm))
     ]
-    return differences("Masks less every control", pairs)
+    return differences("Masks at the rate with their best task loss, less every control at each of its rates", pairs)
 
 
 def variants(points: Sequence[Measured], run: str) -> str:
     """The arms of the run's variants (RUN_NAME: the same task under other flags) less the run's own tuned `layers`."""
-    best, pairs = tuned(one_run(points, run)), []
+    (at, plain), pairs = (
+        next((rate, models) for (arm, rate), models in tuned(one_run(points, run)).items() if arm == "layers"),
+        [],
+    )
     for name in sorted({point.run for point in points if point.run.startswith(f"{run}_")}):
-        own = tuned(one_run(points, name))
-        pairs += [(own, arm, best, "layers", f"{name.removeprefix(f'{run}_')}: ") for arm in own]
-    return differences("Variants less the target layers without a mask", pairs)
+        of = name.removeprefix(f"{run}_")
+        pairs += [
+            (f"{of}: {arm} at {rate:g}", models, plain) for (arm, rate), models in settings(one_run(points, name)).items()
+        ]
+    return differences(f"Variants less the target layers without a mask at {at:g}", pairs)
 
 
 def advice(points: Sequence[Measured], run: str) -> str:
@@ -232,20 +252,18 @@ def is_rival(other: Arm, arm: Arm) -> bool:
     return not ours and (other.adapter, other.harmful_share) == (arm.adapter, arm.harmful_share)
 
 
-def differences(words: str, pairs: Sequence[Any]) -> str:
-    """A row a pair (tuned arms, an arm, tuned arms, another, what is said before it) that shares start models and seeds."""
+def differences(words: str, pairs: Sequence[tuple[str, Models, Models]]) -> str:
+    """A row a pair that shares start models and seeds."""
     names = ["loss", *(name for name in MEASURES if name != "incoherent")]
     lines = []
-    for of, arm, others, other, *before in pairs:
-        (rate, ours), (at, theirs) = of[arm], others.get(other, (0.0, {}))
+    for title, ours, theirs in pairs:
         shared = sorted(set(ours) & set(theirs))
         if shared:
             found = [difference([ours[key] for key in shared], [theirs[key] for key in shared], name) for name in names]
-            title = f"{''.join(before)}{arm} at {rate:g} less {other} at {at:g}"
             lines.append(f"| {title} | {len(shared)} | {' | '.join(found)} |")
     if not lines:
         return ""
-    words += ", each at the rate with its best task loss, paired over prompts, seeds, start models (95 % of bootstrap draws):"
+    words += ", paired over prompts, seeds and start models (95 % of bootstrap draws):"
     return f"{words}\n\n| | seeds | task {' | '.join(names)} |\n{'|---' * (len(names) + 2)}|\n" + "\n".join(lines) + "\n"
 
 

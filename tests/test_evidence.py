@@ -95,14 +95,14 @@ def test_points_become_rows_with_each_prompt_set_apart(shown: Any, tmp_path: Pat
 
 def compared(text: str) -> dict[str, list[str]]:
     """The rows of a table of differences, by what they compare."""
-    lines = [line for line in text.splitlines() if line.startswith("|") and " less " in line]
+    lines = [line for line in text.splitlines() if line.startswith("|") and " at 0" in line]
     return {name: rest for name, *rest in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)}
 
 
 def test_arms_are_told_from_plain_training_prompt_by_prompt(shown: Any) -> None:
     rows = [
-        row("layers_lr0.001_seed1", 0.5, "rrrrrrrrrr" * 2),
-        row("layers_lr0.003_seed1", 0.3, "cccccrrrrr" * 2),  # the better rate for the task
+        row("layers_lr0.001_seed1", 0.5, "rrrrrrrrrr" * 2),  # a rate that the mask has not
+        row("layers_lr0.003_seed1", 0.3, "cccccrrrrr" * 2),
         row("rotated_lr0.003_seed1", 0.4, "rrrrrrrrrr" * 2),
         row("full_lr0.003_seed1", 0.1, "cccccccccc" * 2),
         row("full+rotated_lr0.003_seed1", 0.1, "cccccccccr" * 2),
@@ -110,12 +110,12 @@ def test_arms_are_told_from_plain_training_prompt_by_prompt(shown: Any) -> None:
     ]
     points = [shown.Measured(each) for each in rows]
     by_name = compared(shown.against_plain(points, "safe_sums"))
-    assert set(by_name) == {"rotated at 0.003 less layers at 0.003", "full+rotated at 0.003 less full at 0.003"}
-    seeds, loss, refuses, *_ = by_name["rotated at 0.003 less layers at 0.003"]
+    assert set(by_name) == {"rotated less layers at 0.003", "full+rotated less full at 0.003"}
+    seeds, loss, refuses, *_ = by_name["rotated less layers at 0.003"]
     assert seeds == "1" and loss == "+0.100 [+0.100, +0.100]"
     value, low, high = (float(x) for x in refuses.replace("[", "").replace("]", "").replace(",", "").split())
     assert value == 50 and 10 < low < 35 and 65 < high < 90  # ten prompts, five of which differ: 50 +- 2 sqrt(0.25 / 10)
-    assert by_name["full+rotated at 0.003 less full at 0.003"][2].startswith("+10 [+0, ")
+    assert by_name["full+rotated less full at 0.003"][2].startswith("+10 [+0, ")
 
 
 def test_start_models_are_drawn_too(shown: Any) -> None:
@@ -125,15 +125,14 @@ def test_start_models_are_drawn_too(shown: Any) -> None:
         for start, arm, marks in (("a", "layers", "c"), ("a", "rotated", "r"), ("b", "layers", "c"), ("b", "rotated", "c"))
     ]
     assert "+100 [+100, +100]" in shown.against_plain(points[:2], "safe_sums")
-    both = compared(shown.against_plain(points, "safe_sums"))["rotated at 0.003 less layers at 0.003"]
+    both = compared(shown.against_plain(points, "safe_sums"))["rotated less layers at 0.003"]
     assert both[0] == "2" and "+50 [+0, +100]" in both
     assert shown.tables(points).count("Start model ") == 2
     # By another protocol, of another base model say, it is another run.
     for point in points[2:]:
         point.protocol = "p2"
-    name = "rotated at 0.003 less layers at 0.003"
     apart = shown.tables(points)
-    assert apart.count(f"| {name} | 1 |") == 4 and f"{name} | 2 |" not in apart  # of two protocols, to plain and to controls
+    assert apart.count("| rotated less layers at 0.003 | 1 |") == 2 and "less layers at 0.003 | 2 |" not in apart
     with pytest.raises(ConfigError, match="of 2 protocols, where one is wanted"):
         shown.against_plain(points, "safe_sums")
 
@@ -149,7 +148,7 @@ def test_masks_are_told_from_what_somebody_would_do_instead(shown: Any) -> None:
     weights = ["rotated less layers", "rotated less random-mask", "rotated less safeinstr@1"]
     assert names == [*weights, "lora+column less lora", "lora+column less lora+salora"]
     (half,) = compared(shown.variants(points, "safe_sums")).items()
-    assert half[0] == "half: rotated at 0.003 less layers at 0.003" and half[1][1].startswith("+0.100")
+    assert half[0] == "half: rotated at 0.003" and half[1][1].startswith("+0.100")
 
 
 def test_the_words_are_those_of_a_comparison(shown: Any) -> None:

@@ -58,7 +58,7 @@ def _spread(starts: Mapping[str, Sequence[MeanPoint]], titles: Mapping[str, str]
 
 
 def _names(means: Sequence[MeanPoint]) -> list[str]:
-    wanted = [name for name in COLUMNS if name not in ("attack_success_rate", "movement")]
+    wanted = [name for name in COLUMNS if name != "movement"]
     return columns([mean.metrics for mean in means], wanted)
 
 
