@@ -36,7 +36,9 @@ from warp_ds.phases.trainer import MetricsFile
 from warp_ds.protection import WarpCallback
 from warp_ds.store.masks import MaskStore
 
-LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 5, "lora_alpha": 10, "lora_dropout": 0.0}
+LORA: dict[str, Any] = {"adapter": "lora", "lora_r": 5, "lora_alpha": 10, "lora_dropout": 0.0, "lora_rslora": True}
+"""rsLoRA, s = alpha / √r: training, certificate, merging and resuming know it. The plain scale is test_adapters.py's."""
+CONFIG: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 5, "lora_alpha": 10, "use_rslora": True}
 SEED = 42
 
 
@@ -141,7 +143,7 @@ def lora_of(root: Path, layers: list[str]) -> tuple[Any, dict[str, torch.Tensor]
     """The fp64 model with new adapters on these layers, and copies of A and B."""
     model = AutoModelForCausalLM.from_pretrained(root / "m")
     torch.manual_seed(SEED)
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=5, lora_alpha=10, target_modules=layers)).double()
+    adapted = get_peft_model(model, LoraConfig(**CONFIG, target_modules=layers)).double()
     return adapted, {k: p.detach().clone() for k, p in adapted.named_parameters() if p.requires_grad}
 
 
@@ -294,7 +296,7 @@ def test_the_certificate_of_an_adapter_that_keeps_rows(root: Path, all_runs: Any
     assert basis is not None
     # The figures are those of V_Fᵀ ΔW itself, made without the certificate's transposing.
     tensors = load_file(run / "adapter" / "adapter_model.safetensors")
-    c = complete_basis(basis.output_columns(name)[0]).T @ (2.0 * tensors[b].double() @ tensors[a].double())
+    c = complete_basis(basis.output_columns(name)[0]).T @ (10 / 5**0.5 * tensors[b].double() @ tensors[a].double())
     layer = next(each for each in written.layers if each.layer == name)
     rows = masks.rows(name)
     assert layer.free_rms == pytest.approx(float(c[~rows].square().mean().sqrt()), rel=1e-6)
@@ -425,9 +427,7 @@ def test_phase_0_trains_an_adapter_on_every_type_of_layer(root: Path, tmp_path: 
     assert {layer.rsplit(".", 1)[1] for layer in adapter.layers} == {f"{name}_proj" for name in "down up gate q k v o".split()}
     model = AutoModelForCausalLM.from_pretrained(root / "m")
     torch.manual_seed(SEED)
-    adapted = get_peft_model(
-        model, LoraConfig(task_type="CAUSAL_LM", r=5, lora_alpha=10, target_modules=adapter.layers)
-    ).double()
+    adapted = get_peft_model(model, LoraConfig(**CONFIG, target_modules=adapter.layers)).double()
     named = {k: p.detach().clone() for k, p in adapted.named_parameters() if p.requires_grad}
     optimizer = DenseAdamW(named, {}, {}, lr=2e-3, eps=1e-4, decay=dict.fromkeys(named, 0.1), clip=0.5)
     safety = encoded(root / "refusals_fit.jsonl", AutoTokenizer.from_pretrained(root / "m"))
