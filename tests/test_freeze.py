@@ -1,6 +1,6 @@
 """warp_ds.freeze: entries named by the user stay to the bit, all else trains as a dense fp64 optimizer trains it.
 
-Five steps against fp64, eps 1e-4 as in ``test_masked_step``: weights within 1e-5.
+Five steps against fp64, eps 1e-4 as in ``test_masked_step``: weights within 1e-5, in bf16 as ``BF16`` says.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from warp_ds.cluster import processes
 from warp_ds.errors import ConfigError
 from warp_ds.method.entries import frozen_entries
 
-STEPS, WEIGHT = 5, 1e-5
-BF16 = 0.05
+STEPS, WEIGHT, LR = 5, 1e-5, 1e-2
+BF16 = 0.2 * LR
+"""Of an entry of the master: AdamW moves it by up to LR a step (0.04 in five, on average), and a gradient that is wrong by
+bf16's 2^-9 by up to about 2^-9 of that; where terms cancel in a gradient's sum it is wrong by more. Measured 2e-4 to 4e-4.
+Decay alone moves an entry of 0.5 by 8e-3."""
 
 
 class Shapes(nn.Module):
@@ -78,8 +81,8 @@ def make(kind: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if kind == "sgd":
         return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
     if kind == "adam":
-        return torch.optim.Adam(groups, lr=1e-2, eps=1e-4)
-    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-4)
+        return torch.optim.Adam(groups, lr=LR, eps=1e-4)
+    return torch.optim.AdamW(groups, lr=LR, eps=1e-4)
 
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -210,9 +213,7 @@ def in_bf16(expected: dict[str, Tensor]) -> None:
     assert moved_bits(frozen, before, whole(engine)) == moved_bits(frozen, weights, gathered(engine)) == 0
     for k, after in whole(engine).items():
         free = ~frozen.get(k, torch.zeros_like(after).bool())
-        way = (expected[k] - before[k])[free]
-        print("BF16", processes.world_size(), k, float((after - expected[k])[free].norm() / way.norm()))
-        assert (after - expected[k])[free].norm() < BF16 * way.norm() > 0, k
+        assert (after - expected[k])[free].abs().max() < BF16 and not torch.equal(after[free], before[k][free]), k
     engine.destroy()
 
 
