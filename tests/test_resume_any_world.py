@@ -23,6 +23,7 @@ import warp_ds
 from warp_ds.cluster import processes
 from warp_ds.errors import ConfigError
 from warp_ds.launch.cli import main as warp_ds_command
+from warp_ds.resuming import convert_checkpoint
 
 STEPS, STOP = 5, 2
 FREEZE: dict[str, Any] = {"model.embed_tokens.weight": slice(0, 40), "model.norm.weight": [1]}
@@ -157,23 +158,27 @@ def refused(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Checkpoints of 2 ranks for 3 and for 1, and what the run that wrote them held then."""
+    """Checkpoints of 2 ranks for 3 and for 1, some of them converted once for both; what the runs that wrote them held then."""
     root = tmp_path_factory.mktemp("stopped")
     write_artefacts(root / "artefacts", odd_model())
     found = run_ranks(2, whole, root)[0]
     for kind in KINDS:
-        for ranks in ("3", "1"):
-            shutil.copytree(root / "2" / kind / f"checkpoint-{STOP}", root / ranks / kind / f"checkpoint-{STOP}")
+        folders = [root / "2" / kind / f"checkpoint-{STOP}"]
+        if kind in ("freeze", "bf16"):
+            folders.append(convert_checkpoint(folders[0], 3))
+        for folder in folders:
+            for ranks in ("3", "1"):
+                shutil.copytree(folder, root / ranks / kind / folder.name)
     return root, found
 
 
 @pytest.mark.parametrize("ranks", [3, 1])
 def test_goes_on_on_other_ranks(ranks: int, stopped: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     root, before = stopped
-    for kind in ("plain", "bf16") if ranks == 1 else ():
-        words = ["convert-checkpoint", str(root / "1" / kind / f"checkpoint-{STOP}"), "--world_size", "1"]
+    if ranks == 1:  # by command, before the job
+        words = ["convert-checkpoint", str(root / "1" / "plain" / f"checkpoint-{STOP}"), "--world_size", "1"]
         assert warp_ds_command(words) == 0
-        assert capsys.readouterr().out.strip() == str(root / "1" / kind / f"universal-{STOP}")
+        assert capsys.readouterr().out.strip() == str(root / "1" / "plain" / f"universal-{STOP}")
     frozen = read_artefacts(root / "artefacts").frozen
     for kind, (found, begun, ended) in run_ranks(ranks, go_on, root)[0].items():
         losses, saved = before[kind]
