@@ -24,6 +24,7 @@ from warp_ds.cluster import processes
 from warp_ds.errors import ConfigError
 from warp_ds.launch.cli import main as warp_ds_command
 from warp_ds.resuming import convert_checkpoint
+from warp_ds.zero import universal
 
 STEPS, STOP = 5, 2
 FREEZE: dict[str, Any] = {"model.embed_tokens.weight": slice(0, 40), "model.norm.weight": [1]}
@@ -195,3 +196,21 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert warp_ds_command(["convert-checkpoint", str(tmp_path), "--world_size", "2"]) == 2
     assert "holds no optimizer states of DeepSpeed's ZeRO-3" in capsys.readouterr().err
     assert warp_ds_command(["convert-checkpoint", str(tmp_path), "--world_size", "0"]) == 2
+
+
+def test_tensor_parallelism_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files named as DeepSpeed names those of AutoTP with ZeRO-3: two data ranks of two model ranks each."""
+    checkpoint = tmp_path / "checkpoint-2"
+    (checkpoint / "global_step2").mkdir(parents=True)
+    (checkpoint / "latest").write_text("global_step2")
+    for data in (0, 1):
+        for model in ("00", "01"):
+            torch.save({}, checkpoint / "global_step2" / f"zero_pp_rank_{data}_mp_rank_{model}_optim_states.pt")
+    assert universal.world_size_of(checkpoint) == 4  # so that four ranks take it as it is
+    assert warp_ds_command(["convert-checkpoint", str(checkpoint), "--world_size", "2"]) == 2
+    assert "tensor_parallel cuts parameters before ZeRO does" in capsys.readouterr().err
+    for file in checkpoint.glob("global_step2/*_01_*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match="was written by 2 ranks, and these are 1; it cannot be converted: tensor_parallel"):
+        universal.convert(checkpoint, {"tensor_parallel": {"autotp_size": 2}}, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
