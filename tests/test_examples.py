@@ -101,7 +101,9 @@ def torchrun(ranks: int, name: str, *words: str) -> None:
     command = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port()))
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(EXAMPLES.parent), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run([*command, str(EXAMPLES / name), *words], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [*command, str(EXAMPLES / name), *words], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
