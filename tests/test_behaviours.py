@@ -1,4 +1,7 @@
-"""Several behaviours kept at once: the union of the masks that each would have alone with its share, on any number of ranks."""
+"""Several behaviours kept at once: the union of the masks that each would have alone with its share, on any number of ranks.
+
+From files to masks against a dense reference, and in more units against the masks of each behaviour alone.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import dense_reference as reference
+import numpy as np
 import pytest
 import torch
-from phase12_jobs import importance_arguments, make_rows, masks_job, save_model
+from dense_training import encoded
+from phase3_jobs import LAYERS, common, make_model
+from phase12_jobs import importance_arguments, make_rows, masks_job, run_job, save_model
 from ranks import run_ranks
+from test_phase12_reference import assert_basis
+from transformers import AutoTokenizer
 
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import BasisArguments, ImportanceArguments
@@ -17,6 +26,7 @@ from warp_ds.flags.parsing import parse_arguments
 from warp_ds.launch.chain_flags import phase_flags
 from warp_ds.method.mask import unpack_bits
 from warp_ds.phases.behaviours import Union, named_apart, shares_of, spread_evenly
+from warp_ds.store.bases import BasisStore
 from warp_ds.store.masks import MaskStore
 
 SETS = "refusals.jsonl,tools.jsonl@2"
@@ -74,6 +84,64 @@ def test_the_union_of_what_each_would_freeze(ranks: int, alone: Path, tmp_path: 
         metadata = MaskStore(directory).metadata  # checks counts against what is promised
         assert metadata.keep_ratio == pytest.approx(0.2)
         assert any("both freeze" in note for note in metadata.notes)
+
+
+SHARES = (0.15, 0.05)
+BATCH = 3
+DENSE = {"entries": {}, "columns": {"mask_unit": "column", "mask_scope": "global"}}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray], list[Any]]:
+    """A model of odd sizes with two files; Σ of the first file's tokens and twice the second's, and each one's gradients."""
+    root = tmp_path_factory.mktemp("dense")
+    model = reference.load(make_model(root))
+    tokenizer = AutoTokenizer.from_pretrained(root / "m")
+    sets = [
+        [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt, answer in encoded(file, tokenizer)]
+        for file in (root / "refusals_fit.jsonl", root / "utility_train.jsonl")
+    ]
+    kinds = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    names = [name for name, _ in model.named_modules() if name.endswith(kinds)]
+    inputs = [reference.layer_inputs(model, names, rows) for rows in sets]
+    sigma = {name: reference.covariance(np.concatenate([inputs[0][name], *2 * [inputs[1][name]]])) for name in names}
+    return root, sigma, [reference.gradients(model, names, rows, BATCH) for rows in sets]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_bases_and_masks_equal_a_dense_reference(
+    ranks: int, dense: tuple[Path, dict[str, np.ndarray], list[Any]], tmp_path: Path
+) -> None:
+    root, sigma, gradients = dense
+    files = f"{root / 'refusals_fit.jsonl'},{root / 'utility_train.jsonl'}@2"
+    shared = common(root, tmp_path, layer_type=LAYERS, safety_data=files, safety_samples=0)
+    phase2 = {**shared, "keep_ratio": 0.2, "keep_shares": "0.15,0.05", "importance_batch_size": BATCH}
+    phases = [ImportanceArguments(**phase2, **more, run_name=name) for name, more in DENSE.items()]
+    run_ranks(ranks, run_job, BasisArguments(**shared, run_name="basis"), *phases)
+    store = BasisStore(tmp_path / "basis" / "basis")
+    bases = {name: [column.double().numpy() for column in store.columns(name)] for name in sigma}
+    for name, (u, s) in bases.items():
+        assert_basis(u, s, sigma[name], name)
+    scores = [{name: reference.importance(batches, name, bases[name][0]) for name in sigma} for batches in gradients]
+    for which, more in DENSE.items():
+        masks, differing, both = frozen(tmp_path / which / "masks"), 0, 0
+        for group in [list(masks)] if more else [[name] for name in masks]:
+            taken = [highest([each[name] for name in group], which, number) for number, each in enumerate(scores)]
+            for name, first, second in zip(group, *taken, strict=True):
+                differing += int((masks[name].numpy() != (first | second)).sum())
+                both += int((first & second).sum()) if which == "entries" else int((first & second)[0].sum())
+        assert differing <= 2, which  # entries on either side of a threshold, whose scores agree to fp32 rounding
+        report = json.loads((tmp_path / which / "masks" / "behaviours.json").read_text())
+        assert report["both"][0]["frozen"] == pytest.approx(both, abs=2) and both, which
+
+
+def highest(scores: list[np.ndarray], which: str, behaviour: int) -> list[np.ndarray]:
+    """bool [m, n] of a group's layers: the units that one behaviour freezes; the counts of both together are exact."""
+    units = [s if which == "entries" else np.sqrt((s**2).sum(axis=0, keepdims=True)) for s in scores]
+    total = sum(unit.size for unit in units)
+    ends = [0, round(SHARES[0] * total), round(sum(SHARES) * total)]
+    taken = reference.highest(units, ends[behaviour + 1] - ends[behaviour])
+    return [np.broadcast_to(t, s.shape) for t, s in zip(taken, scores, strict=True)]
 
 
 def test_counts_of_all_together_are_exact() -> None:

@@ -7,12 +7,13 @@ import json
 import os
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import free_port, run_ranks
 from safetensors.torch import load_file, save_file
 
 from warp_ds.launch.cli import main as warp_ds
@@ -65,17 +66,45 @@ def test_an_adapter_keeps_what_is_frozen(directory: Path) -> None:
     assert warp_ds(["verify", *map(str, words), "--output", str(directory / "lora_trl.json")]) == 0
 
 
+def tied_model(model: Path) -> Path:
+    """A copy whose head is its embedding."""
+    made = shutil.copytree(model, model.parent / "tied_model", dirs_exist_ok=True)
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    weights = load_file(made / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if k != "lm_head.weight"}, made / "model.safetensors", {"format": "pt"})
+    return made
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_only_new_tokens_train(directory: Path, tied: bool) -> None:
-    """Each of the examples of freeze asserts that what it froze has stayed, to the bit, and that the rest has not."""
-    model = directory / "model"
-    if tied:
-        model = shutil.copytree(model, directory / "tied", dirs_exist_ok=True)
-        config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-        weights = load_file(model / "model.safetensors")
-        save_file({k: v for k, v in weights.items() if k != "lm_head.weight"}, model / "model.safetensors", {"format": "pt"})
-    run_ranks(1, run_example, "freeze_new_tokens.py", str(directory), "--model_name", str(model))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_only_new_tokens_train(directory: Path, ranks: int, tied: bool) -> None:
+    """In one process without DeepSpeed, and on two ranks under ZeRO-3, once as torchrun starts them. The example asserts that
+    the new rows moved; here its files are compared with those that it began with."""
+    model = tied_model(directory / "model") if tied else directory / "model"
+    out = directory / "freeze_new_tokens"
+    shutil.rmtree(out, ignore_errors=True)
+    if ranks == 2 and tied:
+        torchrun(ranks, "freeze_new_tokens.py", "--directory", str(directory), "--model_name", str(model))
+    else:
+        run_ranks(ranks, run_example, "freeze_new_tokens.py", str(directory), "--model_name", str(model))
+    before, after = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys() and ("lm_head.weight" in after) != tied
+    for name, old in before.items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert len(after[name]) == len(old) + 2 and after[name][len(old) :].abs().sum(dim=1).all()
+        assert torch.equal(old, after[name][: len(old)]), name
+
+
+def torchrun(ranks: int, name: str, *words: str) -> None:
+    """As in a shell."""
+    command = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port()))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(EXAMPLES.parent), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [*command, str(EXAMPLES / name), *words], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def world_size_of(checkpoint: Path) -> int:
     """How many ranks of ZeRO-3 wrote a Trainer's checkpoint; 0 where no such wrote it."""
     if not (checkpoint / "latest").is_file():
         return 0
-    return len(_optimizer_files(checkpoint / deepspeed_internals.tag_of(checkpoint)))
+    source = checkpoint / deepspeed_internals.tag_of(checkpoint)
+    return len(_optimizer_files(source)) * len(_model_ranks(source))
 
 
 def is_converted(checkpoint: Path) -> bool:
@@ -151,7 +152,12 @@ def complete(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
 
 
 def _inconvertible(source: Path, deepspeed_config: dict[str, Any]) -> str:
-    """Why DeepSpeed cannot convert the checkpoint; empty where it can."""
+    """Why the checkpoint cannot be converted; empty where it can."""
+    if ((deepspeed_config.get("tensor_parallel") or {}).get("autotp_size") or 1) != 1 or len(_model_ranks(source)) > 1:
+        return (
+            "tensor_parallel cuts parameters before ZeRO does, and only DeepSpeed's own ds_to_universal and load_universal put "
+            "such pieces together"
+        )
     offload = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device") == "nvme" or (source / "offloaded_tensors").is_dir():
         return "the optimizer is on NVMe (offload_optimizer.device), whose swap files are those of one rank"
@@ -260,6 +266,11 @@ def _add_coefficients(source: Path, zero: Path) -> None:
                 if not torch.equal(whole, _read(zero / name / "fp32.pt")):
                     torch.save(whole, zero / name / f"{COEFFICIENTS}.pt")
             offset += length
+
+
+def _model_ranks(source: Path) -> set[str]:
+    """Of tensor parallelism, as the files' names say them; '00' alone without it."""
+    return {path.stem.split("_mp_rank_")[1][:2] for path in source.glob("*zero_pp_rank_*_mp_rank_*_optim_states.pt")}
 
 
 def _optimizer_files(source: Path) -> list[Path]:
