@@ -37,7 +37,7 @@ MEASURES = {
     "right": ("gsm8k", "1", None),
 }
 """Column -> (suite, the letter that counts, which half of the prompts: the protocol's own file, the program's own, both)."""
-OURS = ("rotated", "column", "lora+column")
+OURS = ("rotated", "lora+column")
 """The arms whose differences to every control are shown."""
 Trial = tuple[str, float | None, int]
 """Arm, rate (None: not trained), seed."""
@@ -279,7 +279,9 @@ def difference(ours: Sequence[Measured], theirs: Sequence[Measured], name: str) 
     values = estimates(both)
     low, high = interval(np.subtract(*replicates(both).T))
     scale, form = (1, "+.3f") if name == "loss" else (100, "+.0f")
-    return f"{scale * (values[0] - values[1]):{form}} [{scale * low:{form}}, {scale * high:{form}}]"
+    # Halves of a per cent are common: rounded first, so that another machine's last bit does not tip them over.
+    value, low, high = (round(scale * float(x), 6) + 0.0 for x in (values[0] - values[1], low, high))
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def share(seeds: Sequence[Sequence[bool]]) -> str:

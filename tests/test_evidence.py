@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from warp_ds.errors import ConfigError
+from warp_ds.store.files import read_lines
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -200,6 +201,14 @@ def test_the_picture_reads_the_pages_table(tmp_path: Path) -> None:
     script = BENCHMARKS / "evidence_picture.py"
     subprocess.run([sys.executable, str(script), str(page), str(picture)], check=True)
     assert "<!-- layers (0.0003) -->" in picture.read_text()
+
+
+def test_the_page_says_what_the_points_say(shown: Any) -> None:
+    files = {path.stem: [shown.Measured(each) for each in read_lines(path)] for path in BENCHMARKS.glob("points/*.jsonl")}
+    page = (BENCHMARKS.parent / "docs/evidence.md").read_text()
+    assert "<!-- arms smollm2 safe_sums -->" in page
+    made = shown.filled(page, files)
+    assert made == page, "python benchmarks/evidence_tables.py benchmarks/points --into docs/evidence.md"
 
 
 def test_a_model_in_parts_is_joined_from_its_wheels(tmp_path: Path) -> None:
