@@ -237,7 +237,7 @@ def measured_machine(a: argparse.Namespace, layers: list[Any]) -> Any:
 
     from warp_ds.cluster import processes
     from warp_ds.method.products import products
-    from warp_ds.zero.placements import CPU, GPU, Machine
+    from warp_ds.zero.placement_costs import CPU, GPU, Machine
 
     default, ranks = CPU if a.device == "cpu" else GPU, processes.world_size()
     layer = max(layers, key=lambda layer: layer.target.m * layer.target.n)

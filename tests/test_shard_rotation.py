@@ -18,18 +18,8 @@ from warp_ds.method.products import Products
 from warp_ds.method.rotation import Rotation
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.partition import RowPartition
-from warp_ds.zero.placements import (
-    CLASSES,
-    GPU,
-    BasisShard,
-    Cost,
-    Machine,
-    Owner,
-    Placement,
-    Replicated,
-    place_bases,
-    predict_costs,
-)
+from warp_ds.zero.placement_costs import GPU, Cost, Machine
+from warp_ds.zero.placements import CLASSES, BasisShard, Owner, Placement, Replicated, place_bases, predict_costs
 from warp_ds.zero.protected_layer import ProtectedLayer
 
 LAYERS = [TargetLayer(f"layers.{i}.down", i, "ffn_down", 8, 32) for i in range(6)]
