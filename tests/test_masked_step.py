@@ -388,6 +388,7 @@ def run_replay(
         (safe_get_full_fp32_param(param).double().cpu() - dense.value[name]).abs().max().item()
         for name, param in params.items()
     )
+    sent = max(processes.all_gather_object(protection.metrics().rotate_bytes))
     shards_differ = 0
     for sub_group in protection.driver.units:
         shards = [layer.param.ds_tensor.clone() for layer in protection.driver.units[sub_group]]
@@ -397,7 +398,6 @@ def run_replay(
             for shard, layer in zip(shards, protection.driver.units[sub_group], strict=True)
         )
     half_ulp = torch.finfo(dtype).eps / 4
-    sent = max(processes.all_gather_object(protection.metrics().rotate_bytes))
     result = {
         "unforeseen": sent - protection.placement.cost().sent,
         "gradients": protection.placement.dtypes.gradients.itemsize,
