@@ -11,16 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from test_method_products import Counted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from warp_ds.cluster import processes
 from warp_ds.method.products import Products
 from warp_ds.method.rotation import Rotation
+from warp_ds.method.two_sided import TwoSided
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.placement_costs import FP32, GPU, Cost, Dtypes, Machine
 from warp_ds.zero.placements import CLASSES, BasisShard, Owner, Placement, Replicated, place_bases, predict_costs
 from warp_ds.zero.protected_layer import ProtectedLayer
+from warp_ds.zero.whole_layers import WholeLayers
 
 BF16 = Dtypes(torch.bfloat16, torch.bfloat16)
 LAYERS = [TargetLayer(f"layers.{i}.down", i, "ffn_down", 8, 32) for i in range(6)]
@@ -192,6 +195,30 @@ def test_shards_are_rotated_and_what_is_sent_is_counted(world_size: int) -> None
         for worst, sent, expected in of_rank.values():
             assert worst < 1e-5, of_rank
             assert sent == expected, of_rank
+
+
+@pytest.mark.parametrize(("q", "r", "of_bf16"), [(20, 24, 2 + 3), (3, 24, 5 + 3), (0, 24, 2), (20, 4, 2 + 6)])
+def test_of_both_sides_only_the_first_meets_a_bf16_gradient(q: int, r: int, of_bf16: int) -> None:
+    """Of V with q columns of 20 (0: none) and U with r of 24, dense or as reflectors: Vᵀ G is fp32."""
+    m, n = 20, 24
+    target = TargetLayer("down", 0, "ffn_down", m, n)
+    left, right = (Rotation(torch.linalg.qr(torch.randn(size, k))[0] if k else None, size) for size, k in ((m, q), (n, r)))
+    bases = {"down": ("down", left.nbytes + right.nbytes)}
+    param, none = torch.nn.Parameter(torch.empty(0, dtype=torch.bfloat16)), torch.zeros(0, 1, dtype=torch.uint8)
+    layer = ProtectedLayer(target, param, "down", RowPartition(m, n, 1, 0), none, none, 0, torch.device("cpu"))
+    g, counts = torch.randn(m * n).bfloat16(), []
+    for dtypes in (BF16, Dtypes(weights=torch.bfloat16)):
+        placement = WholeLayers([target], bases, 1, dtypes=dtypes, left={"down": left.nbytes}, right={"down": "file"})
+        placement.products = "split"
+        placement.keep("down", lambda: TwoSided(left, right))
+        with Counted() as counted:
+            ((_, found),) = placement.rotate([layer], lambda _: g, fast=True)
+        counts.append(counted.count)
+        saved = placement.cost().by_bf16 / (placement.cost().multiply_adds / 2)
+        assert 0 < saved <= 1 if dtypes == BF16 else saved == 0
+    exact = TwoSided(left, right).rotate(g.float().view(m, n)).flatten()
+    assert found.dtype == torch.float32 and torch.allclose(found, exact, atol=1e-3)
+    assert counts == [of_bf16, of_bf16 + 1]
 
 
 #: Whole bases alive when each of three is gathered, and at each of six layers' rotations, of which two at a time share one.
