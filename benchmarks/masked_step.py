@@ -59,6 +59,12 @@ def parse() -> argparse.Namespace:
         choices=["auto", "exact", "split", "tf32", "each"],
         help="of bf16 models; each: a masked variant for exact, split and tf32, in turn with the others",
     )
+    parser.add_argument(
+        "--grad_accum_dtype",
+        default="fp32",
+        choices=["fp32", "bf16"],
+        help="what every variant sums micro-batches in; bf16, of bf16 models, is rotated as it is",
+    )
     parser.add_argument("--train_scope", default="all", choices=["all", "warp"])
     parser.add_argument(
         "--basis_placement",
@@ -78,6 +84,8 @@ def parse() -> argparse.Namespace:
         a.variants = a.variants.replace("masked", ",".join(f"masked:{a.basis_placement}:{way}" for way in ways))
     if a.products != "auto" and a.dtype != "bfloat16":
         parser.error("--products is of bf16 models: give --dtype bfloat16")
+    if a.grad_accum_dtype != "fp32" and a.dtype != "bfloat16":
+        parser.error("--grad_accum_dtype bf16 is of bf16 models: give --dtype bfloat16")
     if a.products == a.basis_placement == "each":
         parser.error("--products each and --basis_placement each: one of them")
     return a
@@ -128,7 +136,7 @@ class Trainer:
             "zero_optimization": {"stage": 3, "overlap_comm": a.device == "cuda"},
             "bf16": {"enabled": a.dtype == "bfloat16"},
             "zero_allow_untested_optimizer": True,
-            "data_types": {"grad_accum_dtype": "fp32"},
+            "data_types": {"grad_accum_dtype": a.grad_accum_dtype},
         }
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=a.device == "cuda")
@@ -236,8 +244,8 @@ def measured_machine(a: argparse.Namespace, layers: list[Any]) -> Any:
     from torch import distributed as dist
 
     from warp_ds.cluster import processes
-    from warp_ds.method.products import products
-    from warp_ds.zero.placements import CPU, GPU, Machine
+    from warp_ds.method.products import Split, products
+    from warp_ds.zero.placement_costs import CPU, GPU, Machine
 
     default, ranks = CPU if a.device == "cpu" else GPU, processes.world_size()
     layer = max(layers, key=lambda layer: layer.target.m * layer.target.n)
@@ -258,7 +266,8 @@ def measured_machine(a: argparse.Namespace, layers: list[Any]) -> Any:
     taken = products("auto" if a.products == "each" else a.products, layer.param.dtype, layer.device)
     multiplying = best_seconds(lambda: taken.mm(rows, square))
     sending = best_seconds(lambda: dist.all_gather_into_tensor(whole, rows.flatten()))
-    return Machine(rows.numel() * layer.target.n / multiplying, max(1, ranks - 1) * rows.nbytes / sending, default.overlaps)
+    rates = rows.numel() * layer.target.n / multiplying, max(1, ranks - 1) * rows.nbytes / sending
+    return Machine(*rates, default.overlaps, splits=isinstance(taken, Split))
 
 
 def run_workers(a: argparse.Namespace, what: str, root: Path) -> list[dict[str, Any]]:
@@ -331,6 +340,7 @@ def main() -> None:
         "rank_share": a.rank_share,
         "basis_placement": a.basis_placement,
         "products": a.products,
+        "grad_accum_dtype": a.grad_accum_dtype,
         "train_scope": a.train_scope,
         "steps": a.steps,
         "plain_seconds": statistics.median(seconds["plain"]),

@@ -14,6 +14,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import safe_get_local_grad
 from masked_artefacts import odd_model, read_artefacts, token_batches, write_artefacts
 from ranks import run_ranks
 from test_masked_step import Case, gathered, make_engine, masters, protect, run_all, train_step
@@ -26,6 +27,7 @@ CALLED = {
     "_optimizer_states_and_gradient_swap_in": ["self", "sub_group_id", "timer_names"],
     "_writeback_swap_state": ["self", "sub_group_id", "write_opt_state", "write_gradients"],
     "_constant_buffered_norm2": ["self", "input", "buffer_size"],
+    "_get_fp32_grad_state_partition": ["self", "param", "release_swap_buffers"],
     "get_param_id": ["self", "param"],
     "_get_norm_groups": ["self"],
     "_optimizer_step": ["self", "sub_group_id"],
@@ -51,6 +53,7 @@ READ = (
     "zenflow",
     "model_parallel_group",
     "torch_autocast_gradscaler",
+    "gradient_accumulation_dtype",
     "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
 )
 
@@ -136,13 +139,36 @@ def recorded_step(root: Path, zero: dict[str, Any]) -> list[str]:
     return [str(count), *calls]
 
 
+def held_gradients(config: dict[str, Any], zero: dict[str, Any]) -> tuple[torch.dtype, ...]:
+    """What a rank holds of gradients between backward and step, of bf16 weights; and that it is read and written as it is."""
+    engine = make_engine(Case("held", zero=zero), torch.bfloat16, **config)
+    batch = token_batches(1)[0]
+    engine.backward(engine(input_ids=batch, labels=batch).loss)
+    dtypes = {deepspeed_internals.gradient_dtype(engine.optimizer)}
+    for param in engine.module.parameters():
+        held = deepspeed_internals.get_gradient(engine.optimizer, param)
+        assert bool(held.any()) and torch.equal(held.float(), safe_get_local_grad(param).flatten())
+        given = held.float() * (1 + 2.0**-10)
+        deepspeed_internals.set_gradient(engine.optimizer, param, given)
+        again = deepspeed_internals.get_gradient(engine.optimizer, param)
+        assert torch.equal(again, given.to(held.dtype))
+        dtypes |= {held.dtype, again.dtype}
+    engine.destroy()
+    return tuple(dtypes)
+
+
 def test_order_of_calls_in_a_step(tmp_path: Path) -> None:
     write_artefacts(tmp_path, odd_model())
-    jobs = [
+    fp32, offload = {"data_types": {"grad_accum_dtype": "fp32"}}, {"offload_optimizer": {"device": "cpu"}}
+    held: list[Any] = [("bf16", {}, {}), ("fp32", fp32, {}), ("copied", {}, offload)]
+    jobs: list[Any] = [
         ("resident", recorded_step, (tmp_path, {"sub_group_size": 1000})),
         ("offloaded", recorded_step, (tmp_path, {"sub_group_size": 1000, "offload_optimizer": {"device": "cpu"}})),
     ]
-    for name, (count, *calls) in run_ranks(1, run_all, jobs)[0].items():
+    jobs += [(name, held_gradients, given) for name, *given in held]
+    found = run_ranks(1, run_all, jobs)[0]
+    assert [found.pop(name) for name, *_ in held] == [(torch.bfloat16,), (torch.float32,), (torch.float32,)]
+    for name, (count, *calls) in found.items():
         one = [
             "_prepare_sub_group",
             "unscale_and_clip_grads",

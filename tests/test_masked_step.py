@@ -29,6 +29,7 @@ from masked_artefacts import (
     write_artefacts,
 )
 from ranks import run_ranks
+from test_method_products import Counted
 
 import warp_ds
 from warp_ds.cluster import processes
@@ -36,7 +37,7 @@ from warp_ds.method.products import EXACT, SPLIT_ERROR, Products, matmul_precisi
 from warp_ds.method.rotation import Rotation
 from warp_ds.store.masks import MaskStore
 from warp_ds.zero.masked_step import MaskedStep, decay, weight_decay_kind
-from warp_ds.zero.placements import Owner, Sharded, predict_costs
+from warp_ds.zero.placements import Owner, Replicated, Sharded, predict_costs
 
 LOSS, WEIGHT = 1e-6, 1e-5
 STEPS = 5
@@ -333,8 +334,8 @@ def run_case(case: Case, root: Path) -> dict[str, float]:
 
 REPLAYED = {
     # bf16 weights. The gradient a rank steps with is kept in grad_accum_dtype: rotated in fp32, it stays fp32 with the
-    # first. With DeepSpeed's default it is rounded to bf16 once more, as every micro-batch's sum is: a relative 2^-9 of
-    # a gradient, of which Adam makes at most lr * 2^-8 a step.
+    # first. With DeepSpeed's default it is rotated as it is, bf16, and rounded to that once more, as every micro-batch's sum
+    # is: a relative 2^-9 of a gradient, of which Adam makes at most lr * 2^-8 a step.
     "fp32 accumulation": ({"data_types": {"grad_accum_dtype": "fp32"}}, 2e-6),
     "bf16 accumulation": ({}, STEPS * 1e-2 * 2.0**-8),
     # Three products of bf16 parts, of which a gradient is off by 3 * 2^-16 (``method.products``).
@@ -342,19 +343,29 @@ REPLAYED = {
 }
 
 
-def run_replay(case: Case, dtype: torch.dtype, config: dict[str, Any], root: Path, steps: int = STEPS) -> dict[str, float]:
+def dense_of(case: Case, named: dict[str, torch.Tensor], artefacts: Artefacts) -> Any:
+    decay, lr = hyperparameters(case, list(named))
+    return DenseAnyOptimizer(named, artefacts, lambda g: make_optimizer(case.optimizer, g, dense=True), decay, case.clip, lr)
+
+
+def run_replay(
+    case: Case,
+    dtype: torch.dtype,
+    config: dict[str, Any],
+    root: Path,
+    steps: int = STEPS,
+    dense_of: Callable[..., Any] = dense_of,
+) -> dict[str, float]:
     """The dense reference is given the very gradients of a run, so that what is compared is the step alone.
 
     A step that DeepSpeed skips for an overflow is skipped by the reference, and counted.
     """
-    artefacts = read_artefacts(root / "odd" / "activation")
+    artefacts = read_artefacts(root)
     engine = make_engine(case, dtype, **config)
     protection = protect(engine, artefacts, case.placement, case.products)
     params = dict(engine.module.named_parameters())
     start = masters(protection)
-    named = {k: p.detach().clone().float() for k, p in MODELS["odd"](dtype).named_parameters()}
-    decay, lr = hyperparameters(case, list(named))
-    dense = DenseAnyOptimizer(named, artefacts, lambda g: make_optimizer(case.optimizer, g, dense=True), decay, case.clip, lr)
+    dense = dense_of(case, {k: p.detach().clone().float() for k, p in MODELS["odd"](dtype).named_parameters()}, artefacts)
     gradients: dict[str, torch.Tensor] = {}
     inner = engine.optimizer._get_norm_groups
 
@@ -377,6 +388,7 @@ def run_replay(case: Case, dtype: torch.dtype, config: dict[str, Any], root: Pat
         (safe_get_full_fp32_param(param).double().cpu() - dense.value[name]).abs().max().item()
         for name, param in params.items()
     )
+    sent = max(processes.all_gather_object(protection.metrics().rotate_bytes))
     shards_differ = 0
     for sub_group in protection.driver.units:
         shards = [layer.param.ds_tensor.clone() for layer in protection.driver.units[sub_group]]
@@ -387,6 +399,8 @@ def run_replay(case: Case, dtype: torch.dtype, config: dict[str, Any], root: Pat
         )
     half_ulp = torch.finfo(dtype).eps / 4
     result = {
+        "unforeseen": sent - protection.placement.cost().sent,
+        "gradients": protection.placement.dtypes.gradients.itemsize,
         "masters": masters_error,
         "moved": frozen_moved(protection, start),
         "shards": shards_differ,
@@ -432,11 +446,20 @@ def replays(world_size: int, root: Path) -> dict[str, Any]:
                 ),
                 torch.bfloat16,
                 config,
-                root,
+                root / "odd" / "activation",
             ),
         )
         for kind, (config, _) in REPLAYED.items()
         for place, (zero, accumulation) in zeros.items()
+    ]
+    # In bf16 through the other placements, with products that tell bf16 from fp32.
+    jobs += [
+        (
+            f"bf16 accumulation, {placement}",
+            run_replay,
+            (Case("bf16", groups=True, placement=placement, products="split"), torch.bfloat16, {}, root / "odd" / "activation"),
+        )
+        for placement in ("owner", "sharded")
     ]
     # Last, as it stays on for every later engine of a process.
     jobs.append(
@@ -447,7 +470,7 @@ def replays(world_size: int, root: Path) -> dict[str, Any]:
                 Case("autocast", groups=True, zero={"sub_group_size": 100}),
                 torch.float32,
                 {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
-                root,
+                root / "odd" / "activation",
             ),
         )
     )
@@ -455,8 +478,11 @@ def replays(world_size: int, root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("place", ["resident", "offloaded"])
-@pytest.mark.parametrize("kind", REPLAYED)
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [*((kind, place) for kind in REPLAYED for place in ("resident", "offloaded"))]
+    + [("bf16 accumulation", "owner"), ("bf16 accumulation", "sharded")],
+)
 def test_bf16_steps_as_the_reference_does_with_the_same_gradients(
     artefacts_root: Path, world_size: int, kind: str, place: str
 ) -> None:
@@ -465,6 +491,10 @@ def test_bf16_steps_as_the_reference_does_with_the_same_gradients(
     assert found["masters"] < REPLAYED[kind][1], found
     assert found["shards"] == 0 and found["weights"] < 2 * REPLAYED[kind][1], found
     assert found["norm"] < (2.0**-8 if kind == "bf16 accumulation" else 1e-5), found
+    # An offloaded optimizer's are fp32 copies of the sums.
+    assert found["gradients"] == (2 if kind == "bf16 accumulation" and place != "offloaded" else 4), found
+    # An all-reduce's share of a rank is no whole number of bytes on three ranks: two a sub-group and step.
+    assert -20 < found["unforeseen"] <= 0 if world_size == 3 else found["unforeseen"] == 0, found
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -586,14 +616,21 @@ def test_only_what_is_rounded_to_bf16_is_rotated_with_fewer_bits(tmp_path: Path)
     """Gradients and 16-bit shards are; masters, checkpoints and the weights given back are not."""
     write_artefacts(tmp_path / "artefacts", MODELS["odd"]())
     chosen = run_ranks(1, products_used, tmp_path / "artefacts")[0]
+    counts = {driver: found.pop("products") for driver, found in chosen.items()}
     entered = {"entering": {True}, "step": {False}}
-    assert chosen == {"zero3": {**entered, "saving": {True}, "releasing": {True}}, "plain": entered}
+    assert chosen == {"zero3": {**entered, "saving": {True}, "releasing": {True}}, "plain": entered, "fp32": entered}
+    # In C, where a basis is dense, and with reflectors (twice); then in W, of fp32 C.
+    (dense, reflectors) = counts["zero3"][1:]
+    assert dense and reflectors, "not both are tried"
+    assert counts["zero3"][0] == counts["plain"][0] == (2 + 3) * dense + (2 + 3 + 6) * reflectors
+    assert counts["fp32"][0] == (3 + 3) * dense + (3 + 3 + 6) * reflectors
 
 
-def products_used(root: Path) -> dict[str, dict[str, set[bool]]]:
-    """Whether products were exact, under DeepSpeed and on a plain optimizer."""
+def products_used(root: Path) -> dict[str, dict[str, Any]]:
+    """Whether products were exact, under DeepSpeed with both dtypes of gradients and on a plain optimizer; and how many
+    matrices a step multiplied, of how many layers with dense bases and with reflectors."""
     seen: set[bool] = set()
-    found: dict[str, dict[str, set[bool]]] = {"zero3": {}, "plain": {}}
+    found: dict[str, dict[str, Any]] = {"zero3": {}, "plain": {}, "fp32": {}}
 
     def watched(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def watching(self: Rotation, rows: torch.Tensor, taken: Products = EXACT) -> torch.Tensor:
@@ -608,11 +645,21 @@ def products_used(root: Path) -> dict[str, dict[str, set[bool]]]:
         found[driver][what] = set(seen)
         seen.clear()
 
-    engine = make_engine(Case("bf16"), torch.bfloat16)
-    protection = protect(engine, read_artefacts(root), products="split")
-    end_of("entering")
-    train_step(engine, token_batches(1)[0])
-    end_of("step")
+    def counted(driver: str, step: Callable[[], Any], protection: MaskedStep) -> None:
+        with Counted() as counting:
+            step()
+        assert isinstance(protection.placement, Replicated)
+        rotations = [protection.placement.whole[layer.basis] for layer in protection.layers]
+        dense = sum(rotation.matrix is not None for rotation in rotations)
+        found[driver]["products"] = counting.count, dense, len(rotations) - dense
+
+    for driver, config in (("fp32", {"data_types": {"grad_accum_dtype": "fp32"}}), ("zero3", {})):
+        engine = make_engine(Case("bf16"), torch.bfloat16, **config)
+        protection = protect(engine, read_artefacts(root), products="split")
+        end_of("entering", driver)
+        engine.backward(loss_of(engine, token_batches(1)[0]))
+        counted(driver, engine.step, protection)
+        end_of("step", driver)
     engine.optimizer.state_dict()
     end_of("saving")
     protection.release()
@@ -620,10 +667,10 @@ def products_used(root: Path) -> dict[str, dict[str, set[bool]]]:
 
     model, batch = MODELS["odd"](torch.bfloat16), token_batches(1)[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    warp_ds.protect_optimizer(model, optimizer, None, root / "masks", products="split")
+    protection = warp_ds.protect_optimizer(model, optimizer, None, root / "masks", products="split")
     end_of("entering", "plain")
     model(input_ids=batch, labels=batch).loss.backward()
-    optimizer.step()
+    counted("plain", optimizer.step, protection)
     end_of("step", "plain")
     return found
 

@@ -67,7 +67,7 @@ if __name__ == "__main__":
     root = write_all(folder / "artefacts")
     # An initial scale of 2^40 overflows for the first steps; there must be some left.
     jobs = [
-        (name, run_replay, (case, dtype, config, root, 40 if dtype == torch.float16 else STEPS))
+        (name, run_replay, (case, dtype, config, root / "odd" / "activation", 40 if dtype == torch.float16 else STEPS))
         for name, (case, dtype, config, _) in GPU.items()
     ]
     if not torch.cuda.is_available():  # What of it can be tried without one.

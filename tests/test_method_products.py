@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import ImportanceArguments, TrainArguments
 from warp_ds.flags.flag import dataclass_fields
+from warp_ds.method.importance import add_importance
 from warp_ds.method.products import EXACT, SPLIT_ERROR, WAYS, Products, bf16_parts, products
+from warp_ds.method.rotation import Rotation
 
 M, K, N = 17, 300, 23
 
@@ -61,6 +66,47 @@ def test_bf16_operands_are_multiplied_exactly(split: Products) -> None:
     total = torch.ones(M, N)
     assert split.addmm_(total, a, b, alpha=-1.0) is total
     assert torch.equal(total.double(), 1.0 - a.double() @ b.double())
+
+
+class Counted(TorchDispatchMode):
+    """How many matrices are multiplied, by torch's own operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("r", "of_bf16", "of_fp32"), [(K, 2, 3), (K // 4, 2 + 3, 3 + 3)], ids=["dense", "reflectors"])
+def test_bf16_gradients_take_a_product_less_with_a_basis(split: Products, r: int, of_bf16: int, of_fp32: int) -> None:
+    """G V of the reflectors is fp32, so its product with them takes three."""
+    rotation = Rotation(torch.linalg.qr(torch.randn(K, r, generator=torch.Generator().manual_seed(2)))[0], K)
+    g = operands()[0].bfloat16()
+    with Counted() as by_bf16:
+        found = rotation.rotate(g, split)
+    with Counted() as by_fp32:
+        same = rotation.rotate(g.float(), split)
+    assert (by_bf16.count, by_fp32.count) == (of_bf16, of_fp32)
+    assert found.dtype == torch.float32 and torch.equal(found, same), "what is left out is a product of zeros"
+    exact = g.double() @ rotation.unrotate(torch.eye(K)).T.double()
+    bound = 2 * (SPLIT_ERROR + ROUNDING) * K**0.5  # of a row's size, whose entries add up in two products at most
+    assert bool(((found - exact).abs() <= bound * g.double().norm(dim=1, keepdim=True)).all())
+    assert torch.equal(rotation.rotate(g), rotation.rotate(g.float())), "exact products are those of the same fp32 numbers"
+
+
+def test_inputs_and_output_gradients_of_phase_2_are_multiplied_as_they_are(split: Products) -> None:
+    """Of bf16: gᵀ x is one product, x U and gᵀ (x U) are two each, (gᵀ x) U three beside it."""
+    g, x = (torch.randn(40, size, generator=torch.Generator().manual_seed(size)).bfloat16() for size in (M, K))
+    columns = torch.linalg.qr(torch.randn(K, N, generator=torch.Generator().manual_seed(4)))[0]
+
+    def count(rotated: bool, u: torch.Tensor | None) -> int:
+        with Counted() as counted:
+            right = split.mm(x, columns) if rotated else x
+            add_importance(torch.zeros(M, K if u is None and not rotated else N), g, right, u, products=split)
+        return counted.count
+
+    assert (count(False, None), count(True, None), count(False, columns)) == (1, 2 + 2, 1 + 3)
 
 
 def test_exact_products_are_fp32s() -> None:

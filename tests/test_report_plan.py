@@ -15,7 +15,7 @@ from warp_ds.launch import plan
 from warp_ds.launch.cli import main
 from warp_ds.launch.planning.fit import USABLE, estimate_phases, make_plan
 from warp_ds.launch.planning.job import SHARDINGS, Job, Sharding, read_shape
-from warp_ds.zero.placements import GPU
+from warp_ds.zero.placement_costs import GPU
 
 SIZES = {
     "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),

@@ -11,27 +11,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from test_method_products import Counted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from warp_ds.cluster import processes
 from warp_ds.method.products import Products
 from warp_ds.method.rotation import Rotation
+from warp_ds.method.two_sided import TwoSided
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.partition import RowPartition
-from warp_ds.zero.placements import (
-    CLASSES,
-    GPU,
-    BasisShard,
-    Cost,
-    Machine,
-    Owner,
-    Placement,
-    Replicated,
-    place_bases,
-    predict_costs,
-)
+from warp_ds.zero.placement_costs import FP32, GPU, Cost, Dtypes, Machine
+from warp_ds.zero.placements import CLASSES, BasisShard, Owner, Placement, Replicated, place_bases, predict_costs
 from warp_ds.zero.protected_layer import ProtectedLayer
+from warp_ds.zero.whole_layers import WholeLayers
 
+BF16 = Dtypes(torch.bfloat16, torch.bfloat16)
 LAYERS = [TargetLayer(f"layers.{i}.down", i, "ffn_down", 8, 32) for i in range(6)]
 
 
@@ -85,6 +79,22 @@ def test_costs_are_the_arithmetic_of_the_sizes() -> None:
     assert cut["sharded"].sent == 40 + 2 * 4 * 13, "25 elements in two pieces of 13"
 
 
+def test_what_bf16_saves_is_counted() -> None:
+    """The layers above, q and k's basis dense (4 · 6² bytes), down's of reflectors. C goes to its owner in fp32."""
+    layers = [TargetLayer("q", 0, "attn_q", 4, 6), TargetLayer("k", 0, "attn_k", 2, 6)]
+    layers.append(TargetLayer("down", 0, "ffn_down", 6, 8))
+    bases = {"q": ("attn", 144), "k": ("attn", 144), "down": ("down", 200)}
+    found = predict_costs(layers, bases, 2, BF16)
+    # A gradient there and back, C, and W back.
+    assert found["owner"].sent == max((2 + 4) * 24 + (2 + 2) * 18, (2 + 4) * 18 + (2 + 2) * 24)
+    assert found["owner"].by_bf16 == 6 * 50 / 2 and found["owner"].multiply_adds == 2 * 6 * 50
+    assert found["replicated"].by_bf16 == found["sharded"].by_bf16 == (6 * 36 + 6 * 50 / 2) / 2
+    assert predict_costs(layers, bases, 2, Dtypes(weights=torch.bfloat16))["owner"].by_bf16 == 0, "fp32 gradients take three"
+    cut = predict_costs([TargetLayer("odd", 0, "ffn_down", 3, 5)], {"odd": ("odd", 100)}, 2, BF16)["replicated"]
+    assert cut == Cost((10 + 20), 100, 2 * (1.5 + 1) * 25, by_bf16=(1.5 + 1) * 25), "row 1 of a gradient, and of C"
+    assert cut.seconds(Machine(1, 1e9, False)) - cut.seconds(Machine(1, 1e9, False, splits=True)) == pytest.approx(62.5 / 3)
+
+
 def test_ahead_of_use_hides_what_is_sent_where_that_overlaps() -> None:
     cost = Cost(sent=30, held=0, multiply_adds=4, ahead=True)
     assert cost.seconds(Machine(2, 10, overlaps=True)) == 3
@@ -111,20 +121,20 @@ def test_the_fastest_that_fits_is_chosen() -> None:
 
 
 def make_layers(
-    name: str, m: int, n: int, r: int, count: int
+    name: str, m: int, n: int, r: int, count: int, dtypes: Dtypes = FP32
 ) -> tuple[Placement, list[ProtectedLayer], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Layers of which each second one shares the basis of the one before, their shards of W, and C = W U in fp64."""
     rank, ranks = processes.rank(), processes.world_size()
     generator = torch.Generator().manual_seed(3)
     targets = [TargetLayer(f"layer {i}", i, "ffn_down", m, n) for i in range(count)]
     bases = {x.name: (f"basis {x.layer // 2}", Rotation.held_bytes(n, r)) for x in targets}
-    placement = {each.name: each for each in CLASSES}[name](targets, bases, ranks, rank)
+    placement = {each.name: each for each in CLASSES}[name](targets, bases, ranks, rank, dtypes)
     layers, weights, expected = [], {}, {}
     for i, target in enumerate(targets):
         if i % 2 == 0:
             rotation = Rotation(torch.linalg.qr(torch.randn(n, r, generator=generator))[0], n)
             placement.keep(bases[target.name][0], lambda whole=rotation: whole)
-        w = torch.randn(m, n, generator=generator)
+        w = torch.randn(m, n, generator=generator).to(dtypes.gradients).float()
         part = RowPartition(m, n, ranks, rank)
         none = torch.zeros(0, 1, dtype=torch.uint8)
         param = torch.nn.Parameter(torch.empty(0))
@@ -134,33 +144,48 @@ def make_layers(
     return placement, layers, weights, expected
 
 
-def rotate_all(name: str, m: int, n: int, r: int) -> tuple[float, int, int]:
-    """Largest error against the whole product; bytes sent by this rank; bytes that arithmetic expects of it."""
+def rotate_all(name: str, m: int, n: int, r: int, dtypes: Dtypes = FP32) -> tuple[float, int, int]:
+    """Largest error against the whole product; bytes sent by this rank; bytes that arithmetic expects of it. Of gradients of
+    a dtype: of their rotation alone, and beyond the rounding of what an owner sends back."""
     rank, ranks = processes.rank(), processes.world_size()
-    placement, layers, weights, expected = make_layers(name, m, n, r, 6)
-    worst = 0.0
-    for layer, c in placement.rotate(layers, lambda layer: weights[layer.target.name]):
-        part = layer.partition
-        worst = max([worst, *(c.double() - expected[layer.target.name][part.start : part.stop]).abs().tolist()])
+    placement, layers, weights, expected = make_layers(name, m, n, r, 6, dtypes)
+    worst, size = 0.0, dtypes.gradients.itemsize
+    rounding = torch.finfo(dtypes.gradients).eps / 2 if name == "owner" else 0.0
+    shares = {key: w.to(dtypes.gradients) for key, w in weights.items()}
+    for layer, c in placement.rotate(layers, lambda layer: shares[layer.target.name], fast=size < 4):
+        part, target = layer.partition, expected[layer.target.name]
+        assert c.dtype == torch.float32
+        error = (c.double() - target[part.start : part.stop]).abs() - rounding * target[part.start : part.stop].abs()
+        worst = max([worst, *error.tolist()])
     part = layers[0].partition
-    joined = 2 * 4 * 6 * n * len(part.cut_rows) * (ranks - 1) // ranks
+    joined = 2 * size * 6 * n * len(part.cut_rows) * (ranks - 1) // ranks
     owned = sum(placement.owners[layer.basis] == rank for layer in layers) if isinstance(placement, Owner) else 0
     elements = n * n if 2 * r >= n else 2 * n * r + r
     arithmetic = {
         "replicated": joined,
-        "owner": 4 * ((6 - owned) * part.shares[rank] + owned * (m * n - part.shares[rank])),
+        "owner": size * ((6 - owned) * part.shares[rank] + owned * (m * n - part.shares[rank])),
         "sharded": joined + 3 * (ranks - 1) * 4 * -(-elements // ranks),
     }
     dist.barrier()
-    return worst, placement.sent, arithmetic[name]
+    sent = placement.sent
+    if size < 4:
+        # And a step's other half: C in fp32, of which W is sent back as it is rounded.
+        for _, again in placement.rotate_back(layers, lambda layer: weights[layer.target.name], fast=True):
+            assert again.dtype == torch.float32
+            assert name != "owner" or torch.equal(again, again.to(dtypes.weights).float())
+        whole = max(processes.all_gather_object(placement.sent))
+        assert -2 < whole - placement.cost().sent <= 0, (name, whole, placement.cost())  # two all-reduces, rounded down
+        dist.barrier()
+    return worst, sent, arithmetic[name]
 
 
 def rotate_each() -> dict[str, tuple[float, int, int]]:
     """5 x 7 is cut within rows by two, three and four ranks; of 2 columns' reflectors, one piece in four is padded."""
     return {
-        f"{placement}, r = {r}": rotate_all(placement, 5, 7, r)
+        f"{placement}, r = {r}, {dtypes.gradients}": rotate_all(placement, 5, 7, r, dtypes)
         for placement in ("replicated", "sharded", "owner")
         for r in (7, 2)
+        for dtypes in (FP32, BF16)
     }
 
 
@@ -170,6 +195,30 @@ def test_shards_are_rotated_and_what_is_sent_is_counted(world_size: int) -> None
         for worst, sent, expected in of_rank.values():
             assert worst < 1e-5, of_rank
             assert sent == expected, of_rank
+
+
+@pytest.mark.parametrize(("q", "r", "of_bf16"), [(20, 24, 2 + 3), (3, 24, 5 + 3), (0, 24, 2), (20, 4, 2 + 6)])
+def test_of_both_sides_only_the_first_meets_a_bf16_gradient(q: int, r: int, of_bf16: int) -> None:
+    """Of V with q columns of 20 (0: none) and U with r of 24, dense or as reflectors: Vᵀ G is fp32."""
+    m, n = 20, 24
+    target = TargetLayer("down", 0, "ffn_down", m, n)
+    left, right = (Rotation(torch.linalg.qr(torch.randn(size, k))[0] if k else None, size) for size, k in ((m, q), (n, r)))
+    bases = {"down": ("down", left.nbytes + right.nbytes)}
+    param, none = torch.nn.Parameter(torch.empty(0, dtype=torch.bfloat16)), torch.zeros(0, 1, dtype=torch.uint8)
+    layer = ProtectedLayer(target, param, "down", RowPartition(m, n, 1, 0), none, none, 0, torch.device("cpu"))
+    g, counts = torch.randn(m * n).bfloat16(), []
+    for dtypes in (BF16, Dtypes(weights=torch.bfloat16)):
+        placement = WholeLayers([target], bases, 1, dtypes=dtypes, left={"down": left.nbytes}, right={"down": "file"})
+        placement.products = "split"
+        placement.keep("down", lambda: TwoSided(left, right))
+        with Counted() as counted:
+            ((_, found),) = placement.rotate([layer], lambda _: g, fast=True)
+        counts.append(counted.count)
+        saved = placement.cost().by_bf16 / (placement.cost().multiply_adds / 2)
+        assert 0 < saved <= 1 if dtypes == BF16 else saved == 0
+    exact = TwoSided(left, right).rotate(g.float().view(m, n)).flatten()
+    assert found.dtype == torch.float32 and torch.allclose(found, exact, atol=1e-3)
+    assert counts == [of_bf16, of_bf16 + 1]
 
 
 #: Whole bases alive when each of three is gathered, and at each of six layers' rotations, of which two at a time share one.

@@ -13,7 +13,20 @@ import pytest
 import torch
 from masked_artefacts import Artefacts, odd_model, read_artefacts, reference_losses, token_batches, write_artefacts
 from ranks import run_ranks
-from test_masked_step import LOSS, STEPS, WEIGHT, Case, frozen_moved, make_engine, masters, protect, train_step, weight_error
+from test_masked_step import (
+    LOSS,
+    REPLAYED,
+    STEPS,
+    WEIGHT,
+    Case,
+    frozen_moved,
+    make_engine,
+    masters,
+    protect,
+    run_replay,
+    train_step,
+    weight_error,
+)
 from test_masked_step_checkpoints import continues_to_the_bit, refusal
 from two_sided_reference import BothSidesAdamW
 
@@ -30,11 +43,14 @@ CASES = [
 SHARES = {"reflectors": 0.47, "dense": 0.8}
 
 
+def dense_of(case: Case, named: dict[str, torch.Tensor], artefacts: Artefacts) -> BothSidesAdamW:
+    more: Any = {"lr": 1e-2, "eps": 1e-4, "decay": dict.fromkeys(named, 0.1), "clip": 0.4}
+    return BothSidesAdamW(named, artefacts.outputs, artefacts.bases, artefacts.frozen, **more)
+
+
 def reference(artefacts: Artefacts) -> tuple[list[float], BothSidesAdamW]:
     model = odd_model()
-    named = {k: p.detach().clone() for k, p in model.named_parameters()}
-    more: Any = {"lr": 1e-2, "eps": 1e-4, "decay": dict.fromkeys(named, 0.1), "clip": 0.4}
-    dense = BothSidesAdamW(named, artefacts.outputs, artefacts.bases, artefacts.frozen, **more)
+    dense = dense_of(CASES[0], {k: p.detach().clone() for k, p in model.named_parameters()}, artefacts)
     return reference_losses(model, token_batches(STEPS), dense), dense
 
 
@@ -70,6 +86,8 @@ def job(roots: dict[str, Path], folder: Path) -> dict[str, Any]:
         for case in CASES:
             placed = replace(case, placement="auto" if case.placement == "replicated" else case.placement)
             found[f"{case.name}, {share}"] = check_case(placed, root)
+        bf16 = Case("bf16", placement="auto", products="split")
+        found[f"bf16, {share}"] = run_replay(bf16, torch.bfloat16, {}, root, dense_of=dense_of)
     for case in (Case("resumed", placement="auto"), replace(CASES[1], name="resumed, sub-groups", placement="owner")):
         folder_of = folder / f"{case.name} {processes.world_size()}"
         continues_to_the_bit(case, torch.float32, roots["dense"], folder_of)
@@ -93,6 +111,11 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_five_steps_are_the_references(roots: dict[str, Path], tmp_path: Path, world: int) -> None:
     for name, found in run_ranks(world, job, roots, tmp_path)[0].items():
+        if name.startswith("bf16"):
+            assert found["moved"] == 0 and found["shards"] == 0 and found["gradients"] == 2, (name, found)
+            assert found["masters"] < REPLAYED["bf16 accumulation"][1] and found["norm"] < 2.0**-8, (name, found)
+            assert found["unforeseen"] == 0, (name, found)
+            continue
         assert found["loss"] < LOSS and found["weights"] < WEIGHT, (name, found)
         assert found["moved"] == 0 and found["trained"] > 1e-2, (name, found)
         assert found["norm"] < 1e-5 and found["removed"] < 1e-5, (name, found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from warp_ds.zero.left_side import refuse_without_left
 from warp_ds.zero.masked_parameters import MaskedParameter, masked_parameters
 from warp_ds.zero.masked_step import MaskedStep
 from warp_ds.zero.partition import RowPartition
-from warp_ds.zero.placements import CPU, GPU, Placement
-from warp_ds.zero.plain_step import PlainDriver
+from warp_ds.zero.placement_costs import CPU, GPU, Dtypes
+from warp_ds.zero.placements import Placement
+from warp_ds.zero.plain_step import PlainDriver, gradient_dtype
 from warp_ds.zero.protected_layer import ProtectedLayer, compute_device
 from warp_ds.zero.shared_reading import read_together
 from warp_ds.zero.whole_layers import place_rotations, refuse_without_rows
@@ -125,10 +126,12 @@ def protect_optimizer(
     if not by_deepspeed:
         if any(isinstance(each.param, DTensor) or hasattr(each.param, "ds_id") for each in masked):
             raise errors.UnsupportedSetting(SHARDED_OTHERWISE)
-        alone, placement = _layers(basis, masks, masked, 1, 0, "replicated", products)
+        held = reduce(torch.promote_types, (gradient_dtype(each.param) for each in masked))
+        alone, placement = _layers(basis, masks, masked, 1, 0, "replicated", products, held)
         return MaskedStep(PlainDriver(optimizer, alone, hold_rest), placement, left_projection)
     deepspeed_internals.let_leaf_inputs_have_gradients(model)
-    layers, placement = _layers(basis, masks, masked, processes.world_size(), processes.rank(), basis_placement, products)
+    ranks, held = (processes.world_size(), processes.rank()), deepspeed_internals.gradient_dtype(optimizer)
+    layers, placement = _layers(basis, masks, masked, *ranks, basis_placement, products, held)
     return_freed_memory()  # what reading took, on top of which the training's peak would stand
     return MaskedStep(Zero3Driver(optimizer, layers, mark, hold_rest), placement, left_projection)
 
@@ -209,15 +212,17 @@ def _layers(
     rank: int,
     asked: str,
     products: str,
+    gradients: torch.dtype,
 ) -> tuple[list[ProtectedLayer], Placement]:
-    """This rank's share of every masked layer, and where the bases lie. Collective."""
+    """This rank's share of every masked layer, and where the bases lie; ``gradients`` are held in that dtype. Collective."""
     with consensus.on_every_rank_or_none("reading basis and masks"):
         bases = {each.target.name: each.held(basis) for each in masked}
         machine = CPU if all(compute_device(each.param).type == "cpu" for each in masked) else GPU
         rotates = any(nbytes for _, nbytes in bases.values())
         asked = asked if rotates else "replicated"
         check_way(products)
-        placement, why = place_rotations(basis, asked, masked, world_size, machine, rank)
+        dtypes = Dtypes(gradients, reduce(torch.promote_types, (each.param.dtype for each in masked)))
+        placement, why = place_rotations(basis, asked, masked, world_size, machine, rank, dtypes)
         placement.products = products
         if rank == 0 and world_size > 1 and rotates:
             logger.info("bases are placed as %s (--basis_placement %s): %s", placement.name, asked, why)

@@ -69,13 +69,13 @@ class Rotation:
         return 4 * rows * self.n * self.reflectors[0].shape[1] if self.reflectors is not None else 0
 
     def rotate(self, w: Tensor, products: Products = EXACT) -> Tensor:
-        """C = W U for W [k, n]; new tensor [k, n] (W itself for the identity)."""
+        """C = W U for W [k, n] of any float dtype; new tensor [k, n], fp32 (fp64 of fp64; W itself for the identity)."""
         if self.matrix is not None:
             return products.mm(w, self.matrix)
         if self.reflectors is None:
             return w
         v, y, signs = self.reflectors  # Q = I - V Yᵀ with Y = V Tᵀ
-        c = products.addmm_(w.clone(), products.mm(w, v), y.T, alpha=-1.0)
+        c = products.addmm_(w.to(v.dtype, copy=True), products.mm(w, v), y.T, alpha=-1.0)
         c[:, : signs.numel()] *= signs
         return c
 

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from deepspeed.utils import safe_get_local_grad, safe_set_local_grad, z3_leaf_module
+from deepspeed.utils import safe_set_local_grad, z3_leaf_module
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import safe_globals
 
@@ -208,16 +209,27 @@ def resident(optimizer: Any, sub_group: int, weights: bool = False, gradients: b
         optimizer._writeback_swap_state(sub_group, write_opt_state=weights, write_gradients=gradients)
 
 
+def gradient_dtype(optimizer: Any) -> torch.dtype:
+    """Of what ``get_gradient`` gives and ``set_gradient`` keeps: the sums of backward passes, data_types.grad_accum_dtype or
+    by default the model's; of an offloaded optimizer's fp32 copies of them."""
+    return torch.float32 if optimizer.offload_optimizer else optimizer.gradient_accumulation_dtype
+
+
 def get_gradient(optimizer: Any, param: nn.Parameter) -> Tensor:
-    """The local gradient shard, flat, padding included; the sub-group is resident."""
+    """The local gradient shard as it is held, flat, padding included; to be read; the sub-group is resident.
+
+    ``safe_get_local_grad``, which makes it fp32, without that.
+    """
     sub_group, offset, length = locate(optimizer, param)
     if optimizer._swappable_optimizer_subgroup(sub_group):
         return master_gradient(optimizer, sub_group).narrow(0, offset, length)
-    return safe_get_local_grad(param).flatten()
+    gradient, _ = optimizer._get_fp32_grad_state_partition(param=param, release_swap_buffers=True)
+    return gradient.to(get_accelerator().current_device_name()).flatten()
 
 
 def set_gradient(optimizer: Any, param: nn.Parameter, value: Tensor) -> None:
-    """Writes the local gradient shard, and its norm where DeepSpeed keeps that apart; the sub-group is resident."""
+    """Writes the local gradient shard, rounded to ``gradient_dtype``, and its norm where DeepSpeed keeps that apart; the
+    sub-group is resident."""
     sub_group, offset, length = locate(optimizer, param)
     if optimizer._swappable_optimizer_subgroup(sub_group):
         master_gradient(optimizer, sub_group).narrow(0, offset, length).copy_(value)

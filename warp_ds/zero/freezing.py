@@ -19,7 +19,8 @@ from warp_ds.store.layers import TargetLayer
 from warp_ds.zero import deepspeed_internals
 from warp_ds.zero.masked_step import MaskedStep
 from warp_ds.zero.partition import RowPartition
-from warp_ds.zero.placements import Apply, Cost, Placement, Rotated, Source
+from warp_ds.zero.placement_costs import Cost
+from warp_ds.zero.placements import EXACT_ENDS, Apply, Ends, Placement, Rotated, Source
 from warp_ds.zero.plain_step import PlainDriver
 from warp_ds.zero.protected_layer import ProtectedLayer, compute_device, row_chunks
 from warp_ds.zero.zero3_step import Zero3Driver
@@ -43,7 +44,9 @@ class Unrotated(Placement):
     def keep(self, key: str, make: Callable[[], Rotation]) -> None:
         """Nothing to keep."""
 
-    def apply(self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool) -> Rotated:
+    def apply(
+        self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool, ends: Ends = EXACT_ENDS
+    ) -> Rotated:
         for layer in layers:
             yield layer, source(layer).to(layer.device, torch.float32, copy=True)
 

@@ -77,11 +77,11 @@ class Driver(ABC):
 
     @abstractmethod
     def gradient(self, layer: ProtectedLayer) -> Tensor:
-        """dL/dW."""
+        """dL/dW, of the dtype that the optimizer holds it in; to be read."""
 
     @abstractmethod
     def set_gradient(self, layer: ProtectedLayer, rotated: Tensor) -> None:
-        """Gives the optimizer the masked dL/dC, fp32."""
+        """Gives the optimizer the masked dL/dC, fp32, rounded to the dtype that it holds gradients in."""
 
     @abstractmethod
     def coefficients(self, layer: ProtectedLayer) -> Tensor:

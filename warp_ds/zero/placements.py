@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, zip_longest
 from typing import Any, ClassVar
@@ -24,50 +23,18 @@ from warp_ds.method.products import EXACT, Products, products
 from warp_ds.method.rotation import Rotation
 from warp_ds.store.layers import Ranges, TargetLayer
 from warp_ds.zero.partition import RowPartition
+from warp_ds.zero.placement_costs import FP32, GPU, Cost, Dtypes, Machine
 from warp_ds.zero.protected_layer import ProtectedLayer, row_chunks
 
 Source = Callable[[ProtectedLayer], Tensor]
 """Gives this rank's share of a layer, flat and without padding; may be asked twice."""
 Apply = Callable[[Rotation, Tensor, Products], Tensor]
 """``Rotation.rotate`` or ``Rotation.unrotate``."""
+Ends = tuple[torch.dtype, torch.dtype]
+"""(what a source's shares are taken as and sent in, what the caller rounds results to, and they are sent back in)"""
+EXACT_ENDS = torch.float32, torch.float32
 Rotated = Iterator[tuple[ProtectedLayer, Tensor]]
 """(layer, this rank's share of it rotated: a new fp32 tensor)"""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What ``auto`` reckons with: fixed, not measured at the start, so that a resumed run chooses as the first one did."""
-
-    multiply_adds: float
-    """A second and rank, in the products of a rotation."""
-    bandwidth: float
-    """Bytes a second that a rank sends while all do."""
-    overlaps: bool
-    """Whether sending leaves the processor that computes alone."""
-
-
-#: An H100 (half its peak of dense bf16 products, three for one of fp32 numbers) on 200 Gb/s of network a GPU; a few CPU cores
-#: on 10 Gb/s.
-GPU, CPU = Machine(8e13, 2.5e10, True), Machine(5e10, 1.25e9, False)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a placement costs the rank that it costs most."""
-
-    sent: float
-    """Bytes a step, to other ranks."""
-    held: float
-    """Bytes: bases, and what is brought together to use them."""
-    multiply_adds: float
-    """A step."""
-    ahead: bool = False
-    """Whether what is sent can be sent ahead of its use."""
-
-    def seconds(self, machine: Machine) -> float:
-        """A step's."""
-        parts = self.multiply_adds / machine.multiply_adds, self.sent / machine.bandwidth
-        return max(parts) if self.ahead and machine.overlaps else sum(parts)
 
 
 class BasisShard:
@@ -110,14 +77,22 @@ class Placement(ABC):
         bases: for each layer's name the key of its basis and the bytes that its fp32 rotation takes, which stand for r
             too: m rows take m x bytes / 4 multiply-adds, dense or as reflectors.
         world_size, rank: the ranks, and this one; costs and bytes are those of the rank that has most.
+        dtypes: of what a step rotates.
     """
 
     name: ClassVar[str]
     rotates: ClassVar[bool] = True
     """Whether C is anything but W."""
 
-    def __init__(self, layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int, rank: int = 0):
-        self.layers, self.bases = list(layers), bases
+    def __init__(
+        self,
+        layers: Iterable[TargetLayer],
+        bases: Mapping[str, tuple[str, int]],
+        world_size: int,
+        rank: int = 0,
+        dtypes: Dtypes = FP32,
+    ):
+        self.layers, self.bases, self.dtypes = list(layers), bases, dtypes
         self.world_size, self.rank = world_size, rank
         self.sizes = dict(bases[layer.name] for layer in self.layers)
         self.products = "auto"
@@ -148,17 +123,21 @@ class Placement(ABC):
     def rotate(self, layers: Sequence[ProtectedLayer], source: Source, fast: bool = False) -> Rotated:
         """C = W U of each layer, in any order. Collective, with the same layers on every rank.
 
-        One layer's whole result, over all ranks, exists at a time. ``fast``: the result is a gradient or is rounded to
-        the weights' dtype, so it is taken as ``products`` says; else exactly.
+        One layer's whole result, over all ranks, exists at a time. ``fast``: these are a step's gradients, of the dtype
+        that ``dtypes`` says, and the products are taken as ``products`` says; else fp32 weights, exactly.
         """
-        return self.apply(layers, source, lambda rotation, w, products: rotation.rotate(w, products), fast)
+        ends = (self.dtypes.gradients, self.dtypes.gradients) if fast else EXACT_ENDS
+        return self.apply(layers, source, lambda rotation, w, products: rotation.rotate(w, products), fast, ends)
 
     def rotate_back(self, layers: Sequence[ProtectedLayer], source: Source, fast: bool = False) -> Rotated:
-        """W = C Uᵀ of each layer, as ``rotate``."""
-        return self.apply(layers, source, lambda rotation, c, products: rotation.unrotate(c, products), fast)
+        """W = C Uᵀ of each layer, C fp32; as ``rotate``. ``fast``: W will be rounded to its dtype."""
+        ends = (torch.float32, self.dtypes.weights) if fast else EXACT_ENDS
+        return self.apply(layers, source, lambda rotation, c, products: rotation.unrotate(c, products), fast, ends)
 
     @abstractmethod
-    def apply(self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool) -> Rotated:
+    def apply(
+        self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool, ends: Ends = EXACT_ENDS
+    ) -> Rotated:
         """What ``rotate`` and ``rotate_back`` are."""
 
     def products_of(self, layer: ProtectedLayer, fast: bool) -> Products:
@@ -169,26 +148,32 @@ class Placement(ABC):
 class InPlace(Placement):
     """Each rank rotates the rows of its own shard; rows that are cut between ranks are brought together on all of them."""
 
-    def _in_place(self) -> tuple[float, float]:
-        """(bytes, multiply-adds) of one rotation: a ring's all-reduce of cut rows, all of which every rank rotates."""
-        joined = multiply_adds = 0.0
+    def _in_place(self) -> tuple[float, float, float]:
+        """(bytes, multiply-adds, those of them with a bf16 factor) of a step: a ring's all-reduce of cut rows of gradients and
+        of C, all of which every rank rotates."""
+        joined = multiply_adds = by_bf16 = 0.0
         for layer in self.layers:
             cut, _ = spread(layer, self.world_size)
-            joined += 2 * 4 * cut * layer.n * (self.world_size - 1) / self.world_size
-            multiply_adds += (layer.m / self.world_size + cut) * self.bases[layer.name][1] / 4
-        return joined, multiply_adds
+            size, width = self.bases[layer.name][1], self.dtypes.gradients.itemsize + 4
+            joined += 2 * width * cut * layer.n * (self.world_size - 1) / self.world_size
+            once = (layer.m / self.world_size + cut) * size / 4
+            multiply_adds += 2 * once
+            by_bf16 += once * self.dtypes.by_bf16(size, layer.n)
+        return joined, multiply_adds, by_bf16
 
     @abstractmethod
     def rotations(self, layers: Sequence[ProtectedLayer]) -> Iterator[Rotation]:
         """Each layer's whole rotation; the caller drops each before it asks for the next."""
 
-    def apply(self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool) -> Rotated:
-        cuts = self._join_cut_rows(layers, source)
+    def apply(
+        self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool, ends: Ends = EXACT_ENDS
+    ) -> Rotated:
+        cuts = self._join_cut_rows(layers, source, ends[0])
         rotations = self.rotations(layers)
         for layer, cut in zip(layers, cuts, strict=True):
             rotation = next(rotations)
-            flat = source(layer).to(layer.device, torch.float32)
-            result = torch.zeros_like(flat)
+            flat = source(layer).to(layer.device, ends[0])
+            result = torch.zeros_like(flat, dtype=torch.float32)
             rows, target = layer.partition.whole_rows(flat), layer.partition.whole_rows(result)
             taken = self.products_of(layer, fast)
             for chunk in row_chunks(rows.shape[0], layer.target.n):
@@ -200,19 +185,19 @@ class InPlace(Placement):
             del rotation  # Or a gathered one would live on while the next but one is gathered.
             yield layer, result
 
-    def _join_cut_rows(self, layers: Sequence[ProtectedLayer], source: Source) -> list[Tensor]:
-        """The rows of each layer that are cut between ranks, fp32 [cut rows, n], whole, on every rank.
+    def _join_cut_rows(self, layers: Sequence[ProtectedLayer], source: Source, dtype: torch.dtype) -> list[Tensor]:
+        """The rows of each layer that are cut between ranks, [cut rows, n], whole, on every rank.
 
         One all-reduce for all layers: each rank adds its pieces to zeros, which is exact even for a row on all ranks.
         """
         sizes = [len(layer.partition.cut_rows) * layer.target.n for layer in layers]
-        joined = torch.zeros(sum(sizes), device=layers[0].device if layers else None)
+        joined = torch.zeros(sum(sizes), dtype=dtype, device=layers[0].device if layers else None)
         cuts = [part.view(-1, layer.target.n) for part, layer in zip(joined.split(sizes), layers, strict=True)]
         for layer, cut in zip(layers, cuts, strict=True):
             if layer.partition.fragments:
                 flat = source(layer)
                 for fragment in layer.partition.fragments:
-                    cut[fragment.cut, fragment.columns] = flat[fragment.local].to(layer.device, torch.float32)
+                    cut[fragment.cut, fragment.columns] = flat[fragment.local].to(layer.device, dtype)
         if joined.numel():
             dist.all_reduce(joined)
             self.sent += 2 * joined.nbytes * (self.world_size - 1) // self.world_size
@@ -235,8 +220,8 @@ class Replicated(InPlace):
         return self.kept()
 
     def cost(self) -> Cost:
-        joined, multiply_adds = self._in_place()
-        return Cost(2 * joined, self.holds(), 2 * multiply_adds)
+        joined, multiply_adds, by_bf16 = self._in_place()
+        return Cost(joined, self.holds(), multiply_adds, by_bf16=by_bf16)
 
     def keep(self, key: str, make: Callable[[], Rotation]) -> None:
         self.whole[key] = make()
@@ -264,10 +249,10 @@ class Sharded(InPlace):
         return self.kept() + 2 * max(self.sizes.values(), default=0)
 
     def cost(self) -> Cost:
-        joined, multiply_adds = self._in_place()
+        joined, multiply_adds, by_bf16 = self._in_place()
         used = (key for key, _ in groupby(self.bases[layer.name][0] for layer in self.layers))
         gathered = sum(self._piece(key) * (self.world_size - 1) for key in used)
-        return Cost(2 * (joined + gathered), self.holds(), 2 * multiply_adds, ahead=True)
+        return Cost(joined + 2 * gathered, self.holds(), multiply_adds, ahead=True, by_bf16=by_bf16)
 
     def keep(self, key: str, make: Callable[[], Rotation]) -> None:
         self.pieces[key] = BasisShard(make(), self.world_size, self.rank)
@@ -318,45 +303,60 @@ class Owner(Placement):
     def holds(self) -> float:
         return self.kept() + 2 * 4 * max((layer.m * layer.n for layer in self.layers), default=0)
 
+    def work(self, layer: TargetLayer) -> tuple[float, float]:
+        """(multiply-adds of one rotation, those of them that have a bf16 factor where it is a gradient's)"""
+        size = self.bases[layer.name][1]
+        return layer.m * size / 4, layer.m * size / 4 * self.dtypes.by_bf16(size, layer.n)
+
     def cost(self) -> Cost:
         ranks = self.world_size
-        multiply_adds, sent = [0.0] * ranks, torch.zeros(ranks, dtype=torch.int64)
+        gradient, weight = self.dtypes.gradients.itemsize, self.dtypes.weights.itemsize
+        multiply_adds, sent = [(0.0, 0.0)] * ranks, torch.zeros(ranks, dtype=torch.int64)
         for layer in self.layers:
-            key, size = self.bases[layer.name]
-            owner, shares = self.owners[key], spread(layer, ranks)[1]
-            multiply_adds[owner] += layer.m * size / 4
-            # Everybody sends its share to the owner, which gives all others theirs.
-            sent += shares
-            sent[owner] += layer.m * layer.n - 2 * shares[owner]
-        return Cost(2 * 4 * int(sent.max()), self.holds(), 2 * max(multiply_adds))
+            owner, shares = self.owners[self.bases[layer.name][0]], spread(layer, ranks)[1]
+            once, by_bf16 = self.work(layer)
+            multiply_adds[owner] = multiply_adds[owner][0] + 2 * once, multiply_adds[owner][1] + by_bf16
+            # Everybody sends its share to the owner, a gradient's and C's, which gives all others theirs, rotated.
+            sent += (gradient + 4) * shares
+            back = (gradient + weight) * (layer.m * layer.n - int(shares[owner]))
+            sent[owner] += back - (gradient + 4) * shares[owner]
+        most, by_bf16 = max(multiply_adds)
+        return Cost(int(sent.max()), self.holds(), most, by_bf16=by_bf16)
 
     def keep(self, key: str, make: Callable[[], Rotation]) -> None:
         if self.owners[key] == self.rank:
             self.own[key] = make()
 
-    def apply(self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool) -> Rotated:
+    def apply(
+        self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool, ends: Ends = EXACT_ENDS
+    ) -> Rotated:
         """In waves of one layer an owner, so that all of them rotate at once.
 
-        Shares are whole in order of rank, so that an owner receives the matrix row after row.
+        Shares are whole in order of rank, so that an owner receives the matrix row after row. What the caller rounds is
+        rounded before it is sent back.
         """
         ranks = self.world_size
         for wave in zip_longest(*([x for x in layers if self.owners[x.basis] == owner] for owner in range(ranks))):
             lengths = [0 if layer is None else layer.partition.stop - layer.partition.start for layer in wave]
             mine = wave[self.rank]
             of_ranks = [0] * ranks if mine is None else mine.partition.shares
-            shards = torch.cat([source(layer).to(layer.device, torch.float32) for layer in wave if layer is not None])
+            shards = torch.cat([source(layer).to(layer.device, ends[0]) for layer in wave if layer is not None])
             whole = shards.new_empty(sum(of_ranks))
             self._exchange(whole, shards, of_ranks, lengths)
+            # In place where the dtype stays.
+            shards, result = (each if ends[0] == ends[1] else torch.empty_like(each, dtype=ends[1]) for each in (shards, whole))
             if mine is not None:
-                rows = whole.view(mine.target.m, mine.target.n)
+                rows, target = (each.view(mine.target.m, mine.target.n) for each in (whole, result))
                 taken = self.products_of(mine, fast)
                 for chunk in self.chunks(mine.target.m, mine.target.n):
-                    rows[chunk] = apply(self.own[mine.basis], rows[chunk], taken)
-            self._exchange(shards, whole, lengths, of_ranks)
+                    target[chunk] = apply(self.own[mine.basis], rows[chunk], taken)
+                del rows, target
             del whole
-            for layer, result in zip(wave, shards.split(lengths), strict=True):
+            self._exchange(shards, result, lengths, of_ranks)
+            del result
+            for layer, share in zip(wave, shards.split(lengths), strict=True):
                 if layer is not None:
-                    yield layer, result
+                    yield layer, share.float()
 
     def _exchange(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
         dist.all_to_all_single(received, sent, received_sizes, sent_sizes)
@@ -368,10 +368,12 @@ CLASSES: tuple[type[Placement], ...] = (Replicated, Sharded, Owner)
 PLACEMENTS = ("auto", *(each.name for each in CLASSES))
 
 
-def predict_costs(layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int) -> dict[str, Cost]:
+def predict_costs(
+    layers: Iterable[TargetLayer], bases: Mapping[str, tuple[str, int]], world_size: int, dtypes: Dtypes = FP32
+) -> dict[str, Cost]:
     """The cost of each placement, by its name; arguments as of ``Placement``."""
     layers = list(layers)
-    return {each.name: each(layers, bases, world_size).cost() for each in CLASSES}
+    return {each.name: each(layers, bases, world_size, dtypes=dtypes).cost() for each in CLASSES}
 
 
 def place_bases(
@@ -382,6 +384,7 @@ def place_bases(
     machine: Machine = GPU,
     memory: float | None = None,
     rank: int = 0,
+    dtypes: Dtypes = FP32,
 ) -> tuple[Placement, str]:
     """(the placement asked for, or for 'auto' the fastest of those that fit into ``memory``; why, in words). The same on
     every rank.
@@ -393,7 +396,7 @@ def place_bases(
     if placement not in PLACEMENTS:
         raise ValueError(f"basis_placement is {placement!r}: choose one of {', '.join(PLACEMENTS)}")
     layers = list(layers)
-    all_of_them = {each.name: each(layers, bases, world_size, rank) for each in CLASSES}
+    all_of_them = {each.name: each(layers, bases, world_size, rank, dtypes) for each in CLASSES}
     costs = {name: each.cost() for name, each in all_of_them.items()}
     room = 12 * sum(layer.m * layer.n for layer in layers) / world_size if memory is None else memory
     fitting = [name for name, cost in costs.items() if cost.held <= room]

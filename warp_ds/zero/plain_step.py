@@ -213,5 +213,10 @@ class PlainDriver(Driver):
         return {layer.target.name: self.coefficients(layer).view(layer.target.shape) for layer in self._layers}
 
 
+def gradient_dtype(param: nn.Parameter) -> torch.dtype:
+    """Of the gradients that backward passes leave in ``param.grad``: newer torch lets it be another than the parameter's."""
+    return getattr(param, "grad_dtype", param.dtype) or torch.float32  # None: any
+
+
 def _weights(layer: ProtectedLayer) -> Tensor:
     return layer.partition.take(layer.param.detach().flatten())

@@ -15,7 +15,8 @@ from warp_ds.method.two_sided import TwoSided
 from warp_ds.store.bases import BasisStore
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.masked_parameters import MaskedParameter
-from warp_ds.zero.placements import GPU, Apply, Cost, Machine, Owner, Placement, Rotated, Source, place_bases
+from warp_ds.zero.placement_costs import FP32, GPU, Dtypes, Machine
+from warp_ds.zero.placements import EXACT_ENDS, Apply, Ends, Owner, Placement, Rotated, Source, place_bases
 from warp_ds.zero.protected_layer import ProtectedLayer
 
 
@@ -28,24 +29,28 @@ class WholeLayers(Owner):
         bases: Mapping[str, tuple[str, int]],
         world_size: int,
         rank: int = 0,
+        dtypes: Dtypes = FP32,
         *,
         left: Mapping[str, int],
         right: Mapping[str, str],
     ):
         """``left``: of the bytes in ``bases``, those of each layer's V; ``right``: key -> the file of its U; the rest as of
         ``Placement``."""
-        super().__init__(layers, bases, world_size, rank)
+        super().__init__(layers, bases, world_size, rank, dtypes)
         self.left, self.right = left, right
         self._rights: dict[str, Rotation] = {}
         owners = LeastLoaded(world_size)
         # Block by block, since neighbours share an optimizer sub-group; in each the largest first.
-        by_block = sorted(self.layers, key=lambda layer: (layer.layer, -self._work(layer)))
-        self.owners = {bases[layer.name][0]: owners.next(self._work(layer)) for layer in by_block}
+        by_block = sorted(self.layers, key=lambda layer: (layer.layer, -self.work(layer)[0]))
+        self.owners = {bases[layer.name][0]: owners.next(self.work(layer)[0]) for layer in by_block}
 
-    def _work(self, layer: TargetLayer) -> float:
-        """Multiply-adds of one rotation: m rows with U, n columns with V."""
+    def work(self, layer: TargetLayer) -> tuple[float, float]:
+        """m rows with U, n columns with V, which come first."""
         left = self.left[layer.name]
-        return (layer.m * (self.bases[layer.name][1] - left) + layer.n * left) / 4
+        by_left, by_right = layer.n * left / 4, layer.m * (self.bases[layer.name][1] - left) / 4
+        # What V has made of a gradient is fp32; where there is no V, U meets the gradient itself.
+        first, size, order = (by_left, left, layer.m) if left else (by_right, self.bases[layer.name][1], layer.n)
+        return by_left + by_right, first * self.dtypes.by_bf16(size, order)
 
     def kept(self) -> float:
         of_owner = [0.0] * self.world_size
@@ -62,26 +67,21 @@ class WholeLayers(Owner):
         if isinstance(kept := self.own.get(key), TwoSided):
             kept.right = self._rights.setdefault(self.right[key], kept.right)  # what layers share is held once
 
-    def cost(self) -> Cost:
-        cost, multiply_adds = super().cost(), [0.0] * self.world_size
-        for layer in self.layers:
-            multiply_adds[self.owners[self.bases[layer.name][0]]] += self._work(layer)
-        return Cost(cost.sent, cost.held, 2 * max(multiply_adds, default=0.0))
-
     @staticmethod
     def chunks(m: int, n: int) -> Iterator[slice]:
         return iter([slice(0, m)])
 
-    def apply(self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool) -> Rotated:
+    def apply(
+        self, layers: Sequence[ProtectedLayer], source: Source, apply: Apply, fast: bool, ends: Ends = EXACT_ENDS
+    ) -> Rotated:
         if self.world_size > 1:
             # In waves of one layer an owner, each as long as its largest: alike ones go together.
-            yield from super().apply(sorted(layers, key=lambda x: -self._work(x.target)), source, apply, fast)
+            yield from super().apply(sorted(layers, key=lambda x: -self.work(x.target)[0]), source, apply, fast, ends)
             return
         for layer in layers:
-            share = source(layer).to(layer.device)
-            taken = self.products_of(layer, fast)
-            whole = apply(self.own[layer.basis], share.float().view(layer.target.shape), taken)
-            yield layer, whole.reshape(-1)
+            share = source(layer).to(layer.device, ends[0])
+            whole = apply(self.own[layer.basis], share.view(layer.target.shape), self.products_of(layer, fast))
+            yield layer, whole.reshape(-1).float()
 
 
 def place_rotations(
@@ -91,15 +91,16 @@ def place_rotations(
     world_size: int,
     machine: Machine = GPU,
     rank: int = 0,
+    dtypes: Dtypes = FP32,
 ) -> tuple[Placement, str]:
     """``place_bases``; of what mixes rows the only placement that it has, whatever it costs."""
     layers, bases = [each.target for each in masked], {each.target.name: each.held(basis) for each in masked}
     if basis is None or not any(each.mixes_rows(basis) for each in masked):
-        return place_bases(asked, layers, bases, world_size, machine, rank=rank)
+        return place_bases(asked, layers, bases, world_size, machine, rank=rank, dtypes=dtypes)
     refuse_without_rows(basis, asked, world_size)
     left = {each.target.name: each.held_left(basis) for each in masked}
     right = {bases[each.target.name][0]: each.shared(basis) for each in masked}
-    placement = WholeLayers(layers, bases, world_size, rank, left=left, right=right)
+    placement = WholeLayers(layers, bases, world_size, rank, dtypes, left=left, right=right)
     cost = placement.cost()
     return placement, (
         f"an output basis mixes rows. Predicted for a rank: holds {cost.held / 1e9:.3g} GB, sends {cost.sent / 1e9:.3g} GB a "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from warp_ds.errors import ConfigError
 from warp_ds.launch.planning.estimate import basis_bytes, decomposition_peak, others_share, seen
 from warp_ds.launch.planning.job import Job, Shape
@@ -11,6 +13,7 @@ from warp_ds.method.covariance import kept_entries
 from warp_ds.method.rotation import Rotation
 from warp_ds.store.layers import TargetLayer
 from warp_ds.zero.collect import REDUCE, ROUTED, route
+from warp_ds.zero.placement_costs import Dtypes
 from warp_ds.zero.placements import Owner, Placement
 from warp_ds.zero.whole_layers import WholeLayers
 
@@ -97,4 +100,5 @@ def place(held: Mapping[str, tuple[str, int]], shape: Shape, job: Job) -> tuple[
     left = {layer.name: Rotation.held_bytes(layer.m, output_rank(layer, shape, job)) for layer in shape.targets}
     both = {name: (name, size + left[name]) for name, (_, size) in held.items()}
     right = {name: file for name, (file, _) in held.items()}
-    return WholeLayers(shape.targets, both, job.ranks, left=left, right=right), both
+    dtypes = Dtypes(weights=getattr(torch, job.dtype))
+    return WholeLayers(shape.targets, both, job.ranks, dtypes=dtypes, left=left, right=right), both

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
+
 from warp_ds.flags.controls import REPLAYS
 from warp_ds.launch.planning import both_sides
 from warp_ds.launch.planning.estimate import (
@@ -19,7 +21,8 @@ from warp_ds.launch.planning.estimate import (
 from warp_ds.launch.planning.job import Job, Shape, Sharding
 from warp_ds.method.mask import frozen_count
 from warp_ds.method.rotation import Rotation
-from warp_ds.zero.placements import CPU, GPU, Placement, place_bases
+from warp_ds.zero.placement_costs import CPU, GPU, Dtypes
+from warp_ds.zero.placements import Placement, place_bases
 from warp_ds.zero.protected_layer import CHUNK
 from warp_ds.zero.save import GATHER_BYTES
 
@@ -129,7 +132,9 @@ def _masked_step(need: Estimate, shape: Shape, job: Job, steps: int) -> float:
     placement: Placement
     machine = GPU if job.on_gpu else CPU
     if job.output_basis == "identity":
-        placement, _ = place_bases(job.basis_placement, targets, held, ranks, machine)
+        # Gradients accumulate in fp32, as ds_configs has it.
+        dtypes = Dtypes(weights=getattr(torch, job.dtype))
+        placement, _ = place_bases(job.basis_placement, targets, held, ranks, machine, dtypes=dtypes)
     else:
         placement, held = both_sides.place(held, shape, job)
     need.rotating = placement.cost().seconds(machine)
