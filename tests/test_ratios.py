@@ -55,7 +55,7 @@ def test_rates_of_a_named_device() -> None:
 
 
 def test_what_the_docs_say_of_the_h200() -> None:
-    """docs/gpu.md, "Against the bars": one 8B block, dense bases, 32,768 tokens, a plain step of 0.133 s, 245 TFLOP/s in TF32."""
+    """docs/gpu.md, "Against the bars": one 8B block, dense bases, 32,768 tokens, a step of 0.133 s, TF32 at 245 TFLOP/s."""
     q, kv, ffn = 4096 * 4096**2, 1024 * 4096**2, 14336 * 4096**2 + 4096 * 14336**2
     multiply_adds, plain = 2 * (q + 2 * kv + ffn), 0.133
     assert 2 * multiply_adds == pytest.approx(4.7e12, rel=0.01)
@@ -64,7 +64,7 @@ def test_what_the_docs_say_of_the_h200() -> None:
     def ratio(way: Any, rates: Rates = reached, **more: Any) -> float:
         return round(step_ratio(plain, rotating_seconds(multiply_adds, way, rates, **more)), 3)
 
-    assert (ratio(TF32), ratio(SPLIT), ratio(SPLIT, gradients=torch.bfloat16)) == (1.145, 1.218, 1.182)
+    assert (ratio(TF32), ratio(SPLIT), ratio(SPLIT, gradients=torch.bfloat16)) == (1.146, 1.218, 1.182)
     assert H200 is not None
     assert ratio(TF32, H200) == 1.072, "at the peak of TF32: no card of this make meets 1.06 with dense bases"
     assert ratio(TF32, share=0.61) == 1.089

@@ -38,7 +38,7 @@ def importance_flops(tokens: float, ranks: int, rows: Sequence[int], n: int, r: 
 def importance_seconds(
     tokens: float, ranks: int, rows: Sequence[int], n: int, r: int, dtype: torch.dtype, products: Products, rates: Rates
 ) -> float:
-    """What ``importance_flops`` take by ``products`` at ``rates``, for inputs and output gradients of ``dtype`` and an fp32 U."""
+    """What ``importance_flops`` take by ``products`` at ``rates``, inputs and gradients of ``dtype``, U fp32."""
     if tokens_first(tokens, ranks, rows, n, r):  # x U, then gᵀ (x U)
         return products.seconds(2.0 * _tokens_first(tokens, ranks, rows, n, r), rates, dtype)
     summed = products.seconds(2.0 * tokens * sum(rows) * n, rates, dtype, dtype)
