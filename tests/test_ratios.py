@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,3 +78,37 @@ def test_what_the_docs_say_of_the_h200() -> None:
     assert share_within(1.10, 1.238, 1.043) == pytest.approx(0.29, abs=0.005)
     assert memory_ratio(4.9, 0.96, 1.043, share=0.61) == pytest.approx(1.16, abs=0.005)
     assert (share_within(1.1, 1.05), share_within(1.0, 1.2, 1.1)) == (1.0, 0.0)
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, from which benchmarks import each other as they do when started."""
+    folder = Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+def test_benchmarks_say_what_operations_say_where_all_rates_are_one(
+    benchmarks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One product at one rate for all: the ratio of seconds is that of operations. By a data sheet, split takes its number."""
+    masked_step, phase12 = importlib.import_module("masked_step"), importlib.import_module("phase12")
+    one = Rates(2.0, 2.0, 2.0)
+    given = Namespace(hidden=64, intermediate=160, layers=3, tokens=512, length=32, batch_size=4, sheet="", device="cpu")
+    for dtype, way, types in (("float32", "auto", phase12.FIVE), ("bfloat16", "tf32", "ffn_down")):
+        given.dtype = dtype
+        _, plain, ratio = phase12.score_operations(given, types)
+        assert phase12.scores_predicted(given, types, way, one, plain / 2.0) == round(ratio, 3)
+        assert phase12.scores_predicted(given, types, way, one, plain / 2.0, reading=plain) == pytest.approx(
+            ratio + 2, abs=1e-3
+        )
+    shapes = "--ranks 1 --hidden 64 --ffn 160 --heads 4 --kv_heads 2 --layers 2 --vocab 64 --dtype bfloat16 --sheet H200"
+    monkeypatch.setattr("sys.argv", ["masked_step.py", *shapes.split()])
+    masked_step.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    over = {way: ratio - 1 for way, ratio in found["time_ratio_by_sheet"].items()}
+    products = 2 * 2 * 2 * ((64 + 32 + 32 + 160) * 64**2 + 64 * 160**2)  # two blocks, there and back
+    plain = 6 * 2048 * (2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160) + 64 * 64)
+    assert over["tf32"] == pytest.approx(2 * products / plain, abs=1e-3)
+    assert over["split"] == pytest.approx(1.5 * over["tf32"], abs=2e-3)
+    assert found["bases_bytes"] == 2 * 4 * (2 * 64**2 + 160**2)
