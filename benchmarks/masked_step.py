@@ -413,9 +413,9 @@ def by_sheet(a: argparse.Namespace) -> None:
     plain = arithmetic(a) / a.ranks / (rates.bf16 if a.dtype == "bfloat16" else rates.fp32)
     ratios = {}
     for way in WAYS if a.dtype == "bfloat16" else WAYS[:1]:
-        for gradients in ("float32", "bfloat16") if way == "split" else ("float32",):
-            rotating = rotating_seconds(cost.multiply_adds, way_of(way, a.dtype, "cuda"), rates, getattr(torch, gradients))
-            name = way if gradients == "float32" else f"{way}, bf16 gradients"
+        halves = {"split, bf16 gradients": cost.multiply_adds / 2} if way == "split" else {}
+        for name, by_bf16 in {way: 0.0, **halves}.items():
+            rotating = rotating_seconds(cost.multiply_adds, way_of(way, a.dtype, "cuda"), rates, by_bf16)
             ratios[name] = round(step_ratio(plain, rotating), 3)
             print(f"{name}: {ratios[name]} (plain {plain:.4f} s, rotating {rotating:.4f} s)")
     print(json.dumps({"gpu": a.sheet, "rates": vars(rates), "bases_bytes": cost.held, "time_ratio_by_sheet": ratios}))

@@ -12,16 +12,14 @@ import torch
 from warp_ds.method.products import Products, Rates
 
 
-def rotating_seconds(
-    multiply_adds: float, products: Products, rates: Rates, gradients: torch.dtype = torch.float32, share: float = 1.0
-) -> float:
-    """A step's two rotations: of gradients of a dtype with U, and of fp32 coefficients with Uᵀ.
+def rotating_seconds(multiply_adds: float, products: Products, rates: Rates, by_bf16: float = 0.0, share: float = 1.0) -> float:
+    """A step's two rotations: of gradients with U, and of fp32 coefficients with Uᵀ.
 
-    ``multiply_adds``: of both, as ``zero.placements.Cost`` has it; ``share``: what smaller bases (``warp-ds shrink``,
-    ``--max_rank``) leave of it.
+    ``multiply_adds``: of both, as ``zero.placements.Cost`` has it; ``by_bf16``: those of them with a bf16 factor, half of
+    all where gradients are bf16 as they are; ``share``: what smaller bases (``warp-ds shrink``, ``--max_rank``) leave.
     """
-    each = share * multiply_adds  # half of the multiply-adds, two operations for one
-    return products.seconds(each, rates, gradients) + products.seconds(each, rates)
+    of_fp32 = products.seconds(2 * share * (multiply_adds - by_bf16), rates)
+    return of_fp32 + products.seconds(2 * share * by_bf16, rates, torch.bfloat16)
 
 
 def step_ratio(plain: float, rotating: float) -> float:
