@@ -35,10 +35,11 @@ from rates import WAYS, best_seconds, measured_rates, sheet_rates, way_of
 from step_artefacts import INPUTS, MODULES, make_model, random_basis, random_mask, targets, write_artefacts
 from torch import nn
 
-from warp_ds.launch.planning.ratios import rotating_seconds, step_ratio
+from warp_ds.launch.planning.ratios import memory_ratio, rotating_seconds, share_within, step_ratio
 
 VARIANTS = ("plain", "masked", "both", "modules")
 RATIOS = ("time_ratio", "memory_ratio")
+BAR = 1.10  # of memory, on one GPU: which share of the bases' bytes it leaves is printed
 PLACEMENTS = ("auto", "replicated", "sharded", "owner")
 
 
@@ -358,7 +359,8 @@ def main() -> None:
     for name, found in zip(masked if memory else [], result["placements"].values(), strict=False):
         found["memory_ratio"] = memory[name] / memory["plain"]
         found["memory_ratio_without_basis"] = (memory[name] - found["basis_bytes"]) / memory["plain"]
-        found["memory_ratio_predicted"] = 1 + found["held_bytes_predicted"] / memory["plain"]
+        found["memory_ratio_predicted"] = memory_ratio(memory["plain"], found["held_bytes_predicted"])
+        found["bases_share_within_bar"] = share_within(BAR, found["memory_ratio"], found["memory_ratio_without_basis"])
     if masked:
         # Of the first placement, beside what the other variants have.
         result |= next(iter(result["placements"].values()))
