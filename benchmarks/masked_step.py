@@ -3,7 +3,10 @@
     python benchmarks/masked_step.py --ranks 2                         # the small case, on the CPU
     python benchmarks/masked_step.py --device cuda --ranks 1 --hidden 4096 --ffn 11008 --layers 1 --dtype bfloat16
     python benchmarks/masked_step.py --ranks 2 --variants plain,masked --basis_placement each    # bytes and time of each
+    python benchmarks/masked_step.py --ranks 1 ... --dtype bfloat16 --sheet "NVIDIA H200"    # by its data sheet, nothing is run
 
+Beside each ratio stands what arithmetic makes of it: the plain step's seconds, the rotation's operations, how many products a
+way takes for one, and what this machine does of each in a second (one product each is measured); bytes of bases and masks.
 Times are medians of the ratios of optimizer steps run in turn (plain, masked, modules, plain, ...). Memory is each
 variant's peak alone in fresh processes, over what the process held before the model was built: torch's allocator on a
 GPU, the resident set on a CPU. The mask's column profile (share frozen by eigen-direction, from the largest
@@ -28,12 +31,16 @@ from typing import Any
 
 import torch
 from processor import processor
-from step_artefacts import MODULES, make_model, random_basis, random_mask, targets, write_artefacts
+from rates import WAYS, best_seconds, measured_rates, sheet_rates, way_of
+from step_artefacts import INPUTS, MODULES, make_model, random_basis, random_mask, targets, write_artefacts
 from torch import nn
 
+from warp_ds.launch.planning.ratios import memory_ratio, rotating_seconds, share_within, step_ratio
+
 VARIANTS = ("plain", "masked", "both", "modules")
+RATIOS = ("time_ratio", "memory_ratio")
+BAR = 1.10  # of memory, on one GPU: which share of the bases' bytes it leaves is printed
 PLACEMENTS = ("auto", "replicated", "sharded", "owner")
-PRODUCTS = ("exact", "split", "tf32")
 
 
 def parse() -> argparse.Namespace:
@@ -75,12 +82,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=9, help="timed optimizer steps of each variant")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--no_memory", action="store_true", help="leave the memory runs out")
+    parser.add_argument("--sheet", metavar="GPU", help="print what this GPU's data sheet makes of the shapes, and end")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.basis_placement == "each":
         a.variants = a.variants.replace("masked", ",".join(f"masked:{placement}" for placement in PLACEMENTS[1:]))
     else:
-        ways = PRODUCTS if a.products == "each" else (a.products,)
+        ways = WAYS if a.products == "each" else (a.products,)
         a.variants = a.variants.replace("masked", ",".join(f"masked:{a.basis_placement}:{way}" for way in ways))
     if a.products != "auto" and a.dtype != "bfloat16":
         parser.error("--products is of bf16 models: give --dtype bfloat16")
@@ -212,13 +220,15 @@ def worker(a: argparse.Namespace, root: Path) -> None:
                     if metrics is not None:
                         rotate[name].append(metrics.rotate_seconds)
                         sent[name].append(metrics.rotate_bytes)
+        rates, bandwidth = measured(a, next(iter(masked.values())).layers) if masked else (None, 0.0)
         report = {
             "seconds": seconds,
             "tokens": a.micro_batch * a.tokens * a.accumulation * processes.world_size(),
             "rotate": {name: statistics.median(values) for name, values in rotate.items()},
             "sent": {name: statistics.median(values) for name, values in sent.items()},
             "bases": {name: bases_held(step.placement) for name, step in masked.items()},
-            "predicted": {name: predicted(a, step) for name, step in masked.items()},
+            "predicted": {name: predicted(a, step, rates, bandwidth) for name, step in masked.items()},
+            "rates": vars(rates) if rates else {},
         }
     reports = processes.all_gather_object(report)
     if processes.rank() == 0:
@@ -233,41 +243,32 @@ def bases_held(placement: Any) -> int:
     return sum(rotation.nbytes for rotation in (placement.own if placement.name == "owner" else placement.whole).values())
 
 
-def predicted(a: argparse.Namespace, step: Any) -> dict[str, Any]:
-    """What the cost model says of the placement of ``step``, with this machine's measured figures. Collective."""
-    cost = step.placement.cost()
-    return {"placement": step.placement.name, **vars(cost), "seconds": cost.seconds(measured_machine(a, step.layers))}
+def predicted(a: argparse.Namespace, step: Any, rates: Any, bandwidth: float) -> dict[str, Any]:
+    """What arithmetic says of ``step``: its placement's cost, at this machine's measured rates."""
+    from warp_ds.zero.placement_costs import CPU, GPU, Machine
+
+    cost, placement = step.placement.cost(), step.placement
+    rotating = rotating_seconds(cost.multiply_adds, way_of(placement.products, a.dtype, a.device), rates, cost.by_bf16)
+    machine = Machine(cost.multiply_adds / rotating, bandwidth, (CPU if a.device == "cpu" else GPU).overlaps)
+    masks = sum(layer.target.m * -(-layer.target.n // 8) for layer in step.layers) / placement.world_size
+    return {"placement": placement.name, **vars(cost), "seconds": cost.seconds(machine), "masks": masks}
 
 
-def measured_machine(a: argparse.Namespace, layers: list[Any]) -> Any:
-    """Products of a shard of the largest layer, and all-gathers of such shards, on all ranks at once: the best of three."""
+def measured(a: argparse.Namespace, layers: list[Any]) -> tuple[Any, float]:
+    """Rates of products of a shard of the largest layer, and bytes a second of all-gathers of such shards, on all ranks at
+    once. Collective."""
     from torch import distributed as dist
 
     from warp_ds.cluster import processes
-    from warp_ds.method.products import Split, products
-    from warp_ds.zero.placement_costs import CPU, GPU, Machine
 
-    default, ranks = CPU if a.device == "cpu" else GPU, processes.world_size()
+    ranks = processes.world_size()
     layer = max(layers, key=lambda layer: layer.target.m * layer.target.n)
-    rows = torch.randn(-(-layer.target.m // ranks), layer.target.n, device=a.device)
-    square, whole = torch.randn(layer.target.n, layer.target.n, device=a.device), rows.new_empty(ranks * rows.numel())
-
-    def best_seconds(work: Any) -> float:
-        took = []
-        for _ in range(3):
-            synchronize(a)
-            start = time.perf_counter()
-            work()
-            if a.device == "cuda":
-                torch.cuda.synchronize()
-            took.append(time.perf_counter() - start)
-        return min(took)
-
-    taken = products("auto" if a.products == "each" else a.products, layer.param.dtype, layer.device)
-    multiplying = best_seconds(lambda: taken.mm(rows, square))
-    sending = best_seconds(lambda: dist.all_gather_into_tensor(whole, rows.flatten()))
-    rates = rows.numel() * layer.target.n / multiplying, max(1, ranks - 1) * rows.nbytes / sending
-    return Machine(*rates, default.overlaps, splits=isinstance(taken, Split))
+    shard = torch.randn(-(-layer.target.m // ranks) * layer.target.n, device=a.device)
+    whole = shard.new_empty(ranks * shard.numel())
+    wait = {"wait": lambda: synchronize(a)}
+    sending = best_seconds(lambda: dist.all_gather_into_tensor(whole, shard), **wait)
+    rates = measured_rates(a.device, -(-layer.target.m // ranks), layer.target.n, **wait)
+    return rates, max(1, ranks - 1) * shard.nbytes / sending
 
 
 def run_workers(a: argparse.Namespace, what: str, root: Path) -> list[dict[str, Any]]:
@@ -312,6 +313,9 @@ def main() -> None:
     if a.worker:
         worker(a, Path(os.environ["BENCHMARK_ROOT"]))
         return
+    if a.sheet:
+        by_sheet(a)
+        return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_artefacts(a, root / "masked")
@@ -344,6 +348,7 @@ def main() -> None:
         "train_scope": a.train_scope,
         "steps": a.steps,
         "plain_seconds": statistics.median(seconds["plain"]),
+        "rates": timing["rates"],
     }
     masked = [name for name in names if name.startswith("masked")]
     result["placements"] = {}
@@ -363,6 +368,8 @@ def main() -> None:
     for name, found in zip(masked if memory else [], result["placements"].values(), strict=False):
         found["memory_ratio"] = memory[name] / memory["plain"]
         found["memory_ratio_without_basis"] = (memory[name] - found["basis_bytes"]) / memory["plain"]
+        found["memory_ratio_predicted"] = memory_ratio(memory["plain"], found["held_bytes_predicted"])
+        found["bases_share_within_bar"] = share_within(BAR, found["memory_ratio"], found["memory_ratio_without_basis"])
     if masked:
         # Of the first placement, beside what the other variants have.
         result |= next(iter(result["placements"].values()))
@@ -370,6 +377,9 @@ def main() -> None:
         result["module_time_ratio"] = median_ratio(seconds["modules"], seconds["plain"])
         if masked:
             result["overhead_share_of_modules"] = (result["time_ratio"] - 1) / (result["module_time_ratio"] - 1)
+    for name, found in result["placements"].items():
+        said = (f"{key} {found[key]:.3f} (arithmetic {found[f'{key}_predicted']:.3f})" for key in RATIOS if key in found)
+        print(f"{name}:", ", ".join(said))
     print(
         f"arithmetic: the rotation is {result.get('rotation_flops_share', math.nan):.3f} of the plain step's operations "
         f"on each rank (2 products of every target layer's shard with its basis, once a step)"
@@ -378,19 +388,51 @@ def main() -> None:
 
 
 def of_variant(name: str, timings: list[dict[str, Any]], plain_flops: float) -> dict[str, Any]:
-    """What a protected variant took, beside what its cost model says."""
+    """What a protected variant took, beside what arithmetic says."""
     seconds, costs = timings[0]["seconds"], [r["predicted"][name] for r in timings]
+    rotating = max(cost["seconds"] for cost in costs)
     return {
         "placement": costs[0]["placement"],
         "time_ratio": median_ratio(seconds[name], seconds["plain"]),
+        "time_ratio_predicted": step_ratio(statistics.median(seconds["plain"]), rotating),
         "rotate_seconds": max(r["rotate"][name] for r in timings),
-        "rotate_seconds_predicted": max(cost["seconds"] for cost in costs),
+        "rotate_seconds_predicted": rotating,
         "rotate_bytes": [r["sent"][name] for r in timings],
         "rotate_bytes_predicted": costs[0]["sent"],
         "basis_bytes": max(r["bases"][name] for r in timings),
-        "held_bytes_predicted": costs[0]["held"],
+        "held_bytes_predicted": max(cost["held"] + cost["masks"] for cost in costs),
         "rotation_flops_share": 2 * costs[0]["multiply_adds"] / plain_flops,
     }
+
+
+def by_sheet(a: argparse.Namespace) -> None:
+    """Prints the step's ratio for each way at the rates of a data sheet. Were plain passes and products to reach the same
+    share of theirs, whatever that is, the ratio would be this."""
+    from warp_ds.method.rotation import Rotation
+    from warp_ds.store.layers import TargetLayer
+    from warp_ds.zero.placement_costs import FP32, Dtypes
+    from warp_ds.zero.placements import place_bases
+
+    with torch.device("meta"):
+        model = make_model(argparse.Namespace(**{**vars(a), "device": "meta"}))
+    layers, bases = [], {}
+    for name, kind, i, module in targets(a, model):
+        m, n = module.weight.shape
+        layers.append(TargetLayer(name, i, kind, m, n))
+        bases[name] = (f"{i} {INPUTS.get(kind, kind)}", Rotation.held_bytes(n, max(1, round(a.rank_share * n))))
+    placement, rates = "auto" if a.basis_placement == "each" else a.basis_placement, sheet_rates(a.sheet)
+    costs = {
+        name: place_bases(placement, layers, bases, a.ranks, dtypes=dtypes)[0].cost()
+        for name, dtypes in {"split": FP32, "split, bf16 gradients": Dtypes(torch.bfloat16, torch.bfloat16)}.items()
+    }
+    plain = arithmetic(a) / a.ranks / (rates.bf16 if a.dtype == "bfloat16" else rates.fp32)
+    ratios = {}
+    for way in WAYS if a.dtype == "bfloat16" else WAYS[:1]:
+        for name, cost in costs.items() if way == "split" else [(way, costs["split"])]:
+            rotating = rotating_seconds(cost.multiply_adds, way_of(way, a.dtype, "cuda"), rates, cost.by_bf16)
+            ratios[name] = round(step_ratio(plain, rotating), 3)
+            print(f"{name}: {ratios[name]} (plain {plain:.4f} s, rotating {rotating:.4f} s)")
+    print(json.dumps({"gpu": a.sheet, "rates": vars(rates), "bases_bytes": costs["split"].held, "time_ratio_by_sheet": ratios}))
 
 
 def arithmetic(a: argparse.Namespace) -> float:

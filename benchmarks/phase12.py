@@ -3,10 +3,12 @@
     python benchmarks/phase12.py [--sections collect svd scores select memory scaling layer]
                                  [--hidden 1024] [--intermediate 2816] [--layers 4] [--tokens 6144] [--length 256]
                                  [--ranks 1 2 4] [--repeats 5] [--device cpu] [--dtype float32] [--threads 2] [--cpu_clock]
+                                 [--products auto|exact|split|tf32|each] [--sheet "NVIDIA H200"]
 
 Models and texts are random: only shapes matter. Ways that are compared take turns in one process, and a ratio is the
-median of the ratios of neighbouring runs. ``*_flops_ratio`` is what the operations of the shapes say. The last line is
-one JSON object.
+median of the ratios of neighbouring runs. ``*_flops_ratio`` is what the operations of the shapes say, ``score*_predicted`` what
+those take beside the measured plain passes, by the products of --products at measured rates and with the reading of bases;
+--sheet prints the same at the rates of a GPU's data sheet, and nothing is run. The last line is one JSON object.
 
 ``layer`` is one layer of 70B shapes end to end (8192 x 28672, 10,000 tokens); it wants a GPU, and is left out without
 one. ``--m`` and ``--n`` give it other shapes.
@@ -31,6 +33,7 @@ from typing import Any
 
 import torch
 from processor import processor
+from rates import WAYS, best_seconds, measured_rates, sheet_rates, way_of
 
 FIVE = "ffn_down,ffn_up,attn_q,attn_k,attn_v"
 SECTIONS = ("collect", "svd", "scores", "select", "memory", "scaling", "layer")
@@ -50,8 +53,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="in collect and scores")
     parser.add_argument(
-        "--products", default="auto", choices=["auto", "exact", "split", "tf32"], help="of bf16 models in scores and layer"
+        "--products",
+        default="auto",
+        choices=["auto", *WAYS, "each"],
+        help="of bf16 models in scores and layer; each: the three in turn, in scores alone",
     )
+    parser.add_argument("--sheet", metavar="GPU", help="print what this GPU's data sheet makes of scores, and end")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--cpu_clock", action="store_true", help="one thread, and its processor time: ratios on a machine that others use too"
@@ -61,6 +68,13 @@ def main() -> None:
     parser.add_argument("--layer_tokens", type=int, default=10_000, help="tokens of the one layer")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.products != "auto" and arguments.dtype != "bfloat16":
+        parser.error("--products is of bf16 models: give --dtype bfloat16")
+    if arguments.products == "each" and arguments.sections != ["scores"]:
+        parser.error("--products each is for --sections scores alone")
+    if arguments.sheet:
+        scores_by_sheet(arguments)
+        return
     if arguments.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if arguments.worker:
@@ -276,7 +290,6 @@ def svd(arguments: Any) -> dict[str, Any]:
 
 def scores(arguments: Any) -> dict[str, Any]:
     """Phase 2's passes against forward and backward passes of plain training on the same batches."""
-    from warp_ds.method.importance import importance_flops
     from warp_ds.models.targets import find_targets
     from warp_ds.phases.importance import importance_scores
 
@@ -296,48 +309,102 @@ def scores(arguments: Any) -> dict[str, Any]:
                 model(input_ids=ids, labels=labels).loss.backward()
                 model.zero_grad(set_to_none=True)
 
-        def scoring(types: str, recompute: bool = False) -> Callable[[], None]:
+        def scoring(types: str, way: str, recompute: bool = False) -> Callable[[], None]:
             layers = find_targets(model, "all", types)
-            flags = importance_flags(arguments, types, recompute)
+            flags = importance_flags(arguments, types, way, recompute)
             return lambda: importance_scores(model, Tokenizer(), layers, rows, stores[types], flags, [], Path(folder)) and None
 
-        seconds = take_turns(
-            {
-                "plain": plain_training,
-                "five": scoring(FIVE),
-                "down": scoring("ffn_down"),
-                "five, recomputing": scoring(FIVE, True),
-            },
-            arguments.repeats,
-        )
-    tokens, batch_tokens = len(rows) * arguments.length, arguments.batch_size * arguments.length
+        ways = WAYS if arguments.products == "each" else (arguments.products,)
+        tried = {"plain": plain_training, **{f"five {way}": scoring(FIVE, way) for way in ways}}
+        tried |= {f"down {way}": scoring("ffn_down", way) for way in ways}
+        seconds = take_turns({**tried, "recomputing": scoring(FIVE, ways[0], True)}, arguments.repeats)
+        reading = {types: reading_seconds(arguments, model, store, types) for types, store in stores.items()}
+    rates = measured_rates(arguments.device, arguments.batch_size * arguments.length, arguments.intermediate, clock=clock)
+    plain, found["rates"] = median(seconds["plain"]), vars(rates)
+    for types, name, suffix in ((FIVE, "five", ""), ("ffn_down", "down", "_down")):
+        found[f"score{suffix}_flops_ratio"] = round(score_operations(arguments, types)[2], 3)
+        found[f"score{suffix}_reading_s"] = round(reading[types], 4)
+        for way in ways:
+            key = f"score{suffix}" + (f"_{way}" if len(ways) > 1 else "")
+            found[f"{key}_ratio"] = ratio(seconds, f"{name} {way}", "plain")
+            found[f"{key}_ratio_predicted"] = scores_predicted(arguments, types, way, rates, plain, reading[types])
+    passes, plain_operations, _ = score_operations(arguments, FIVE)
+    recomputed = 2.0 * tokens_scored(arguments) * arguments.layers * block_weights(arguments) / plain_operations
+    found["score_recomputing_ratio"] = ratio(seconds, "recomputing", "plain")
+    found["score_recomputing_flops_ratio"] = round(found["score_flops_ratio"] + recomputed, 3)
+    return {"plain_training_s": plain, **found}
+
+
+def tokens_scored(arguments: Any) -> int:
+    return int(max(1, arguments.tokens // 2 // arguments.length)) * int(arguments.length)
+
+
+def shapes_scored(arguments: Any, types: str) -> list[tuple[list[int], int]]:
+    """(rows of each layer, inputs) of one block's layers by the input that they share."""
     h, i = arguments.hidden, arguments.intermediate
-    weights = arguments.layers * block_weights(arguments)
-    head = h * 1024 * (1 - (arguments.length // 3) / arguments.length)
-    plain = 6.0 * tokens * (weights + h * 1024)
-    batches = tokens / batch_tokens
-    extra = {"down": importance_flops(batch_tokens, 1, [h], i, i)}
-    extra["five"] = (
-        extra["down"] + importance_flops(batch_tokens, 1, [i], h, h) + importance_flops(batch_tokens, 1, [h, h, h], h, h)
-    )
-    for name in ("five", "down"):
-        ours = 4.0 * tokens * (weights + head) + batches * arguments.layers * extra[name]
-        suffix = "" if name == "five" else "_down"
-        found |= {f"score{suffix}_ratio": ratio(seconds, name, "plain"), f"score{suffix}_flops_ratio": round(ours / plain, 3)}
-    recomputed = 2.0 * tokens * weights
-    found["score_recomputing_ratio"] = ratio(seconds, "five, recomputing", "plain")
-    found["score_recomputing_flops_ratio"] = round(found["score_flops_ratio"] + recomputed / plain, 3)
-    return {"plain_training_s": median(seconds["plain"]), **found}
+    return [([h], i)] if types == "ffn_down" else [([h], i), ([i], h), ([h, h, h], h)]
 
 
-def importance_flags(arguments: Any, types: str, recompute: bool = False) -> Any:
+def score_operations(arguments: Any, types: str) -> tuple[float, float, float]:
+    """(operations of phase 2's passes over those of plain training, the latter, all of phase 2's over the latter)."""
+    from warp_ds.method.importance import importance_flops
+
+    tokens, batch_tokens = tokens_scored(arguments), arguments.batch_size * arguments.length
+    weights, head = arguments.layers * block_weights(arguments), arguments.hidden * 1024
+    plain = 6.0 * tokens * (weights + head)
+    passes = 4.0 * tokens * (weights + head * (1 - (arguments.length // 3) / arguments.length)) / plain
+    extra = sum(importance_flops(batch_tokens, 1, rows, n, n) for rows, n in shapes_scored(arguments, types))
+    return passes, plain, passes + tokens / batch_tokens * arguments.layers * extra / plain
+
+
+def scores_predicted(arguments: Any, types: str, way: str, rates: Any, plain: float, reading: float = 0.0) -> float:
+    """Phase 2's seconds over ``plain``, those of plain passes, where products take what they take at ``rates``."""
+    from warp_ds.launch.planning.ratios import scores_ratio
+    from warp_ds.method.importance import importance_seconds
+
+    dtype, batch_tokens = getattr(torch, arguments.dtype), arguments.batch_size * arguments.length
+    taken = way_of(way, arguments.dtype, "cuda" if arguments.sheet else arguments.device)
+    times = tokens_scored(arguments) / batch_tokens * arguments.layers
+    seconds = [
+        times * importance_seconds(batch_tokens, 1, rows, n, n, dtype, taken, rates)
+        for rows, n in shapes_scored(arguments, types)
+    ]
+    return round(scores_ratio(plain, score_operations(arguments, types)[0], seconds, reading), 3)
+
+
+def scores_by_sheet(arguments: Any) -> None:
+    """Prints phase 2's ratio for each way at the rates of a data sheet, were passes and products to reach the same share."""
+    rates = sheet_rates(arguments.sheet)
+    half = arguments.dtype == "bfloat16"
+    plain = score_operations(arguments, FIVE)[1] / (rates.bf16 if half else rates.fp32)
+    said = {way: scores_predicted(arguments, FIVE, way, rates, plain) for way in (WAYS if half else WAYS[:1])}
+    print(json.dumps({"gpu": arguments.sheet, "rates": vars(rates), "plain_s": round(plain, 4), "score_ratio_by_sheet": said}))
+
+
+def reading_seconds(arguments: Any, model: Any, store: Any, types: str) -> float:
+    """From the files of ``types``' bases to the device, each once."""
+    from warp_ds.models.targets import find_targets
+    from warp_ds.phases.columns import Columns
+
+    def read() -> None:
+        columns, seen = Columns(store, arguments.device), set()
+        for layer in find_targets(model, "all", types):
+            file = store.metadata.layers[layer.name]["file"]
+            if file not in seen:
+                columns.get(layer.name)
+                seen.add(file)
+
+    return best_seconds(read, clock=clock)
+
+
+def importance_flags(arguments: Any, types: str, way: str = "auto", recompute: bool = False) -> Any:
     from warp_ds.flags.arguments import ImportanceArguments
 
     return ImportanceArguments(
         dtype=arguments.dtype,
         device=arguments.device,
         layer_type=types,
-        products=arguments.products,
+        products=way,
         gradient_checkpointing=recompute,
         batch_size=arguments.batch_size,
         importance_batch_size=arguments.batch_size,

@@ -28,10 +28,11 @@ def main() -> None:
     parser.add_argument("--layer", default="model.layers.3.mlp.down_proj", help="one linear layer of --model")
     parser.add_argument("--n", type=int, default=512, help="inputs, without --model")
     parser.add_argument("--m", type=int, default=256, help="outputs, without --model")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the requests, and of what is drawn")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    batches, weight = of_model(arguments.model, arguments.layer) if arguments.model else drawn(arguments.m, arguments.n)
+    given = (arguments.model, arguments.layer, arguments.seed)
+    batches, weight = of_model(*given) if arguments.model else drawn(arguments.m, arguments.n)
     x = torch.cat([x for _, x in batches]).double()
     u = torch.linalg.eigh(x.T @ x)[1].flip(1)
     tables = {"scores": scores(batches, u), "gradients": gradients(batches, u), "weights": weights(weight, u)}
@@ -154,8 +155,8 @@ def drawn(m: int, n: int, tokens: int = 64) -> tuple[list[tuple[Tensor, Tensor]]
     return [(g.bfloat16(), x.bfloat16()) for g, x in zip(sizes, rows, strict=True)], weight
 
 
-def of_model(model_name: str, layer: str) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """As ``drawn``, of a layer of a real model in bf16, on requests with refusals that the program makes."""
+def of_model(model_name: str, layer: str, seed: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """As ``drawn``, of a layer of a real model in bf16, on requests with refusals that the program makes from ``seed``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from warp_ds.data.synthetic import demo_data
@@ -172,7 +173,7 @@ def of_model(model_name: str, layer: str) -> tuple[list[tuple[Tensor, Tensor]], 
 
     module.register_forward_hook(take)
 
-    texts = [f"{row['prompt']}\n{row['response']}" for row in demo_data(0)["refusals_fit"][: BATCHES * BATCH]]
+    texts = [f"{row['prompt']}\n{row['response']}" for row in demo_data(seed)["refusals_fit"][: BATCHES * BATCH]]
     batches = []
     for begin in range(0, len(texts), BATCH):
         given = tokenizer(texts[begin : begin + BATCH], return_tensors="pt", padding=True, padding_side="right")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from warp_ds.method.products import EXACT, Products
+from warp_ds.method.products import EXACT, Products, Rates
 
 ROWS, GPU_ROWS = 128, 1024
 """Rows of ∂L/∂C made at a time: on a CPU few enough to stay in a cache until their absolute values are added to S, on a
@@ -33,6 +33,16 @@ def importance_flops(tokens: float, ranks: int, rows: Sequence[int], n: int, r: 
     if identity:
         return 2.0 * tokens * sum(rows) * n
     return 2.0 * min(_tokens_first(tokens, ranks, rows, n, r), _gradient_first(tokens, rows, n, r))
+
+
+def importance_seconds(
+    tokens: float, ranks: int, rows: Sequence[int], n: int, r: int, dtype: torch.dtype, products: Products, rates: Rates
+) -> float:
+    """What ``importance_flops`` take by ``products`` at ``rates``, inputs and gradients of ``dtype``, U fp32."""
+    if tokens_first(tokens, ranks, rows, n, r):  # x U, then gᵀ (x U)
+        return products.seconds(2.0 * _tokens_first(tokens, ranks, rows, n, r), rates, dtype)
+    summed = products.seconds(2.0 * tokens * sum(rows) * n, rates, dtype, dtype)
+    return summed + products.seconds(2.0 * sum(rows) * n * r, rates)
 
 
 def _tokens_first(tokens: float, ranks: int, rows: Sequence[int], n: int, r: int) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +27,28 @@ SPLIT_ERROR = 3 * 2.0**-16
 """Of |A| |B|, beside the sums' rounding."""
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Operations a second of a device's products, by what it multiplies."""
+
+    bf16: float
+    tf32: float
+    fp32: float
+
+
 class Products(ABC):
     """How A B is taken: both float of any width, the result fp32 (fp64 of fp64)."""
+
+    kind: str
+    """Which of ``Rates`` they run at."""
+
+    def number(self, a: torch.dtype, b: torch.dtype) -> int:
+        """Products taken for one of operands of these dtypes."""
+        return 1
+
+    def seconds(self, operations: float, rates: Rates, a: torch.dtype = torch.float32, b: torch.dtype = torch.float32) -> float:
+        """Of products that are ``operations`` by shape, at ``rates``; what making the parts takes is not in it."""
+        return self.number(a, b) * operations / float(getattr(rates, self.kind))
 
     @abstractmethod
     def mm(self, a: Tensor, b: Tensor) -> Tensor:
@@ -43,6 +64,7 @@ class Whole(Products):
 
     def __init__(self, precision: str):
         self.precision = precision
+        self.kind = "tf32" if precision == "tf32" else "fp32"
 
     def mm(self, a: Tensor, b: Tensor) -> Tensor:
         with matmul_precision(self.precision):
@@ -55,6 +77,11 @@ class Whole(Products):
 
 class Split(Products):
     """Two or three products of bf16 parts: one of operands that are both bf16. Of fp32 and narrower operands alone."""
+
+    kind = "bf16"
+
+    def number(self, a: torch.dtype, b: torch.dtype) -> int:
+        return 1 + (a != torch.bfloat16) + (b != torch.bfloat16)
 
     def mm(self, a: Tensor, b: Tensor) -> Tensor:
         return self.addmm_(torch.zeros(a.shape[0], b.shape[1], device=a.device), a, b)
