@@ -183,7 +183,7 @@ def against_plain(points: Sequence[Measured], run: str) -> str:
     pairs = [
         (f"{arm} less {other} at {rate:g}", models, found[other, rate])
         for (arm, rate), models in found.items()
-        for other in {name for name, _ in found}
+        for other in sorted({name for name, _ in found})
         if other != arm and is_plain(other, arm) and (other, rate) in found
     ]
     return differences("Each arm less the same training without protection, at the same rate", pairs)
@@ -204,10 +204,10 @@ def against_controls(points: Sequence[Measured], run: str) -> str:
 
 def variants(points: Sequence[Measured], run: str) -> str:
     """The arms of the run's variants (RUN_NAME: the same task under other flags) less the run's own tuned `layers`."""
-    (at, plain), pairs = (
-        next((rate, models) for (arm, rate), models in tuned(one_run(points, run)).items() if arm == "layers"),
-        [],
-    )
+    best = {arm: (rate, models) for (arm, rate), models in tuned(one_run(points, run)).items()}
+    if "layers" not in best:
+        raise ConfigError(f"points of {run}: its variants are told from layers, which was not measured")
+    (at, plain), pairs = best["layers"], []
     for name in sorted({point.run for point in points if point.run.startswith(f"{run}_")}):
         of = name.removeprefix(f"{run}_")
         pairs += [

@@ -361,6 +361,47 @@ def overflow_in_a_loop(root: Path) -> None:
         scaler.step(optimizer)
 
 
+def gradients_of_other_widths(root: Path) -> None:
+    """fp64 weights, and fp32 gradients of bf16 weights that are asked for after protecting, are rotated as they come; a
+    gradient that fp32 coefficients cannot have is refused before anything is changed."""
+    import warp_ds
+
+    artefacts, ids = read_artefacts(root), token_batches(1)[0]
+    for dtype in (torch.float64, torch.bfloat16):
+        model = odd_model(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        protection = warp_ds.protect_optimizer(model, optimizer, None, artefacts.masks)
+        driver = protection.driver
+        assert isinstance(driver, PlainDriver)
+        if dtype == torch.bfloat16:
+            for param in model.parameters():
+                param.grad_dtype = torch.float32
+        for _ in range(3):
+            model(input_ids=ids, labels=ids).loss.backward()
+        named, before = dict(model.named_parameters()), {k: c.clone() for k, c in driver.all_coefficients().items()}
+        gradients = {name: named[f"{name}.weight"].grad.double() for name in before}
+        assert dtype == torch.float64 or any(not torch.equal(g, g.bfloat16().double()) for g in gradients.values())
+        optimizer.step()
+        for name, after in driver.all_coefficients().items():
+            frozen, basis = artefacts.frozen[f"{name}.weight"], artefacts.bases[f"{name}.weight"]
+            rotated = gradients[name] if basis is None else gradients[name] @ basis.double()
+            known = ~frozen[:, : rotated.shape[1]]  # of the complement any basis will do
+            assert torch.equal(after[frozen], before[name][frozen])
+            moved = (before[name].double() - after.double())[:, : rotated.shape[1]] / LR
+            # C is fp32, of which a step of LR moves the last digits: 2^-24 of it by LR.
+            assert (moved - rotated)[known].abs().max() < 2.0**-22 * before[name].abs().max() / LR
+    model = odd_model()
+    narrow = dict(model.named_parameters())["model.layers.0.mlp.down_proj.weight"]
+    narrow.grad_dtype = torch.bfloat16
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    warp_ds.protect_optimizer(model, optimizer, None, artefacts.masks)
+    start = narrow.detach().clone()
+    model(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(ValueError, match="down_proj keeps its gradient in torch.bfloat16 .grad_dtype."):
+        optimizer.step()
+    assert torch.equal(narrow, start)
+
+
 def test_trainer_without_deepspeed(tmp_path: Path) -> None:
     write_artefacts(tmp_path / "artefacts", odd_model())
     # In a process of its own: Trainer's state is global.
@@ -368,3 +409,4 @@ def test_trainer_without_deepspeed(tmp_path: Path) -> None:
         alone.submit(without_deepspeed, tmp_path / "artefacts", tmp_path).result()
         alone.submit(frozen_bits_in_a_loop, tmp_path / "artefacts").result()
         alone.submit(overflow_in_a_loop, tmp_path / "artefacts").result()
+        alone.submit(gradients_of_other_widths, tmp_path / "artefacts").result()

@@ -33,7 +33,7 @@ from warp_ds.zero.masked_step import MaskedStep
 from warp_ds.zero.partition import RowPartition
 from warp_ds.zero.placement_costs import CPU, GPU, Dtypes
 from warp_ds.zero.placements import Placement
-from warp_ds.zero.plain_step import PlainDriver, gradient_dtype
+from warp_ds.zero.plain_step import PlainDriver
 from warp_ds.zero.protected_layer import ProtectedLayer, compute_device
 from warp_ds.zero.shared_reading import read_together
 from warp_ds.zero.whole_layers import place_rotations, refuse_without_rows
@@ -126,8 +126,8 @@ def protect_optimizer(
     if not by_deepspeed:
         if any(isinstance(each.param, DTensor) or hasattr(each.param, "ds_id") for each in masked):
             raise errors.UnsupportedSetting(SHARDED_OTHERWISE)
-        held = reduce(torch.promote_types, (gradient_dtype(each.param) for each in masked))
-        alone, placement = _layers(basis, masks, masked, 1, 0, "replicated", products, held)
+        # Nothing is sent, so that no dtype is agreed on: gradients come as they are, at each step anew.
+        alone, placement = _layers(basis, masks, masked, 1, 0, "replicated", products, torch.float32)
         return MaskedStep(PlainDriver(optimizer, alone, hold_rest), placement, left_projection)
     deepspeed_internals.let_leaf_inputs_have_gradients(model)
     ranks, held = (processes.world_size(), processes.rank()), deepspeed_internals.gradient_dtype(optimizer)

@@ -68,6 +68,11 @@ def spread(layer: TargetLayer, world_size: int) -> tuple[int, Tensor]:
     return _spread((layer.m, layer.n, layer.rows, layer.height), world_size)
 
 
+def _as_it_comes(flat: Tensor) -> Tensor:
+    """What is not sent is not rounded: halves as they are, all else fp32."""
+    return flat if flat.dtype in (torch.bfloat16, torch.float16) else flat.float()
+
+
 class Placement(ABC):
     """Where the bases of some layers lie on a number of ranks, and what that costs; once ``keep`` has been given them, how
     the layers are rotated.
@@ -172,7 +177,7 @@ class InPlace(Placement):
         rotations = self.rotations(layers)
         for layer, cut in zip(layers, cuts, strict=True):
             rotation = next(rotations)
-            flat = source(layer).to(layer.device, ends[0])
+            flat = _as_it_comes(source(layer).to(layer.device))
             result = torch.zeros_like(flat, dtype=torch.float32)
             rows, target = layer.partition.whole_rows(flat), layer.partition.whole_rows(result)
             taken = self.products_of(layer, fast)
@@ -320,7 +325,7 @@ class Owner(Placement):
             sent += (gradient + 4) * shares
             back = (gradient + weight) * (layer.m * layer.n - int(shares[owner]))
             sent[owner] += back - (gradient + 4) * shares[owner]
-        most, by_bf16 = max(multiply_adds)
+        most, by_bf16 = max(multiply_adds, key=lambda work: (work[0], -work[1]))
         return Cost(int(sent.max()), self.holds(), most, by_bf16=by_bf16)
 
     def keep(self, key: str, make: Callable[[], Rotation]) -> None:

@@ -146,6 +146,12 @@ class PlainDriver(Driver):
         for layer in self._layers:
             if layer.param.grad is None:
                 raise ValueError(f"{layer.target.name} has no gradient at the optimizer step")
+            kept = getattr(layer.param, "grad_dtype", None)  # newer torch lets it be another than the parameter's
+            if kept not in (None, layer.param.dtype, torch.float32):
+                raise UnsupportedSetting(
+                    f"{layer.target.name} keeps its gradient in {kept} (grad_dtype), which the fp32 gradient of its rotated "
+                    "coefficients does not fit: leave grad_dtype as it was, or set torch.float32"
+                )
         overflow = getattr(self.optimizer, "found_inf", None)
         return overflow is not None and bool(overflow)
 
@@ -211,11 +217,6 @@ class PlainDriver(Driver):
     def all_coefficients(self) -> dict[str, Tensor]:
         """C [m, n] fp32 of every masked layer, by name."""
         return {layer.target.name: self.coefficients(layer).view(layer.target.shape) for layer in self._layers}
-
-
-def gradient_dtype(param: nn.Parameter) -> torch.dtype:
-    """Of the gradients that backward passes leave in ``param.grad``: newer torch lets it be another than the parameter's."""
-    return getattr(param, "grad_dtype", param.dtype) or torch.float32  # None: any
 
 
 def _weights(layer: ProtectedLayer) -> Tensor:
