@@ -239,7 +239,7 @@ def on_one(root: Path, output: Path) -> dict[str, str]:
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "world_size": 2}))
     assert "not the optimizer's states of 2 ranks" in refusal(lambda: run("unmasked", root, sgd, passed={"optim": "sgd"}))
     states = next(mark.parent.glob("*/*rank_0_*optim_states.pt"))
-    shutil.copy(states, states.with_name(states.name.replace("rank_0", "rank_1")))
+    shutil.copy(states, states.with_name(states.name.replace("pp_rank_0", "pp_rank_1")))
     checkpoints.finish(mark.parent, 2)
     message = refusal(lambda: run("unmasked", root, sgd, passed={"optim": "sgd"}))
     assert "no exp_avg, exp_avg_sq, step" in message, message

@@ -29,6 +29,7 @@ from warp_ds.flags.arguments import (
     TrainArguments,
 )
 from warp_ds.flags.comparison import CompareArguments
+from warp_ds.flags.flag import default_of
 from warp_ds.flags.parsing import parse_training
 from warp_ds.flags.training_arguments import CHANGES_NO_TRAINING, CHANGES_TRAINING, NO_EFFECT, OURS, REFUSED, WORKS, fields
 from warp_ds.phases import trainer_arguments, training
@@ -59,7 +60,7 @@ def test_the_lists_cover_the_installed_training_arguments() -> None:
 def test_what_is_refused_is_refused_by_name(kind: Any) -> None:
     own = {f.name for f in dataclasses.fields(kind)}
     for name in (REFUSED | NO_EFFECT).keys() - own:
-        default = training_arguments.default_of(name)
+        default = default_of(training_arguments.fields()[name])
         other = {"do_train": "False", "tf32": "True"}.get(name, str(not default) if isinstance(default, bool) else "7.5")
         said = refusal(f"--{name} {other}", kind)
         if name.endswith("_token"):
@@ -75,7 +76,7 @@ def test_what_is_refused_is_refused_by_name(kind: Any) -> None:
 def test_a_default_written_out_says_nothing() -> None:
     own = {f.name for f in dataclasses.fields(TrainArguments)}  # have defaults of their own
     for name in (REFUSED | NO_EFFECT).keys() - OURS.keys() - training_arguments._HARMLESS.keys() - own:
-        default = training_arguments.default_of(name)
+        default = default_of(training_arguments.fields()[name])
         if default not in ("", []):  # nothing to write
             assert passed(f"--{name} {getattr(default, 'value', default)}") == {}, name
     assert passed("--do_train --tf32 False --save_only_model=false") == {}
