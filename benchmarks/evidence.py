@@ -100,8 +100,10 @@ class Evidence:
             for seed in str(step["seeds"]).split(","):
                 missing = self.missing(step, int(seed), of)
                 if missing:
-                    self.compare(step, model, int(seed), missing)
-                    self.write_points(of)
+                    try:
+                        self.compare(step, model, int(seed), missing)
+                    finally:  # what was measured before a comparison was stopped, too
+                        self.write_points(of)
 
     def digest(self, step: Mapping[str, Any]) -> str:
         """Of all that a point of a step hangs on but its arm, rate and seed; where files lie is not among it."""

@@ -32,10 +32,9 @@ from typing import Any
 import torch
 from processor import processor
 from rates import WAYS, best_seconds, measured_rates, sheet_rates, way_of
+from ratios import memory_ratio, rotating_seconds, share_within, step_ratio
 from step_artefacts import INPUTS, MODULES, make_model, random_basis, random_mask, targets, write_artefacts
 from torch import nn
-
-from warp_ds.launch.planning.ratios import memory_ratio, rotating_seconds, share_within, step_ratio
 
 VARIANTS = ("plain", "masked", "both", "modules")
 RATIOS = ("time_ratio", "memory_ratio")

@@ -359,7 +359,8 @@ def score_operations(arguments: Any, types: str) -> tuple[float, float, float]:
 
 def scores_predicted(arguments: Any, types: str, way: str, rates: Any, plain: float, reading: float = 0.0) -> float:
     """Phase 2's seconds over ``plain``, those of plain passes, where products take what they take at ``rates``."""
-    from warp_ds.launch.planning.ratios import scores_ratio
+    from ratios import scores_ratio
+
     from warp_ds.method.importance import importance_seconds
 
     dtype, batch_tokens = getattr(torch, arguments.dtype), arguments.batch_size * arguments.length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -10,9 +11,21 @@ from typing import Any
 import torch
 
 from warp_ds.method.products import EXACT, Products, Rates, add_bf16, products
-from warp_ds.models.flops import device_rates
+from warp_ds.models.flops import device_peak
 
 WAYS = ("exact", "split", "tf32")
+FP32_PEAKS = {
+    r"\bH100 PCIe\b": 51e12,
+    r"\bH[12]00\b(?! NVL)": 67e12,
+    r"\bA100\b": 19.5e12,
+    r"\bA40\b": 37.4e12,
+    r"\bA10\b": 31.2e12,
+    r"\bL40S\b": 91.6e12,
+    r"\bL40\b": 90.5e12,
+    r"\bL4\b": 30.3e12,
+    r"\bMI300X\b": 163.4e12,
+}
+"""Operations a second of fp32 products, by the data sheets of ``models.flops.PEAKS``; Blackwell's are not confirmed."""
 
 
 def best_seconds(
@@ -42,6 +55,13 @@ def measured_rates(device: str, rows: int, n: int, **how: Any) -> Rates:
         "fp32": partial(EXACT.mm, a, b),
     }
     return Rates(**{kind: 2.0 * rows * n * n / best_seconds(work, **how) for kind, work in ways.items()})
+
+
+def device_rates(name: str) -> Rates | None:
+    """What a device's data sheet allows, TF32 at half of bf16's rate as on all of them; None for another."""
+    bf16 = device_peak(torch.bfloat16, name)
+    fp32 = next((peak for pattern, peak in FP32_PEAKS.items() if re.search(pattern, name)), None)
+    return None if bf16 is None or fp32 is None else Rates(bf16, bf16 / 2, fp32)
 
 
 def sheet_rates(name: str) -> Rates:

@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from warp_ds.launch.planning.ratios import memory_ratio, rotating_seconds, scores_ratio, share_within, step_ratio
 from warp_ds.method import products as module
 from warp_ds.method.importance import importance_flops, importance_seconds
 from warp_ds.method.products import EXACT, Rates, products
-from warp_ds.models.flops import device_rates
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+with pytest.MonkeyPatch.context() as _patch:
+    _patch.syspath_prepend(BENCHMARKS)
+    device_rates = importlib.import_module("rates").device_rates
+    _ratios = importlib.import_module("ratios")
+memory_ratio, rotating_seconds, scores_ratio = _ratios.memory_ratio, _ratios.rotating_seconds, _ratios.scores_ratio
+share_within, step_ratio = _ratios.share_within, _ratios.step_ratio
 SPLIT, TF32 = products("split", torch.bfloat16, "cpu"), products("tf32", torch.bfloat16, "cpu")
 H200 = device_rates("NVIDIA H200")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -83,9 +88,8 @@ def test_what_the_docs_say_of_the_h200() -> None:
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder, from which benchmarks import each other as they do when started."""
-    folder = Path(__file__).parent.parent / "benchmarks"
-    monkeypatch.syspath_prepend(str(folder))
-    return folder
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return BENCHMARKS
 
 
 def test_benchmarks_say_what_operations_say_where_all_rates_are_one(

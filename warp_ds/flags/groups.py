@@ -18,7 +18,7 @@ from warp_ds.flags.checks import (
     refuse_control_characters,
     refuse_secrets,
 )
-from warp_ds.flags.flag import again, flag, samples
+from warp_ds.flags.flag import again, default_of, flag, samples
 from warp_ds.models.layer_names import KNOWN_TYPES, parse_layer_types
 
 if TYPE_CHECKING:
@@ -345,7 +345,7 @@ class AdapterFlags(LoraFlags):
         if self.adapter not in ("none", "lora"):
             raise ConfigError(f"--adapter is none or lora, not {self.adapter!r}")
         if self.adapter == "none":
-            changed = [f.name for f in dataclasses.fields(AdapterFlags) if getattr(self, f.name) != f.default]
+            changed = [f.name for f in dataclasses.fields(AdapterFlags) if getattr(self, f.name) != default_of(f)]
             if changed:
                 raise ConfigError(f"--{changed[0]} is of an adapter: give --adapter lora too")
             return

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from warp_ds.method.products import Rates
 from warp_ds.models.targets import beside_text
 
 PEAKS = {
@@ -32,26 +31,6 @@ L4, L40, L40S, H100 (SXM, PCIe) and H200, its Blackwell data sheet (5 and 4.5 PF
 B200); AMD's of CDNA 3 (304 units, 2048 operations a clock, 2.1 GHz). What could not be confirmed is left out: H100 NVL,
 H200 NVL, GH200, B100, B300, A30, the export versions (A800, H800, H20), MI325X.
 """
-
-FP32_PEAKS = {
-    r"\bH100 PCIe\b": 51e12,
-    r"\bH[12]00\b(?! NVL)": 67e12,
-    r"\bA100\b": 19.5e12,
-    r"\bA40\b": 37.4e12,
-    r"\bA10\b": 31.2e12,
-    r"\bL40S\b": 91.6e12,
-    r"\bL40\b": 90.5e12,
-    r"\bL4\b": 30.3e12,
-    r"\bMI300X\b": 163.4e12,
-}
-"""The same of fp32 products, by the same data sheets; Blackwell's are not confirmed."""
-
-
-def device_rates(name: str) -> Rates | None:
-    """What a device's data sheet allows, TF32 at half of bf16's rate as on all of them; None for another."""
-    bf16 = device_peak(torch.bfloat16, name)
-    fp32 = next((peak for pattern, peak in FP32_PEAKS.items() if re.search(pattern, name)), None)
-    return None if bf16 is None or fp32 is None else Rates(bf16, bf16 / 2, fp32)
 
 
 def device_peak(dtype: torch.dtype, name: str | None = None) -> float | None:
