@@ -10,7 +10,8 @@ from warp_ds.report.tradeoff import Point
 
 
 def point(arm: str, rate: float | None, nll: float, refuses: float, seed: int = 42) -> Point:
-    return Point(arm, rate, seed, {"utility_nll": nll, "refusal_rate": refuses, "frozen_drift": 1e-7})
+    rates = {"refusal_rate": refuses, "attack_success_rate": (1 - refuses) / 2}
+    return Point(arm, rate, seed, {"utility_nll": nll, **rates, "frozen_drift": 1e-7})
 
 
 ONE = [
@@ -32,6 +33,9 @@ def test_each_arm_stands_at_the_rate_with_its_best_task_loss() -> None:
     assert [row[:2] for row in table.rows] == [["before", ""], ["no mask", "0.003"], ["rotated", "0.001"]]
     refuses = table.head.index("refuses")
     assert [row[refuses] for row in table.rows] == ["99%", "3%", "100%"]
+    # What is not refused need not be complied with.
+    complies = table.head.index("complies")
+    assert [row[complies] for row in table.rows] == ["1%", "48%", "0%"]
 
 
 def test_seeds_choose_one_rate_together() -> None:
