@@ -63,6 +63,11 @@ def read(path: Path, words: Mapping[str, str]) -> dict[str, Any]:
         for kind in ("start", "task"):
             if step[kind] not in protocol[f"{kind}s"]:
                 raise ConfigError(f"{path}, step {number}: no {kind} is called {step[kind]!r}")
+        unknown = sorted(set(step) - STEP)
+        if unknown:
+            raise ConfigError(f"{path}, step {number}: {', '.join(unknown)}? A step has {', '.join(sorted(STEP))}")
+        if "start_seed" in step and protocol["starts"][step["start"]] is None:
+            raise ConfigError(f"{path}, step {number}: {step['start']} has no phase 0 that start_seed could seed")
         for arm in step["arms"].split(","):
             compose(arm.strip())
     return protocol
@@ -95,15 +100,15 @@ class Evidence:
         self.write_data()
         for number, step in enumerate(self.protocol["steps"], 1):
             print(f"step {number} of {len(self.protocol['steps'])}: {step}", flush=True)
-            model = self.start(step["start"])
+            model = self.start(step)
             of = {"run": run_name(step), "start": digest(model), "protocol": self.digest(step)}
             for seed in str(step["seeds"]).split(","):
-                missing = self.missing(step, int(seed), of)
+                missing = self.missing(step, int(seed), of, self.measured(step, of))
                 if missing:
                     try:
                         self.compare(step, model, int(seed), missing)
                     finally:  # what was measured before a comparison was stopped, too
-                        self.write_points(of)
+                        self.write_points(self.measured(step, of))
 
     def digest(self, step: Mapping[str, Any]) -> str:
         """Of all that a point of a step hangs on but its arm, rate and seed; where files lie is not among it."""
@@ -113,9 +118,11 @@ class Evidence:
         text = re.sub(r'"[^"]*/([^"/]+)"', r'"\1"', json.dumps(of, sort_keys=True))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def missing(self, step: Mapping[str, Any], seed: int, of: Mapping[str, str]) -> dict[str, list[str]]:
+    def missing(
+        self, step: Mapping[str, Any], seed: int, of: Mapping[str, str], measured: Sequence[Mapping[str, Any]]
+    ) -> dict[str, list[str]]:
         """Arm -> the rates that no point of the step's start model has yet, harmful mixes as arms of their own."""
-        have = {Measured(row).trial for row in [*self.known, *self.measured(of)] if of.items() <= row.items()}
+        have = {Measured(row).trial for row in [*self.known, *measured] if of.items() <= row.items()}
         rates, wanted = {**self.protocol["rates"], **step.get("rates", {})}, {}
         for arm in arms_of(step):
             grid = rates["all" if compose(arm).trains == "all" else "target"].split(",")
@@ -124,10 +131,10 @@ class Evidence:
                 wanted[arm] = left
         return wanted
 
-    def measured(self, of: Mapping[str, str]) -> list[dict[str, Any]]:
-        """The points of a run, a row each."""
+    def measured(self, step: Mapping[str, Any], of: Mapping[str, str]) -> list[dict[str, Any]]:
+        """The points of a step's comparison, a row each."""
         rows = []
-        for path in sorted((self.out / of["run"]).glob("points/*/metrics.json")):
+        for path in sorted((self.out / directory(step)).glob("points/*/metrics.json")):
             metrics = read_json(path)
             if "outcomes" in metrics:
                 rows.append({**of, "point": path.parent.name, "nll": metrics["utility_nll"], "outcomes": metrics["outcomes"]})
@@ -172,12 +179,13 @@ class Evidence:
         write_text(config, yaml.safe_dump({**places, "seed": self.protocol["seed"], **settings}))
         subprocess.run([*self.launcher, phase, "--config", str(config)], check=True)
 
-    def start(self, name: str) -> str:
-        """The start model: as it is, or after phase 0."""
-        settings = self.protocol["starts"][name]
+    def start(self, step: Mapping[str, Any]) -> str:
+        """A step's start model: as it is, or after phase 0, in another order of its samples for a start_seed of its own."""
+        settings, name = self.protocol["starts"][step["start"]], start_name(step)
         if settings is None:
             return self.model
         here = {"safety_data": str(self.data / "phase0.jsonl"), "safety_samples": 0, "model_name": self.model}
+        here["seed"] = step.get("start_seed", self.protocol["seed"])
         if not (self.out / name / "finished.json").is_file():
             self.call("phase0", {**here, **settings, "run_name": name, "save_minutes": 0, "max_length": 192})
         return str(self.out / name / "model")
@@ -191,7 +199,7 @@ class Evidence:
             {
                 **self.protocol["compare"],
                 "model_name": model,
-                "run_name": run_name(step),
+                "run_name": directory(step),
                 **unaligned,
                 "safety_data": str(self.data / "safety.jsonl"),
                 "safety_samples": 0,
@@ -213,20 +221,32 @@ class Evidence:
             },
         )
 
-    def write_points(self, of: Mapping[str, str]) -> None:
+    def write_points(self, measured: Sequence[Mapping[str, Any]]) -> None:
         """points.jsonl and evidence.md of every point so far, those of other machines with them."""
         path = self.out / "points.jsonl"
         rows = {json.dumps(row, sort_keys=True) for row in [*self.known, *(read_lines(path) if path.is_file() else [])]}
-        rows |= {json.dumps(row, sort_keys=True) for row in self.measured(of)}
+        rows |= {json.dumps(row, sort_keys=True) for row in measured}
         write_text(path, "".join(row + "\n" for row in sorted(rows, key=lambda row: [json.loads(row)[key] for key in SORTED])))
         write_text(self.out / "evidence.md", tables([Measured(row) for row in read_lines(path)]))
 
 
 SORTED = ("run", "start", "point")
+STEP = {"start", "start_seed", "task", "seeds", "arms", "harmful_ratio", "rates", "variant", "flags"}
+"""What a step may say."""
 
 
 def run_name(step: Mapping[str, Any]) -> str:
+    """What points are pooled by: start models of other start_seeds are the same run."""
     return "_".join(filter(None, (step["start"], step["task"], step.get("variant"))))
+
+
+def start_name(step: Mapping[str, Any]) -> str:
+    return step["start"] + (f"{step['start_seed']}" if "start_seed" in step else "")
+
+
+def directory(step: Mapping[str, Any]) -> str:
+    """Of a step's comparison, one a start model."""
+    return run_name({**step, "start": start_name(step)})
 
 
 def arms_of(step: Mapping[str, Any]) -> list[str]:

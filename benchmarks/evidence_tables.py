@@ -264,7 +264,7 @@ def differences(words: str, pairs: Sequence[tuple[str, Models, Models]]) -> str:
     if not lines:
         return ""
     words += ", paired over prompts, seeds and start models (95 % of bootstrap draws):"
-    return f"{words}\n\n| | seeds | task {' | '.join(names)} |\n{'|---' * (len(names) + 2)}|\n" + "\n".join(lines) + "\n"
+    return f"{words}\n\n| | trainings | task {' | '.join(names)} |\n{'|---' * (len(names) + 2)}|\n" + "\n".join(lines) + "\n"
 
 
 def difference(ours: Sequence[Measured], theirs: Sequence[Measured], name: str) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from warp_ds.data.synthetic import demo_data
+from warp_ds.data.tiny_model import tiny_llama, train_tokenizer
 from warp_ds.errors import ConfigError
 from warp_ds.store.files import read_lines
 
@@ -34,7 +36,7 @@ def shown() -> Any:
     return benchmark("evidence_tables")
 
 
-def made(evidence: Any, tmp_path: Path) -> Any:
+def made_prompts(tmp_path: Path) -> None:
     tmp_path.mkdir(exist_ok=True)
     (tmp_path / "do_not_answer_questions.jsonl").write_text(
         "".join(json.dumps({"question": f"Harmful request {i}?"}) + "\n" for i in range(160))
@@ -42,6 +44,10 @@ def made(evidence: Any, tmp_path: Path) -> Any:
     for part in ("train", "test"):
         row = json.dumps({"question": "1 + 1?", "answer": "2\n#### 2"}) + "\n"
         (tmp_path / f"gsm8k_{part}.jsonl").write_text(row * 3)
+
+
+def made(evidence: Any, tmp_path: Path) -> Any:
+    made_prompts(tmp_path)
     protocol = evidence.read(BENCHMARKS / "evidence.yaml", {"MODEL": "m", "DATA": str(tmp_path)})
     return evidence.Evidence(protocol, "m", tmp_path / "out", "float32", ["none"])
 
@@ -68,6 +74,11 @@ def test_a_protocol_that_names_what_is_not_there_is_refused(evidence: Any, tmp_p
     path.write_text("starts: {a: null}\ntasks: {t: {}}\nsteps: [{start: b, task: t, arms: full}]\n")
     with pytest.raises(ConfigError, match="step 1: no start is called 'b'"):
         evidence.read(path, {})
+    step = "starts: {a: null}\ntasks: {t: {}}\nsteps: [{start: a, task: t, arms: full, %s}]\n"
+    for more, words in (("sed: 1", "step 1: sed\\? A step has arms, "), ("start_seed: 43", "a has no phase 0 that start_seed")):
+        path.write_text(step % more)
+        with pytest.raises(ConfigError, match=words):
+            evidence.read(path, {})
     path.write_text("model: ${OTHER}\n")
     with pytest.raises(ConfigError, match="is no protocol: 'OTHER'"):
         evidence.read(path, {})
@@ -178,18 +189,58 @@ def test_what_another_machine_measured_is_not_measured_again(evidence: Any, tmp_
     step["rates"] = {"target": "1e-4,3e-4", "all": "1e-4"}
     of = {**ROW, "protocol": job.digest(step)}
     harmed = {"layers+harmful@0.1": ["1e-4", "3e-4"], "full+harmful@0.1": ["1e-4"]}
-    assert job.missing(step, 1, of) == {"layers": ["1e-4", "3e-4"], "full": ["1e-4"], **harmed}
+    assert job.missing(step, 1, of, []) == {"layers": ["1e-4", "3e-4"], "full": ["1e-4"], **harmed}
     job.known = [row("layers_lr0.0001_seed1", 0.5, "rc", **of), row("full_lr0.0001_seed1", 0.5, "rc", **of)]
-    assert job.missing(step, 1, of) == {"layers": ["3e-4"], **harmed}
-    assert "full" in job.missing(step, 2, of)
+    assert job.missing(step, 1, of, []) == {"layers": ["3e-4"], **harmed}
+    assert "full" in job.missing(step, 2, of, [])
     for changed in ({"start": "another"}, {"protocol": "another"}):
-        assert "full" in job.missing(step, 1, {**of, **changed})
+        assert "full" in job.missing(step, 1, {**of, **changed}, [])
     elsewhere = made(evidence, tmp_path / "elsewhere")
     assert elsewhere.digest(step) == of["protocol"]
     elsewhere.model = "another"
     assert elsewhere.digest(step) != of["protocol"]
     job.protocol["compare"]["keep_ratio"] = 0.2
     assert job.digest(step) != of["protocol"]
+
+
+TINY = """
+seed: 1
+prompts: {harmful: "${DATA}/do_not_answer_questions.jsonl", fit: 8, heldout: 3, harmless: 2, safety: 8, harmful_mix: 8}
+starts: {safe: {learning_rate: 1.0e-3, epochs: 1, global_batch_size: 8}}
+tasks: {sums: {samples: 16, heldout: 2, max_length: 192, max_new_tokens: 4}}
+compare: {layer_type: "attn_q,ffn_up", importance_samples: 4, epochs: 1, global_batch_size: 8, keep_models: false}
+rates: {target: "1e-3", all: "1e-4"}
+steps:
+  - {start: safe, task: sums, seeds: "1", arms: "layers,rotated"}
+  - {start: safe, start_seed: 2, task: sums, seeds: "1", arms: "layers,rotated"}
+  - {start: safe, task: sums, seeds: "1", harmful_ratio: 0.5, variant: half, flags: {keep_ratio: 0.05}, arms: "rotated"}
+"""
+
+
+@pytest.mark.slow
+def test_a_whole_protocol_stopped_and_gone_on_with(tmp_path: Path) -> None:
+    """Two start models of one run, a harmful mix, a variant; a second call, or the first's points, measure nothing more."""
+    tokenizer = train_tokenizer([row["prompt"] for row in demo_data(1, n_fit=40)["refusals_fit"]])
+    model = tiny_llama(tokenizer, hidden_size=64, intermediate_size=128, layers=2, heads=4, kv_heads=2)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    made_prompts(tmp_path)
+    protocol, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    protocol.write_text(TINY)
+    command = [sys.executable, str(BENCHMARKS / "evidence.py"), str(protocol), "--model", str(tmp_path / "model")]
+    command += ["--data", str(tmp_path), "--dtype", "float32", "--out"]
+    subprocess.run([*command, str(out)], check=True)
+    rows = read_lines(out / "points.jsonl")
+    trained = [(row["run"], row["point"]) for row in rows if row["point"] != "before"]
+    pair = [("safe_sums", f"{arm}_lr0.001_seed1") for arm in ("layers", "rotated")]
+    assert sorted(trained) == sorted([*pair, *pair, ("safe_sums_half", "rotated+harmful@0.5_lr0.001_seed1")])
+    assert len({row["start"] for row in rows if row["run"] == "safe_sums"}) == 2
+    assert "| rotated less layers at 0.001 | 2 |" in (out / "evidence.md").read_text()
+    again = subprocess.run([*command, str(out)], check=True, capture_output=True, text=True)
+    assert read_lines(out / "points.jsonl") == rows and "training:" not in again.stderr + again.stdout
+    elsewhere = tmp_path / "elsewhere"
+    subprocess.run([*command, str(elsewhere), "--points", str(out / "points.jsonl")], check=True)
+    assert not list(elsewhere.glob("*_sums*")), "points of another machine were measured again"
 
 
 def test_the_picture_reads_the_pages_table(tmp_path: Path) -> None:
