@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--phases", type=int, nargs="+", default=[0, 1, 2, 3], help="phase 3 needs 2, and 2 needs 1")
     parser.add_argument("--adapter", default="none", choices=["none", "lora"], help="what phase 3 trains; lora is not recorded")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="not recorded either")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -53,7 +54,8 @@ def compare(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="plan_check_") as folder:
         root = Path(folder)
         tokens = make(root, arguments.hidden, arguments.layers)
-        (root / "adapter").write_text(arguments.adapter)
+        asked = {"adapter": arguments.adapter, "gradient_checkpointing": arguments.gradient_checkpointing}
+        (root / "asked.json").write_text(json.dumps(asked))
         measured: dict[str, dict[str, float]] = {}
         for phase in (f"phase {number}" for number in arguments.phases):
             (root / "phase").write_text(phase)
@@ -66,7 +68,7 @@ def compare(arguments: argparse.Namespace) -> None:
                 "disk": max(rank["disk"] for rank in ranks),
             }
         ratios = judge(root, measured, tokens, arguments)
-    if arguments.write and arguments.adapter == "none":
+    if arguments.write and arguments.adapter == "none" and not arguments.gradient_checkpointing:
         path = ROOT / "warp_ds" / "launch" / "plan_checked.json"
         before = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(dict(sorted({**before, **ratios}.items())), indent=2) + "\n")
@@ -94,9 +96,10 @@ def judge(
             train_batch_size=2,
             global_batch_size=GLOBAL_BATCH,
             epochs=EPOCHS,
+            gradient_checkpointing=arguments.gradient_checkpointing,
             on_gpu=False,
         )
-        if arguments.adapter != "none" and phase == "phase 3":
+        if arguments.adapter != "none" and phase in ("phase 2", "phase 3"):
             job = replace(job, adapter=arguments.adapter)
         if phase == "phase 3":  # whose bases come from the safety set
             job = replace(job, max_rank=SAMPLES * tokens["safety"])
@@ -266,8 +269,8 @@ def worker(root: Path) -> None:
 
     processes.init_distributed("cpu")
     phase = (root / "phase").read_text()
-    output, adapter = root / "out" / phase.replace(" ", ""), (root / "adapter").read_text()
-    columns_alone = {"mask_unit": "column"} if adapter != "none" else {}
+    output, asked = root / "out" / phase.replace(" ", ""), json.loads((root / "asked.json").read_text())
+    columns_alone = {"mask_unit": "column"} if asked["adapter"] != "none" else {}
     read = 0
     preadv, columns, chosen = os.preadv, bases.BasisStore.columns, bases.BasisStore.chosen
 
@@ -300,6 +303,7 @@ def worker(root: Path) -> None:
         "batch_size": 2,
         "max_length": 256,
         "resume": "never",
+        "gradient_checkpointing": asked["gradient_checkpointing"],
     }
     safety = {"safety_data": str(root / "safety.jsonl"), "safety_samples": 0}
     tuning = {"epochs": EPOCHS, "global_batch_size": GLOBAL_BATCH, "learning_rate": 1e-5, "save_minutes": 0}
@@ -319,7 +323,7 @@ def worker(root: Path) -> None:
                 utility_data=str(root / "utility.jsonl"),
                 utility_samples=0,
                 masks_dir=latest(root, "phase2", "masks"),
-                adapter=adapter,
+                adapter=asked["adapter"],
             ),
             twice,
         ),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tiny_models import SIZES, tiny_model
+from torch import Tensor
 
 from warp_ds.cluster.dealing import LeastLoaded
 from warp_ds.cluster.processes import barrier, rank, world_size
@@ -24,6 +25,7 @@ from warp_ds.store.layers import TargetLayer
 from warp_ds.zero import collect
 from warp_ds.zero.collect import NotFinite, Traffic, deliver
 from warp_ds.zero.load import load_sharded
+from warp_ds.zero.scores import RowScores
 from warp_ds.zero.select import choose
 from warp_ds.zero.settings import zero3_config
 from warp_ds.zero.walk import BlockWalk
@@ -104,6 +106,29 @@ def scores_job(cases: list[tuple[ImportanceArguments, list[Any], Path | None, Pa
         scores = importance_scores(model, Tokenizer(), layers, rows, store, arguments, notes, directory)
         write_tensors(directory / f"rank_{rank()}.safetensors", scores)
         found.append(notes)
+        barrier()
+    return found
+
+
+def held_job(cases: list[tuple[ImportanceArguments, list[Any], Path, Path]]) -> list[int]:
+    """The most coefficients of S that this rank held at once, of each (arguments, rows, basis, directory)."""
+    found, original = [], RowScores.of
+    for arguments, rows, basis, directory in cases:
+        model, layers = load(arguments)
+        counts: list[int] = []
+
+        def counted(self: RowScores, name: str, counts: list[int] = counts) -> Tensor:
+            of = original(self, name)
+            held = [*self._sums.values(), *(self._compared.values() if self.unit == "entry" else [])]
+            counts.append(sum(rows.numel() for rows in held))
+            return of
+
+        RowScores.of = counted  # type: ignore[method-assign]
+        try:
+            importance_scores(model, Tokenizer(), layers, rows, BasisStore(basis), arguments, [], directory)
+        finally:
+            RowScores.of = original  # type: ignore[method-assign]
+        found.append(max(counts))
         barrier()
     return found
 

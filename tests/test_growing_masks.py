@@ -13,10 +13,10 @@ from test_masked_step import LOSS, WEIGHT, Case, frozen_moved, gathered, make_en
 import warp_ds
 from warp_ds.cluster import processes
 from warp_ds.errors import ArtifactError, OtherRankError, UnsupportedSetting
-from warp_ds.phases.behaviours import unit_scores
 from warp_ds.phases.growing import frozen_first
 from warp_ds.store.masks import MaskStore
 from warp_ds.zero.growing import freeze_more
+from warp_ds.zero.scores import of_units
 
 BEFORE, AFTER = 3, 3
 CASES = [
@@ -125,7 +125,7 @@ def test_what_is_frozen_comes_before_any_score(tmp_path: Path, unit: str) -> Non
     for layer in masks.layers:
         frozen = known.frozen[layer.parameter]
         highest_where_free = torch.where(frozen, 0.0, 1.0)[:, : layer.n - 1]  # a basis that is short by one column
-        values = unit_scores({layer.name: highest_where_free}, unit)[layer.name]
+        values = of_units(highest_where_free, unit)
         found = frozen_first(values, masks, layer)
         units = {"entry": frozen, "row": frozen.all(dim=1, keepdim=True), "column": frozen.all(dim=0, keepdim=True)}[unit]
         assert found.shape == units.shape and 0 < int(units.sum()) < units.numel(), (layer.name, int(units.sum()))

@@ -8,7 +8,16 @@ from typing import Any
 import dense_reference as reference
 import numpy as np
 import pytest
-from phase12_jobs import basis_arguments, basis_job, importance_arguments, make_rows, masks_job, save_model, scores_job
+from phase12_jobs import (
+    basis_arguments,
+    basis_job,
+    held_job,
+    importance_arguments,
+    make_rows,
+    masks_job,
+    save_model,
+    scores_job,
+)
 from ranks import run_ranks
 from safetensors.numpy import load_file
 from tiny_models import FAMILIES
@@ -271,6 +280,8 @@ def mask_cases(models: dict[str, Path], given: dict[str, Path], root: Path) -> d
         for unit in ("entry", "column", "row"):
             more = {"mask_scope": scope, "mask_unit": unit, "keep_ratio": 0.23}
             cases[f"{scope}_{unit}"] = (importance_arguments(llama, **more), given["thin"])
+            walked = importance_arguments(llama, gradient_checkpointing=True, **more)
+            cases[f"{scope}_{unit}_walked"] = (walked, given["thin"])
             for score in ("singular_value", "random"):
                 arguments = importance_arguments(llama, score=score, **more)
                 cases[f"{scope}_{unit}_{score}"] = (arguments, given["llama"])
@@ -315,6 +326,10 @@ def groups(names: list[str], scope: str) -> list[list[str]]:
         "global_entry",
         "global_column",
         "global_row",
+        "layer_column_walked",
+        "layer_row_walked",
+        "global_column_walked",
+        "global_row_walked",
     ],
 )
 def test_masks_freeze_the_most_important(masks: Any, dense_gradients: dict[str, Any], case: str) -> None:
@@ -335,6 +350,25 @@ def test_masks_freeze_the_most_important(masks: Any, dense_gradients: dict[str, 
     # Entries on either side of a threshold may swap where their scores agree to fp32 rounding; on these models and
     # samples none does.
     assert differing == 0
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_one_walk_holds_the_rows_of_one_block(
+    world_size: int, models: dict[str, Path], given: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of masks of columns and rows; without gradient checkpointing every step is a walk of its own, and all rows are held."""
+    llama, cases = models["llama"], {}
+    for walked in (True, False):
+        for unit in ("entry", "column", "row"):
+            arguments = importance_arguments(llama, mask_unit=unit, gradient_checkpointing=walked)
+            cases[walked, unit] = (arguments, ROWS, given["thin"], tmp_path / f"{unit}{walked}")
+    of_ranks = run_ranks(world_size, held_job, list(cases.values()))
+    for held in of_ranks:
+        most = dict(zip(cases, held, strict=True))
+        whole = {unit: most[False, unit] for unit in ("entry", "column", "row")}
+        assert whole["column"] == whole["row"] == whole["entry"] == most[True, "entry"] > 0
+        # Two blocks that are alike.
+        assert most[True, "column"] == most[True, "row"] == whole["entry"] // 2
 
 
 @pytest.mark.parametrize("case", ["qwen2", "none", "layer_entry", "layer_column", "layer_row", "global_entry"])

@@ -195,7 +195,7 @@ def test_the_record_of_runs() -> None:
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])
 def test_lora_of_70b(configs: Path, nodes: int) -> None:
-    """Phase 3 of an adapter on every layer type, on one node already, against arithmetic by hand."""
+    """An adapter on every layer type, all phases on one node; phase 3, and phase 2's scores, against arithmetic by hand."""
     kinds = "ffn_down,ffn_up,ffn_gate,attn_q,attn_k,attn_v,attn_o"
     settings = dict(layer_type=kinds, tokens=512, gradient_checkpointing=True, gpu_memory=80e9, adapter="lora", lora_r=16)
     made = make_plan(str(configs / "70b"), nodes=nodes, **settings)
@@ -212,6 +212,19 @@ def test_lora_of_70b(configs: Path, nodes: int) -> None:
     assert bases / ranks <= training.gpu["bases"] < 1.2 * bases / ranks  # an owner has whole ones
     # Only A and B are checkpointed, with masters, moments and rotated coefficients, and only they are written at the end.
     assert training.checkpoint == 18 * trained and training.written == 2 * trained + training.checkpoint
+    assert made.fits and made.smallest["none"] == (1, "zero3_70b.json")
+    # One walk over the blocks shows all batches: rows of one block are held, of whole bases; of masks of entries all rows.
+    of_block = 4 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 2 * 28672 * 8192 + 8192 * 28672)
+    assert made.phases[2].gpu["scores"] == of_block / ranks
+    in_steps = 80 if nodes == 1 else 1  # 32 samples a step; 64 and 128 take all 50 at once
+    for more, blocks in (
+        ({"adapter": "none"}, 80),
+        ({"adapter": "none", "mask_unit": "row"}, 1),
+        ({"gradient_checkpointing": False}, in_steps),
+        ({"host_memory": 8e9}, in_steps),
+    ):
+        found = make_plan(str(configs / "70b"), nodes=nodes, **{**settings, **more}).phases[2].gpu["scores"]
+        assert found == blocks * of_block / ranks, more
     full = make_plan(str(configs / "70b"), nodes=nodes, **{**settings, "adapter": "none"}).phases[3]
     assert full.gpu_total > training.gpu_total and training.sent < full.sent
 

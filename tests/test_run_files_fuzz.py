@@ -326,13 +326,13 @@ def test_saved_scores_whose_files_were_changed(tmp_path: Path) -> None:
     layer = TargetLayer("model.layers.0.mlp.down_proj", 0, "ffn_down", 4, 8)
     inputs: Any = [SimpleNamespace(layers=[layer], rank=3)]
     scores = RowScores(inputs, "cpu")
-    scores.sums[layer.name] += torch.arange(12.0).view(4, 3)
+    scores.of(layer.name).add_(torch.arange(12.0).view(4, 3))
     saved = SavedScores(tmp_path / "scores")
     saved.save(scores, 7)
 
     def load() -> tuple[int, list[list[float]]]:
         found = RowScores(inputs, "cpu")
-        return saved.load(found), found.sums[layer.name].tolist()
+        return saved.load(found), found.of(layer.name).tolist()
 
     right, outcomes = load(), Outcomes()
     assert right == (7, torch.arange(12.0).view(4, 3).tolist())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from warp_ds.flags.arguments import BasisArguments
+from warp_ds.flags.arguments import BasisArguments, ImportanceArguments
 from warp_ds.flags.controls import ControlFlags
 from warp_ds.flags.flag import again, flag
 from warp_ds.flags.groups import (
@@ -55,6 +55,7 @@ class PlanArguments(AdapterFlags, MaskedTrainingFlags, LayerArguments, NodeFlags
     )
     importance_batch_size: int = again(MaskFlags, "importance_batch_size", MaskFlags.importance_batch_size)
     keep_ratio: float = again(MaskFlags, "keep_ratio", MaskFlags.keep_ratio, "LoRA: share of the columns to freeze")
+    mask_unit: str = again(ImportanceArguments, "mask_unit", ImportanceArguments.mask_unit, "of masks; LoRA: columns or rows")
     epochs: float = again(ScheduleFlags, "epochs", ScheduleFlags.epochs)
     max_length: int = again(RunArguments, "max_length", RunArguments.max_length, "tokens of a sample, at most")
     max_rank: int = again(BasisFlags, "max_rank", BasisFlags.max_rank)

@@ -56,7 +56,7 @@ def _job(arguments: Any, nodes: int, ranks_per_node: int, on_gpu: bool) -> Job:
         offload=OFFLOADS[sum(offloaded)],
         **{
             name: getattr(arguments, name)
-            for name in ("layer_type", "target_layers", "train_scope", "expert_basis")
+            for name in ("layer_type", "target_layers", "train_scope", "expert_basis", "mask_unit")
             if hasattr(arguments, name)
         },
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warp_ds.cluster.processes import all_reduce_sum, collective_device, rank
+from warp_ds.cluster.processes import all_reduce_sum, collective_device
 from warp_ds.data.datasets import load_samples
 from warp_ds.data.sample import Sample
 from warp_ds.data.sources import sources_of
@@ -63,22 +63,6 @@ def groups_of(layers: Sequence[TargetLayer], arguments: Any) -> list[list[Target
     return [[layers[i] for i in group] for group in scope_groups(layers, arguments.mask_scope)]
 
 
-def unit_scores(scores: dict[str, Tensor], unit: str) -> dict[str, Tensor]:
-    """What is compared of each layer's scores, which are taken out: entries [rows, c], rows' norms [rows, 1], or all columns'
-    norms [1, c], on rank 0 alone. Collective."""
-    return {name: _of_units(scores.pop(name), unit) for name in list(scores)}
-
-
-def _of_units(scores: Tensor, unit: str) -> Tensor:
-    if unit == "entry":
-        return scores
-    if unit == "row":
-        return torch.linalg.vector_norm(scores, dim=1, keepdim=True)
-    squares = all_reduce_sum(scores.double().square().sum(dim=0).to(collective_device()))
-    norms = squares.sqrt().float().to(scores.device).unsqueeze(0)
-    return norms if rank() == 0 else norms[:0]
-
-
 class Union:
     """The union of what several behaviours freeze, as scores of which the frozen units alone are above 0."""
 
@@ -90,7 +74,7 @@ class Union:
         """Of each behaviour, bool as its scores."""
 
     def add(self, scores: dict[str, Tensor]) -> None:
-        """Takes the next behaviour's highest ``scores`` (``unit_scores`` of each layer, this rank's). Collective.
+        """Takes the next behaviour's highest ``scores`` (``of_units`` of each layer, this rank's). Collective.
 
         Two behaviours' scores are of different sizes: each is divided by its sum. The counts of all together are exact.
         """

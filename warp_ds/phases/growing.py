@@ -23,7 +23,6 @@ from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import ImportanceArguments, TrainArguments
 from warp_ds.flags.flag import handed_on
 from warp_ds.method.mask import unpack_bits
-from warp_ds.phases.behaviours import unit_scores
 from warp_ds.phases.importance import freeze, importance_scores
 from warp_ds.phases.texts import tokenise
 from warp_ds.protection import WarpCallback
@@ -127,7 +126,7 @@ class Growing(TrainerCallback):
         notes = [f"found after optimizer step {step}, for what was free then, and frozen from there on"]
         scored = held.layers, self._rows, basis, arguments, notes, place, None
         with without_engine_hooks(driver.zero):
-            values = unit_scores(importance_scores(model, tokenizer, *scored), meta.unit)
+            values = importance_scores(model, tokenizer, *scored)
         with consensus.on_every_rank_or_none("reading the masks in force"):
             for layer in held.layers:
                 values[layer.name] = frozen_first(values[layer.name], held, layer)

@@ -27,7 +27,7 @@ from warp_ds.method.products import products
 from warp_ds.method.selection import DECADE, random_scores
 from warp_ds.models.targets import check_targets, find_blocks, find_targets, shared_inputs
 from warp_ds.phases import behaviours
-from warp_ds.phases.behaviours import groups_of, unit_scores, units_of
+from warp_ds.phases.behaviours import groups_of, units_of
 from warp_ds.phases.columns import Columns
 from warp_ds.phases.packing import attention_of, check_apart, check_packing, micro_batch
 from warp_ds.phases.publish import fetch_shared, published
@@ -48,7 +48,7 @@ from warp_ds.zero.gradients import GradientWalk, Loss, Shown, gradients_with_hoo
 from warp_ds.zero.importance_steps import Step, importance_batches, plan_steps
 from warp_ds.zero.model import load_model, resolve_model_dir
 from warp_ds.zero.saved_scores import SavedScores
-from warp_ds.zero.scores import Finite, Rows, RowScores, ScoredInput
+from warp_ds.zero.scores import Finite, Rows, RowScores, ScoredInput, of_units
 from warp_ds.zero.select import Chosen, choose, gather_packed
 from warp_ds.zero.settings import zero3_config
 from warp_ds.zero.shared_reading import model_fingerprint, read_together
@@ -151,15 +151,14 @@ def _compared(
     """(this rank's units of each layer by what is compared, what several behaviours froze)"""
     unit = arguments.mask_unit
     if arguments.score != "importance":
-        return unit_scores(_scores_without_data(layers, basis, arguments), unit), None
+        return {layer.name: of_units(rows, unit) for layer, rows in _scores_without_data(layers, basis, arguments)}, None
     if len(datasets) == 1:
-        found = importance_scores(model, tokenizer, layers, datasets[0], basis, arguments, notes, scratch)
-        return unit_scores(found, unit), None
+        return importance_scores(model, tokenizer, layers, datasets[0], basis, arguments, notes, scratch), None
     groups = [[layer.name for layer in group] for group in groups_of(layers, arguments)]
     union = behaviours.Union(groups, units_of(layers, unit), behaviours.shares_of(arguments, len(datasets)))
     for number, dataset in enumerate(datasets):
         place = scratch, f"scores_{number}"
-        union.add(unit_scores(importance_scores(model, tokenizer, layers, dataset, basis, arguments, notes, *place), unit))
+        union.add(importance_scores(model, tokenizer, layers, dataset, basis, arguments, notes, *place))
     report = union.overlap(behaviours.named_apart(arguments), unit)
     notes += [behaviours.overlap_note(report, pair) for pair in report["both"]]
     return union.scores, report
@@ -176,8 +175,9 @@ def importance_scores(
     scratch: Path,
     saved_as: str | None = "scores",
 ) -> dict[str, Tensor]:
-    """S = Σ_b |∂L_b/∂C|: this rank's rows of each layer, fp32 [rows, r].
+    """What is compared (``of_units``) of S = Σ_b |∂L_b/∂C|, of each layer, of which this rank has some rows.
 
+    Where one walk over the blocks shows all batches, the rows of one block are held at a time, but for masks of entries.
     ``scratch``: where finished importance batches are saved, in ``saved_as`` (None: nowhere), for a run that goes on.
     """
     rows, capacity = micro_batch(arguments)
@@ -185,7 +185,8 @@ def importance_scores(
     batches = _speaking_batches(samples, arguments, notes)
     inputs = scored_inputs(layers, basis, samples.tokens / len(batches))
     taken = products(arguments.products, arguments.torch_dtype, samples.device)
-    scores, saved = RowScores(inputs, samples.device, taken), SavedScores(scratch / saved_as) if saved_as else None
+    scores = RowScores(inputs, samples.device, taken, arguments.mask_unit)
+    saved = SavedScores(scratch / saved_as) if saved_as else None
     done = saved.load(scores) if saved else 0
     if done:
         logger.info("%d of %d importance batches were done before", done, len(batches))
@@ -200,8 +201,9 @@ def importance_scores(
         tqdm(total=len(batches), initial=done, desc="importance", unit="batch", disable=rank() != 0) as bar,
     ):
         for steps, shown in passes(model, layers, batches[done:], samples, loss, arguments, scratch, rows):
-            _add_shown(scores, inputs, shown, columns, 1.0 / scale, samples)
             finished = sum(last for step in steps for _, _, last in step.segments)
+            last = steps[-1] if finished == len(batches) else None
+            _add_shown(scores, inputs, shown, columns, 1.0 / scale, samples, last)
             done += finished
             bar.update(finished)
             if progress:
@@ -212,7 +214,7 @@ def importance_scores(
                     last_save = time.monotonic()
                 leave_if_asked(partial(saved.save, scores, done))
     log_rate("importance", tokens, begun)
-    return scores.sums
+    return scores.compared()
 
 
 def _speaking_batches(samples: Samples, arguments: ImportanceArguments, notes: list[str]) -> list[range]:
@@ -240,9 +242,18 @@ def scaled_loss(weights: dict[int, float], scale: float, logits: Tensor, batch: 
 
 
 def _add_shown(
-    scores: RowScores, inputs: Sequence[ScoredInput], shown: Shown, columns: Columns, scale: float, samples: Samples
+    scores: RowScores,
+    inputs: Sequence[ScoredInput],
+    shown: Shown,
+    columns: Columns,
+    scale: float,
+    samples: Samples,
+    last: Step | None,
 ) -> None:
-    """Adds |∂L_b/∂C| of all that backward passes show. NotFinite, on every rank, where something is NaN or infinite."""
+    """Adds |∂L_b/∂C| of all that backward passes show; ``last``: the step after which a layer that it shows is finished.
+
+    NotFinite, on every rank, where something is NaN or infinite.
+    """
     finite = Finite()
     for step, batch, taken in shown:
         for seen in inputs:
@@ -250,6 +261,9 @@ def _add_shown(
                 for layer in seen.layers:
                     finite.watch(layer, batch, taken[layer.name])
                 scores.add(seen, taken, batch, step, columns.get(seen.layers[0].name), scale, columns.left)
+                if step is last:
+                    for layer in seen.layers:
+                        scores.finish(layer.name)
     stop_together(finite.failure(), "inputs or output gradients", samples)
 
 
@@ -330,21 +344,22 @@ def scored_inputs(layers: Sequence[TargetLayer], basis: BasisStore | None, token
 
 def _scores_without_data(
     layers: Sequence[TargetLayer], basis: BasisStore | None, arguments: ImportanceArguments
-) -> dict[str, Tensor]:
-    """--score singular_value: every entry of a column scores its S; --score random: the same on any world size. Both of
-    the stored columns of U, and of V, alone: what completes them has a score of 0, as importances have."""
-    scores: dict[str, Tensor] = {}
+) -> Iterator[tuple[TargetLayer, Tensor]]:
+    """Each layer with this rank's rows. --score singular_value: every entry of a column scores its S; --score random: the same
+    on any world size. Both of the stored columns of U, and of V, alone: what completes them has a score of 0, as importances
+    have."""
     for number, layer in enumerate(layers):
-        rows = Rows(layer.m, world_size(), rank()).block
+        block = Rows(layer.m, world_size(), rank()).block
         if arguments.score == "random":
-            flat = random_scores(arguments.seed * 1_000_003 + number, rows.start * layer.n, len(rows) * layer.n)
-            scores[layer.name] = flat.view(len(rows), layer.n)[:, : basis.rank(layer.name) if basis else layer.n].contiguous()
-        elif basis is not None:
-            scores[layer.name] = basis.columns(layer.name)[1].float().expand(len(rows), -1).contiguous()
-        scores[layer.name] = scores[layer.name].to(arguments.resolved_device)
+            flat = random_scores(arguments.seed * 1_000_003 + number, block.start * layer.n, len(block) * layer.n)
+            rows = flat.view(len(block), layer.n)[:, : basis.rank(layer.name) if basis else layer.n].contiguous()
+        else:
+            assert basis is not None, "compute_masks refuses singular values without a basis"
+            rows = basis.columns(layer.name)[1].float().expand(len(block), -1).contiguous()
+        rows = rows.to(arguments.resolved_device)
         if basis is not None and basis.two_sided:
-            scores[layer.name][max(0, basis.left_rank(layer.name) - rows.start) :] = 0.0
-    return scores
+            rows[max(0, basis.left_rank(layer.name) - block.start) :] = 0.0
+        yield layer, rows
 
 
 def freeze(
@@ -355,7 +370,7 @@ def freeze(
     metadata: MasksMetadata,
     scores: bool = True,
 ) -> None:
-    """Chooses the highest ``values`` (this rank's ``unit_scores``), writes masks, how ``scores`` lie and, last, metadata."""
+    """Chooses the highest ``values`` (this rank's, ``of_units``), writes masks, how ``scores`` lie and, last, metadata."""
     unit, units, groups = arguments.mask_unit, units_of(layers, arguments.mask_unit), groups_of(layers, arguments)
     wanted = [frozen_count(arguments.keep_ratio, sum(units[layer.name] for layer in group)) for group in groups]
     chosen = choose([[values[layer.name] for layer in group] for group in groups], wanted)

@@ -62,7 +62,7 @@ class SavedScores:
                 first, last = max(theirs.start, own.start), min(theirs.stop, own.stop)
                 if first < last:
                     part = file.get_slice(name)[first - theirs.start : last - theirs.start]
-                    mine = scores.sums[name][first - own.start : last - own.start]
+                    mine = scores.of(name)[first - own.start : last - own.start]
                     if part.shape != mine.shape or part.dtype != mine.dtype:
                         raise RuntimeError(f"{name} is {list(part.shape)} in {part.dtype}, not {list(mine.shape)}")
                     mine.copy_(part)
@@ -70,7 +70,7 @@ class SavedScores:
     def save(self, scores: RowScores, batches: int) -> None:
         """Saves the scores of the first ``batches`` importance batches. Collective."""
         with on_every_rank_or_none("saving scores"):
-            write_tensors(self._file(batches, rank()), scores.sums)
+            write_tensors(self._file(batches, rank()), {name: scores.of(name) for name in scores.rows})
 
         def mark() -> None:
             of_others = [path.name for path in self.directory.glob("*.safetensors") if not path.name.startswith(f"{batches}_")]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from warp_ds.cluster.dealing import block
-from warp_ds.cluster.processes import all_gather_object, collective_device, rank, world_size
+from warp_ds.cluster.processes import all_gather_object, all_reduce_sum, collective_device, rank, world_size
 from warp_ds.data.collate import EMPTY
 from warp_ds.method.importance import add_importance
 from warp_ds.method.products import EXACT, Products
@@ -133,18 +133,50 @@ class ScoredInput:
     """Whether inputs are rotated rather than gradients."""
 
 
-class RowScores:
-    """This rank's rows of S for each target layer: fp32 [rows, r]."""
+def of_units(scores: Tensor, unit: str) -> Tensor:
+    """What is compared of a layer's S, of which this rank has some rows: its entries [rows, c], rows' norms [rows, 1], or all
+    columns' norms [1, c], on rank 0 alone. Collective."""
+    if unit == "entry":
+        return scores
+    if unit == "row":
+        return torch.linalg.vector_norm(scores, dim=1, keepdim=True)
+    squares = all_reduce_sum(scores.double().square().sum(dim=0).to(collective_device()))
+    norms = squares.sqrt().float().to(scores.device).unsqueeze(0)
+    return norms if rank() == 0 else norms[:0]
 
-    def __init__(self, inputs: Sequence[ScoredInput], device: torch.device | str, products: Products = EXACT):
-        self.products = products
-        self.rows: dict[str, Rows] = {}
-        self.sums: dict[str, Tensor] = {}
-        for scored in inputs:
-            for layer in scored.layers:
-                self.rows[layer.name] = rows = Rows(layer.m, world_size(), rank())
-                self.sums[layer.name] = torch.zeros(len(rows.block), scored.rank, device=device)
+
+class RowScores:
+    """This rank's rows of S for each target layer: fp32 [rows, r], made when they are first wanted."""
+
+    def __init__(
+        self, inputs: Sequence[ScoredInput], device: torch.device | str, products: Products = EXACT, unit: str = "entry"
+    ):
+        """``unit``: what is frozen together (``of_units``)."""
+        self.products, self.device, self.unit = products, device, unit
+        self.rows = {layer.name: Rows(layer.m, world_size(), rank()) for scored in inputs for layer in scored.layers}
+        self._columns = {layer.name: scored.rank for scored in inputs for layer in scored.layers}
+        self._sums: dict[str, Tensor] = {}
+        self._compared: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
+
+    def of(self, name: str) -> Tensor:
+        """A layer's rows so far, to be added to."""
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(len(self.rows[name].block), self._columns[name], device=self.device)
+        return self._sums[name]
+
+    def finish(self, name: str) -> None:
+        """Nothing is added to a layer any more: of its rows what is compared is kept. Collective."""
+        rows = self.of(name)
+        del self._sums[name]
+        self._compared[name] = of_units(rows, self.unit)
+
+    def compared(self) -> dict[str, Tensor]:
+        """What is compared of every layer (``of_units``); nothing is added any more. Collective."""
+        for name in self.rows:
+            if name not in self._compared:
+                self.finish(name)
+        return {name: self._compared.pop(name) for name in self.rows}
 
     @property
     def complete(self) -> bool:
@@ -181,7 +213,7 @@ class RowScores:
                 pending = self._pending.pop(layer.name, None)
                 added = g[first:end], right[first:end]
                 if last:
-                    add_importance(self.sums[layer.name], *added, columns, pending, scale, self.products)
+                    add_importance(self.of(layer.name), *added, columns, pending, scale, self.products)
                 else:
                     part = self.products.mm(added[0].T, added[1])
                     self._pending[layer.name] = part if pending is None else part.add_(pending)

@@ -23,6 +23,7 @@ CURES = {
     "decomposition": "fewer tokens than inputs are decomposed in a smaller form: fewer --safety_samples",
     "activations": "use --gradient_checkpointing, or a smaller --batch_size",
     "hidden states": "use more nodes, a smaller --max_length, or fewer --safety_samples",
+    "scores": "use more nodes; columns or rows (--mask_unit) with --gradient_checkpointing hold one block's",
     "logits": "use a smaller --batch_size or --max_length",
     "masters and moments": "use --offload optimizer or more nodes",
     "weights": "use more nodes, or --offload all",

@@ -84,6 +84,8 @@ class Job:
     merge_adapter: bool = TrainArguments.merge_adapter
     keep_ratio: float = ImportanceArguments.keep_ratio
     """Share of the columns that an adapter stays out of."""
+    mask_unit: str = ImportanceArguments.mask_unit
+    """What is frozen together; no adapter goes with masks of entries."""
     gradient_checkpointing: bool = TrainArguments.gradient_checkpointing
     on_gpu: bool = True
     """False for a CPU, where buffers that are reserved but not filled take no memory."""

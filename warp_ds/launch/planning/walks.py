@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import replace
 
 from warp_ds.launch.planning import both_sides
@@ -142,7 +143,8 @@ def _trace(need: Estimate, shape: Shape, job: Job, steps: int, of_rank: int) -> 
 def _scores(need: Estimate, shape: Shape, job: Job, steps: int, of_rank: int) -> float:
     """Adds what scores of all layers take, ``of_rank`` tokens of each rank a step; returns the bytes of all bases."""
     n_ranks, b = job.ranks, job.itemsize
-    scores = columns = bases = 0.0
+    scores: dict[int, float] = defaultdict(float)
+    columns = bases = 0.0
     step_tokens = of_rank * n_ranks
     for group in groups_of(shape, job):
         r = basis_rank(group[0], shape, job)
@@ -163,11 +165,20 @@ def _scores(need: Estimate, shape: Shape, job: Job, steps: int, of_rank: int) ->
         share = 1.0 if group[0].expert is None else shape.routed / shape.experts
         rows = [math.ceil(layer.m / n_ranks) for layer in group]
         first = tokens_first(job.importance_batch_size * job.tokens, n_ranks, rows, n, r)
-        scores += 4.0 * r * sum(rows)
+        scores[group[0].layer] += 4.0 * r * sum(rows)
         need.sent += steps * step_tokens * share * (4 * r if first else n * b) * others_share(n_ranks)
         of_gradient = b if job.output_basis == "identity" else 4  # turned by V they are fp32
         need.sent += steps * of_rank * share * sum(layer.m for layer in group) * of_gradient * others_share(n_ranks)
         need.disk += sum(layer.m * math.ceil(layer.n / 8) for layer in group)
-    need.gpu["scores"] = scores
+    units = job.mask_unit != "entry" or job.adapter == "lora"
+    by_block = units and _walks_once(shape, job, steps, of_rank)
+    need.gpu["scores"] = max(scores.values()) if by_block else sum(scores.values())
     need.gpu["a basis"] = columns
     return bases
+
+
+def _walks_once(shape: Shape, job: Job, steps: int, of_rank: int) -> bool:
+    """Whether one walk over the blocks shows all importance batches (``steps_at_once``); host memory that is not known does."""
+    depth = len(shape.blocks) - min(layer.layer for layer in shape.targets) + 1
+    budget = math.inf if job.host_memory is None else job.host_memory / job.gpus_per_node / 4
+    return steps == 1 or (job.gradient_checkpointing and steps * of_rank * shape.hidden * job.itemsize * depth <= budget)
