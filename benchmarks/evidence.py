@@ -66,8 +66,11 @@ def read(path: Path, words: Mapping[str, str]) -> dict[str, Any]:
         unknown = sorted(set(step) - STEP)
         if unknown:
             raise ConfigError(f"{path}, step {number}: {', '.join(unknown)}? A step has {', '.join(sorted(STEP))}")
-        if "start_seed" in step and protocol["starts"][step["start"]] is None:
-            raise ConfigError(f"{path}, step {number}: {step['start']} has no phase 0 that start_seed could seed")
+        settings = protocol["starts"][step["start"]]
+        if "start_seed" in step and (settings is None or "seed" in settings or step["start_seed"] == protocol["seed"]):
+            raise ConfigError(
+                f"{path}, step {number}: start_seed is another seed of phase 0 than {step['start']} has, if it has one"
+            )
         for arm in step["arms"].split(","):
             compose(arm.strip())
     return protocol
@@ -241,7 +244,7 @@ def run_name(step: Mapping[str, Any]) -> str:
 
 
 def start_name(step: Mapping[str, Any]) -> str:
-    return step["start"] + (f"{step['start_seed']}" if "start_seed" in step else "")
+    return step["start"] + (f"_start{step['start_seed']}" if "start_seed" in step else "")
 
 
 def directory(step: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ def frozen(directory: Path) -> dict[str, torch.Tensor]:
 # Rows: of 40, where both shares and their sum are whole numbers, as counts are rounded together.
 UNITS: list[dict[str, Any]] = [
     {},
-    {"mask_unit": "column", "mask_scope": "global"},
+    {"mask_unit": "column", "mask_scope": "global", "gradient_checkpointing": True},
     {"mask_unit": "row", "layer_type": "ffn_down,attn_q"},
 ]
 

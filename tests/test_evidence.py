@@ -75,7 +75,7 @@ def test_a_protocol_that_names_what_is_not_there_is_refused(evidence: Any, tmp_p
     with pytest.raises(ConfigError, match="step 1: no start is called 'b'"):
         evidence.read(path, {})
     step = "starts: {a: null}\ntasks: {t: {}}\nsteps: [{start: a, task: t, arms: full, %s}]\n"
-    for more, words in (("sed: 1", "step 1: sed\\? A step has arms, "), ("start_seed: 43", "a has no phase 0 that start_seed")):
+    for more, words in (("sed: 1", "step 1: sed\\? A step has arms, "), ("start_seed: 43", "start_seed is another seed")):
         path.write_text(step % more)
         with pytest.raises(ConfigError, match=words):
             evidence.read(path, {})
@@ -241,6 +241,17 @@ def test_a_whole_protocol_stopped_and_gone_on_with(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     subprocess.run([*command, str(elsewhere), "--points", str(out / "points.jsonl")], check=True)
     assert not list(elsewhere.glob("*_sums*")), "points of another machine were measured again"
+    stability = [sys.executable, str(BENCHMARKS / "stability.py"), str(out)]
+    said = json.loads(subprocess.run(stability, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    same, own = (said["overlap"][way] for way in ("one_basis", "own_bases"))
+    assert 0 < same["iou"][0] <= same["iou"][1] <= 1 and not own["iou"] and 0 < own["subspace"][0] <= 1
+    assert len(said["audit"]["ranks"]) == 3 and 0 <= said["audit"]["auc"] <= 1
+
+
+def test_ranks_of_planted_samples() -> None:
+    ranks = benchmark("stability").ranks
+    assert ranks([True, True, False, False]) == {"ranks": [1, 2], "of": 4, "auc": 1.0}
+    assert ranks([False, True, False, True]) == {"ranks": [2, 4], "of": 4, "auc": 0.25}
 
 
 def test_the_picture_reads_the_pages_table(tmp_path: Path) -> None:

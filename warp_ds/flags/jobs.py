@@ -55,7 +55,9 @@ class PlanArguments(AdapterFlags, MaskedTrainingFlags, LayerArguments, NodeFlags
     )
     importance_batch_size: int = again(MaskFlags, "importance_batch_size", MaskFlags.importance_batch_size)
     keep_ratio: float = again(MaskFlags, "keep_ratio", MaskFlags.keep_ratio, "LoRA: share of the columns to freeze")
-    mask_unit: str = again(ImportanceArguments, "mask_unit", ImportanceArguments.mask_unit, "of masks; LoRA: columns or rows")
+    mask_unit: str = again(
+        ImportanceArguments, "mask_unit", ImportanceArguments.mask_unit, "what phase 2's masks freeze; LoRA: columns"
+    )
     epochs: float = again(ScheduleFlags, "epochs", ScheduleFlags.epochs)
     max_length: int = again(RunArguments, "max_length", RunArguments.max_length, "tokens of a sample, at most")
     max_rank: int = again(BasisFlags, "max_rank", BasisFlags.max_rank)
@@ -72,6 +74,7 @@ class DoctorArguments(NodeFlags, UtilityDataArguments, SafetyDataArguments, Laye
 
     gpus_per_node: int = again(NodeFlags, "gpus_per_node", 0, "GPUs of each node; 0 = as many as there are here")
     expert_basis: str = again(BasisFlags, "expert_basis", BasisFlags.expert_basis)
+    mask_unit: str = again(ImportanceArguments, "mask_unit", ImportanceArguments.mask_unit)
 
 
 @dataclass

@@ -52,6 +52,7 @@ def _job(arguments: Any, nodes: int, ranks_per_node: int, on_gpu: bool) -> Job:
         dtype=arguments.dtype,
         tokens=arguments.max_length,
         on_gpu=on_gpu,
+        host_memory=float(memory.available()),
         gradient_checkpointing=arguments.gradient_checkpointing,
         offload=OFFLOADS[sum(offloaded)],
         **{

@@ -16,8 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from warp_ds.cluster.consensus import on_every_rank_or_none, on_rank_0
-from warp_ds.cluster.preemption import leave_if_asked
-from warp_ds.cluster.processes import all_reduce_sum, broadcast_object, collective_device, init_distributed, rank, world_size
+from warp_ds.cluster.processes import all_reduce_sum, collective_device, init_distributed, rank, world_size
 from warp_ds.errors import ConfigError
 from warp_ds.flags.arguments import ImportanceArguments
 from warp_ds.flags.groups import RunArguments
@@ -209,10 +208,7 @@ def importance_scores(
             if progress:
                 progress.at(done)
             if saved and scores.complete and done < len(batches):
-                if broadcast_object(time.monotonic() - last_save > SAVE_SECONDS):
-                    saved.save(scores, done)
-                    last_save = time.monotonic()
-                leave_if_asked(partial(saved.save, scores, done))
+                last_save = saved.save_in_time(scores, done, last_save, SAVE_SECONDS)
     log_rate("importance", tokens, begun)
     return scores.compared()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from warp_ds.cluster.consensus import on_every_rank_or_none, on_rank_0
-from warp_ds.cluster.processes import rank, world_size
+from warp_ds.cluster.preemption import leave_if_asked
+from warp_ds.cluster.processes import broadcast_object, rank, world_size
 from warp_ds.errors import ArtifactError
 from warp_ds.store.files import read_json, remove_own, write_json, write_tensors
 from warp_ds.store.sealed import contents, difference
@@ -86,6 +89,15 @@ class SavedScores:
             remove_own(self.directory, rf"(?!{batches}_)\d+_rank_\d+\.safetensors")
 
         on_rank_0(mark, "saving scores")
+
+    def save_in_time(self, scores: RowScores, batches: int, last: float, seconds: float) -> float:
+        """``save`` where the last time (``time.monotonic``) was ``seconds`` ago, and where this job is to leave, which it then
+        does; when it last did. Collective."""
+        if broadcast_object(time.monotonic() - last > seconds):
+            self.save(scores, batches)
+            last = time.monotonic()
+        leave_if_asked(partial(self.save, scores, batches))
+        return last
 
     def remove(self) -> None:
         """Forgets what was saved. Collective."""

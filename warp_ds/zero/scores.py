@@ -140,7 +140,10 @@ def of_units(scores: Tensor, unit: str) -> Tensor:
         return scores
     if unit == "row":
         return torch.linalg.vector_norm(scores, dim=1, keepdim=True)
-    squares = all_reduce_sum(scores.double().square().sum(dim=0).to(collective_device()))
+    squares = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device)
+    for rows in scores.split(1024):  # all of them in fp64 would be twice a block's scores
+        squares += rows.double().square_().sum(dim=0)
+    squares = all_reduce_sum(squares.to(collective_device()))
     norms = squares.sqrt().float().to(scores.device).unsqueeze(0)
     return norms if rank() == 0 else norms[:0]
 
@@ -162,11 +165,13 @@ class RowScores:
     def of(self, name: str) -> Tensor:
         """A layer's rows so far, to be added to."""
         if name not in self._sums:
+            assert name not in self._compared, f"{name} is finished: nothing is added to it any more"
             self._sums[name] = torch.zeros(len(self.rows[name].block), self._columns[name], device=self.device)
         return self._sums[name]
 
     def finish(self, name: str) -> None:
         """Nothing is added to a layer any more: of its rows what is compared is kept. Collective."""
+        assert name not in self._pending, f"an importance batch is half added to {name}"
         rows = self.of(name)
         del self._sums[name]
         self._compared[name] = of_units(rows, self.unit)

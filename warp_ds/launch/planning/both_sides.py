@@ -22,6 +22,10 @@ def check_output_basis(job: Job) -> None:
     """ConfigError for what the phases refuse beside an output basis, and for adapters, which are not reckoned with it."""
     if job.output_basis == "identity":
         return
+    if job.adapter == "lora" and job.mask_unit == "row":
+        raise ConfigError(
+            "--adapter lora --mask_unit row: plan reckons with masks of whole columns alone: leave --mask_unit out"
+        )
     if job.adapter == "lora":
         raise ConfigError(
             "--adapter lora: plan reckons with masks of whole columns, which rotate A alone, and not with those of rows of an "

@@ -171,14 +171,17 @@ def _scores(need: Estimate, shape: Shape, job: Job, steps: int, of_rank: int) ->
         need.sent += steps * of_rank * share * sum(layer.m for layer in group) * of_gradient * others_share(n_ranks)
         need.disk += sum(layer.m * math.ceil(layer.n / 8) for layer in group)
     units = job.mask_unit != "entry" or job.adapter == "lora"
-    by_block = units and _walks_once(shape, job, steps, of_rank)
+    by_block = units and _walks_once(need, shape, job, steps, of_rank)
     need.gpu["scores"] = max(scores.values()) if by_block else sum(scores.values())
     need.gpu["a basis"] = columns
     return bases
 
 
-def _walks_once(shape: Shape, job: Job, steps: int, of_rank: int) -> bool:
-    """Whether one walk over the blocks shows all importance batches (``steps_at_once``); host memory that is not known does."""
+def _walks_once(need: Estimate, shape: Shape, job: Job, steps: int, of_rank: int) -> bool:
+    """Whether one walk over the blocks shows all importance batches: their hidden states fit in a quarter of the host memory
+    that ``need`` leaves (``steps_at_once``). Host memory that is not known is enough."""
+    if steps == 1 or not job.gradient_checkpointing or job.host_memory is None:
+        return steps == 1 or job.gradient_checkpointing
     depth = len(shape.blocks) - min(layer.layer for layer in shape.targets) + 1
-    budget = math.inf if job.host_memory is None else job.host_memory / job.gpus_per_node / 4
-    return steps == 1 or (job.gradient_checkpointing and steps * of_rank * shape.hidden * job.itemsize * depth <= budget)
+    left = job.host_memory / job.gpus_per_node - need.host_total - (0.0 if job.on_gpu else need.gpu_total)
+    return steps * of_rank * shape.hidden * job.itemsize * depth <= left / 4
