@@ -274,8 +274,10 @@ def test_both_sides_are_held_as_the_placement_says(configs: Path) -> None:
 
 def test_what_no_output_basis_goes_with(configs: Path) -> None:
     for flag, value, cure in (
-        ("adapter", "lora", "masks of whole columns, .* leave --output_basis out here"),
+        ("adapter", "lora", "masks of whole columns, .* leave --output_basis and --mask_unit row out here"),
         ("basis_placement", "sharded", "give owner or auto"),
     ):
         with pytest.raises(ConfigError, match=f"--{flag} {value}: .*{cure}"):
             make_plan(str(configs / "70b"), output_basis="activation", **{flag: value})
+    with pytest.raises(ConfigError, match="masks of whole columns"):
+        make_plan(str(configs / "70b"), adapter="lora", mask_unit="row")

@@ -19,18 +19,14 @@ from warp_ds.zero.whole_layers import WholeLayers
 
 
 def check_output_basis(job: Job) -> None:
-    """ConfigError for what the phases refuse beside an output basis, and for adapters, which are not reckoned with it."""
+    """ConfigError for what the phases refuse beside an output basis, and for adapters by rows, which are not reckoned with."""
+    if job.adapter == "lora" and (job.output_basis != "identity" or job.mask_unit == "row"):
+        raise ConfigError(
+            "--adapter lora: plan reckons with masks of whole columns, which rotate A alone, and not with those of rows: leave "
+            "--output_basis and --mask_unit row out here"
+        )
     if job.output_basis == "identity":
         return
-    if job.adapter == "lora" and job.mask_unit == "row":
-        raise ConfigError(
-            "--adapter lora --mask_unit row: plan reckons with masks of whole columns alone: leave --mask_unit out"
-        )
-    if job.adapter == "lora":
-        raise ConfigError(
-            "--adapter lora: plan reckons with masks of whole columns, which rotate A alone, and not with those of rows of an "
-            "output basis (--mask_unit row): leave --output_basis out here"
-        )
     if job.basis_placement not in ("auto", Owner.name) and job.ranks > 1:
         raise ConfigError(
             f"--basis_placement {job.basis_placement}: an output basis mixes the rows of a weight: give owner or auto"
