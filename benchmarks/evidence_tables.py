@@ -124,11 +124,12 @@ def one_run(points: Sequence[Measured], run: str) -> list[Measured]:
 
 
 def arms_table(points: Sequence[Measured], run: str) -> str:
-    """A table a start model."""
+    """A table a start model, the one with most points first."""
     starts: dict[str, list[Measured]] = defaultdict(list)
     for point in one_run(points, run):
         starts[point.start].append(point)
-    return "\n".join(f"Start model {start}:\n\n{table(same)}" for start, same in sorted(starts.items()))
+    most_first = sorted(starts.items(), key=lambda item: (-len(item[1]), item[0]))
+    return "\n".join(f"Start model {start}:\n\n{table(same)}" for start, same in most_first)
 
 
 def table(points: Sequence[Measured]) -> str:
