@@ -124,12 +124,16 @@ def one_run(points: Sequence[Measured], run: str) -> list[Measured]:
 
 
 def arms_table(points: Sequence[Measured], run: str) -> str:
-    """A table a start model, the one with most points first."""
+    """A table a start model."""
+    return "\n".join(f"Start model {same[0].start}:\n\n{table(same)}" for same in by_start(one_run(points, run)))
+
+
+def by_start(points: Sequence[Measured]) -> list[list[Measured]]:
+    """The points of each start model, the one with most first."""
     starts: dict[str, list[Measured]] = defaultdict(list)
-    for point in one_run(points, run):
+    for point in points:
         starts[point.start].append(point)
-    most_first = sorted(starts.items(), key=lambda item: (-len(item[1]), item[0]))
-    return "\n".join(f"Start model {start}:\n\n{table(same)}" for start, same in most_first)
+    return sorted(starts.values(), key=lambda same: (-len(same), same[0].start))
 
 
 def table(points: Sequence[Measured]) -> str:
@@ -218,8 +222,8 @@ def variants(points: Sequence[Measured], run: str) -> str:
 
 
 def advice(points: Sequence[Measured], run: str) -> str:
-    """What `warp-ds compare` would say of these points, harmful mixes left out."""
-    mine = [point for point in one_run(points, run) if not compose(point.arm).harmful_share]
+    """What `warp-ds compare` would say of the start model with most points, harmful mixes left out."""
+    mine = [point for point in by_start(one_run(points, run))[0] if not compose(point.arm).harmful_share]
     rows = [
         Point(p.arm, p.rate, p.seed, {"utility_nll": p.nll, "outcomes": p.marks}, start=p.start)
         for p in sorted(mine, key=lambda p: (p.arm, p.rate or 0, p.seed))

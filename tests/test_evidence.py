@@ -171,6 +171,11 @@ def test_the_words_are_those_of_a_comparison(shown: Any) -> None:
     ]
     said = shown.advice([shown.Measured(each) for each in rows], "safe_sums")
     assert "rotated" in said and "layers" in said
+    # Of one start model, the one with most points: floors of two are two.
+    other = [row("before", 2.0, "c" * 20, start="a0"), row("layers_lr0.003_seed1", 0.2, "c" * 20, start="a0")]
+    both = [shown.Measured(each) for each in [*other, *rows]]
+    assert shown.advice(both, "safe_sums") == said
+    assert shown.arms_table(both, "safe_sums").startswith("Start model a1:")
 
 
 def test_tables_stand_between_a_pages_markers(shown: Any) -> None:
