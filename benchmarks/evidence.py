@@ -69,7 +69,8 @@ def read(path: Path, words: Mapping[str, str]) -> dict[str, Any]:
         settings = protocol["starts"][step["start"]]
         if "start_seed" in step and (settings is None or "seed" in settings or step["start_seed"] == protocol["seed"]):
             raise ConfigError(
-                f"{path}, step {number}: start_seed is another seed of phase 0 than {step['start']} has, if it has one"
+                f"{path}, step {number}: start_seed {step['start_seed']}: give a start that phase 0 makes, without a seed of its "
+                f"own, and another seed than the protocol's, which is {protocol['seed']}"
             )
         for arm in step["arms"].split(","):
             compose(arm.strip())
@@ -105,12 +106,13 @@ class Evidence:
             print(f"step {number} of {len(self.protocol['steps'])}: {step}", flush=True)
             model = self.start(step)
             of = {"run": run_name(step), "start": digest(model), "protocol": self.digest(step)}
+            self.write_points(self.measured(step, of))  # what a call that was killed had measured and not written
             for seed in str(step["seeds"]).split(","):
                 missing = self.missing(step, int(seed), of, self.measured(step, of))
                 if missing:
                     try:
                         self.compare(step, model, int(seed), missing)
-                    finally:  # what was measured before a comparison was stopped, too
+                    finally:  # of a comparison that failed, too
                         self.write_points(self.measured(step, of))
 
     def digest(self, step: Mapping[str, Any]) -> str:
@@ -227,8 +229,10 @@ class Evidence:
     def write_points(self, measured: Sequence[Mapping[str, Any]]) -> None:
         """points.jsonl and evidence.md of every point so far, those of other machines with them."""
         path = self.out / "points.jsonl"
-        rows = {json.dumps(row, sort_keys=True) for row in [*self.known, *(read_lines(path) if path.is_file() else [])]}
-        rows |= {json.dumps(row, sort_keys=True) for row in measured}
+        before = {json.dumps(row, sort_keys=True) for row in (read_lines(path) if path.is_file() else [])}
+        rows = before | {json.dumps(row, sort_keys=True) for row in [*self.known, *measured]}
+        if rows == before:
+            return
         write_text(path, "".join(row + "\n" for row in sorted(rows, key=lambda row: [json.loads(row)[key] for key in SORTED])))
         write_text(self.out / "evidence.md", tables([Measured(row) for row in read_lines(path)]))
 

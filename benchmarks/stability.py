@@ -24,6 +24,8 @@ from warp_ds.store.files import read_json, read_lines, write_text
 
 REFUSED, ANSWERED, SETS = 32, 8, 3
 PLANTED, SAMPLES = 10, 60
+SHARED = ("iou", "iou_by_chance", "subspace", "subspace_by_chance", "subspace_by_columns")
+"""Of overlap.json; with bases of their own sets have no coefficients in common, and no iou."""
 
 
 def main() -> None:
@@ -126,12 +128,8 @@ def ranks(planted: list[bool]) -> dict[str, Any]:
 
 def summary(found: Any) -> dict[str, list[float]]:
     """Of all layers together the least and the most that two sets' masks have in common; by chance too."""
-    pairs = [pair["over_all"] for pair in found["pairs"]]
-    return {name: [min(values), max(values)] if (values := shares(pairs, name)) else [] for name in pairs[0] if name != "layer"}
-
-
-def shares(pairs: list[Any], name: str) -> list[float]:
-    return [round(pair[name], 3) for pair in pairs if isinstance(pair.get(name), float)]
+    shares = {name: [pair["over_all"][name] for pair in found["pairs"]] for name in SHARED}
+    return {name: [round(of(values), 3) for of in (min, max)] for name, values in shares.items() if None not in values}
 
 
 if __name__ == "__main__":

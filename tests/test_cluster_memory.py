@@ -97,6 +97,27 @@ def test_the_doctor_and_the_checks_at_the_start_see_it(tmp_path: Path, monkeypat
         assert finding.found.startswith(f"{limit / 1e9:.1f} GB") and bool(finding.cure) is cure
 
 
+def test_the_doctor_knows_when_phase_2_holds_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig
+
+    from warp_ds.flags.jobs import DoctorArguments
+    from warp_ds.launch.planning.fit import estimate_phases
+    from warp_ds.launch.planning.job import SHARDINGS, read_shape
+    from warp_ds.launch.resources import _job
+
+    LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8).save_pretrained(tmp_path / "m")
+    shape = read_shape(str(tmp_path / "m"), "ffn_down", "all")
+
+    def scores(unit: str, free: int) -> float:
+        monkeypatch.setattr(memory, "available", lambda: free)
+        asked = DoctorArguments(device="cpu", output_dir=str(tmp_path), mask_unit=unit, gradient_checkpointing=True)
+        return estimate_phases(shape, _job(asked, 1, 1, False), SHARDINGS[0])[2].gpu["scores"]
+
+    of_block = 4.0 * 1024 * 4096
+    assert scores("column", 60 * GB) == of_block and scores("entry", 60 * GB) == 8 * of_block
+    assert scores("column", GB) == 8 * of_block, "hidden states of all blocks do not fit in a quarter of what is left"
+
+
 def test_a_directory_that_is_not_there_yet_has_the_disk_it_will_be_on(tmp_path: Path) -> None:
     from warp_ds.launch.planning.estimate import Estimate
     from warp_ds.launch.resources import _disk

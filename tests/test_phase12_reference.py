@@ -8,6 +8,7 @@ from typing import Any
 import dense_reference as reference
 import numpy as np
 import pytest
+import torch
 from phase12_jobs import (
     basis_arguments,
     basis_job,
@@ -23,6 +24,7 @@ from safetensors.numpy import load_file
 from tiny_models import FAMILIES
 
 from warp_ds.store.masks import MaskStore
+from warp_ds.zero.scores import of_units
 
 WORLDS = [1, 2, 3]
 ROWS = make_rows()
@@ -351,6 +353,18 @@ def test_masks_freeze_the_most_important(masks: Any, dense_gradients: dict[str, 
     # Entries on either side of a threshold may swap where their scores agree to fp32 rounding; on these models and
     # samples none does.
     assert differing == 0
+
+
+def test_norms_of_many_rows() -> None:
+    """Columns are summed in parts of rows, of which the last is a short one; a rank may have none."""
+    rows = torch.rand(2500, 7, generator=torch.Generator().manual_seed(1))
+    by_columns, by_rows = (rows.double().square().sum(dim=dim).sqrt() for dim in (0, 1))
+    found = of_units(rows, "column"), of_units(rows, "row")
+    assert found[0].shape == (1, 7) and found[1].shape == (2500, 1)
+    for norms, wanted in zip(found, (by_columns, by_rows), strict=True):
+        assert (norms.flatten() - wanted).abs().max() < FP32 * wanted.max()
+    assert not of_units(rows[:0], "column").any()
+    assert of_units(rows, "entry") is rows
 
 
 @pytest.mark.parametrize("world_size", WORLDS)

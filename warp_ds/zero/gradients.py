@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from warp_ds.cluster.memory import host_memory
 from warp_ds.cluster.processes import all_gather_object, rank
@@ -169,6 +170,10 @@ class GradientWalk:
         finally:
             self.hidden.close()
 
+    def _bar(self, desc: str, blocks: range) -> Iterable[int]:
+        """``blocks`` with a bar of their own where one walk is of several steps: it may be all that there is."""
+        return tqdm(blocks, desc=desc, unit="block", leave=False, disable=rank() != 0 or len(self.steps) == 1)
+
     def _graph(self, index: int, number: int) -> Graph:
         leaf = self.hidden.get((index, number), self.device).requires_grad_(True)
         targets = [layer for layer in self.layers if layer.layer == index]
@@ -180,7 +185,7 @@ class GradientWalk:
         with self.walk.embedding():
             for number, batch in enumerate(self.batches):
                 self.hidden.put((0, number), self.walk.embed(batch))
-        for index in range(len(self.walk.blocks)):
+        for index in self._bar("forward", range(len(self.walk.blocks))):
             kept = index >= self.lowest and not self.recompute
             with self.walk.block(index) as parameters:
                 for number, batch in enumerate(self.batches):
@@ -206,7 +211,7 @@ class GradientWalk:
                 self.hidden.drop((final, number))
 
     def _backward(self) -> Shown:
-        for index in range(len(self.walk.blocks) - 1, self.lowest - 1, -1):
+        for index in self._bar("backward", range(len(self.walk.blocks) - 1, self.lowest - 1, -1)):
             with self.walk.block(index):
                 for number, (step, batch) in enumerate(zip(self.steps, self.batches, strict=True)):
                     leaf, after, taken = self._graph(index, number) if self.recompute else self.graphs.pop((index, number))
