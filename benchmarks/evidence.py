@@ -69,8 +69,8 @@ def read(path: Path, words: Mapping[str, str]) -> dict[str, Any]:
         settings = protocol["starts"][step["start"]]
         if "start_seed" in step and (settings is None or "seed" in settings or step["start_seed"] == protocol["seed"]):
             raise ConfigError(
-                f"{path}, step {number}: start_seed {step['start_seed']}: give a start that phase 0 makes, without a seed of its "
-                f"own, and another seed than the protocol's, which is {protocol['seed']}"
+                f"{path}, step {number}: start_seed {step['start_seed']}: give a start that phase 0 makes, without a seed of "
+                f"its own, and another seed than the protocol's, which is {protocol['seed']}"
             )
         for arm in step["arms"].split(","):
             compose(arm.strip())
